@@ -1,0 +1,206 @@
+"""A look-alike of torch.cuda, and "cuda" devices that mean the CPU."""
+
+import collections
+import contextlib
+import functools
+import os
+import sys
+import time
+import types
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+# Dynamo reads torch.cuda.Stream and others when it is imported: let it see the real ones, so that
+# torch.compile keeps working for user code.
+import torch._dynamo
+
+CPU = torch.device("cpu")
+_MEMORY = 16 << 30
+
+# Every function that makes a tensor and takes `device`. Patching these few costs nothing elsewhere;
+# a TorchFunctionMode would add Python code to every tensor operation of the run.
+_FACTORIES = (
+    *("arange", "as_tensor", "empty", "empty_like", "empty_strided", "eye", "full", "full_like"),
+    *("linspace", "logspace", "ones", "ones_like", "rand", "rand_like", "randint", "randint_like"),
+    *("randn", "randn_like", "randperm", "scalar_tensor", "tensor", "zeros", "zeros_like"),
+)
+_TENSOR_FACTORIES = ("new_empty", "new_full", "new_ones", "new_tensor", "new_zeros")
+
+
+class Stream:
+    """A stream on which everything is finished as soon as it is called."""
+
+    cuda_stream = 0
+    device = CPU
+
+    def __init__(self, *args: object, **kwargs: object) -> None:
+        pass
+
+    def wait_stream(self, stream: object) -> None:
+        pass
+
+    def wait_event(self, event: object) -> None:
+        pass
+
+    def record_event(self, event: "Event | None" = None) -> "Event":
+        event = event or Event()
+        event.record()
+        return event
+
+    def synchronize(self) -> None:
+        pass
+
+    def query(self) -> bool:
+        return True
+
+    def __enter__(self) -> "Stream":
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        pass
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Stream)
+
+    def __hash__(self) -> int:
+        return 0
+
+
+class Event:
+    """An event that has happened once recorded; it keeps the wall time for Megatron's timers."""
+
+    def __init__(self, *args: object, **kwargs: object) -> None:
+        self.record()
+
+    def record(self, stream: object = None) -> None:
+        self.seconds = time.perf_counter()
+
+    def wait(self, stream: object = None) -> None:
+        pass
+
+    def synchronize(self) -> None:
+        pass
+
+    def query(self) -> bool:
+        return True
+
+    def elapsed_time(self, end: "Event") -> float:
+        """Return milliseconds from this event to `end`."""
+        return (end.seconds - self.seconds) * 1e3
+
+
+def install() -> None:
+    """Patch torch.cuda, the tensor factories and the Tensor methods that name a device."""
+    _patch_cuda()
+    _patch_rng()
+    _redirect_devices()
+
+
+def _called_by_megatron() -> bool:
+    """Tell Megatron's questions from torch's own: only Megatron is told that there is a GPU.
+
+    torch.compile, DataLoader and the like ask the same functions and would use the GPU.
+    """
+    caller = sys._getframe(2).f_globals.get("__name__", "")
+    return caller.startswith("megatron.")
+
+
+def _patch_cuda() -> None:
+    cuda: Any = torch.cuda
+    stream = Stream()
+    is_available, device_count = cuda.is_available, cuda.device_count
+    # megatron.training refuses to start without CUDA and counts devices to place its ranks.
+    cuda.is_available = lambda: _called_by_megatron() or is_available()
+    cuda.device_count = lambda: (
+        int(os.environ.get("LOCAL_WORLD_SIZE", "1")) if _called_by_megatron() else device_count()
+    )
+    # Index 0 and not the CPU device: Megatron also formats it as f"cuda:{current_device()}".
+    cuda.current_device = lambda: 0
+    cuda.Stream, cuda.Event = Stream, Event
+    cuda.current_stream = cuda.default_stream = lambda device=None: stream
+    cuda.stream = cuda.device = lambda target=None: contextlib.nullcontext()
+    cuda.is_current_stream_capturing = lambda: False
+    for name in (
+        *("set_device", "set_stream", "synchronize", "empty_cache", "ipc_collect"),
+        *("reset_peak_memory_stats", "reset_max_memory_allocated"),
+    ):
+        setattr(cuda, name, _do_nothing)
+    for name in ("range_push", "range_pop", "mark"):
+        setattr(cuda.nvtx, name, _do_nothing)
+    for name in ("memory_allocated", "max_memory_allocated", "memory_reserved"):
+        setattr(cuda, name, lambda device=None: 0)
+    cuda.max_memory_reserved = cuda.device_memory_used = lambda device=None: 0
+    cuda.memory_stats = lambda device=None: collections.defaultdict(int)
+    cuda.mem_get_info = lambda device=None: (_MEMORY, _MEMORY)
+    # Ampere: bf16 is allowed, FP8 and newer kernels are not.
+    cuda.get_device_capability = lambda device=None: (8, 0)
+    cuda.get_device_name = lambda device=None: "cpu"
+    cuda.get_device_properties = lambda device=None: types.SimpleNamespace(
+        name="cpu", major=8, minor=0, total_memory=_MEMORY, multi_processor_count=1
+    )
+
+
+def _do_nothing(*args: object, **kwargs: object) -> None:
+    """Stand in for a call that only makes sense on a GPU."""
+
+
+def _patch_rng() -> None:
+    """Let Megatron's tracker of CUDA generator states keep the states of the CPU generator."""
+    for module in (torch.cuda, torch.cuda.random):
+        patched: Any = module
+        patched.get_rng_state = lambda device="cuda": torch.get_rng_state()
+        patched.set_rng_state = lambda new_state, device="cuda": torch.set_rng_state(new_state)
+        # torch.manual_seed would call this function again through manual_seed_all.
+        patched.manual_seed = lambda seed: torch.default_generator.manual_seed(int(seed))
+        patched.manual_seed_all = _do_nothing
+
+
+def _on_cpu(device: Any) -> Any:
+    """Turn "cuda", "cuda:0", torch.device("cuda") and device indices into the CPU."""
+    if isinstance(device, str):
+        return CPU if device.startswith("cuda") else device
+    if isinstance(device, torch.device):
+        return CPU if device.type == "cuda" else device
+    return CPU if isinstance(device, int) and not isinstance(device, bool) else device
+
+
+def _with_cpu_device(function: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(function)
+    def on_cpu(*args: Any, **kwargs: Any) -> Any:
+        if kwargs.get("device") is not None:
+            kwargs["device"] = _on_cpu(kwargs["device"])
+        # Pinned memory needs a CUDA context.
+        kwargs.pop("pin_memory", None)
+        return function(*args, **kwargs)
+
+    return on_cpu
+
+
+def _redirect_devices() -> None:
+    for name in _FACTORIES:
+        setattr(torch, name, _with_cpu_device(getattr(torch, name)))
+    tensor: Any = torch.Tensor
+    for name in _TENSOR_FACTORIES:
+        setattr(tensor, name, _with_cpu_device(getattr(tensor, name)))
+    to, type_ = tensor.to, tensor.type
+
+    def to_cpu(self: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        if args:
+            args = (_on_cpu(args[0]), *args[1:])
+        if "device" in kwargs:
+            kwargs["device"] = _on_cpu(kwargs["device"])
+        return to(self, *args, **kwargs)
+
+    def cuda_type(self: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        result = type_(self, *args, **kwargs)
+        # Megatron's optimizers sort parameters by names such as "torch.cuda.FloatTensor".
+        if isinstance(result, str) and _called_by_megatron():
+            return result.replace("torch.", "torch.cuda.", 1)
+        return result
+
+    tensor.to, tensor.type = to_cpu, cuda_type
+    tensor.cuda = lambda self, *args, **kwargs: self
+    tensor.pin_memory = lambda self, *args, **kwargs: self
+    tensor.record_stream = _do_nothing
