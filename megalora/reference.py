@@ -1,0 +1,215 @@
+"""Say in plain torch what every op of `megalora::` must compute.
+
+x, dx: [..., in], y, dy: [..., out], s, ds: [..., P*r], lora_A: [P*r, in] or [E, P*r, in],
+lora_B: [out, r] or [E, out, r]. Everything is computed in fp32 (fp64 for fp64 inputs) and rounded
+once to the dtype of the result. Rows past the last offset are zero in results, untouched in place.
+"""
+
+from collections.abc import Iterator, Sequence
+
+import torch
+from torch import Tensor
+
+PHILOX_MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
+PHILOX_KEY_STEPS = (0x9E3779B9, 0xBB67AE85)
+WORD = 0xFFFFFFFF
+
+
+def philox(counter: Tensor, key: Tensor) -> Tensor:
+    """Return four 32-bit words for each 64-bit counter by Philox4x32-10.
+
+    counter: int64 [n], the low half of the 128-bit counter. key: int64 [1].
+    Result: int64 [n, 4] in [0, 2^32).
+    Source: Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", SC 2011.
+    """
+    words = [counter & WORD, (counter >> 32) & WORD, counter * 0, counter * 0]
+    keys = [key & WORD, (key >> 32) & WORD]
+    for _ in range(10):
+        low, high = (m * w for m, w in zip(PHILOX_MULTIPLIERS, words[::2], strict=True))
+        words = [
+            ((high >> 32) & WORD) ^ words[1] ^ keys[0],
+            high & WORD,
+            ((low >> 32) & WORD) ^ words[3] ^ keys[1],
+            low & WORD,
+        ]
+        keys = [(k + step) & WORD for k, step in zip(keys, PHILOX_KEY_STEPS, strict=True)]
+    return torch.stack(words, dim=-1)
+
+
+def dropout_mask(shape: Sequence[int], p: float, seed: Tensor) -> Tensor:
+    """Return True for kept elements: those whose Philox word is at least p * 2^32.
+
+    Element e, counted row-major over the whole tensor, has word e % 4 of counter e // 4, key `seed`.
+    """
+    count = torch.Size(shape).numel()
+    counter = torch.arange((count + 3) // 4, device=seed.device)
+    return (philox(counter, seed).flatten()[:count] >= int(p * 2**32)).view(*shape)
+
+
+def dropped(x: Tensor, p: float, seed: Tensor | None) -> Tensor:
+    """Return x in fp32 or fp64, dropped elements zero and kept ones multiplied by 1 / (1 - p)."""
+    x = _accumulated(x)
+    if p == 0.0:
+        return x
+    if seed is None:
+        raise ValueError(f"seed is missing: dropout p={p} needs an int64 tensor [1]")
+    return x * dropout_mask(x.shape, p, seed) / (1.0 - p)
+
+
+def shrink(
+    x: Tensor,
+    lora_A: Tensor,
+    offsets: Tensor | None = None,
+    *,
+    p: float = 0.0,
+    seed: Tensor | None = None,
+) -> Tensor:
+    """Return s = dropout(x) Aᵀ, [..., P*r]."""
+    rows, weight = _rows(dropped(x, p, seed)), _accumulated(lora_A)
+    s = rows.new_zeros(rows.shape[0], weight.shape[-2])
+    for expert, span in _spans(offsets, rows):
+        s[span] = rows[span] @ weight[expert].mT
+    return s.view(*x.shape[:-1], weight.shape[-2]).to(x.dtype)
+
+
+def expand_(
+    y: Tensor,
+    s: Tensor,
+    lora_B: Tensor,
+    offsets: Tensor | None = None,
+    *,
+    scale: float,
+    segments: Sequence[int] = (),
+) -> None:
+    """Add scale * s Bᵀ to y in place, each block of columns reading its own rank block of s."""
+    rows, weight = _rows(_accumulated(s)), spread(_accumulated(lora_B), segments)
+    delta = rows.new_zeros(rows.shape[0], weight.shape[-2])
+    for expert, span in _spans(offsets, rows):
+        delta[span] = scale * rows[span] @ weight[expert].mT
+    y.copy_(_accumulated(y) + delta.view(y.shape))
+
+
+def expand_dgrad(
+    dy: Tensor,
+    lora_B: Tensor,
+    offsets: Tensor | None = None,
+    *,
+    scale: float,
+    segments: Sequence[int] = (),
+) -> Tensor:
+    """Return ds = scale * dy B, [..., P*r]."""
+    rows, weight = _rows(_accumulated(dy)), spread(_accumulated(lora_B), segments)
+    ds = rows.new_zeros(rows.shape[0], weight.shape[-1])
+    for expert, span in _spans(offsets, rows):
+        ds[span] = scale * rows[span] @ weight[expert]
+    return ds.view(*dy.shape[:-1], weight.shape[-1]).to(dy.dtype)
+
+
+def expand_wgrad(
+    dy: Tensor,
+    s: Tensor,
+    offsets: Tensor | None = None,
+    *,
+    scale: float,
+    segments: Sequence[int] = (),
+) -> Tensor:
+    """Return dB = scale * dyᵀ s, [out, r] or [E, out, r]."""
+    full = scale * _outer(_rows(_accumulated(dy)), _rows(_accumulated(s)), offsets)
+    return gather(full, segments).to(dy.dtype)
+
+
+def expand_backward(
+    dy: Tensor,
+    s: Tensor,
+    lora_B: Tensor,
+    offsets: Tensor | None = None,
+    *,
+    scale: float,
+    segments: Sequence[int] = (),
+) -> tuple[Tensor, Tensor]:
+    """Return ds and dB: `expand_dgrad` and `expand_wgrad` in one call."""
+    ds = expand_dgrad(dy, lora_B, offsets, scale=scale, segments=segments)
+    return ds, expand_wgrad(dy, s, offsets, scale=scale, segments=segments)
+
+
+def shrink_dgrad_(
+    dx: Tensor,
+    ds: Tensor,
+    lora_A: Tensor,
+    offsets: Tensor | None = None,
+    *,
+    p: float = 0.0,
+    seed: Tensor | None = None,
+) -> None:
+    """Add dropout(ds A) to dx in place, with the mask of the forward pass."""
+    rows, weight = _rows(_accumulated(ds)), _accumulated(lora_A)
+    delta = rows.new_zeros(rows.shape[0], weight.shape[-1])
+    for expert, span in _spans(offsets, rows):
+        delta[span] = rows[span] @ weight[expert]
+    dx.copy_(_accumulated(dx) + dropped(delta.view(dx.shape), p, seed))
+
+
+def shrink_wgrad(
+    ds: Tensor,
+    x: Tensor,
+    offsets: Tensor | None = None,
+    *,
+    p: float = 0.0,
+    seed: Tensor | None = None,
+) -> Tensor:
+    """Return dA = dsᵀ dropout(x), [P*r, in] or [E, P*r, in]."""
+    return _outer(_rows(_accumulated(ds)), _rows(dropped(x, p, seed)), offsets).to(x.dtype)
+
+
+def owners(segments: Sequence[int], num_columns: int, device: torch.device) -> Tensor:
+    """Return the index of the projection of each output column, int64 [num_columns]."""
+    if not segments:
+        return torch.zeros(num_columns, dtype=torch.int64, device=device)
+    period = torch.arange(len(segments), device=device).repeat_interleave(
+        torch.tensor(segments, device=device)
+    )
+    return period.repeat(num_columns // sum(segments))
+
+
+def spread(lora_B: Tensor, segments: Sequence[int]) -> Tensor:
+    """Return B as [..., out, P*r]: each row in the rank block of its projection, zero elsewhere."""
+    num_columns = lora_B.shape[-2]
+    owner = owners(segments, num_columns, lora_B.device)
+    one_hot = torch.nn.functional.one_hot(owner, max(1, len(segments))).to(lora_B.dtype)
+    return (one_hot[:, :, None] * lora_B[..., None, :]).flatten(-2)
+
+
+def gather(full: Tensor, segments: Sequence[int]) -> Tensor:
+    """Return [..., out, r] from [..., out, P*r]: each row's own rank block, as `spread` put it."""
+    num_columns = full.shape[-2]
+    owner = owners(segments, num_columns, full.device)
+    blocks = full.unflatten(-1, (max(1, len(segments)), -1))
+    return blocks[..., torch.arange(num_columns, device=full.device), owner, :]
+
+
+def _outer(left: Tensor, right: Tensor, offsets: Tensor | None) -> Tensor:
+    if offsets is None:
+        return left.mT @ right
+    product = left.new_zeros(offsets.numel(), left.shape[1], right.shape[1])
+    for expert, span in _spans(offsets, left):
+        product[expert] = left[span].mT @ right[span]
+    return product
+
+
+def _spans(offsets: Tensor | None, rows: Tensor) -> Iterator[tuple[int | slice, slice]]:
+    """Yield (index into the weights, slice of rows): one for each expert, or one for all rows."""
+    if offsets is None:
+        yield slice(None), slice(0, rows.shape[0])
+        return
+    start = 0
+    for expert, end in enumerate(offsets.tolist()):
+        yield expert, slice(start, end)
+        start = end
+
+
+def _rows(x: Tensor) -> Tensor:
+    return x.reshape(x.shape[:-1].numel(), x.shape[-1])
+
+
+def _accumulated(x: Tensor) -> Tensor:
+    return x if x.dtype == torch.float64 else x.float()
