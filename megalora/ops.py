@@ -1,9 +1,9 @@
 """Choose the implementation of the LoRA ops: `fused` (C++ and CUDA) or `reference` (plain torch).
 
 Both have the same seven functions, dense without `offsets` and grouped over experts with them.
-`offsets`: int32 or int64 [E], the inclusive cumulative sum of tokens per expert, on the tokens' device.
-`segments`: the sizes of one period of output columns; block p of every period belongs to projection p
-and reads rank block p of s. `()` means that all columns belong to one projection.
+`offsets`: int32 or int64 [E], the inclusive cumulative sum of tokens per expert, on x's device.
+`segments`: the sizes of one period of output columns; block p of every period belongs to
+projection p and reads rank block p of s. `()` means that all columns belong to one projection.
 """
 
 import os
@@ -35,9 +35,8 @@ class Ops(Protocol):
         y: Tensor,
         s: Tensor,
         lora_B: Tensor,
-        offsets: Tensor | None = None,
-        *,
         scale: float,
+        offsets: Tensor | None = None,
         segments: Sequence[int] = (),
     ) -> None:
         """Add scale * s Bᵀ to y in place."""
@@ -47,9 +46,8 @@ class Ops(Protocol):
         self,
         dy: Tensor,
         lora_B: Tensor,
-        offsets: Tensor | None = None,
-        *,
         scale: float,
+        offsets: Tensor | None = None,
         segments: Sequence[int] = (),
     ) -> Tensor:
         """Return ds = scale * dy B."""
@@ -59,9 +57,9 @@ class Ops(Protocol):
         self,
         dy: Tensor,
         s: Tensor,
-        offsets: Tensor | None = None,
-        *,
+        lora_B: Tensor,
         scale: float,
+        offsets: Tensor | None = None,
         segments: Sequence[int] = (),
     ) -> Tensor:
         """Return dB = scale * dyᵀ s."""
@@ -72,9 +70,8 @@ class Ops(Protocol):
         dy: Tensor,
         s: Tensor,
         lora_B: Tensor,
-        offsets: Tensor | None = None,
-        *,
         scale: float,
+        offsets: Tensor | None = None,
         segments: Sequence[int] = (),
     ) -> tuple[Tensor, Tensor]:
         """Return ds and dB, reading dy once where that is faster."""

@@ -39,7 +39,7 @@ def philox(counter: Tensor, key: Tensor) -> Tensor:
 def dropout_mask(shape: Sequence[int], p: float, seed: Tensor) -> Tensor:
     """Return True for kept elements: those whose Philox word is at least p * 2^32.
 
-    Element e, counted row-major over the whole tensor, has word e % 4 of counter e // 4, key `seed`.
+    Element e, counted row-major over the whole tensor, has word e % 4 of counter e // 4.
     """
     count = torch.Size(shape).numel()
     counter = torch.arange((count + 3) // 4, device=seed.device)
@@ -76,9 +76,8 @@ def expand_(
     y: Tensor,
     s: Tensor,
     lora_B: Tensor,
-    offsets: Tensor | None = None,
-    *,
     scale: float,
+    offsets: Tensor | None = None,
     segments: Sequence[int] = (),
 ) -> None:
     """Add scale * s Bᵀ to y in place, each block of columns reading its own rank block of s."""
@@ -92,9 +91,8 @@ def expand_(
 def expand_dgrad(
     dy: Tensor,
     lora_B: Tensor,
-    offsets: Tensor | None = None,
-    *,
     scale: float,
+    offsets: Tensor | None = None,
     segments: Sequence[int] = (),
 ) -> Tensor:
     """Return ds = scale * dy B, [..., P*r]."""
@@ -108,12 +106,12 @@ def expand_dgrad(
 def expand_wgrad(
     dy: Tensor,
     s: Tensor,
-    offsets: Tensor | None = None,
-    *,
+    lora_B: Tensor,
     scale: float,
+    offsets: Tensor | None = None,
     segments: Sequence[int] = (),
 ) -> Tensor:
-    """Return dB = scale * dyᵀ s, [out, r] or [E, out, r]."""
+    """Return dB = scale * dyᵀ s in the shape of lora_B."""
     full = scale * _outer(_rows(_accumulated(dy)), _rows(_accumulated(s)), offsets)
     return gather(full, segments).to(dy.dtype)
 
@@ -122,14 +120,13 @@ def expand_backward(
     dy: Tensor,
     s: Tensor,
     lora_B: Tensor,
-    offsets: Tensor | None = None,
-    *,
     scale: float,
+    offsets: Tensor | None = None,
     segments: Sequence[int] = (),
 ) -> tuple[Tensor, Tensor]:
     """Return ds and dB: `expand_dgrad` and `expand_wgrad` in one call."""
-    ds = expand_dgrad(dy, lora_B, offsets, scale=scale, segments=segments)
-    return ds, expand_wgrad(dy, s, offsets, scale=scale, segments=segments)
+    ds = expand_dgrad(dy, lora_B, scale, offsets, segments)
+    return ds, expand_wgrad(dy, s, lora_B, scale, offsets, segments)
 
 
 def shrink_dgrad_(
