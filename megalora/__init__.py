@@ -1,0 +1,41 @@
+"""LoRA for NVIDIA Megatron: adapters in every parallel layout, exchanged with Hugging Face."""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+from megalora.arguments import add_lora_args, lora_config_from_args
+from megalora.config import LoRAConfig
+
+if TYPE_CHECKING:
+    from megalora.builder import adapters, apply_lora, lora_hook, set_enabled
+    from megalora.merge import merge, unmerge
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "LoRAConfig",
+    "adapters",
+    "add_lora_args",
+    "apply_lora",
+    "lora_config_from_args",
+    "lora_hook",
+    "merge",
+    "set_enabled",
+    "unmerge",
+]
+
+# Loaded on first use: `megalora.cpu.install` has to run before megatron is imported.
+_LAZY = {
+    "adapters": "builder",
+    "apply_lora": "builder",
+    "lora_hook": "builder",
+    "set_enabled": "builder",
+    "merge": "merge",
+    "unmerge": "merge",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _LAZY:
+        raise AttributeError(f"module 'megalora' has no attribute {name!r}")
+    return getattr(import_module(f"megalora.{_LAZY[name]}"), name)

@@ -1,0 +1,224 @@
+"""Attach adapters to the model chunks that Megatron's builders build, and freeze the base."""
+
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from megatron.core import parallel_state
+from megatron.core.models.common.embeddings.language_model_embedding import LanguageModelEmbedding
+from megatron.core.transformer.moe.experts import SequentialMLP
+from megatron.core.transformer.transformer_layer import TransformerLayer
+from torch.distributed import ProcessGroup
+
+from megalora.adapters import (
+    GroupedAdapter,
+    LinearAdapter,
+    LoRAAdapter,
+    SequentialAdapter,
+    bind,
+    bind_sequential,
+)
+from megalora.bases import Base, Style, describe, describe_sequential, refusal
+from megalora.collectives import group_size
+from megalora.config import LoRAConfig
+from megalora.init import reset_parameters
+from megalora.targets import (
+    ModelFacts,
+    check_all_matched,
+    check_targets,
+    global_name,
+    matching_target,
+    plan,
+)
+
+ModelChunks = list[torch.nn.Module]
+
+
+def lora_hook(config: LoRAConfig) -> Callable[[ModelChunks], ModelChunks]:
+    """Return a hook for `GPTModelConfig.pre_wrap_hooks` that attaches the adapters."""
+
+    def attach(model_chunks: ModelChunks) -> ModelChunks:
+        return apply_lora(model_chunks, config)
+
+    return attach
+
+
+def apply_lora(model_chunks: ModelChunks, config: LoRAConfig) -> ModelChunks:
+    """Attach adapters to unwrapped model chunks, freeze everything else, return the chunks.
+
+    Call it after building (and loading) the model and before DDP wraps it. All ranks must call it.
+    Raises ValueError where a target matches nothing in the whole model, where a module would bypass
+    its adapter, or where sizes cannot be sharded.
+    """
+    check_targets(config.targets)
+    for chunk in model_chunks:
+        _check_unwrapped(chunk)
+    found = [(chunk, list(_candidates(chunk))) for chunk in model_chunks]
+    matched = {
+        target
+        for _, candidates in found
+        for candidate in candidates
+        if (target := matching_target(candidate.name, config.targets))
+    }
+    check_all_matched(config.targets, _union_over_ranks(matched))
+    for chunk, candidates in found:
+        chunk.requires_grad_(False)
+        _attach(chunk, candidates, config)
+        _freeze_router_bias(chunk)
+        _make_embedding_require_grad(chunk)
+    return model_chunks
+
+
+def adapters(model_chunks: Sequence[torch.nn.Module]) -> Iterator[tuple[str, LoRAAdapter]]:
+    """Yield the adapters of model chunks, wrapped or not, with their global names."""
+    for chunk in model_chunks:
+        for module in chunk.modules():
+            if isinstance(module, LoRAAdapter):
+                yield module.spec.adapter_name, module
+
+
+def set_enabled(model_chunks: Sequence[torch.nn.Module], enabled: bool) -> None:
+    """Switch all adapters on or off; off, the model is its base (a reference policy)."""
+    for _, adapter in adapters(model_chunks):
+        adapter.enabled = enabled
+
+
+class _Candidate:
+    """A base linear with its global name and where its adapter goes."""
+
+    def __init__(self, name: str, base: Base, parent: torch.nn.Module) -> None:
+        self.name, self.base, self.parent = name, base, parent
+        self.leaf = name.rpartition(".")[2]
+
+
+def model_facts(config: Any) -> ModelFacts:
+    """Read the sizes that decide the form of adapters from Megatron's TransformerConfig."""
+    return ModelFacts(
+        num_attention_heads=config.num_attention_heads,
+        num_query_groups=config.num_query_groups or config.num_attention_heads,
+        kv_channels=config.kv_channels or config.hidden_size // config.num_attention_heads,
+        gated_linear_unit=config.gated_linear_unit,
+        attention_output_gate=getattr(config, "attention_output_gate", False),
+        moe_router_topk=config.moe_router_topk,
+        num_moe_experts=config.num_moe_experts or 0,
+        q_lora_rank=getattr(config, "q_lora_rank", None) or 0,
+    )
+
+
+def _check_unwrapped(chunk: torch.nn.Module) -> None:
+    if hasattr(chunk, "module"):
+        raise ValueError(
+            f"model chunk is a {type(chunk).__name__}, which is wrapped already: "
+            "call apply_lora before DDP and Float16Module, or use lora_hook in pre_wrap_hooks"
+        )
+    if next(adapters([chunk]), None) is not None:
+        raise ValueError("model chunk has adapters already: call apply_lora once")
+
+
+def _candidates(chunk: torch.nn.Module) -> Iterator[_Candidate]:
+    modules = dict(chunk.named_modules())
+    layer_numbers = {
+        name: module.layer_number
+        for name, module in modules.items()
+        if isinstance(module, TransformerLayer) and name.startswith("decoder.")
+    }
+    for name, module in modules.items():
+        whole = global_name(name, layer_numbers)
+        if isinstance(module, SequentialMLP):
+            for leaf in ("linear_fc1", "linear_fc2"):
+                base = describe_sequential(module, leaf)
+                yield _Candidate(f"{whole}.{leaf}", base, module)
+            continue
+        if ".local_experts." in name or name == "":
+            continue
+        if (base := describe(module)) is not None:
+            yield _Candidate(whole, base, modules[name.rpartition(".")[0]])
+
+
+def _attach(chunk: Any, candidates: list[_Candidate], config: LoRAConfig) -> None:
+    facts = model_facts(chunk.config)
+    sequential: dict[torch.nn.Module, dict[str, SequentialAdapter]] = {}
+    chosen = [c for c in candidates if matching_target(c.name, config.targets)]
+    if chosen:
+        _refuse_bypasses(chunk, chosen)
+    for candidate in chosen:
+        adapter = _make_adapter(candidate, config, facts, chunk.config)
+        reset_parameters(adapter)
+        candidate.parent.add_module(candidate.leaf + "_lora", adapter)
+        if isinstance(adapter, SequentialAdapter):
+            sequential.setdefault(candidate.parent, {})[candidate.leaf] = adapter
+        elif isinstance(adapter, LinearAdapter | GroupedAdapter):
+            bind(adapter)
+    for pair in sequential.values():
+        bind_sequential(pair)
+
+
+def _make_adapter(
+    candidate: _Candidate, config: LoRAConfig, facts: ModelFacts, model_config: Any
+) -> LoRAAdapter:
+    base = candidate.base
+    spec = plan(candidate.name, base.out_features, config, facts, is_expert=base.is_expert)
+    if isinstance(base.module, SequentialMLP):
+        kind = SequentialAdapter
+    else:
+        kind = GroupedAdapter if base.style is Style.GROUPED else LinearAdapter
+    weight = next(base.module.parameters(), None)
+    device = torch.device(torch.cuda.current_device()) if weight is None else weight.device
+    return kind(
+        base,
+        spec,
+        config,
+        dtype=model_config.params_dtype,
+        device=device,
+        dense_group=_process_group(parallel_state.get_tensor_model_parallel_group()),
+        expert_group=(
+            _process_group(parallel_state.get_expert_model_parallel_group())
+            if base.is_expert
+            else None
+        ),
+    )
+
+
+def _process_group(group: Any) -> ProcessGroup | None:
+    return group if group_size(group) > 1 else None
+
+
+def _refuse_bypasses(chunk: torch.nn.Module, chosen: list[_Candidate]) -> None:
+    for name, module in chunk.named_modules():
+        reason = refusal(module)
+        inside = any(c.name.startswith(name) or c.base.module is module for c in chosen)
+        if reason is not None and inside:
+            raise ValueError(f"lora_targets select linears of {name}: {reason}")
+
+
+def _union_over_ranks(matched: set[str]) -> set[str]:
+    if not dist.is_initialized() or dist.get_world_size() == 1:
+        return matched
+    gathered: list[set[str]] = [set() for _ in range(dist.get_world_size())]
+    dist.all_gather_object(gathered, matched)
+    return set().union(*gathered)
+
+
+def _freeze_router_bias(chunk: Any) -> None:
+    # Megatron moves the expert bias of a frozen router at every step: the base would drift.
+    if getattr(chunk.config, "moe_router_enable_expert_bias", False):
+        chunk.config.moe_router_bias_update_rate = 0.0
+
+
+def _make_embedding_require_grad(chunk: Any) -> None:
+    """Let recomputed blocks see an input that requires gradient.
+
+    A frozen embedding's output requires none, and torch's checkpointing then drops the gradients
+    of everything inside the block without an error.
+    """
+    if chunk.config.recompute_granularity is None:
+        return
+    for module in chunk.modules():
+        if isinstance(module, LanguageModelEmbedding):
+            module.register_forward_hook(_require_grad)
+
+
+def _require_grad(_module: torch.nn.Module, _inputs: Any, output: torch.Tensor) -> None:
+    if torch.is_grad_enabled() and not output.requires_grad:
+        output.requires_grad_(True)

@@ -1,0 +1,130 @@
+"""The one description of an adapter: what it adapts, how large it is, how it starts."""
+
+import math
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, fields
+from typing import Any, Literal, Self, get_args
+
+ExpertMode = Literal["per_expert", "shared_outer"]
+Init = Literal["uniform", "pissa"]
+OpsBackend = Literal["fused", "reference"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoRAConfig:
+    """Describe LoRA adapters; the defaults are those of "LoRA Without Regret".
+
+    rank: rank r of every dense adapter.
+    alpha: an adapter of rank r is scaled by alpha / r (alpha / sqrt(r) with `rslora`).
+    dropout: probability of dropping an input element of an adapter.
+    targets: presets (`all`, `attn`, `mlp`, `unembed`) and Megatron module names, combinable.
+    expert_rank: rank of each expert's adapter; None means rank / moe_router_topk.
+    expert_mode: `per_expert` gives every expert its own A and B; `shared_outer` shares A of
+        linear_fc1 and B of linear_fc2 over all experts, at full rank.
+    shared_a: one A for each fused Megatron linear instead of one for each Hugging Face projection.
+    seed: seed of the start values, which are the same on every parallel layout.
+    rslora: scale by alpha / sqrt(r).
+    init: `uniform` draws A from U(-1/sqrt(d_in), 1/sqrt(d_in)) and sets B to zero; `pissa` takes
+        the leading singular triplets of the base weight, which keeps the residual.
+    lr_ratio: learning rate of B over that of A.
+    eps_a, eps_b: Adam's epsilon for A and for B; None means the optimizer's own.
+    ops: `fused` C++/CUDA kernels, or `reference` in plain torch for debugging.
+    """
+
+    rank: int
+    alpha: float = 32.0
+    dropout: float = 0.0
+    targets: tuple[str, ...] = ("all",)
+    expert_rank: int | None = None
+    expert_mode: ExpertMode = "per_expert"
+    shared_a: bool = False
+    seed: int = 1234
+    rslora: bool = False
+    init: Init = "uniform"
+    lr_ratio: float = 1.0
+    eps_a: float | None = None
+    eps_b: float | None = None
+    ops: OpsBackend = "fused"
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "targets", tuple(self.targets))
+        _require(_is_int(self.rank) and self.rank >= 1, "rank", self.rank, "an integer >= 1")
+        _require(self.alpha > 0, "alpha", self.alpha, "a number > 0")
+        _require(0 <= self.dropout < 1, "dropout", self.dropout, "a probability in [0, 1)")
+        _require(len(self.targets) > 0, "targets", self.targets, "at least one preset or name")
+        _require(
+            self.expert_rank is None or (_is_int(self.expert_rank) and self.expert_rank >= 1),
+            "expert_rank",
+            self.expert_rank,
+            "an integer >= 1, or leave it out for rank / moe_router_topk",
+        )
+        _require(_is_int(self.seed) and self.seed >= 0, "seed", self.seed, "an integer >= 0")
+        _require(self.lr_ratio > 0, "lr_ratio", self.lr_ratio, "a number > 0")
+        for name in ("eps_a", "eps_b"):
+            eps = getattr(self, name)
+            _require(eps is None or eps >= 0, name, eps, "a number >= 0")
+        for name, choices in (
+            ("expert_mode", get_args(ExpertMode)),
+            ("init", get_args(Init)),
+            ("ops", get_args(OpsBackend)),
+        ):
+            _require(getattr(self, name) in choices, name, getattr(self, name), _one_of(choices))
+        _require(
+            not (self.init == "pissa" and self.expert_mode == "shared_outer"),
+            "init",
+            self.init,
+            "`uniform` where expert_mode is `shared_outer`: a shared factor has no single base",
+        )
+        _require(
+            not (self.init == "pissa" and self.shared_a),
+            "init",
+            self.init,
+            "`uniform` where shared_a is set: each projection has its own singular vectors",
+        )
+
+    def scale(self, rank: int) -> float:
+        """Return the factor c of y += c B A x for an adapter of this rank."""
+        return self.alpha / (math.sqrt(rank) if self.rslora else rank)
+
+    def resolve_expert_rank(self, topk: int) -> int:
+        """Return the rank of one expert's adapter in a model with `topk` active experts.
+
+        Raises ValueError where rank / topk is not whole.
+        """
+        if self.expert_mode == "shared_outer":
+            return self.expert_rank or self.rank
+        if self.expert_rank is not None:
+            return self.expert_rank
+        if self.rank % topk:
+            works = ", ".join(str(topk * k) for k in (1, 2, 3))
+            raise ValueError(
+                f"lora_rank {self.rank} is not divisible by moe_router_topk {topk}: "
+                f"use {works}, ... or set --lora-expert-rank"
+            )
+        return self.rank // topk
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the fields as JSON-ready values."""
+        return {**asdict(self), "targets": list(self.targets)}
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> Self:
+        """Make a configuration from `to_dict`'s result; an unknown field raises ValueError."""
+        known = {field.name for field in fields(cls)}
+        unknown = sorted(set(values) - known)
+        if unknown:
+            raise ValueError(f"LoRAConfig has no field {unknown}: it has {sorted(known)}")
+        return cls(**values)
+
+
+def _is_int(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _one_of(choices: tuple[str, ...]) -> str:
+    return "one of " + ", ".join(choices)
+
+
+def _require(valid: bool, field: str, value: object, remedy: str) -> None:
+    if not valid:
+        raise ValueError(f"lora_{field} is {value!r}: it must be {remedy}")

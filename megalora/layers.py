@@ -1,0 +1,270 @@
+"""LoRA around a base linear: the sharding contract, implemented once for dense and expert layers.
+
+t tensor-parallel size, n tokens, i/o in/out features, r rank, c scale. Every `lora_A` [r, i] is
+sharded along its input and every `lora_B` [o, r] along its output; nothing is replicated.
+
+The adapter sandwiches its base. `Depart` runs before the base: it computes s = x Aᵀ as far as
+possible and starts what must travel. `Land` runs after the base: it finishes the travel and adds
+c s Bᵀ in place. In backward the order is reversed: Land computes ds and starts its travel, the base
+computes its own dX, then Depart finishes the travel and adds ds A in place into that dX. So every
+collective but the two named in `Route` hides behind the base's GEMM.
+"""
+
+from dataclasses import dataclass
+from enum import Enum
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.distributed import ProcessGroup
+
+from megalora.bases import Split, State
+from megalora.collectives import (
+    Exchange,
+    Pending,
+    done,
+    group_size,
+    own_shard,
+    start_exchange,
+    start_gather,
+    start_reduce_scatter,
+)
+
+
+class Factor(Enum):
+    """What a rank does with its shard of lora_A or lora_B."""
+
+    LOCAL = "used as it is"
+    SUMMED = "gathered; its gradient is reduce-scattered"
+    SLICED = "gathered; its gradient is computed for the own shard only"
+
+
+@dataclass(frozen=True, slots=True)
+class Route:
+    """One row of the sharding contract."""
+
+    a: Factor
+    b: Factor
+    forward: Exchange
+    backward: Exchange
+
+
+# NOTE: two collectives are not hidden: the gather of A where s itself must travel (column, token
+# shard), and what is left of the reduce-scatter of dA behind the update of dX.
+ROUTES: dict[tuple[Split, State], Route] = {
+    (Split.COLUMN, State.TOKEN_SHARD): Route(
+        Factor.SUMMED, Factor.LOCAL, Exchange.ALL_GATHER, Exchange.REDUCE_SCATTER
+    ),
+    (Split.COLUMN, State.REPLICATED): Route(
+        Factor.SLICED, Factor.LOCAL, Exchange.NONE, Exchange.ALL_REDUCE
+    ),
+    (Split.COLUMN, State.PARTIAL): Route(Factor.SUMMED, Factor.LOCAL, Exchange.NONE, Exchange.NONE),
+    (Split.ROW, State.TOKEN_SHARD): Route(
+        Factor.LOCAL, Factor.SUMMED, Exchange.REDUCE_SCATTER, Exchange.ALL_GATHER
+    ),
+    (Split.ROW, State.REPLICATED): Route(
+        Factor.LOCAL, Factor.SLICED, Exchange.ALL_REDUCE, Exchange.NONE
+    ),
+    (Split.ROW, State.PARTIAL): Route(Factor.LOCAL, Factor.SUMMED, Exchange.NONE, Exchange.NONE),
+    (Split.DUPLICATED, State.TOKEN_SHARD): Route(
+        Factor.SUMMED, Factor.SUMMED, Exchange.NONE, Exchange.NONE
+    ),
+    (Split.DUPLICATED, State.REPLICATED): Route(
+        Factor.SLICED, Factor.SLICED, Exchange.NONE, Exchange.NONE
+    ),
+}
+LOCAL_ROUTE = Route(Factor.LOCAL, Factor.LOCAL, Exchange.NONE, Exchange.NONE)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Journey:
+    """Everything about one call of an adapter but its tensors.
+
+    group: tensor-parallel group of the token tensors; a_group, b_group: groups over which lora_A
+    and lora_B are sharded. a_offsets, b_offsets: token offsets [E] of a grouped factor, None where
+    the factor is one for all tokens. segments: of the columns of y that lora_B (gathered where the
+    route says so) covers. seed: int64 [1] of the dropout mask, None without dropout.
+    """
+
+    ops: Any
+    route: Route
+    scale: float
+    segments: list[int]
+    group: ProcessGroup | None = None
+    a_group: ProcessGroup | None = None
+    b_group: ProcessGroup | None = None
+    a_offsets: Tensor | None = None
+    b_offsets: Tensor | None = None
+    dropout: float = 0.0
+    seed: Tensor | None = None
+
+
+class _Luggage:
+    """Tensors on their way between Depart and Land, in both directions."""
+
+    __slots__ = ("b", "d_a_factor", "d_b", "ds", "lora_A", "s", "x")
+
+    def __init__(self) -> None:
+        self.x: Tensor | None = None
+        self.lora_A: Tensor | None = None
+        self.s: Pending | None = None
+        self.b: Pending | None = None
+        self.ds: Pending | None = None
+        self.d_a_factor: Pending | None = None
+        self.d_b: Pending | None = None
+
+
+class Depart(torch.autograd.Function):
+    """Before the base: pass x through, compute s, start what travels.
+
+    x: [..., i] as the base reads it. Returns x and an empty anchor that orders Land after it.
+    dgrad: dx += ds A, in place in the base's own dX. wgrad: dA, dB.
+    """
+
+    @staticmethod
+    def forward(  # type: ignore[override]
+        ctx, x: Tensor, lora_A: Tensor, lora_B: Tensor, journey: Journey, luggage: _Luggage
+    ) -> tuple[Tensor, Tensor]:
+        ctx.journey, ctx.luggage = journey, luggage
+        ctx.save_for_backward(x, lora_A)
+        ctx.set_materialize_grads(False)
+        _start_forward(x, lora_A, lora_B, journey, luggage)
+        passed = x.detach()
+        if not ctx.needs_input_grad[0]:
+            ctx.mark_non_differentiable(passed)
+        return passed, x.new_empty(0)
+
+    @staticmethod
+    def backward(ctx, dx: Tensor | None, _anchor: Tensor | None):  # type: ignore[override]
+        journey, luggage = ctx.journey, ctx.luggage
+        x, lora_A = ctx.saved_tensors
+        assert luggage.ds is not None
+        ds = luggage.ds.wait()
+        d_a = _start_a_grad(ds, x, journey) if ctx.needs_input_grad[1] else None
+        if ctx.needs_input_grad[0]:
+            if dx is None:
+                dx = torch.zeros_like(x)
+            full_a = luggage.d_a_factor.wait() if luggage.d_a_factor is not None else lora_A
+            journey.ops.shrink_dgrad_(
+                dx, ds, full_a, journey.a_offsets, p=journey.dropout, seed=journey.seed
+            )
+        d_b = luggage.d_b
+        luggage.ds = luggage.d_a_factor = luggage.d_b = None
+        return dx, d_a and d_a.wait(), d_b and d_b.wait(), None, None
+
+
+class Land(torch.autograd.Function):
+    """After the base: finish what travels, add c s Bᵀ in place into y [..., o].
+
+    dgrad: ds = c dY B, started on its way; dY itself passes on to the base. wgrad: dB, started.
+    """
+
+    @staticmethod
+    def forward(ctx, y: Tensor, anchor: Tensor, journey: Journey, luggage: _Luggage) -> Tensor:  # type: ignore[override]
+        s, full_b = _finish_forward(journey, luggage)
+        ctx.journey, ctx.luggage = journey, luggage
+        ctx.save_for_backward(s, full_b)
+        ctx.lora_A = luggage.lora_A
+        luggage.x = luggage.lora_A = luggage.s = luggage.b = None
+        journey.ops.expand_(y, s, full_b, journey.scale, journey.b_offsets, journey.segments)
+        # A fresh handle: y may be a view that autograd forbids to change in place.
+        return y.detach()
+
+    @staticmethod
+    def backward(ctx, dy: Tensor):  # type: ignore[override]
+        s, full_b = ctx.saved_tensors
+        _start_backward(dy, s, full_b, ctx.lora_A, ctx.journey, ctx.luggage)
+        return dy, dy.new_empty(0), None, None
+
+
+def adapt(
+    base_forward: Any, x: Tensor, lora_A: Tensor, lora_B: Tensor, journey: Journey
+) -> tuple[Tensor, Any]:
+    """Run a base linear with its adapter around it.
+
+    base_forward: callable of x that returns (y, rest). Returns (y + c s Bᵀ, rest).
+    """
+    luggage = _Luggage()
+    x, anchor = Depart.apply(x, lora_A, lora_B, journey, luggage)  # type: ignore[misc]
+    y, rest = base_forward(x)
+    return Land.apply(y, anchor, journey, luggage), rest  # type: ignore[return-value]
+
+
+def add_update(x: Tensor, y: Tensor, lora_A: Tensor, lora_B: Tensor, journey: Journey) -> Tensor:
+    """Add an adapter whose input is known only after its base has run: y + c s Bᵀ."""
+    luggage = _Luggage()
+    _, anchor = Depart.apply(x, lora_A, lora_B, journey, luggage)  # type: ignore[misc]
+    return Land.apply(y, anchor, journey, luggage)  # type: ignore[return-value]
+
+
+def _start_forward(
+    x: Tensor, lora_A: Tensor, lora_B: Tensor, journey: Journey, luggage: _Luggage
+) -> None:
+    route = journey.route
+    luggage.x, luggage.lora_A = x, lora_A
+    gathers_b = route.b is not Factor.LOCAL
+    luggage.b = start_gather(lora_B, -2, journey.b_group) if gathers_b else done(lora_B)
+    gathers_a = route.a is not Factor.LOCAL
+    a = start_gather(lora_A, -1, journey.a_group) if gathers_a else done(lora_A)
+
+    def shrink() -> Tensor:
+        return journey.ops.shrink(
+            x, a.wait(), journey.a_offsets, p=journey.dropout, seed=journey.seed
+        )
+
+    # Where s does not travel, the gather of A hides behind the base and s is computed after it.
+    deferred = gathers_a and route.forward is Exchange.NONE and group_size(journey.a_group) > 1
+    if deferred:
+        luggage.s = Pending(shrink)
+    else:
+        luggage.s = start_exchange(shrink(), route.forward, journey.group)
+
+
+def _finish_forward(journey: Journey, luggage: _Luggage) -> tuple[Tensor, Tensor]:
+    assert luggage.s is not None
+    assert luggage.b is not None
+    return luggage.s.wait(), luggage.b.wait()
+
+
+def _start_backward(
+    dy: Tensor,
+    s: Tensor,
+    full_b: Tensor,
+    lora_A: Tensor,
+    journey: Journey,
+    luggage: _Luggage,
+) -> None:
+    ops, route = journey.ops, journey.route
+    if route.a is not Factor.LOCAL:
+        luggage.d_a_factor = start_gather(lora_A, -1, journey.a_group)
+    segments = journey.segments
+    how = (journey.scale, journey.b_offsets, segments)
+    if route.b is Factor.LOCAL and route.backward is Exchange.NONE:
+        ds, d_b = ops.expand_backward(dy, s, full_b, *how)
+        luggage.ds, luggage.d_b = done(ds), done(d_b)
+        return
+    ds = ops.expand_dgrad(dy, full_b, *how)
+    luggage.ds = start_exchange(ds, route.backward, journey.group)
+    if route.b is Factor.SLICED and not segments:
+        dy = own_shard(dy, -1, journey.b_group)
+        full_b = own_shard(full_b, -2, journey.b_group)
+    d_b = ops.expand_wgrad(dy, s, full_b, *how)
+    if route.b is Factor.SUMMED:
+        luggage.d_b = start_reduce_scatter(d_b, -2, journey.b_group)
+    elif route.b is Factor.SLICED and segments:
+        luggage.d_b = done(own_shard(d_b, -2, journey.b_group))
+    else:
+        luggage.d_b = done(d_b)
+
+
+def _start_a_grad(ds: Tensor, x: Tensor, journey: Journey) -> Pending:
+    route = journey.route
+    if route.a is Factor.SLICED and journey.dropout == 0.0:
+        x = own_shard(x, -1, journey.a_group)
+    d_a = journey.ops.shrink_wgrad(ds, x, journey.a_offsets, p=journey.dropout, seed=journey.seed)
+    if route.a is Factor.SUMMED:
+        return start_reduce_scatter(d_a, -1, journey.a_group)
+    if route.a is Factor.SLICED and journey.dropout > 0.0:
+        # The mask counts elements of the whole x: slice the gradient, not x.
+        return done(own_shard(d_a, -1, journey.a_group).contiguous())
+    return done(d_a)
