@@ -119,19 +119,23 @@ def _patch_cuda() -> None:
     # Index 0 and not the CPU device: Megatron also formats it as f"cuda:{current_device()}".
     cuda.current_device = lambda: 0
     cuda.Stream, cuda.Event = Stream, Event
-    cuda.current_stream = cuda.default_stream = lambda device=None: stream
-    cuda.stream = cuda.device = lambda target=None: contextlib.nullcontext()
+    cuda.current_stream = lambda device=None: stream
+    cuda.default_stream = lambda device=None: stream
+    cuda.stream = lambda stream=None: contextlib.nullcontext()
+    cuda.device = lambda device=None: contextlib.nullcontext()
     cuda.is_current_stream_capturing = lambda: False
     for name in (
         *("set_device", "set_stream", "synchronize", "empty_cache", "ipc_collect"),
         *("reset_peak_memory_stats", "reset_max_memory_allocated"),
     ):
-        setattr(cuda, name, _do_nothing)
+        setattr(cuda, name, _nothing())
     for name in ("range_push", "range_pop", "mark"):
-        setattr(cuda.nvtx, name, _do_nothing)
-    for name in ("memory_allocated", "max_memory_allocated", "memory_reserved"):
+        setattr(cuda.nvtx, name, _nothing())
+    for name in (
+        *("memory_allocated", "max_memory_allocated", "memory_reserved", "max_memory_reserved"),
+        "device_memory_used",
+    ):
         setattr(cuda, name, lambda device=None: 0)
-    cuda.max_memory_reserved = cuda.device_memory_used = lambda device=None: 0
     cuda.memory_stats = lambda device=None: collections.defaultdict(int)
     cuda.mem_get_info = lambda device=None: (_MEMORY, _MEMORY)
     # Ampere: bf16 is allowed, FP8 and newer kernels are not.
@@ -142,8 +146,16 @@ def _patch_cuda() -> None:
     )
 
 
-def _do_nothing(*args: object, **kwargs: object) -> None:
-    """Stand in for a call that only makes sense on a GPU."""
+def _nothing() -> Callable[..., None]:
+    """Return a new function for a call that only makes sense on a GPU.
+
+    New each time: Dynamo refuses one function under two names of torch.
+    """
+
+    def do_nothing(*args: object, **kwargs: object) -> None:
+        pass
+
+    return do_nothing
 
 
 def _patch_rng() -> None:
@@ -154,7 +166,7 @@ def _patch_rng() -> None:
         patched.set_rng_state = lambda new_state, device="cuda": torch.set_rng_state(new_state)
         # torch.manual_seed would call this function again through manual_seed_all.
         patched.manual_seed = lambda seed: torch.default_generator.manual_seed(int(seed))
-        patched.manual_seed_all = _do_nothing
+        patched.manual_seed_all = _nothing()
 
 
 def _on_cpu(device: Any) -> Any:
@@ -184,14 +196,16 @@ def _redirect_devices() -> None:
     tensor: Any = torch.Tensor
     for name in _TENSOR_FACTORIES:
         setattr(tensor, name, _with_cpu_device(getattr(tensor, name)))
-    to, type_ = tensor.to, tensor.type
+    # A method and not a variable: Dynamo can trace `self._to`, but not the bare C function.
+    tensor._to = tensor.to
+    type_ = tensor.type
 
-    def to_cpu(self: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+    def to_cpu(self: Any, *args: Any, **kwargs: Any) -> torch.Tensor:
         if args:
             args = (_on_cpu(args[0]), *args[1:])
         if "device" in kwargs:
             kwargs["device"] = _on_cpu(kwargs["device"])
-        return to(self, *args, **kwargs)
+        return self._to(*args, **kwargs)
 
     def cuda_type(self: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
         result = type_(self, *args, **kwargs)
@@ -203,4 +217,4 @@ def _redirect_devices() -> None:
     tensor.to, tensor.type = to_cpu, cuda_type
     tensor.cuda = lambda self, *args, **kwargs: self
     tensor.pin_memory = lambda self, *args, **kwargs: self
-    tensor.record_stream = _do_nothing
+    tensor.record_stream = _nothing()
