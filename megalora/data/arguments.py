@@ -1,0 +1,161 @@
+"""The --dataset flags, and what a launch script makes of them."""
+
+import argparse
+from collections.abc import Callable, Sequence
+from typing import Any, Literal
+
+from megalora.data.build import Datasets, build_datasets, check_dataset, default_valid_split
+from megalora.data.tokenizers import ByteTokenizer
+
+type AttentionFormat = Literal["padded", "mask", "thd"]
+
+_BYTE = "ByteTokenizer"
+
+
+class _TokenizerType(argparse.Action):
+    """Take `ByteTokenizer` too.
+
+    Megatron's own list of tokenizers is closed. Its models need only the vocabulary's size, for
+    which it has the NullTokenizer: Megatron sees that one, the datasets see the real one.
+    """
+
+    def __call__(
+        self,
+        parser: argparse.ArgumentParser,
+        namespace: argparse.Namespace,
+        values: Any,
+        option_string: str | None = None,
+    ) -> None:
+        """Store the choice."""
+        namespace.byte_tokenizer = values == _BYTE
+        namespace.tokenizer_type = values
+        if namespace.byte_tokenizer:
+            namespace.tokenizer_type = "NullTokenizer"
+            namespace.vocab_size = ByteTokenizer.vocab_size
+            namespace.null_tokenizer_eod_id = ByteTokenizer.eos
+            namespace.null_tokenizer_pad_id = ByteTokenizer.pad
+
+
+def add_data_args(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
+    """Add the --dataset flags, and `ByteTokenizer` to --tokenizer-type, and return the parser."""
+    group = parser.add_argument_group("dataset", "chat and text datasets with loss masks")
+    add = group.add_argument
+    add(
+        "--dataset",
+        help="stdlib-text, stdlib-docstrings, a json, jsonl or parquet file, a folder of such "
+        "files, or a Hugging Face dataset (NAME or NAME:CONFIG), with columns `messages`, `prompt` "
+        "and `completion`, or `text`",
+    )
+    add("--dataset-split", default="train", help="split to train on (default train)")
+    add("--dataset-valid-split", help="split to validate on (default: a share of the training one)")
+    add("--dataset-test-split", help="split to test on (default: no test)")
+    add(
+        "--dataset-valid-fraction",
+        type=float,
+        default=0.02,
+        help="share of the training rows held out where there is no --dataset-valid-split",
+    )
+    add("--dataset-seed", type=int, help="seed of the order of examples (default: --seed)")
+    add(
+        "--no-packing",
+        dest="packing",
+        action="store_false",
+        help="one example in each sequence, padded, instead of as many as fit",
+    )
+    parser.set_defaults(byte_tokenizer=False)
+    _extend_tokenizer_types(parser)
+    return parser
+
+
+def tokenizer_from_args(args: argparse.Namespace) -> Any:
+    """Return the tokenizer that --tokenizer-type names; Megatron must have built its own."""
+    if args.byte_tokenizer:
+        return ByteTokenizer()
+    from megatron.training import get_tokenizer
+
+    return get_tokenizer()
+
+
+def attention_format(args: argparse.Namespace) -> AttentionFormat:
+    """Return how examples of one sequence are kept apart.
+
+    `padded`: nothing to keep apart. `thd`: TransformerEngine's attention takes the boundaries.
+    `mask`: Megatron's own attention (and the CPU's) takes a block-diagonal mask. Raises ValueError
+    where no way is left.
+    """
+    if not args.packing:
+        return "padded"
+    from megatron.core.extensions.transformer_engine import HAVE_TE
+
+    from megalora import cpu
+
+    if args.transformer_impl != "transformer_engine" or not HAVE_TE or cpu.installed():
+        return "mask"
+    if args.pipeline_model_parallel_size > 1 and args.micro_batch_size > 1:
+        # Packing joins a microbatch into one long sequence; stages expect micro_batch_size of them.
+        raise ValueError(
+            f"micro_batch_size {args.micro_batch_size} with packing and "
+            f"{args.pipeline_model_parallel_size} pipeline stages: set --micro-batch-size 1 and a "
+            "longer --seq-length, or --no-packing"
+        )
+    return "thd"
+
+
+def check_data_args(args: argparse.Namespace) -> None:
+    """Raise ValueError for a dataset that cannot be trained on, before any model is built.
+
+    Only global rank 0 reads the dataset; its exit makes torchrun end the others.
+    """
+    attention_format(args)
+    if args.rank != 0:
+        return
+    check_dataset(
+        args.dataset,
+        tokenizer_from_args(args),
+        args.seq_length,
+        train_split=args.dataset_split,
+        valid_split=args.dataset_valid_split or default_valid_split(args.dataset),
+        test_split=args.dataset_test_split,
+        valid_fraction=args.dataset_valid_fraction,
+        max_seq_length=args.max_position_embeddings,
+    )
+
+
+def datasets_from_args(
+    args: argparse.Namespace,
+    num_samples: Sequence[int | None],
+    *,
+    log: Callable[[str], None] | None = None,
+) -> Datasets:
+    """Return the train, validation and test datasets of the given lengths."""
+    splits_examples = attention_format(args) == "thd" and args.context_parallel_size > 1
+    return build_datasets(
+        args.dataset,
+        tokenizer_from_args(args),
+        args.seq_length,
+        train_split=args.dataset_split,
+        valid_split=args.dataset_valid_split,
+        test_split=args.dataset_test_split,
+        valid_fraction=args.dataset_valid_fraction,
+        packing=args.packing,
+        pad_multiple=2 * args.context_parallel_size if splits_examples else 1,
+        num_samples=num_samples,
+        seed=args.seed if args.dataset_seed is None else args.dataset_seed,
+        max_seq_length=args.max_position_embeddings,
+        log=log,
+    )
+
+
+def _extend_tokenizer_types(parser: argparse.ArgumentParser) -> None:
+    """Replace Megatron's --tokenizer-type by one with the same choices and `ByteTokenizer`."""
+    known = {flag: action for action in parser._actions for flag in action.option_strings}
+    choices = getattr(known.get("--tokenizer-type"), "choices", None) or []
+    handler = parser.conflict_handler
+    parser.conflict_handler = "resolve"
+    parser.add_argument(
+        "--tokenizer-type",
+        action=_TokenizerType,
+        choices=[*choices, _BYTE],
+        help=f"tokenizer; {_BYTE} is built in and needs no files",
+    )
+    parser.conflict_handler = handler

@@ -1,0 +1,187 @@
+"""From a data iterator to Megatron's forward step: batch, boundaries, loss.
+
+Imports Megatron, so `megalora.cpu.install` comes first where it is wanted.
+"""
+
+from collections.abc import Iterator
+from functools import partial
+from typing import Any, NamedTuple
+
+import torch
+from megatron.core import parallel_state
+from megatron.core.packed_seq_params import PackedSeqParams
+from megatron.core.rerun_state_machine import get_rerun_state_machine
+from megatron.core.tensor_parallel import broadcast_data
+from megatron.core.utils import get_attr_wrapped_model
+from megatron.training import get_args, get_timers, print_rank_0
+
+from megalora.data.arguments import AttentionFormat, attention_format, datasets_from_args
+from megalora.data.build import Datasets
+
+_KEYS = ["tokens", "labels", "loss_mask", "position_ids", "padding_mask", "cu_seqlens"]
+_SEQUENCE_KEYS = _KEYS[:-1]
+
+
+class Batch(NamedTuple):
+    """One microbatch on this rank: [b, s/cp], or [1, b * s/cp] in the thd format."""
+
+    tokens: torch.Tensor
+    labels: torch.Tensor
+    loss_mask: torch.Tensor
+    position_ids: torch.Tensor
+    padding_mask: torch.Tensor
+    attention_mask: torch.Tensor | None
+    packed_seq_params: PackedSeqParams | None
+
+
+def datasets_provider(num_samples: list[int | None], vp_stage: int | None = None) -> Datasets:
+    """Build the datasets of --dataset, as `megatron.training.pretrain` asks for them."""
+    args: Any = get_args()
+    return datasets_from_args(args, num_samples, log=print_rank_0)
+
+
+def forward_step(data_iterator: Iterator[dict[str, torch.Tensor]] | None, model: Any) -> tuple:
+    """Run one microbatch of --dataset through `model`; return the losses and the loss function."""
+    args: Any = get_args()
+    timers: Any = get_timers()
+    timers("batch-generator", log_level=2).start()
+    batch = get_batch(
+        data_iterator,
+        attention_format(args),
+        tp_group=parallel_state.get_tensor_model_parallel_group(),
+        cp_group=parallel_state.get_context_parallel_group(),
+    )
+    timers("batch-generator").stop()
+    padding: dict[str, Any] = {}
+    if args.num_experts is not None and "quantile" not in str(args.moe_router_load_balancing_type):
+        # Routers must not balance their load over padding; quantile balancing refuses to be told.
+        padding["padding_mask"] = _padding_mask(batch.padding_mask, model, args.sequence_parallel)
+    losses = model(
+        batch.tokens,
+        batch.position_ids,
+        batch.attention_mask,
+        labels=batch.labels,
+        packed_seq_params=batch.packed_seq_params,
+        loss_mask=batch.loss_mask,
+        **padding,
+    )
+    return losses, partial(loss_func, batch.loss_mask)
+
+
+def get_batch(
+    data_iterator: Iterator[dict[str, torch.Tensor]] | None,
+    attention: AttentionFormat,
+    *,
+    tp_group: Any,
+    cp_group: Any,
+) -> Batch:
+    """Return this rank's part of the next microbatch.
+
+    Tensor-parallel rank 0 reads it and broadcasts it; context-parallel ranks then each take their
+    chunks (the r-th and the r-th last of 2 cp, of each example in the thd format, else of each
+    sequence). Every pipeline stage needs it, for the boundaries between examples.
+    """
+    data = {}
+    if tp_group.rank() == 0:
+        assert data_iterator is not None
+        data = {key: value.long() for key, value in next(data_iterator).items() if key in _KEYS}
+    batch = broadcast_data(_KEYS, data, torch.int64, tp_group=tp_group)
+    cu_seqlens = batch["cu_seqlens"]
+    parts: dict[str, torch.Tensor] = {key: batch[key] for key in _SEQUENCE_KEYS}
+    attention_mask, packed = None, None
+    bounds = torch.tensor([0, parts["tokens"].shape[1]], device=cu_seqlens.device)
+    if attention == "thd":
+        parts = {key: value.reshape(1, -1) for key, value in parts.items()}
+        bounds = merge_boundaries(cu_seqlens)
+        packed = packed_params(bounds, cp_group)
+    elif attention == "mask":
+        attention_mask = block_diagonal_mask(cu_seqlens)
+    if cp_group.size() > 1:
+        index = chunk_positions(bounds, cp_group.size(), cp_group.rank())
+        parts = {key: value.index_select(1, index) for key, value in parts.items()}
+        if attention_mask is not None:
+            attention_mask = attention_mask.index_select(2, index)
+    parts["loss_mask"] = parts["loss_mask"].float()
+    parts["padding_mask"] = parts["padding_mask"].bool()
+    return Batch(**parts, attention_mask=attention_mask, packed_seq_params=packed)
+
+
+def loss_func(
+    loss_mask: torch.Tensor, losses: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor, dict[str, torch.Tensor]]:
+    """Return the summed loss of the trained tokens, their number and what Megatron logs.
+
+    Megatron divides: by the tokens of the whole batch under --calculate-per-token-loss, else by
+    those of each microbatch. Where it checks for NaN, a loss that is not finite stops the run.
+    """
+    loss = (losses.view(-1).float() * loss_mask.view(-1)).sum()
+    num_tokens = loss_mask.sum().to(torch.int)
+    args: Any = get_args()
+    if args.check_for_nan_in_loss_and_grad:
+        get_rerun_state_machine().validate_result(
+            result=loss,
+            rejection_func=lambda value: not torch.isfinite(value).all(),
+            message="found a loss that is not finite",
+            tolerance=0.0,
+            fatal=True,
+        )
+    return loss, num_tokens, {"lm loss": torch.stack([loss.detach(), num_tokens.float()])}
+
+
+def merge_boundaries(cu_seqlens: torch.Tensor) -> torch.Tensor:
+    """Return the example boundaries of a microbatch laid end to end.
+
+    cu_seqlens: [b, s + 1], each row from 0 and filled up with s. Returns [examples + 1] int64 from
+    0 to b * s.
+    """
+    b, s = cu_seqlens.shape[0], cu_seqlens.shape[1] - 1
+    starts = cu_seqlens + s * torch.arange(b, device=cu_seqlens.device)[:, None]
+    return torch.unique(starts)
+
+
+def packed_params(bounds: torch.Tensor, cp_group: Any) -> PackedSeqParams:
+    """Return the boundaries as TransformerEngine's attention takes them."""
+    cu_seqlens = bounds.to(torch.int32)
+    longest = int((bounds[1:] - bounds[:-1]).max())
+    return PackedSeqParams(
+        qkv_format="thd",
+        cu_seqlens_q=cu_seqlens,
+        cu_seqlens_kv=cu_seqlens,
+        max_seqlen_q=longest,
+        max_seqlen_kv=longest,
+        cp_group=cp_group,
+    )
+
+
+def block_diagonal_mask(cu_seqlens: torch.Tensor) -> torch.Tensor:
+    """Return [b, 1, s, s], true where a query must not look: later, or in another example."""
+    s = cu_seqlens.shape[1] - 1
+    positions = torch.arange(s, device=cu_seqlens.device).expand(len(cu_seqlens), s).contiguous()
+    example = torch.searchsorted(cu_seqlens.contiguous(), positions, right=True)
+    later = positions[:, :, None] < positions[:, None, :]
+    return (later | (example[:, :, None] != example[:, None, :]))[:, None]
+
+
+def chunk_positions(bounds: torch.Tensor, cp_size: int, cp_rank: int) -> torch.Tensor:
+    """Return the positions of a context-parallel rank: chunks r and 2 cp - 1 - r of each piece.
+
+    bounds: [pieces + 1], every piece a multiple of 2 cp long. Source: the zigzag order of
+    Megatron's get_batch_on_this_cp_rank and of TransformerEngine's thd_get_partitioned_indices.
+    """
+    starts, chunks = bounds[:-1], (bounds[1:] - bounds[:-1]) // (2 * cp_size)
+    piece = torch.repeat_interleave(2 * chunks)
+    chunk = chunks[piece]
+    place = torch.arange(len(piece), device=bounds.device) - starts[piece] // cp_size
+    late = (2 * cp_size - 2 - cp_rank) * chunk + place
+    return starts[piece] + torch.where(place < chunk, cp_rank * chunk + place, late)
+
+
+def _padding_mask(padding: torch.Tensor, model: Any, sequence_parallel: bool) -> torch.Tensor:
+    """Return the part of the mask that the routers of this stage meet.
+
+    NOTE: the model shards it over the sequence with the embedding only, on the first stage.
+    """
+    if not sequence_parallel or get_attr_wrapped_model(model, "pre_process"):
+        return padding
+    tp_group: Any = parallel_state.get_tensor_model_parallel_group()
+    return padding.chunk(tp_group.size(), dim=1)[tp_group.rank()].contiguous()

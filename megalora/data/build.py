@@ -1,0 +1,136 @@
+"""From a dataset's name to the train, validation and test datasets that Megatron serves."""
+
+from collections.abc import Callable, Sequence
+from typing import Any, Literal
+
+from megalora.data.examples import Examples, encode_rows, gather_examples, hold_out
+from megalora.data.packing import PackedDataset
+from megalora.data.rows import EMBEDDED, Row, load_rows, schema_of
+from megalora.data.tokenizers import Encoder, encoder_for
+
+type Datasets = tuple[PackedDataset | None, PackedDataset | None, PackedDataset | None]
+type SplitName = Literal["train", "valid", "test"]
+
+
+def build_datasets(
+    dataset: str,
+    tokenizer: Any,
+    seq_length: int,
+    *,
+    train_split: str = "train",
+    valid_split: str | None = None,
+    test_split: str | None = None,
+    valid_fraction: float = 0.02,
+    packing: bool = True,
+    pad_multiple: int = 1,
+    num_samples: Sequence[int | None] = (None, None, None),
+    seed: int = 1234,
+    max_seq_length: int | None = None,
+    log: Callable[[str], None] | None = None,
+) -> Datasets:
+    """Return the train, validation and test datasets of `dataset` (see `load_rows`).
+
+    valid_split: rows to validate on; None: `validation` of an embedded corpus, of any other
+        dataset a random `valid_fraction` of the training rows, which they then lose.
+    num_samples: lengths of the three; None is one pass, 0 gives no dataset (None). Without a
+        `test_split` there is no test dataset.
+    max_seq_length: the model's limit. log: receives a line for each dataset.
+    Raises ValueError for anything in dataset, tokenizer or lengths that cannot be trained on.
+    """
+    check_lengths(seq_length, max_seq_length, valid_fraction)
+    encoder = encoder_for(tokenizer)
+    num_train, num_valid, num_test = num_samples
+    valid_split = valid_split or default_valid_split(dataset)
+    rows: Sequence[Row] = load_rows(dataset, train_split)
+    valid_rows: Sequence[Row] = []
+    if valid_split and num_valid != 0:
+        valid_rows = load_rows(dataset, valid_split)
+    elif num_valid != 0:
+        rows, valid_rows = hold_out(rows, valid_fraction, seed)
+    test_rows = load_rows(dataset, test_split) if test_split and num_test != 0 else []
+
+    def build(name: SplitName, rows: Sequence[Row], num: int | None) -> PackedDataset | None:
+        if len(rows) == 0 or num == 0:
+            return None
+        built = PackedDataset(
+            _examples(rows, encoder, seq_length, dataset),
+            seq_length,
+            encoder.pad_id,
+            packing=packing,
+            pad_multiple=pad_multiple,
+            num_samples=num,
+            shuffle=name == "train",
+            seed=seed,
+            split_name=name,
+        )
+        if log is not None:
+            log(describe(built))
+        return built
+
+    return (
+        build("train", rows, num_train),
+        build("valid", valid_rows, num_valid),
+        build("test", test_rows, num_test),
+    )
+
+
+def check_dataset(
+    dataset: str,
+    tokenizer: Any,
+    seq_length: int,
+    *,
+    train_split: str = "train",
+    valid_split: str | None = None,
+    test_split: str | None = None,
+    valid_fraction: float = 0.02,
+    max_seq_length: int | None = None,
+) -> None:
+    """Raise what `build_datasets` would, by encoding only up to the first trainable example."""
+    check_lengths(seq_length, max_seq_length, valid_fraction)
+    encoder = encoder_for(tokenizer)
+    for split in filter(None, (train_split, valid_split, test_split)):
+        rows = load_rows(dataset, split)
+        encoded = encode_rows(rows, schema_of(rows, dataset), encoder, seq_length)
+        if not any(any(tokens.trained[1:]) for tokens, _ in encoded):
+            gather_examples([], dataset)
+
+
+def check_lengths(seq_length: int, max_seq_length: int | None, valid_fraction: float) -> None:
+    """Raise ValueError for a sequence length or a held-out share that cannot be."""
+    if seq_length < 1:
+        raise ValueError(f"seq_length {seq_length} is not positive: set --seq-length")
+    if max_seq_length is not None and seq_length > max_seq_length:
+        raise ValueError(
+            f"seq_length {seq_length} is longer than the model's {max_seq_length} positions: "
+            "lower --seq-length or raise --max-position-embeddings"
+        )
+    if not 0 < valid_fraction < 1:
+        raise ValueError(
+            f"dataset_valid_fraction {valid_fraction} is not between 0 and 1: use 0.02, or "
+            "--eval-iters 0 for no validation"
+        )
+
+
+def default_valid_split(dataset: str) -> str | None:
+    """Return the validation split that an embedded corpus brings."""
+    return "validation" if dataset in EMBEDDED else None
+
+
+def describe(dataset: PackedDataset) -> str:
+    """Return one line on what a dataset holds."""
+    examples = dataset.examples
+    line = (
+        f"{dataset.split_name} data: {len(examples.lengths)} examples, "
+        f"{int(examples.trained.sum())} trained tokens of {len(examples.ids)}, "
+        f"{len(dataset.rows)} rows of {dataset.seq_length} ({dataset.fill:.1%} full)"
+    )
+    if examples.num_cut:
+        line += f"; {examples.num_cut} cut to --seq-length"
+    if examples.num_dropped:
+        line += f"; {examples.num_dropped} dropped, they have no token to train on"
+    return line
+
+
+def _examples(rows: Sequence[Row], encoder: Encoder, seq_length: int, dataset: str) -> Examples:
+    encoded = encode_rows(rows, schema_of(rows, dataset), encoder, seq_length)
+    return gather_examples(encoded, dataset)

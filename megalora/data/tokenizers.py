@@ -1,0 +1,222 @@
+"""Tokenizers, brought to one interface: text, prompt and completion, and chats to marked tokens."""
+
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple, Protocol
+
+type Message = dict[str, Any]
+
+
+class Tokens(NamedTuple):
+    """The tokens of one example; `trained[k]` says whether token k is a target of the loss."""
+
+    ids: list[int]
+    trained: list[bool]
+
+
+class Encoder(Protocol):
+    """What the datasets need from a tokenizer."""
+
+    pad_id: int
+
+    def text(self, text: str) -> Tokens:
+        """Encode a document: every token is trained on."""
+        ...
+
+    def completion(self, prompt: str, completion: str) -> Tokens:
+        """Encode a prompt and its completion: the completion is trained on."""
+        ...
+
+    def chat(self, messages: Sequence[Message]) -> list[Tokens]:
+        """Encode a conversation: what the assistant says is trained on."""
+        ...
+
+
+class ByteTokenizer:
+    """Tokenizer whose vocabulary is the 256 bytes and six special tokens: it needs no files.
+
+    It has what Megatron asks of a tokenizer (`tokenize`, `detokenize`, `vocab_size`, `eod`, ...).
+    A chat is laid out as `bos, (role, content, eos) ...`.
+    """
+
+    bos, eos, pad, system, user, assistant = range(256, 262)
+    vocab_size = 262
+    eod = eos
+    unique_identifiers: dict[str, str] = {"class": "megalora.data.ByteTokenizer"}  # noqa: RUF012
+
+    def tokenize(self, text: str) -> list[int]:
+        """Return the UTF-8 bytes of `text`."""
+        return list(text.encode())
+
+    def detokenize(self, ids: Sequence[int]) -> str:
+        """Return the text of `ids`, without special tokens; broken UTF-8 shows as U+FFFD."""
+        return bytes(i for i in ids if i < 256).decode(errors="replace")
+
+
+class ByteEncoder:
+    """Encoder of the byte tokenizer and its plain chat layout."""
+
+    def __init__(self, tokenizer: ByteTokenizer) -> None:
+        self.tokenizer = tokenizer
+        self.pad_id = tokenizer.pad
+
+    def text(self, text: str) -> Tokens:
+        """Encode a document: every token is trained on."""
+        return self.completion("", text)
+
+    def completion(self, prompt: str, completion: str) -> Tokens:
+        """Encode a prompt and its completion: the completion and the end are trained on."""
+        tokenize = self.tokenizer.tokenize
+        context = [self.tokenizer.bos, *tokenize(prompt)]
+        answer = [*tokenize(completion), self.tokenizer.eos]
+        return _joined([(context, False), (answer, True)])
+
+    def chat(self, messages: Sequence[Message]) -> list[Tokens]:
+        """Encode a conversation as bos, then role, content and eos of each message."""
+        markers = {role: getattr(self.tokenizer, role) for role in ("system", "user", "assistant")}
+        pieces = [([self.tokenizer.bos], False)]
+        for message in messages:
+            role = message["role"]
+            if role not in markers:
+                raise ValueError(
+                    f"messages has the role {role!r}, the byte tokenizer knows {list(markers)}: "
+                    "rename the role or use --tokenizer-type HuggingFaceTokenizer"
+                )
+            content = [*self.tokenizer.tokenize(message["content"]), self.tokenizer.eos]
+            pieces += [([markers[role]], False), (content, role == "assistant")]
+        return [_joined(pieces)]
+
+
+class HuggingFaceEncoder:
+    """Encoder of a Hugging Face tokenizer; chats go through its own chat template."""
+
+    def __init__(self, tokenizer: Any) -> None:
+        self.tokenizer = tokenizer
+        if tokenizer.eos_token_id is None:
+            raise ValueError(
+                "tokenizer_model has no end-of-text token: set eos_token in tokenizer_config.json"
+            )
+        pad_id = tokenizer.pad_token_id
+        self.pad_id: int = tokenizer.eos_token_id if pad_id is None else pad_id
+        starts_with_bos = tokenizer.bos_token_id in tokenizer("").input_ids
+        self._bos: list[int] = [tokenizer.bos_token_id] if starts_with_bos else []
+
+    def text(self, text: str) -> Tokens:
+        """Encode a document between start and end tokens: every token is trained on."""
+        return self._closed(self._spans(text, [(0, len(text))]))
+
+    def completion(self, prompt: str, completion: str) -> Tokens:
+        """Encode a prompt and its completion: the completion and the end are trained on."""
+        text = prompt + completion
+        return self._closed(self._spans(text, [(len(prompt), len(text))]))
+
+    def chat(self, messages: Sequence[Message]) -> list[Tokens]:
+        """Encode a conversation by the chat template, in one example where that is exact.
+
+        Templates that render an earlier answer differently from the last one (Qwen3 drops its
+        reasoning) would teach the model what it never says: those give one example for each
+        answer, as the model sees it when it speaks. An answer without a question is context.
+        """
+        if not self.tokenizer.chat_template:
+            raise ValueError(
+                "dataset has `messages` but the tokenizer has no chat template: give "
+                "--chat-template, or columns `prompt` and `completion`"
+            )
+        answers = [i for i, m in enumerate(messages) if i > 0 and m["role"] == "assistant"]
+        renders = [self._render_answer(messages, i) for i in answers]
+        whole = self._render(messages)
+        if all(whole.startswith(through) for _, through in renders):
+            return [self._spans(whole, [(len(head), len(through)) for head, through in renders])]
+        return [self._spans(text, [(len(head), len(text))]) for head, text in renders]
+
+    def _render_answer(self, messages: Sequence[Message], index: int) -> tuple[str, str]:
+        """Return what the model is given before answer `index`, and that with the answer."""
+        head = self._render(messages[:index], add_generation_prompt=True)
+        through = self._render(messages[: index + 1])
+        if not through.startswith(head):
+            raise ValueError(
+                "chat template is not usable: its generation prompt is not how an answer begins, "
+                f"{head[-40:]!r} against {through[len(head) - 40 : len(head)]!r}: "
+                "give another --chat-template"
+            )
+        return head, through
+
+    def _render(self, messages: Sequence[Message], *, add_generation_prompt: bool = False) -> str:
+        return self.tokenizer.apply_chat_template(
+            list(messages), tokenize=False, add_generation_prompt=add_generation_prompt
+        )
+
+    def _spans(self, text: str, spans: list[tuple[int, int]]) -> Tokens:
+        """Encode `text`; tokens that begin in one of `spans` (in characters) are trained on."""
+        if not self.tokenizer.is_fast:
+            return _joined(_cut(text, spans, lambda piece: self._ids(piece)))
+        encoded = self.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
+        starts = [start for start, _ in encoded.offset_mapping]
+        trained = [any(low <= start < high for low, high in spans) for start in starts]
+        return Tokens(list(encoded.input_ids), trained)
+
+    def _ids(self, text: str) -> list[int]:
+        return self.tokenizer(text, add_special_tokens=False).input_ids
+
+    def _closed(self, tokens: Tokens) -> Tokens:
+        eos = [self.tokenizer.eos_token_id]
+        return _joined([(self._bos, False), tokens, (eos, True)])
+
+
+class MegatronEncoder:
+    """Encoder of Megatron's other tokenizers (SentencePiece, Tiktoken): text and completions."""
+
+    def __init__(self, tokenizer: Any) -> None:
+        self.tokenizer = tokenizer
+        pad_id = getattr(tokenizer, "pad", None)
+        self.pad_id: int = tokenizer.eod if pad_id is None or pad_id < 0 else pad_id
+
+    def text(self, text: str) -> Tokens:
+        """Encode a document and its end: every token is trained on."""
+        return self.completion("", text)
+
+    def completion(self, prompt: str, completion: str) -> Tokens:
+        """Encode a prompt and its completion: the completion and the end are trained on."""
+        tokenize = self.tokenizer.tokenize
+        answer = [*tokenize(completion), self.tokenizer.eod]
+        return _joined([(tokenize(prompt) if prompt else [], False), (answer, True)])
+
+    def chat(self, messages: Sequence[Message]) -> list[Tokens]:
+        """Refuse: only Hugging Face and byte tokenizers mark what the assistant says."""
+        raise ValueError(
+            f"dataset has `messages`, which {type(self.tokenizer).__name__} cannot mark: use "
+            "--tokenizer-type HuggingFaceTokenizer, or columns `prompt` and `completion`"
+        )
+
+
+def encoder_for(tokenizer: Any) -> Encoder:
+    """Return the encoder of a byte, a Hugging Face or a Megatron tokenizer."""
+    if isinstance(tokenizer, ByteTokenizer):
+        return ByteEncoder(tokenizer)
+    # NOTE: Megatron's HuggingFaceTokenizer keeps the real one two levels down, and its own
+    # `tokenize` adds start and end tokens that would fall between prompt and completion.
+    inner = getattr(getattr(tokenizer, "_tokenizer", None), "tokenizer", None)
+    for candidate in (tokenizer, inner):
+        if callable(candidate) and hasattr(candidate, "convert_tokens_to_ids"):
+            return HuggingFaceEncoder(candidate)
+    return MegatronEncoder(tokenizer)
+
+
+def _joined(pieces: Sequence[tuple[list[int], bool | list[bool]]]) -> Tokens:
+    ids: list[int] = []
+    trained: list[bool] = []
+    for piece, mark in pieces:
+        ids += piece
+        trained += [mark] * len(piece) if isinstance(mark, bool) else mark
+    return Tokens(ids, trained)
+
+
+def _cut(
+    text: str, spans: list[tuple[int, int]], encode: Callable[[str], list[int]]
+) -> list[tuple[list[int], bool]]:
+    """Encode `text` piece by piece, inside and outside of `spans`."""
+    pieces = []
+    at = 0
+    for low, high in spans:
+        pieces += [(encode(text[at:low]), False), (encode(text[low:high]), True)]
+        at = high
+    return [*pieces, (encode(text[at:]), False)]
