@@ -11,6 +11,7 @@ from megatron.core.transformer.moe.experts import SequentialMLP
 from megatron.core.transformer.transformer_layer import TransformerLayer
 from torch.distributed import ProcessGroup
 
+from megalora import checkpoint
 from megalora.adapters import (
     GroupedAdapter,
     LinearAdapter,
@@ -65,6 +66,7 @@ def apply_lora(model_chunks: ModelChunks, config: LoRAConfig) -> ModelChunks:
     for chunk, candidates in found:
         chunk.requires_grad_(False)
         _attach(chunk, candidates, config)
+        checkpoint.install(chunk, config, model_facts(chunk.config))
         _freeze_router_bias(chunk)
         _make_embedding_require_grad(chunk)
     return model_chunks

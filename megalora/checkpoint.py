@@ -1,0 +1,263 @@
+"""Adapter checkpoints: only adapters are saved, and they load on any parallel layout.
+
+A model chunk with adapters gives Megatron's checkpointing its adapters and nothing else. While a
+base checkpoint is read (Megatron enters `hide_loss_modules` when it starts from a pretrained
+checkpoint) it gives its base and nothing else, so any base checkpoint loads unchanged.
+"""
+
+import contextlib
+import functools
+import json
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+import torch.distributed as dist
+from megatron.core import dist_checkpointing, parallel_state
+from torch import Tensor
+
+from megalora.adapters import LoRAAdapter
+from megalora.collectives import group_size, own_shard, start_gather
+from megalora.config import LoRAConfig
+from megalora.targets import ModelFacts
+
+# Key of the adapters' description in a checkpoint's common state.
+DESCRIPTION = "megalora"
+
+
+def install(chunk: Any, config: LoRAConfig, facts: ModelFacts) -> None:
+    """Make a model chunk save and load its adapters, or its base while that is asked for."""
+    description = json.dumps({"config": config.to_dict(), "model": asdict(facts)})
+    chunk.hide_loss_modules = functools.partial(_base_only, chunk)
+    chunk.sharded_state_dict = functools.partial(
+        _sharded_state_dict, chunk, description, chunk.sharded_state_dict
+    )
+    chunk.state_dict_for_save_checkpoint = functools.partial(_adapter_state_dict, chunk)
+    chunk.load_state_dict = functools.partial(
+        _load_state_dict, chunk, description, chunk.load_state_dict
+    )
+
+
+def gather_adapters(model_chunks: Sequence[torch.nn.Module]) -> dict[str, Tensor]:
+    """Return all adapter tensors of the model, unsharded, on rank 0 (an empty dict elsewhere).
+
+    Keys are global names such as `decoder.layers.3.mlp.linear_fc1_lora.lora_A`; a gated lora_B is
+    [2 f, r], gate before up; experts come first, [E, ...]. On the CPU. All ranks must call it.
+    """
+    own: dict[str, Tensor] = {}
+    for name, adapter in _adapters(model_chunks):
+        own[f"{name}.lora_A"] = _unshard(adapter, adapter.lora_A, -1)
+        own[f"{name}.lora_B"] = _unshard(adapter, adapter.lora_B, -2)
+    stages = parallel_state.get_pipeline_model_parallel_group()
+    if group_size(stages) == 1:  # type: ignore[arg-type]
+        return own if dist.get_rank() == 0 else {}
+    # Of all pipelines, the one that rank 0 is the first stage of.
+    if 0 not in dist.get_process_group_ranks(stages):  # type: ignore[arg-type]
+        return {}
+    gathered: list[dict[str, Tensor]] | None = None
+    if dist.get_rank() == 0:
+        gathered = [{} for _ in range(group_size(stages))]  # type: ignore[arg-type]
+    dist.gather_object(own, gathered, dst=0, group=stages)  # type: ignore[arg-type]
+    return {key: tensor for stage in gathered or [] for key, tensor in stage.items()}
+
+
+def load_adapters(
+    model_chunks: Sequence[torch.nn.Module],
+    tensors: Mapping[str, Tensor],
+    *,
+    allow_missing: bool = False,
+) -> list[str]:
+    """Set the adapters of a model from unsharded tensors; return the names that had none.
+
+    Every rank gives the same tensors, with `gather_adapters`' keys and shapes, and keeps its
+    shards. Raises ValueError, before anything is changed, where a tensor is missing (unless
+    allow_missing) or has another shape.
+    """
+    missing, writes = [], []
+    for name, adapter in _adapters(model_chunks):
+        for factor, dim in (("lora_A", -1), ("lora_B", -2)):
+            key = f"{name}.{factor}"
+            if key not in tensors:
+                missing.append(key)
+                continue
+            param = getattr(adapter, factor)
+            writes.append((param, _reshard(adapter, param, tensors[key], dim, key)))
+    if missing and not allow_missing:
+        raise ValueError(f"adapter tensors are missing: {', '.join(missing[:5])} ...")
+    with torch.no_grad():
+        for param, value in writes:
+            param.copy_(value)
+    return missing
+
+
+def read_adapter_checkpoint(
+    directory: str | Path,
+) -> tuple[dict[str, Tensor], LoRAConfig, ModelFacts]:
+    """Read an adapter checkpoint without its base: unsharded tensors, configuration, model sizes.
+
+    directory: an iteration's directory, or one that holds latest_checkpointed_iteration.txt.
+    Raises ValueError where it is no adapter checkpoint.
+    """
+    path = _iteration_directory(Path(directory))
+    try:
+        common = dist_checkpointing.load_common_state_dict(str(path))
+        metadata = dist_checkpointing.load_tensors_metadata(str(path))
+    except Exception as error:
+        raise ValueError(f"{path} is not a distributed checkpoint: {error}") from error
+    descriptions = [
+        part[DESCRIPTION] for key, part in common.items() if _is_model(key) and DESCRIPTION in part
+    ]
+    if not descriptions:
+        raise ValueError(f"{path} has no adapters: it is not a checkpoint that megalora wrote")
+    described = json.loads(descriptions[0])
+    wanted = {key: part for key, part in metadata.items() if key.endswith((".lora_A", ".lora_B"))}
+    wanted = {key: part for key, part in wanted.items() if not key.startswith("optimizer")}
+    loaded = cast(dict[str, Tensor], dist_checkpointing.load(wanted, str(path)))
+    tensors = {key: _join_gated(key, loaded[key]) for key in sorted(wanted)}
+    return tensors, LoRAConfig.from_dict(described["config"]), ModelFacts(**described["model"])
+
+
+def _adapters(model_chunks: Sequence[torch.nn.Module]) -> Iterator[tuple[str, LoRAAdapter]]:
+    for chunk in model_chunks:
+        for module in chunk.modules():
+            if isinstance(module, LoRAAdapter):
+                yield module.spec.adapter_name, module
+
+
+def _is_model(key: object) -> bool:
+    return isinstance(key, str) and key.startswith("model")
+
+
+@contextlib.contextmanager
+def _base_only(chunk: Any) -> Iterator[None]:
+    chunk.megalora_base_only = True
+    try:
+        yield
+    finally:
+        chunk.megalora_base_only = False
+
+
+def _sharded_state_dict(
+    chunk: Any, description: str, base: Callable[..., dict], *args: Any, **kwargs: Any
+) -> dict[str, Any]:
+    if getattr(chunk, "megalora_base_only", False):
+        return base(*args, **kwargs)
+    found: dict[str, Any] = {}
+    for local, module in chunk.named_modules():
+        if isinstance(module, LoRAAdapter):
+            sharded = module.sharded_tensors(f"{module.spec.adapter_name}.")
+            # Megatron loads by the chunk's own names; the checkpoint has global ones.
+            found |= {
+                f"{local}.{key.rpartition('.')[2]}": tensor for key, tensor in sharded.items()
+            }
+    return {**found, DESCRIPTION: description}
+
+
+def _adapter_state_dict(chunk: Any, *args: Any, **kwargs: Any) -> dict[str, Any]:
+    state = chunk.state_dict(*args, **kwargs)
+    return {key: value for key, value in state.items() if _is_adapter_key(key)}
+
+
+def _is_adapter_key(key: str) -> bool:
+    return key.endswith(("_lora.lora_A", "_lora.lora_B"))
+
+
+def _load_state_dict(
+    chunk: Any,
+    description: str,
+    load: Callable[..., Any],
+    state_dict: Mapping[str, Any],
+    strict: bool = True,
+    **kwargs: Any,
+) -> Any:
+    """Load either part of the model; whatever `strict` is, an adapter is loaded whole or not."""
+    state = dict(state_dict)
+    stored = state.pop(DESCRIPTION, None)
+    if stored is not None:
+        check_same_adapters(json.loads(stored), json.loads(description))
+    has_adapters = any(_is_adapter_key(key) for key in state)
+    result = load(state, strict=False, **kwargs)
+    missing = [key for key in result.missing_keys if _is_adapter_key(key) == has_adapters]
+    missing = [key for key in missing if not key.endswith("_extra_state")]
+    unexpected = [key for key in result.unexpected_keys if not key.endswith("_extra_state")]
+    if (missing or unexpected) and (strict or has_adapters):
+        part = "adapter" if has_adapters else "base"
+        raise ValueError(
+            f"{part} checkpoint does not fit the model: missing {missing[:5]}, "
+            f"unexpected {unexpected[:5]}"
+        )
+    return result
+
+
+def check_same_adapters(stored: Mapping[str, Any], given: Mapping[str, Any]) -> None:
+    """Raise ValueError where a checkpoint's adapters are not those of this run, naming fields.
+
+    Fields that may change between runs (dropout, learning rates, epsilons, backend) are ignored.
+    """
+    fixed = ("rank", "alpha", "targets", "expert_rank", "expert_mode", "shared_a", "rslora", "init")
+    ours, theirs = given["config"], stored["config"]
+    wrong = [
+        f"lora_{name} is {ours[name]!r} but the checkpoint has {theirs[name]!r}"
+        for name in fixed
+        if ours[name] != theirs[name]
+    ]
+    wrong += [
+        f"{name} is {given['model'][name]!r} but the checkpoint's model has {value!r}"
+        for name, value in stored["model"].items()
+        if given["model"].get(name) != value
+    ]
+    if wrong:
+        raise ValueError(
+            "; ".join(wrong) + ": resume with the checkpoint's values, or start anew from another "
+            "--save directory"
+        )
+
+
+def _unshard(adapter: LoRAAdapter, param: Tensor, dim: int) -> Tensor:
+    group = adapter.a_group if dim == -1 else adapter.b_group
+    full = start_gather(param.detach(), dim, group).wait()
+    has_experts = adapter.a_experts if dim == -1 else adapter.b_experts
+    if has_experts:
+        full = start_gather(full, -full.dim(), adapter.expert_group).wait()
+    if dim == -2 and adapter.spec.gated:
+        full = full.flatten(-3, -2)
+    return full.cpu()
+
+
+def _reshard(adapter: LoRAAdapter, param: Tensor, full: Tensor, dim: int, key: str) -> Tensor:
+    shape = list(adapter.a_shape() if dim == -1 else adapter.b_shape())
+    has_experts = adapter.a_experts if dim == -1 else adapter.b_experts
+    if has_experts:
+        shape[0] *= group_size(adapter.expert_group)
+    flat = shape
+    if dim == -2 and adapter.spec.gated:
+        flat = [*shape[:-3], shape[-3] * shape[-2], shape[-1]]
+    if list(full.shape) != flat:
+        raise ValueError(f"{key} has shape {list(full.shape)}, but this model needs {flat}")
+    value = full.reshape(shape)
+    if has_experts:
+        value = own_shard(value, -value.dim(), adapter.expert_group)
+    group = adapter.a_group if dim == -1 else adapter.b_group
+    return own_shard(value, dim, group).to(param)
+
+
+def _join_gated(key: str, tensor: Tensor) -> Tensor:
+    """Return a stored tensor with gate and up as one dimension, [(E,) 2 f, r]."""
+    if not key.endswith("linear_fc1_lora.lora_B"):
+        return tensor
+    # Dense [o, r] and gated [2, f, r]; grouped [E, o, r] and gated [E, 2, f, r].
+    is_grouped = ".experts." in key
+    gated = tensor.dim() == (4 if is_grouped else 3)
+    return tensor.flatten(-3, -2) if gated else tensor
+
+
+def _iteration_directory(directory: Path) -> Path:
+    tracker = directory / "latest_checkpointed_iteration.txt"
+    if not tracker.is_file():
+        return directory
+    text = tracker.read_text().strip()
+    if not text.isdigit():
+        raise ValueError(f"{tracker} holds {text!r}: it must hold an iteration number")
+    return directory / f"iter_{int(text):07d}"
