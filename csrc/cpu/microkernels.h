@@ -1,0 +1,211 @@
+#pragma once
+
+#include <cstdint>
+#include <cstring>
+
+#include "../philox.h"
+
+// Register-blocked loops over vectors of L accumulators (float or double), in the compiler's own vector types so that
+// one source serves every instruction set. All are inlined into a function that names its target (see table.cpp).
+namespace megalora::micro {
+
+#define MEGALORA_INLINE inline __attribute__((always_inline))
+
+template <class T, int L>
+struct VectorOf {
+  typedef T Type __attribute__((vector_size(L * sizeof(T))));
+};
+template <class T, int L>
+using Vector = typename VectorOf<T, L>::Type;
+
+template <class V, class T>
+MEGALORA_INLINE V load(const T* from) {
+  V v;
+  std::memcpy(&v, from, sizeof(V));
+  return v;
+}
+
+template <class V, class T>
+MEGALORA_INLINE void store(T* to, const V& v) {
+  std::memcpy(to, &v, sizeof(V));
+}
+
+template <class T, int L>
+MEGALORA_INLINE T horizontal_sum(const Vector<T, L>& v) {
+  if constexpr (L == 1) {
+    return v[0];
+  } else {
+    Vector<T, L / 2> halves[2];
+    std::memcpy(halves, &v, sizeof(v));
+    return horizontal_sum<T, L / 2>(halves[0] + halves[1]);
+  }
+}
+
+// out[m, n] += sum_k a[m, k] * b[n, k] for an M x N block, k contiguous in both.
+template <class T, int L, int M, int N>
+MEGALORA_INLINE void dot_block(
+    const T* a, int64_t a_row, const T* b, int64_t b_row, int64_t depth, T* out, int64_t out_row) {
+  using V = Vector<T, L>;
+  V sums[M][N] = {};
+  int64_t k = 0;
+  for (; k + L <= depth; k += L) {
+    V right[N];
+#pragma GCC unroll 4
+    for (int n = 0; n < N; ++n) {
+      right[n] = load<V>(b + n * b_row + k);
+    }
+#pragma GCC unroll 4
+    for (int m = 0; m < M; ++m) {
+      const V left = load<V>(a + m * a_row + k);
+#pragma GCC unroll 4
+      for (int n = 0; n < N; ++n) {
+        sums[m][n] += left * right[n];
+      }
+    }
+  }
+#pragma GCC unroll 4
+  for (int m = 0; m < M; ++m) {
+#pragma GCC unroll 4
+    for (int n = 0; n < N; ++n) {
+      T sum = horizontal_sum<T, L>(sums[m][n]);
+      for (int64_t tail = k; tail < depth; ++tail) {
+        sum += a[m * a_row + tail] * b[n * b_row + tail];
+      }
+      out[m * out_row + n] += sum;
+    }
+  }
+}
+
+template <class T, int L, int M>
+MEGALORA_INLINE void dot_rows(
+    const T* a, int64_t a_row, const T* b, int64_t b_row, int64_t n_end, int64_t depth, T* out, int64_t out_row) {
+  int64_t n = 0;
+  for (; n + 4 <= n_end; n += 4) {
+    dot_block<T, L, M, 4>(a, a_row, b + n * b_row, b_row, depth, out + n, out_row);
+  }
+  for (; n + 2 <= n_end; n += 2) {
+    dot_block<T, L, M, 2>(a, a_row, b + n * b_row, b_row, depth, out + n, out_row);
+  }
+  for (; n < n_end; ++n) {
+    dot_block<T, L, M, 1>(a, a_row, b + n * b_row, b_row, depth, out + n, out_row);
+  }
+}
+
+template <class T, int L>
+MEGALORA_INLINE void dot(
+    const T* a, int64_t a_row, const T* b, int64_t b_row, int64_t m_end, int64_t n_end, int64_t depth, T* out,
+    int64_t out_row) {
+  int64_t m = 0;
+  for (; m + 4 <= m_end; m += 4) {
+    dot_rows<T, L, 4>(a + m * a_row, a_row, b, b_row, n_end, depth, out + m * out_row, out_row);
+  }
+  for (; m < m_end; ++m) {
+    dot_rows<T, L, 1>(a + m * a_row, a_row, b, b_row, n_end, depth, out + m * out_row, out_row);
+  }
+}
+
+// out[m, c] += sum_k a[m, k] * b[k, c] for M rows and N vectors of columns, c contiguous in b and out.
+template <class T, int L, int M, int N>
+MEGALORA_INLINE void axpy_block(
+    const T* a, int64_t a_row, int64_t a_step, const T* b, int64_t b_row, int64_t depth, T* out, int64_t out_row) {
+  using V = Vector<T, L>;
+  V sums[M][N];
+#pragma GCC unroll 4
+  for (int m = 0; m < M; ++m) {
+#pragma GCC unroll 4
+    for (int n = 0; n < N; ++n) {
+      sums[m][n] = load<V>(out + m * out_row + n * L);
+    }
+  }
+  for (int64_t k = 0; k < depth; ++k) {
+    V right[N];
+#pragma GCC unroll 4
+    for (int n = 0; n < N; ++n) {
+      right[n] = load<V>(b + k * b_row + n * L);
+    }
+#pragma GCC unroll 4
+    for (int m = 0; m < M; ++m) {
+      const T left = a[m * a_row + k * a_step];
+#pragma GCC unroll 4
+      for (int n = 0; n < N; ++n) {
+        sums[m][n] += left * right[n];
+      }
+    }
+  }
+#pragma GCC unroll 4
+  for (int m = 0; m < M; ++m) {
+#pragma GCC unroll 4
+    for (int n = 0; n < N; ++n) {
+      store(out + m * out_row + n * L, sums[m][n]);
+    }
+  }
+}
+
+template <class T, int L, int M>
+MEGALORA_INLINE void axpy_rows(
+    const T* a, int64_t a_row, int64_t a_step, const T* b, int64_t b_row, int64_t columns, int64_t depth, T* out,
+    int64_t out_row) {
+  int64_t c = 0;
+  for (; c + 4 * L <= columns; c += 4 * L) {
+    axpy_block<T, L, M, 4>(a, a_row, a_step, b + c, b_row, depth, out + c, out_row);
+  }
+  for (; c + L <= columns; c += L) {
+    axpy_block<T, L, M, 1>(a, a_row, a_step, b + c, b_row, depth, out + c, out_row);
+  }
+  for (; c < columns; ++c) {
+    for (int m = 0; m < M; ++m) {
+      T sum = out[m * out_row + c];
+      for (int64_t k = 0; k < depth; ++k) {
+        sum += a[m * a_row + k * a_step] * b[k * b_row + c];
+      }
+      out[m * out_row + c] = sum;
+    }
+  }
+}
+
+template <class T, int L>
+MEGALORA_INLINE void axpy(
+    const T* a, int64_t a_row, int64_t a_step, const T* b, int64_t b_row, int64_t m_end, int64_t columns, int64_t depth,
+    T* out, int64_t out_row) {
+  int64_t m = 0;
+  for (; m + 4 <= m_end; m += 4) {
+    axpy_rows<T, L, 4>(a + m * a_row, a_row, a_step, b, b_row, columns, depth, out + m * out_row, out_row);
+  }
+  for (; m < m_end; ++m) {
+    axpy_rows<T, L, 1>(a + m * a_row, a_row, a_step, b, b_row, columns, depth, out + m * out_row, out_row);
+  }
+}
+
+// Zeroes the dropped ones of count values whose row-major index starts at first.
+template <class T, int L>
+MEGALORA_INLINE void drop(T* values, int64_t first, int64_t count, uint64_t seed, uint32_t threshold) {
+  using Lane = Vector<uint64_t, L>;
+  Lane lane_index;
+  for (int lane = 0; lane < L; ++lane) {
+    lane_index[lane] = lane;
+  }
+  const int64_t last = first + count;
+  for (int64_t counter = first / 4; counter * 4 < last; counter += L) {
+    Lane words[4];
+    philox(static_cast<uint64_t>(counter) + lane_index, seed, words);
+    if (counter * 4 >= first && (counter + L) * 4 <= last) {
+      T* four = values + (counter * 4 - first);
+      for (int lane = 0; lane < L; ++lane) {
+        for (int word = 0; word < 4; ++word) {
+          four[4 * lane + word] = words[word][lane] >= threshold ? four[4 * lane + word] : T(0);
+        }
+      }
+      continue;
+    }
+    for (int lane = 0; lane < L; ++lane) {
+      for (int word = 0; word < 4; ++word) {
+        const int64_t index = (counter + lane) * 4 + word;
+        if (index >= first && index < last && words[word][lane] < threshold) {
+          values[index - first] = T(0);
+        }
+      }
+    }
+  }
+}
+
+}  // namespace megalora::micro

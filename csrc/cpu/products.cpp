@@ -1,0 +1,308 @@
+#include "products.h"
+
+#include <ATen/Dispatch.h>
+#include <ATen/OpMathType.h>
+#include <ATen/Parallel.h>
+#include <c10/util/BFloat16.h>
+#include <c10/util/Half.h>
+
+#include <algorithm>
+#include <memory>
+#include <type_traits>
+#include <vector>
+
+#include "table.h"
+
+namespace megalora::cpu {
+namespace {
+
+// Sized so that a tile of wide and the weights of its columns stay in a 1 MiB second-level cache.
+constexpr int64_t kTileRows = 32;
+constexpr int64_t kTileColumns = 1024;
+constexpr int64_t kOuterRows = 64;
+constexpr int64_t kOuterColumns = 256;
+// Rows that share one packing of an expert's weights.
+constexpr int64_t kItemRows = 256;
+
+struct Span {
+  int64_t begin, end;
+  int64_t size() const { return end - begin; }
+};
+
+// The rows of each expert; all rows for a dense factor.
+std::vector<Span> expert_rows(const Factor& f) {
+  std::vector<Span> spans;
+  if (f.offsets == nullptr) {
+    return {{0, f.tokens}};
+  }
+  int64_t begin = 0;
+  for (int64_t e = 0; e < f.experts; ++e) {
+    const int64_t end = f.offsets_are_int64 ? static_cast<const int64_t*>(f.offsets)[e]
+                                            : static_cast<const int32_t*>(f.offsets)[e];
+    TORCH_CHECK_VALUE(
+        end >= begin && end <= f.tokens, "offsets[", e, "] is ", end, ", expected ", begin, " to ", f.tokens,
+        ": the inclusive cumulative sum of tokens per expert");
+    spans.push_back({begin, end});
+    begin = end;
+  }
+  return spans;
+}
+
+// Columns of one projection: a whole block, or a piece of one of at most `limit` columns.
+struct Block {
+  Span columns;
+  int64_t projection;
+};
+
+std::vector<Block> column_blocks(const Factor& f, int64_t limit) {
+  std::vector<Block> blocks;
+  for (int64_t start = 0; start < f.columns;) {
+    for (int64_t p = 0; p < f.num_segments; ++p) {
+      const int64_t end = start + f.segment[p];
+      for (; start < end; start = std::min(start + limit, end)) {
+        blocks.push_back({{start, std::min(start + limit, end)}, p});
+      }
+    }
+  }
+  return blocks;
+}
+
+struct Item {
+  int64_t expert;
+  Span rows;
+};
+
+std::vector<Item> row_items(const Factor& f) {
+  std::vector<Item> items;
+  const std::vector<Span> experts = expert_rows(f);
+  for (int64_t e = 0; e < f.experts; ++e) {
+    for (int64_t begin = experts[e].begin; begin < experts[e].end; begin += kItemRows) {
+      items.push_back({e, {begin, std::min(begin + kItemRows, experts[e].end)}});
+    }
+  }
+  return items;
+}
+
+template <class Acc>
+struct Matrix {
+  Acc* data;
+  int64_t stride;
+};
+
+template <class Acc>
+class Buffer {
+ public:
+  explicit Buffer(int64_t size) : data_(new Acc[size]) {}
+  Acc* get() const { return data_.get(); }
+
+ private:
+  std::unique_ptr<Acc[]> data_;
+};
+
+// One factor seen through its element type T and accumulation type Acc.
+template <class T>
+struct View {
+  using Acc = at::opmath_type<T>;
+  const Factor& f;
+  const Table<Acc>& loops = table<Acc>();
+
+  T* wide(int64_t row, int64_t column) const { return static_cast<T*>(f.wide) + row * f.wide_stride + column; }
+  T* thin(int64_t row) const { return static_cast<T*>(f.thin) + row * f.thin_stride; }
+  T* weight(int64_t expert, int64_t column, int64_t j) const {
+    return static_cast<T*>(f.weight) + expert * f.expert_stride + column * f.column_stride + j * f.rank_stride;
+  }
+
+  // A tile of wide with its dropped elements zero: wide itself where that is the same, else a copy in buffer.
+  Matrix<Acc> read_wide(Span rows, Span columns, Acc* buffer) const {
+    if (std::is_same_v<T, Acc> && !f.drops()) {
+      return {reinterpret_cast<Acc*>(wide(rows.begin, columns.begin)), f.wide_stride};
+    }
+    for (int64_t i = 0; i < rows.size(); ++i) {
+      const T* from = wide(rows.begin + i, columns.begin);
+      std::copy(from, from + columns.size(), buffer + i * columns.size());
+    }
+    drop(rows, columns, buffer);
+    return {buffer, columns.size()};
+  }
+
+  void drop(Span rows, Span columns, Acc* buffer) const {
+    if (!f.drops()) {
+      return;
+    }
+    for (int64_t i = 0; i < rows.size(); ++i) {
+      const int64_t first = (rows.begin + i) * f.columns + columns.begin;
+      loops.drop(buffer + i * columns.size(), first, columns.size(), static_cast<uint64_t>(*f.seed), f.threshold);
+    }
+  }
+
+  // An expert's weights as [rank, columns]: themselves where they lie so, else a copy in buffer.
+  Matrix<Acc> pack_weight(int64_t expert, Acc* buffer) const {
+    if (std::is_same_v<T, Acc> && f.column_stride == 1) {
+      return {reinterpret_cast<Acc*>(weight(expert, 0, 0)), f.rank_stride};
+    }
+    for (int64_t j = 0; j < f.rank; ++j) {
+      const T* from = weight(expert, 0, j);
+      for (int64_t c = 0; c < f.columns; ++c) {
+        buffer[j * f.columns + c] = static_cast<Acc>(from[c * f.column_stride]);
+      }
+    }
+    return {buffer, f.columns};
+  }
+
+  int64_t thin_columns() const { return f.num_segments * f.rank; }
+
+  // scale * thin of some rows, [rows, num_segments * rank].
+  void read_thin(Span rows, Acc* buffer) const {
+    for (int64_t i = 0; i < rows.size(); ++i) {
+      const T* from = thin(rows.begin + i);
+      for (int64_t j = 0; j < thin_columns(); ++j) {
+        buffer[i * thin_columns() + j] = static_cast<Acc>(f.scale) * static_cast<Acc>(from[j]);
+      }
+    }
+  }
+};
+
+template <class T>
+void project(const View<T>& view) {
+  using Acc = typename View<T>::Acc;
+  const Factor& f = view.f;
+  const std::vector<Item> items = row_items(f);
+  const std::vector<Block> blocks = column_blocks(f, kTileColumns);
+  const int64_t width = view.thin_columns();
+  for (int64_t row = items.empty() ? 0 : items.back().rows.end; row < f.tokens; ++row) {
+    std::fill_n(view.thin(row), width, T(0));
+  }
+  at::parallel_for(0, items.size(), 1, [&](int64_t first, int64_t last) {
+    const Buffer<Acc> tile(kTileRows * kTileColumns), packed(f.rank * f.columns), sums(kTileRows * width);
+    for (int64_t i = first; i < last; ++i) {
+      const Matrix<Acc> weight = view.pack_weight(items[i].expert, packed.get());
+      for (int64_t row = items[i].rows.begin; row < items[i].rows.end; row += kTileRows) {
+        const Span rows{row, std::min(row + kTileRows, items[i].rows.end)};
+        std::fill_n(sums.get(), rows.size() * width, Acc(0));
+        for (const Block& block : blocks) {
+          const Matrix<Acc> wide = view.read_wide(rows, block.columns, tile.get());
+          view.loops.dot(
+              wide.data, wide.stride, weight.data + block.columns.begin, weight.stride, rows.size(), f.rank,
+              block.columns.size(), sums.get() + block.projection * f.rank, width);
+        }
+        for (int64_t r = 0; r < rows.size(); ++r) {
+          for (int64_t j = 0; j < width; ++j) {
+            view.thin(rows.begin + r)[j] = static_cast<T>(static_cast<Acc>(f.scale) * sums.get()[r * width + j]);
+          }
+        }
+      }
+    }
+  });
+}
+
+// wide += the tile, rounded once.
+template <class T, class Acc>
+void add_tile(const View<T>& view, Span rows, Span columns, const Acc* tile) {
+  for (int64_t i = 0; i < rows.size(); ++i) {
+    T* to = view.wide(rows.begin + i, columns.begin);
+    for (int64_t c = 0; c < columns.size(); ++c) {
+      to[c] = static_cast<T>(static_cast<Acc>(to[c]) + tile[i * columns.size() + c]);
+    }
+  }
+}
+
+template <class T>
+void update(const View<T>& view) {
+  using Acc = typename View<T>::Acc;
+  const Factor& f = view.f;
+  const std::vector<Item> items = row_items(f);
+  const std::vector<Block> blocks = column_blocks(f, kTileColumns);
+  const int64_t width = view.thin_columns();
+  const bool in_place = std::is_same_v<T, Acc> && !f.drops();
+  at::parallel_for(0, items.size(), 1, [&](int64_t first, int64_t last) {
+    const Buffer<Acc> tile(kTileRows * kTileColumns), packed(f.rank * f.columns), thin(kTileRows * width);
+    for (int64_t i = first; i < last; ++i) {
+      const Matrix<Acc> weight = view.pack_weight(items[i].expert, packed.get());
+      for (int64_t row = items[i].rows.begin; row < items[i].rows.end; row += kTileRows) {
+        const Span rows{row, std::min(row + kTileRows, items[i].rows.end)};
+        view.read_thin(rows, thin.get());
+        for (const Block& block : blocks) {
+          Matrix<Acc> sums{tile.get(), block.columns.size()};
+          if (in_place) {
+            sums = {reinterpret_cast<Acc*>(view.wide(rows.begin, block.columns.begin)), f.wide_stride};
+          } else {
+            std::fill_n(tile.get(), rows.size() * block.columns.size(), Acc(0));
+          }
+          view.loops.axpy(
+              thin.get() + block.projection * f.rank, width, 1, weight.data + block.columns.begin, weight.stride,
+              rows.size(), block.columns.size(), f.rank, sums.data, sums.stride);
+          if (!in_place) {
+            view.drop(rows, block.columns, tile.get());
+            add_tile(view, rows, block.columns, tile.get());
+          }
+        }
+      }
+    }
+  });
+}
+
+template <class T>
+void outer(const View<T>& view) {
+  using Acc = typename View<T>::Acc;
+  const Factor& f = view.f;
+  const std::vector<Span> experts = expert_rows(f);
+  const std::vector<Block> blocks = column_blocks(f, kOuterColumns);
+  const int64_t width = view.thin_columns();
+  const int64_t num_blocks = static_cast<int64_t>(blocks.size());
+  at::parallel_for(0, f.experts * num_blocks, 1, [&](int64_t first, int64_t last) {
+    const Buffer<Acc> tile(kOuterRows * kOuterColumns), thin(kOuterRows * width), sums(f.rank * kOuterColumns);
+    for (int64_t i = first; i < last; ++i) {
+      const Span& all_rows = experts[i / num_blocks];
+      const Block& block = blocks[i % num_blocks];
+      const int64_t columns = block.columns.size();
+      std::fill_n(sums.get(), f.rank * columns, Acc(0));
+      for (int64_t row = all_rows.begin; row < all_rows.end; row += kOuterRows) {
+        const Span rows{row, std::min(row + kOuterRows, all_rows.end)};
+        view.read_thin(rows, thin.get());
+        const Matrix<Acc> wide = view.read_wide(rows, block.columns, tile.get());
+        view.loops.axpy(
+            thin.get() + block.projection * f.rank, 1, width, wide.data, wide.stride, f.rank, columns, rows.size(),
+            sums.get(), columns);
+      }
+      for (int64_t c = 0; c < columns; ++c) {
+        for (int64_t j = 0; j < f.rank; ++j) {
+          *view.weight(i / num_blocks, block.columns.begin + c, j) = static_cast<T>(sums.get()[j * columns + c]);
+        }
+      }
+    }
+  });
+}
+
+template <class Body>
+void with_dtype(const Factor& f, Body body) {
+  AT_DISPATCH_FLOATING_TYPES_AND2(
+      at::kBFloat16, at::kHalf, f.dtype, "megalora", [&] { body(View<scalar_t>{f}); });
+}
+
+}  // namespace
+
+void Products::project(const Factor& factor) {
+  if (Gemm::suits(factor)) {
+    Gemm::project(factor);
+    return;
+  }
+  with_dtype(factor, [](const auto& view) { cpu::project(view); });
+}
+
+void Products::update(const Factor& factor) {
+  if (Gemm::suits(factor)) {
+    Gemm::update(factor);
+    return;
+  }
+  with_dtype(factor, [](const auto& view) { cpu::update(view); });
+}
+
+void Products::outer(const Factor& factor) {
+  if (Gemm::suits(factor)) {
+    Gemm::outer(factor);
+    return;
+  }
+  with_dtype(factor, [](const auto& view) { cpu::outer(view); });
+}
+
+}  // namespace megalora::cpu

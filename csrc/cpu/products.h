@@ -1,0 +1,27 @@
+#pragma once
+
+#include <c10/core/ScalarType.h>
+
+#include "../factor.h"
+
+namespace megalora::cpu {
+
+struct Products {
+  static constexpr const char* kDtypes = "float64, float32, bfloat16, float16";
+  static bool supports(at::ScalarType dtype) {
+    return dtype == at::kDouble || dtype == at::kFloat || dtype == at::kBFloat16 || dtype == at::kHalf;
+  }
+  static void project(const Factor& factor);
+  static void update(const Factor& factor);
+  static void outer(const Factor& factor);
+};
+
+// The same by the BLAS of torch: for dense factors without dropout, whose blocks are wide enough for it.
+struct Gemm {
+  static bool suits(const Factor& factor);
+  static void project(const Factor& factor);
+  static void update(const Factor& factor);
+  static void outer(const Factor& factor);
+};
+
+}  // namespace megalora::cpu

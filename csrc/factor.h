@@ -1,0 +1,44 @@
+#pragma once
+
+#include <c10/core/ScalarType.h>
+
+#include <cstdint>
+
+namespace megalora {
+
+constexpr int kMaxSegments = 8;
+
+// One low-rank factor between a wide token tensor (x, y and their gradients) and a thin one (s, ds).
+// All six ops are three products of it:
+//   project  thin = scale * wide · W      shrink, expand_dgrad
+//   update   wide += scale * thin · Wᵀ    expand_, shrink_dgrad_
+//   outer    W = scale * wideᵀ · thin     expand_wgrad, shrink_wgrad
+// W is lora_A read as [columns, rank] or lora_B as it is: its strides say which.
+struct Factor {
+  at::ScalarType dtype;
+  void* wide;    // [tokens, columns], unit column stride
+  void* thin;    // [tokens, num_segments * rank], unit column stride
+  void* weight;  // [experts, columns, rank] by the strides below
+  int64_t wide_stride, thin_stride;
+  int64_t column_stride, rank_stride, expert_stride;
+  int64_t tokens, columns, rank, experts;
+
+  // Inclusive cumulative tokens per expert, on the device of the tokens; null where W is one for all.
+  const void* offsets;
+  bool offsets_are_int64;
+
+  // Columns come in periods of sum(segment) columns; block p of each reads rank block p of thin.
+  int num_segments;
+  int64_t segment[kMaxSegments];
+  int64_t period;
+
+  double scale;
+
+  // Dropout of wide: element e of its row-major order is kept where its Philox word >= threshold.
+  uint32_t threshold;
+  const int64_t* seed;
+
+  bool drops() const { return threshold != 0; }
+};
+
+}  // namespace megalora

@@ -1,0 +1,116 @@
+"""Build csrc into megalora/_C.so: the CPU ops always, the CUDA ops where nvcc is found.
+
+MEGALORA_CUDA=0 leaves CUDA out, MEGALORA_CUDA=1 makes a missing nvcc an error.
+"""
+
+import os
+import shutil
+from pathlib import Path
+
+from setuptools import find_packages, setup
+
+ROOT = Path(__file__).parent
+# H100, H200 and B200 by their own instruction sets; A100, and by PTX whatever comes, by the oldest.
+GENCODE = [
+    "-gencode=arch=compute_80,code=[sm_80,compute_80]",
+    "-gencode=arch=compute_90a,code=sm_90a",
+    "-gencode=arch=compute_100a,code=sm_100a",
+]
+
+
+def notice(text: str) -> None:
+    """Say on the terminal what is built; setuptools hides ordinary output of pip builds."""
+    print(f"megalora: {text}", flush=True)
+
+
+def cuda_home() -> Path | None:
+    """Return the folder that has both bin/nvcc and the headers.
+
+    nvcc may be a link in /usr/local/bin, whose parent torch would take for CUDA_HOME.
+    """
+    candidates = [
+        Path(os.environ[name]) for name in ("CUDA_HOME", "CUDA_PATH") if name in os.environ
+    ]
+    nvcc = shutil.which("nvcc")
+    if nvcc:
+        candidates += [Path(nvcc).resolve().parent.parent, Path(nvcc).parent.parent]
+    candidates.append(Path("/usr/local/cuda"))
+    for home in candidates:
+        if (home / "bin/nvcc").exists() and (home / "include/cuda_runtime.h").exists():
+            return home
+    return None
+
+
+def wanted_cuda() -> Path | None:
+    """Return the CUDA toolkit to build with, None to build for the CPU only."""
+    wish = os.environ.get("MEGALORA_CUDA", "")
+    if wish not in ("", "0", "1"):
+        raise SystemExit(f"MEGALORA_CUDA is {wish!r}: use 0 to forbid CUDA, 1 to require it")
+    if wish == "0":
+        notice("CPU ops only, because MEGALORA_CUDA=0")
+        return None
+    home = cuda_home()
+    if home is None and wish == "1":
+        raise SystemExit("MEGALORA_CUDA=1 but no nvcc with headers was found: set CUDA_HOME")
+    if home is None:
+        notice("CPU ops only: no nvcc with headers was found (set CUDA_HOME to build CUDA ops)")
+    return home
+
+
+def extension(home: Path | None):
+    """Return the extension of all sources that can be compiled here."""
+    if shutil.which(os.environ.get("CXX", "c++")) is None and shutil.which("g++") is None:
+        raise SystemExit(
+            "megalora needs a C++20 compiler and found none: install g++ (apt-get install g++) "
+            "or clang, or set CXX"
+        )
+    if home is not None:
+        os.environ["CUDA_HOME"] = str(home)  # read by torch.utils.cpp_extension on import
+    from torch.utils.cpp_extension import CppExtension, CUDAExtension
+
+    sources = ["csrc/megalora.cpp", *sorted(str(p) for p in Path("csrc/cpu").glob("*.cpp"))]
+    flags = {"cxx": ["-O3", "-g0", "-std=c++20", "-Wno-psabi", "-fvisibility=hidden"]}
+    if home is None:
+        return CppExtension("megalora._C", sources, extra_compile_args=flags)
+    notice(f"CPU ops, and CUDA ops for sm_80, sm_90a and sm_100a with {home}/bin/nvcc")
+    sources += sorted(str(p) for p in Path("csrc/cuda").glob("*.c[up]*") if p.suffix != ".cuh")
+    flags["nvcc"] = ["-O3", "-std=c++20", "--use_fast_math", "-Xptxas=-v", *GENCODE]
+    return CUDAExtension("megalora._C", sources, extra_compile_args=flags)
+
+
+def build_command():
+    """Return torch's build command, asked for a plain _C.so because no Python symbol is in it."""
+    from torch.utils.cpp_extension import BuildExtension
+
+    return BuildExtension.with_options(no_python_abi_suffix=True)
+
+
+os.chdir(ROOT)
+setup(
+    name="megalora",
+    version="0.1.0",
+    description="LoRA for NVIDIA Megatron",
+    packages=find_packages(include=["megalora", "megalora.*"]),
+    python_requires=">=3.12",
+    install_requires=[
+        "torch>=2.11",
+        "megatron-core>=0.19,<0.21",
+        "datasets",
+        "safetensors",
+        "psutil",
+        "absl-py",
+    ],
+    extras_require={
+        "hf": ["transformers", "peft"],
+        "dev": [
+            "pytest",
+            "hypothesis",
+            "ruff==0.17.6",
+            "pyright[nodejs]==1.1.414",
+            "matplotlib",
+        ],
+    },
+    entry_points={"console_scripts": ["megalora = megalora.__main__:main"]},
+    ext_modules=[extension(wanted_cuda())],
+    cmdclass={"build_ext": build_command()},
+)
