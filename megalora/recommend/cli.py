@@ -1,0 +1,171 @@
+"""The command line `megalora recommend`."""
+
+import argparse
+import json
+from pathlib import Path
+from typing import Any, get_args
+
+from megalora.config import ExpertMode, LoRAConfig
+from megalora.recommend.costs import Layout
+from megalora.recommend.presets import PRESETS
+from megalora.recommend.recommendation import recommend
+from megalora.recommend.rules import EXPONENTS
+from megalora.recommend.shapes import ModelShape
+
+
+def add_parser(subparsers: Any) -> argparse.ArgumentParser:
+    """Add the command `recommend` to argparse's subparsers and return its parser."""
+    parser = subparsers.add_parser(
+        "recommend",
+        help="learning rate, rank, parameters, FLOPs and memory of a LoRA run",
+        description="Apply the rules of 'LoRA Without Regret' to a model. The model is --model, or "
+        "Megatron's own size flags.",
+    )
+    _add_model(parser)
+    _add_adapter(parser)
+    _add_run(parser)
+    parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
+    parser.set_defaults(func=run)
+    return parser
+
+
+def run(args: argparse.Namespace) -> int:
+    """Print the recommendation for parsed arguments; ValueError says what to change."""
+    names = ("tp", "ep", "pp", "dp", "etp")
+    result = recommend(
+        _shape(args),
+        _config(args),
+        tokens=_tokens(args),
+        first_epoch_nats=args.first_epoch_nats,
+        rl_episodes=args.rl_episodes,
+        steps=args.steps,
+        batch_size=args.batch_size,
+        layout=Layout(**{name: getattr(args, name) for name in names}),
+    )
+    print(json.dumps(result.to_dict(), indent=2) if args.json else result.table())
+    return 0
+
+
+def count_trained_tokens(dataset: str, tokenizer: str) -> int:
+    """Count the tokens that one epoch of a dataset trains on, without any cut.
+
+    dataset: as `--dataset` of a training run. tokenizer: `byte`, a Hugging Face name or folder.
+    """
+    # Loaded here: a count from --tokens needs neither datasets nor transformers.
+    from megalora.data.examples import encode_rows
+    from megalora.data.rows import load_rows, schema_of
+    from megalora.data.tokenizers import encoder_for
+
+    rows = load_rows(dataset)
+    encoder = encoder_for(_tokenizer(tokenizer))
+    encoded = encode_rows(rows, schema_of(rows, dataset), encoder, seq_length=2**62)
+    return sum(sum(tokens.trained[1:]) for tokens, _ in encoded)
+
+
+def _add_model(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--model", help=f"folder of a Hugging Face model, or one of {', '.join(PRESETS)}"
+    )
+    parser.add_argument(
+        "--family",
+        default="",
+        help=f"family of the learning rate rule, known: {', '.join(EXPONENTS)}",
+    )
+    group = parser.add_argument_group("Megatron size flags, in place of --model")
+    for name in (
+        "num-layers",
+        "hidden-size",
+        "num-attention-heads",
+        "num-query-groups",
+        "kv-channels",
+        "ffn-hidden-size",
+        "vocab-size",
+        "padded-vocab-size",
+        "num-experts",
+        "moe-ffn-hidden-size",
+        "moe-shared-expert-intermediate-size",
+        "mtp-num-layers",
+    ):
+        group.add_argument(f"--{name}", type=int)
+    group.add_argument("--moe-router-topk", type=int, default=2)
+    group.add_argument("--moe-layer-freq", type=json.loads, help="N, or a list of 0 and 1")
+    for name in (
+        "group-query-attention",
+        "swiglu",
+        "untie-embeddings-and-output-weights",
+        "qk-layernorm",
+        "add-qkv-bias",
+        "attention-output-gate",
+        "moe-shared-expert-gate",
+        "multi-latent-attention",
+    ):
+        group.add_argument(f"--{name}", action="store_true")
+
+
+def _add_adapter(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("adapters, as the --lora-* flags of a training run")
+    group.add_argument("--rank", type=int, required=True)
+    group.add_argument("--alpha", type=float)
+    group.add_argument("--targets", nargs="+", help="default all")
+    group.add_argument("--expert-rank", type=int, help="default rank / top-k")
+    group.add_argument("--expert-mode", choices=get_args(ExpertMode))
+    group.add_argument("--shared-a", action="store_true", default=None)
+    group.add_argument("--rslora", action="store_true", default=None)
+    group.add_argument("--lr-ratio", type=float, help="learning rate of B over that of A")
+
+
+def _add_run(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("the run")
+    data = group.add_mutually_exclusive_group()
+    data.add_argument("--tokens", type=int, help="trained tokens of one epoch")
+    data.add_argument("--dataset", help="count them in a dataset, as --dataset of a training run")
+    data.add_argument("--rl-episodes", type=int, help="episodes of reinforcement learning")
+    data.add_argument(
+        "--first-epoch-nats", type=float, help="summed loss of a first epoch, in nats"
+    )
+    group.add_argument("--tokenizer", help="for --dataset: `byte`, a folder or a hub name")
+    group.add_argument("--steps", type=int)
+    group.add_argument("--batch-size", type=int, help="sequences in an optimizer step")
+    for name, text in (
+        ("tp", "tensor-parallel size"),
+        ("ep", "expert-parallel size"),
+        ("pp", "pipeline-parallel size"),
+        ("dp", "data-parallel size, context-parallel ranks included"),
+    ):
+        group.add_argument(f"--{name}", type=int, default=1, help=text)
+    group.add_argument("--etp", type=int, help="expert-tensor-parallel size (default tp)")
+
+
+def _shape(args: argparse.Namespace) -> ModelShape:
+    if args.model is None:
+        return ModelShape.from_megatron_args(args, family=args.family)
+    if args.num_layers or args.hidden_size:
+        raise ValueError(f"model is {args.model} beside Megatron size flags: give one or the other")
+    return ModelShape.from_name(args.model, family=args.family)
+
+
+def _config(args: argparse.Namespace) -> LoRAConfig:
+    names = ("alpha", "targets", "expert_rank", "expert_mode", "shared_a", "rslora", "lr_ratio")
+    given = {name: value for name in names if (value := getattr(args, name)) is not None}
+    return LoRAConfig(rank=args.rank, **given)
+
+
+def _tokens(args: argparse.Namespace) -> int | None:
+    if args.dataset is None:
+        return args.tokens
+    tokenizer = args.tokenizer
+    if tokenizer is None and args.model and Path(args.model, "tokenizer_config.json").is_file():
+        tokenizer = args.model
+    if tokenizer is None:
+        raise ValueError("dataset needs a tokenizer to be counted: give --tokenizer, or --tokens")
+    return count_trained_tokens(args.dataset, tokenizer)
+
+
+def _tokenizer(name: str) -> Any:
+    if name == "byte":
+        from megalora.data.tokenizers import ByteTokenizer
+
+        return ByteTokenizer()
+    from transformers import AutoTokenizer
+
+    return AutoTokenizer.from_pretrained(name)

@@ -1,0 +1,64 @@
+"""Sizes of well-known models, as their Hugging Face config.json files give them."""
+
+from typing import Any
+
+
+def _llama(
+    layers: int, hidden: int, ffn: int, heads: int, *, head_dim: int = 128, tied: bool = False
+) -> dict[str, Any]:
+    return {
+        "model_type": "llama",
+        "num_hidden_layers": layers,
+        "hidden_size": hidden,
+        "intermediate_size": ffn,
+        "num_attention_heads": heads,
+        "num_key_value_heads": 8,
+        "head_dim": head_dim,
+        "vocab_size": 128256,
+        "tie_word_embeddings": tied,
+    }
+
+
+def _qwen3(
+    layers: int, hidden: int, ffn: int, heads: int, *, groups: int = 8, tied: bool = False
+) -> dict[str, Any]:
+    return {
+        "model_type": "qwen3",
+        "num_hidden_layers": layers,
+        "hidden_size": hidden,
+        "intermediate_size": ffn,
+        "num_attention_heads": heads,
+        "num_key_value_heads": groups,
+        "head_dim": 128,
+        "vocab_size": 151936,
+        "tie_word_embeddings": tied,
+    }
+
+
+def _qwen3_moe(
+    layers: int, hidden: int, ffn: int, heads: int, *, expert_ffn: int
+) -> dict[str, Any]:
+    return {
+        **_qwen3(layers, hidden, ffn, heads, groups=4),
+        "model_type": "qwen3_moe",
+        "num_experts": 128,
+        "num_experts_per_tok": 8,
+        "moe_intermediate_size": expert_ffn,
+    }
+
+
+PRESETS: dict[str, dict[str, Any]] = {
+    "llama-3.2-1b": _llama(16, 2048, 8192, 32, head_dim=64, tied=True),
+    "llama-3.2-3b": _llama(28, 3072, 8192, 24, tied=True),
+    "llama-3.1-8b": _llama(32, 4096, 14336, 32),
+    "llama-3.1-70b": _llama(80, 8192, 28672, 64),
+    "llama-3.1-405b": _llama(126, 16384, 53248, 128),
+    "qwen3-0.6b": _qwen3(28, 1024, 3072, 16, tied=True),
+    "qwen3-1.7b": _qwen3(28, 2048, 6144, 16, tied=True),
+    "qwen3-4b": _qwen3(36, 2560, 9728, 32, tied=True),
+    "qwen3-8b": _qwen3(36, 4096, 12288, 32),
+    "qwen3-14b": _qwen3(40, 5120, 17408, 40),
+    "qwen3-32b": _qwen3(64, 5120, 25600, 64),
+    "qwen3-30b-a3b": _qwen3_moe(48, 2048, 6144, 32, expert_ffn=768),
+    "qwen3-235b-a22b": _qwen3_moe(94, 4096, 12288, 64, expert_ffn=1536),
+}
