@@ -3,8 +3,6 @@
 #include <ATen/ops/empty.h>
 #include <ATen/ops/from_blob.h>
 
-#include <cstdlib>
-
 #include "products.h"
 
 namespace megalora::cpu {
@@ -40,8 +38,14 @@ void gemm(Tensor out, const Tensor& a, const Tensor& b, double beta, double scal
 
 }  // namespace
 
+// Up to rank 128 our loops take half the time of MKL's sgemm on AMD and a tenth at rank 4, but they multiply in fp32
+// where oneDNN has bf16 and fp16 instructions. Those would round thin once per period.
 bool Gemm::suits(const Factor& f) {
-  return std::getenv("MEGALORA_NOGEMM") == nullptr && f.offsets == nullptr && !f.drops();
+  if (f.offsets != nullptr || f.drops()) {
+    return false;
+  }
+  const bool narrow = f.dtype == at::kBFloat16 || f.dtype == at::kHalf;
+  return narrow ? f.columns == f.period : f.rank > 128;
 }
 
 void Gemm::project(const Factor& f) {

@@ -188,22 +188,24 @@ MEGALORA_INLINE void drop(T* values, int64_t first, int64_t count, uint64_t seed
   for (int64_t counter = first / 4; counter * 4 < last; counter += L) {
     Lane words[4];
     philox(static_cast<uint64_t>(counter) + lane_index, seed, words);
-    if (counter * 4 >= first && (counter + L) * 4 <= last) {
-      T* four = values + (counter * 4 - first);
-      for (int lane = 0; lane < L; ++lane) {
-        for (int word = 0; word < 4; ++word) {
-          four[4 * lane + word] = words[word][lane] >= threshold ? four[4 * lane + word] : T(0);
-        }
+    const Lane low = words[0] | words[1] << 32;
+    const Lane high = words[2] | words[3] << 32;
+    uint64_t pairs[2 * L];
+    for (int lane = 0; lane < L; ++lane) {
+      pairs[2 * lane] = low[lane];
+      pairs[2 * lane + 1] = high[lane];
+    }
+    uint32_t ordered[4 * L];
+    std::memcpy(ordered, pairs, sizeof(pairs));
+    const int64_t start = counter * 4 - first;
+    if (start >= 0 && start + 4 * L <= count) {
+      for (int word = 0; word < 4 * L; ++word) {
+        values[start + word] = ordered[word] >= threshold ? values[start + word] : T(0);
       }
       continue;
     }
-    for (int lane = 0; lane < L; ++lane) {
-      for (int word = 0; word < 4; ++word) {
-        const int64_t index = (counter + lane) * 4 + word;
-        if (index >= first && index < last && words[word][lane] < threshold) {
-          values[index - first] = T(0);
-        }
-      }
+    for (int64_t word = start < 0 ? -start : 0; word < 4 * L && start + word < count; ++word) {
+      values[start + word] = ordered[word] >= threshold ? values[start + word] : T(0);
     }
   }
 }

@@ -16,7 +16,7 @@ struct Products {
   static void outer(const Factor& factor);
 };
 
-// The same by the BLAS of torch: for dense factors without dropout, whose blocks are wide enough for it.
+// The same by the BLAS of torch, for the dense factors without dropout that suit it.
 struct Gemm {
   static bool suits(const Factor& factor);
   static void project(const Factor& factor);
