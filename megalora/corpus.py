@@ -67,14 +67,20 @@ def docstring_rows(split: str = "train", root: Path | None = None) -> list[dict[
 
 
 def docstrings(root: Path) -> list[Docstring]:
-    """Return every public docstring's first sentence or paragraph, each answer once, in order."""
+    """Return every public docstring's first sentence or paragraph, in order.
+
+    Each name (a property has several definitions) and each answer occurs once.
+    """
     found: dict[str, Docstring] = {}
+    names: set[str] = set()
     for path, _, tree in _modules(root):
         module = path.removesuffix(".py").removesuffix("/__init__").replace("/", ".")
         if module.startswith("_") or "._" in module:
             continue
         for docstring in _definitions(tree, module):
-            found.setdefault(_key(docstring.answer), docstring)
+            if docstring.name not in names:
+                names.add(docstring.name)
+                found.setdefault(_key(docstring.answer), docstring)
     return list(found.values())
 
 

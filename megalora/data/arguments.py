@@ -9,14 +9,12 @@ from megalora.data.tokenizers import ByteTokenizer
 
 type AttentionFormat = Literal["padded", "mask", "thd"]
 
-_BYTE = "ByteTokenizer"
+class _ByteTokenizer(argparse.Action):
+    """Train on bytes.
 
-
-class _TokenizerType(argparse.Action):
-    """Take `ByteTokenizer` too.
-
-    Megatron's own list of tokenizers is closed. Its models need only the vocabulary's size, for
-    which it has the NullTokenizer: Megatron sees that one, the datasets see the real one.
+    Megatron's own list of tokenizers is closed, and it parses its flags a second time without
+    ours, so the choice is a flag of its own. Megatron's models need only the vocabulary's size,
+    for which it has the NullTokenizer: Megatron sees that one, the datasets see the real one.
     """
 
     def __call__(
@@ -27,17 +25,15 @@ class _TokenizerType(argparse.Action):
         option_string: str | None = None,
     ) -> None:
         """Store the choice."""
-        namespace.byte_tokenizer = values == _BYTE
-        namespace.tokenizer_type = values
-        if namespace.byte_tokenizer:
-            namespace.tokenizer_type = "NullTokenizer"
-            namespace.vocab_size = ByteTokenizer.vocab_size
-            namespace.null_tokenizer_eod_id = ByteTokenizer.eos
-            namespace.null_tokenizer_pad_id = ByteTokenizer.pad
+        namespace.byte_tokenizer = True
+        namespace.tokenizer_type = "NullTokenizer"
+        namespace.vocab_size = ByteTokenizer.vocab_size
+        namespace.null_tokenizer_eod_id = ByteTokenizer.eos
+        namespace.null_tokenizer_pad_id = ByteTokenizer.pad
 
 
 def add_data_args(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
-    """Add the --dataset flags, and `ByteTokenizer` to --tokenizer-type, and return the parser."""
+    """Add the --dataset flags and --byte-tokenizer, and return the parser."""
     group = parser.add_argument_group("dataset", "chat and text datasets with loss masks")
     add = group.add_argument
     add(
@@ -62,13 +58,18 @@ def add_data_args(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
         action="store_false",
         help="one example in each sequence, padded, instead of as many as fit",
     )
-    parser.set_defaults(byte_tokenizer=False)
-    _extend_tokenizer_types(parser)
+    add(
+        "--byte-tokenizer",
+        action=_ByteTokenizer,
+        nargs=0,
+        default=False,
+        help="tokenizer whose vocabulary is the 256 bytes and six special tokens: needs no files",
+    )
     return parser
 
 
 def tokenizer_from_args(args: argparse.Namespace) -> Any:
-    """Return the tokenizer that --tokenizer-type names; Megatron must have built its own."""
+    """Return the tokenizer that the flags name; Megatron must have built its own."""
     if args.byte_tokenizer:
         return ByteTokenizer()
     from megatron.training import get_tokenizer
@@ -144,18 +145,3 @@ def datasets_from_args(
         max_seq_length=args.max_position_embeddings,
         log=log,
     )
-
-
-def _extend_tokenizer_types(parser: argparse.ArgumentParser) -> None:
-    """Replace Megatron's --tokenizer-type by one with the same choices and `ByteTokenizer`."""
-    known = {flag: action for action in parser._actions for flag in action.option_strings}
-    choices = getattr(known.get("--tokenizer-type"), "choices", None) or []
-    handler = parser.conflict_handler
-    parser.conflict_handler = "resolve"
-    parser.add_argument(
-        "--tokenizer-type",
-        action=_TokenizerType,
-        choices=[*choices, _BYTE],
-        help=f"tokenizer; {_BYTE} is built in and needs no files",
-    )
-    parser.conflict_handler = handler
