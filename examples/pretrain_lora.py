@@ -1,0 +1,53 @@
+"""Fine-tune a Megatron model with LoRA: an ordinary Megatron launch script, to be copied.
+
+torchrun --nproc-per-node 8 examples/pretrain_lora.py <any Megatron flags> --lora-rank 32
+
+Without a CUDA device, or with --cpu, it runs on the CPU over gloo. Without --lora-rank it trains
+the whole model, as any Megatron script does.
+"""
+
+import argparse
+import sys
+
+from megalora import add_lora_args, cpu, launch
+
+cpu.install_if_wanted(sys.argv)  # before the first import of megatron
+
+from megatron.core.enums import ModelType  # noqa: E402
+from megatron.training import pretrain  # noqa: E402
+from megatron.training.argument_utils import (  # noqa: E402
+    gpt_config_from_args,
+    pretrain_cfg_container_from_args,
+)
+from megatron.training.arguments import parse_and_validate_args  # noqa: E402
+
+from megalora.data import add_data_args, check_data_args  # noqa: E402
+from megalora.data.batch import datasets_provider, forward_step  # noqa: E402
+
+
+def add_args(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
+    """Add this script's flags to Megatron's."""
+    parser.add_argument("--cpu", action="store_true", help="run on the CPU over gloo")
+    launch.add_exchange_args(parser)
+    return add_data_args(add_lora_args(parser))
+
+
+def main() -> None:
+    """Build the model with its adapters, train it, export the adapter where that is asked for."""
+    with launch.clear_errors():
+        args = parse_and_validate_args(extra_args_provider=add_args)
+        lora = launch.LoRARun(args)
+        check_data_args(args)
+        model_config = gpt_config_from_args(args)
+        model_config.pre_wrap_hooks += lora.hooks()
+        pretrain(
+            pretrain_cfg_container_from_args(args, model_config),
+            datasets_provider,
+            ModelType.encoder_or_decoder,
+            forward_step,
+        )
+        lora.export()
+
+
+if __name__ == "__main__":
+    main()
