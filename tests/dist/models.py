@@ -1,0 +1,169 @@
+"""Tiny real GPT models whose base weights are the same numbers on every layout."""
+
+import zlib
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from megatron.core import parallel_state
+from megatron.core.dist_checkpointing.dict_utils import nested_values
+from megatron.core.dist_checkpointing.mapping import ShardedTensor, apply_factories
+from megatron.core.models.gpt.gpt_layer_specs import get_gpt_decoder_block_spec
+from megatron.core.models.gpt.gpt_model import GPTModel
+from megatron.core.tensor_parallel import set_defaults_if_not_set_tensor_model_parallel_attributes
+from megatron.core.transformer.transformer_config import MLATransformerConfig, TransformerConfig
+
+from tests.dist.layouts import Layout
+
+VOCAB_SIZE = 64
+SEQ_LENGTH = 16
+
+# 2 query heads per group; h, f and the head size differ, so that a transposed weight is noticed.
+DENSE = {
+    "num_layers": 4,
+    "hidden_size": 32,
+    "num_attention_heads": 8,
+    "num_query_groups": 4,
+    "kv_channels": 8,
+    "ffn_hidden_size": 48,
+}
+MOE = {
+    "num_moe_experts": 4,
+    "moe_router_topk": 2,
+    "moe_ffn_hidden_size": 24,
+    "moe_token_dispatcher_type": "alltoall",
+    "moe_router_load_balancing_type": "none",
+}
+MLA = {
+    "num_query_groups": 8,
+    "q_lora_rank": 16,
+    "kv_lora_rank": 16,
+    "qk_head_dim": 8,
+    "qk_pos_emb_head_dim": 8,
+    "v_head_dim": 8,
+    "rope_type": "rope",
+}
+
+
+def build_config(layout: Layout, **overrides: Any) -> TransformerConfig:
+    """Return the configuration of a tiny gated RMSNorm model in fp32 on `layout`.
+
+    Expert fields (`**MOE`) make it a mixture of experts, `**MLA` multi-latent attention.
+    """
+    config_class = MLATransformerConfig if "kv_lora_rank" in overrides else TransformerConfig
+    dtype = torch.bfloat16 if overrides.get("bf16") else torch.float32
+    virtual = layout.vpp is not None
+    fields: dict[str, Any] = {
+        **DENSE,
+        "gated_linear_unit": True,
+        "activation_func": torch.nn.functional.silu,
+        "normalization": "RMSNorm",
+        "add_bias_linear": False,
+        "hidden_dropout": 0.0,
+        "attention_dropout": 0.0,
+        "bias_activation_fusion": False,
+        "bias_dropout_fusion": False,
+        "masked_softmax_fusion": False,
+        "gradient_accumulation_fusion": False,
+        "params_dtype": dtype,
+        "pipeline_dtype": dtype,
+        "tensor_model_parallel_size": layout.tp,
+        "sequence_parallel": layout.sp,
+        "pipeline_model_parallel_size": layout.pp,
+        "virtual_pipeline_model_parallel_size": layout.vpp,
+        "expert_model_parallel_size": layout.ep,
+        "expert_tensor_parallel_size": layout.etp,
+        "context_parallel_size": layout.cp,
+        # Two pipeline ranks with virtual stages exchange both ways at once: batched messages mix.
+        "batch_p2p_comm": not virtual,
+        "overlap_p2p_comm": virtual,
+    }
+    return config_class(**{**fields, **overrides})
+
+
+def build_model(
+    layout: Layout,
+    *,
+    vocab_size: int = VOCAB_SIZE,
+    seq_length: int = SEQ_LENGTH,
+    tied: bool = False,
+    **overrides: Any,
+) -> list[GPTModel]:
+    """Build this rank's model chunks, one per virtual pipeline stage, with topology-free weights.
+
+    `overrides` are fields of the configuration; `tied` shares embedding and output weights.
+    Megatron's process groups must be set up for `layout`.
+    """
+    config = build_config(layout, **overrides)
+    stages: list[int | None] = [None] if layout.vpp is None else list(range(layout.vpp))
+    chunks = []
+    for stage in stages:
+        spec: Any = get_gpt_decoder_block_spec(config, use_transformer_engine=False, vp_stage=stage)
+        chunk = GPTModel(
+            config,
+            spec,
+            vocab_size=vocab_size,
+            max_sequence_length=seq_length,
+            pre_process=parallel_state.is_pipeline_first_stage(
+                ignore_virtual=False, vp_stage=stage
+            ),
+            post_process=parallel_state.is_pipeline_last_stage(
+                ignore_virtual=False, vp_stage=stage
+            ),
+            share_embeddings_and_output_weights=tied,
+            position_embedding_type="rope",
+            vp_stage=stage,
+        )
+        for parameter in chunk.parameters():
+            set_defaults_if_not_set_tensor_model_parallel_attributes(parameter)
+        draw_weights(chunk)
+        chunks.append(chunk)
+    return chunks
+
+
+@torch.no_grad()
+def draw_weights(chunk: GPTModel) -> None:
+    """Overwrite every parameter with its shard of a full tensor drawn by global name.
+
+    Megatron's sharded checkpoint entries say which part of which global tensor a rank holds, and
+    their data are views of the parameters.
+    """
+    filled = 0
+    for shard in _parameter_shards(chunk):
+        full = _draw(shard.key, shard.global_shape, shard.prepend_axis_num)
+        where = tuple(
+            slice(offset, offset + size)
+            for offset, size in zip(shard.global_offset, _shard_shape(shard), strict=True)
+        )
+        assert shard.data is not None
+        shard.data.copy_(full[where].reshape(shard.data.shape))
+        filled += shard.data.numel()
+    expected = sum(parameter.numel() for parameter in chunk.parameters())
+    assert filled == expected, f"filled {filled} of {expected} numbers"
+
+
+def _parameter_shards(chunk: GPTModel) -> Iterator[ShardedTensor]:
+    storages = {parameter.untyped_storage().data_ptr() for parameter in chunk.parameters()}
+    dp_cp_group = parallel_state.get_data_parallel_group(with_context_parallel=True)
+    entries = chunk.sharded_state_dict(metadata={"dp_cp_group": dp_cp_group})
+    apply_factories(entries)
+    for entry in nested_values(entries):
+        if not isinstance(entry, ShardedTensor) or entry.data is None:
+            continue
+        # Buffers such as the router's token counts keep their values.
+        if entry.data.untyped_storage().data_ptr() in storages:
+            yield entry
+
+
+def _shard_shape(shard: ShardedTensor) -> tuple[int, ...]:
+    """Return the local shape with the axes of layers and experts, of which a shard has one each."""
+    return (1,) * shard.prepend_axis_num + tuple(shard.local_shape)
+
+
+def _draw(key: str, shape: tuple[int, ...], prepended: int) -> torch.Tensor:
+    """Draw a full tensor: a matrix N(0, 1 / in), norm weights N(1, .1²), biases N(0, .1²)."""
+    generator = torch.Generator().manual_seed(zlib.crc32(key.encode()))
+    full = torch.randn(shape, generator=generator)
+    if len(shape) - prepended >= 2:
+        return full / shape[-1] ** 0.5
+    return 0.1 * full + (1.0 if key.endswith("norm.weight") else 0.0)

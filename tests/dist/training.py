@@ -1,0 +1,180 @@
+"""Train tiny models for a few steps with Megatron's own schedules, DDP and optimizer."""
+
+import dataclasses
+import itertools
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from megatron.core import parallel_state
+from megatron.core.distributed import (
+    DistributedDataParallel,
+    DistributedDataParallelConfig,
+    finalize_model_grads,
+)
+from megatron.core.models.gpt.gpt_model import GPTModel
+from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
+from megatron.core.packed_seq_params import PackedSeqParams
+from megatron.core.pipeline_parallel import get_forward_backward_func
+from megatron.core.transformer.module import Float16Module
+from megatron.core.utils import get_model_config
+
+from tests.dist.layouts import Layout
+from tests.dist.models import SEQ_LENGTH, VOCAB_SIZE
+
+NUM_SEQUENCES = 4
+NUM_STEPS = 3
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Run:
+    """How to train; `one_rank` gives every data-parallel rank the whole batch.
+
+    With `one_rank` the averages over data-parallel ranks are those of one rank alone, which makes
+    the unsharded reference of a layout available in its own processes. `cu_seqlens` packs the
+    tokens of each sequence into shorter ones.
+    """
+
+    one_rank: bool = False
+    micro_batch_size: int = 1
+    lr: float = 1e-2
+    distributed_optimizer: bool = False
+    overlap: bool = False
+    cu_seqlens: tuple[int, ...] | None = None
+
+
+def train(chunks: list[GPTModel], layout: Layout, run: Run | None = None) -> torch.Tensor:
+    """Train on fixed random tokens; return [NUM_STEPS, 2]: mean loss and gradient norm by step.
+
+    The same numbers come back on every rank.
+    """
+    run = run or Run()
+    config = get_model_config(chunks[0])
+    models: list[Any] = _wrap(chunks, run)
+    optimizer = get_megatron_optimizer(_optimizer_config(config, run), models)
+    config.finalize_model_grads_func = finalize_model_grads
+    config.grad_scale_func = optimizer.scale_loss
+    if run.overlap:
+        syncs = [model.no_sync for model in models]
+        config.no_sync_func = syncs if len(syncs) > 1 else syncs[0]
+    history = []
+    for step in range(NUM_STEPS):
+        for model in models:
+            model.zero_grad_buffer()
+        optimizer.zero_grad()
+        loss = _forward_backward(models, layout, run, step)
+        stepped: Any = optimizer.step()
+        history.append((loss, float(stepped[1])))
+    return torch.tensor(history, dtype=torch.float64)
+
+
+def _wrap(chunks: list[GPTModel], run: Run) -> list[DistributedDataParallel]:
+    config = get_model_config(chunks[0])
+    ddp_config = DistributedDataParallelConfig(
+        use_distributed_optimizer=run.distributed_optimizer,
+        overlap_grad_reduce=run.overlap,
+        overlap_param_gather=run.overlap and run.distributed_optimizer,
+        # Several buckets, so that there is something to overlap.
+        bucket_size=5000 if run.overlap else None,
+        grad_reduce_in_fp32=True,
+    )
+    inner = [Float16Module(config, c) for c in chunks] if config.bf16 else chunks
+    return [
+        DistributedDataParallel(config, ddp_config, chunk, disable_bucketing=index > 0)
+        for index, chunk in enumerate(inner)
+    ]
+
+
+def _optimizer_config(config: Any, run: Run) -> OptimizerConfig:
+    return OptimizerConfig(
+        optimizer="adam",
+        lr=run.lr,
+        weight_decay=0.0,
+        clip_grad=1.0,
+        bf16=config.bf16,
+        params_dtype=config.params_dtype,
+        use_distributed_optimizer=run.distributed_optimizer,
+        overlap_param_gather=run.overlap and run.distributed_optimizer,
+    )
+
+
+def _forward_backward(models: list[Any], layout: Layout, run: Run, step: int) -> float:
+    data_ranks = 1 if run.one_rank else parallel_state.get_data_parallel_world_size()
+    num_microbatches = NUM_SEQUENCES // run.micro_batch_size // data_ranks
+    iterators = [_microbatches(layout, run, step) for _ in models]
+    virtual = len(models) > 1
+    losses = get_forward_backward_func()(
+        forward_step_func=_Forward(layout, run),
+        data_iterator=iterators if virtual else iterators[0],
+        model=models if virtual else models[0],
+        num_microbatches=num_microbatches,
+        seq_length=SEQ_LENGTH,
+        micro_batch_size=run.micro_batch_size,
+        forward_only=False,
+    )
+    # Only the last pipeline stage has losses.
+    total = torch.stack(losses).sum(0) if losses else torch.zeros(2, dtype=torch.float64)
+    dist.all_reduce(total)
+    return float(total[0] / total[1])
+
+
+def _microbatches(layout: Layout, run: Run, step: int) -> Iterator[torch.Tensor]:
+    """Yield this data-parallel rank's tokens, [micro_batch_size, SEQ_LENGTH + 1]."""
+    generator = torch.Generator().manual_seed(100 + step)
+    shape = (NUM_SEQUENCES, SEQ_LENGTH + 1)
+    tokens = torch.randint(VOCAB_SIZE, shape, generator=generator)
+    if not run.one_rank:
+        tokens = tokens.chunk(layout.dp)[parallel_state.get_data_parallel_rank()]
+    yield from tokens.split(run.micro_batch_size)
+
+
+class _Forward:
+    """Megatron's forward_step_func."""
+
+    def __init__(self, layout: Layout, run: Run) -> None:
+        self.run = run
+        self.cut = _context_parallel_cut(layout, run)
+
+    def __call__(self, iterator: Iterator[torch.Tensor], model: Any) -> tuple[torch.Tensor, Any]:
+        tokens = next(iterator)
+        positions = torch.arange(SEQ_LENGTH).expand(tokens.shape[0], -1)
+        inputs, labels, positions = (
+            x[:, self.cut] for x in (tokens[:, :-1], tokens[:, 1:], positions)
+        )
+        output = model(
+            inputs, positions, None, labels=labels, packed_seq_params=packed(self.run.cu_seqlens)
+        )
+        return output, _loss
+
+
+def _loss(output: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Return the sum of the token losses, the number of tokens, and both to report."""
+    total, count = output.float().sum(), torch.tensor(output.numel(), dtype=torch.int)
+    return total, count, torch.stack([total.detach().double(), count.double()])
+
+
+def _context_parallel_cut(layout: Layout, run: Run) -> torch.Tensor:
+    """Return the positions of this context-parallel rank: two chunks of each packed sequence."""
+    bounds = run.cu_seqlens or (0, SEQ_LENGTH)
+    rank = parallel_state.get_context_parallel_rank()
+    positions = []
+    for start, end in itertools.pairwise(bounds):
+        chunks = torch.arange(start, end).chunk(2 * layout.cp)
+        positions += [chunks[rank], chunks[2 * layout.cp - 1 - rank]]
+    return torch.cat(positions)
+
+
+def packed(cu_seqlens: tuple[int, ...] | None) -> PackedSeqParams | None:
+    """Return Megatron's description of sequences that end where the next starts, or None."""
+    if cu_seqlens is None:
+        return None
+    starts = torch.tensor(cu_seqlens, dtype=torch.int32)
+    longest = int(starts.diff().max())
+    return PackedSeqParams(
+        qkv_format="thd",
+        cu_seqlens_q=starts,
+        cu_seqlens_kv=starts,
+        max_seqlen_q=longest,
+        max_seqlen_kv=longest,
+    )

@@ -1,0 +1,77 @@
+"""What can be said of megalora.cpu without other processes."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+
+from megalora import cpu
+
+RUN = {**os.environ, "OMP_NUM_THREADS": "1"}
+
+
+def run_python(code: str) -> subprocess.CompletedProcess[str]:
+    """Run code in a fresh interpreter, which nothing has patched."""
+    return subprocess.run([sys.executable, "-c", code], env=RUN, capture_output=True, text=True)
+
+
+def test_importing_megalora_installs_nothing() -> None:
+    code = """
+import torch
+before = torch.cuda.current_device, torch.empty, torch.Tensor.to, torch.distributed.isend
+import megalora, megalora.cpu
+assert not megalora.cpu.installed()
+assert before == (
+    torch.cuda.current_device, torch.empty, torch.Tensor.to, torch.distributed.isend
+)
+"""
+    finished = run_python(code)
+    assert finished.returncode == 0, finished.stderr
+
+
+def test_install_patches_once_and_leaves_torch_compile_to_users() -> None:
+    code = """
+import torch
+compile_ = torch.compile
+import megalora.cpu
+megalora.cpu.install()
+empty = torch.empty
+megalora.cpu.install()
+assert torch.empty is empty
+assert torch.compile is compile_
+assert torch.empty(2, device="cuda").device.type == "cpu"
+assert torch.ones(2).to("cuda:0").cuda().device.type == "cpu"
+
+@torch.compile(backend="aot_eager", fullgraph=True)
+def double(x):
+    return x.to("cuda") * 2 + torch.zeros(2, device="cuda")
+
+x = torch.ones(2, requires_grad=True)
+double(x).sum().backward()
+assert x.grad.tolist() == [2.0, 2.0]
+"""
+    finished = run_python(code)
+    assert finished.returncode == 0, finished.stderr
+
+
+def test_install_after_megatron_says_what_to_do() -> None:
+    code = """
+import sys, types
+sys.modules["megatron.core"] = types.ModuleType("megatron.core")
+import megalora.cpu
+megalora.cpu.install()
+"""
+    finished = run_python(code)
+    assert finished.returncode != 0
+    assert "call megalora.cpu.install() before the first import of megatron" in finished.stderr
+
+
+def test_cpu_is_wanted_where_asked_for_or_without_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    assert cpu.wanted(["--cpu"])
+    assert not cpu.wanted(["--lora-rank", "8"])
+    assert not cpu.install_if_wanted(["--lora-rank", "8"])
+    assert not cpu.installed()
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    assert cpu.wanted([])
