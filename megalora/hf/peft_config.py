@@ -1,0 +1,214 @@
+"""adapter_config.json: which rank and scale a module has, by PEFT's own rules, both ways."""
+
+import math
+import re
+import warnings
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from megalora.hf.factors import summarise
+
+_LAYER = re.compile(r"model\.layers\.(\d+)\.(.+)")
+_EXPERT = re.compile(r"(.+\.experts)\.(\d+)\.(gate_proj|up_proj|down_proj)")
+
+# Fields of LoraConfig that change the update's formula, with the value that means "not used".
+_REFUSED: dict[str, Any] = {
+    "use_dora": False,
+    "use_qalora": False,
+    "lora_bias": False,
+    "bias": "none",
+    "fan_in_fan_out": False,
+    "modules_to_save": None,
+    "trainable_token_indices": None,
+    "layer_replication": None,
+    "alora_invocation_tokens": None,
+    "arrow_config": None,
+    "velora_config": None,
+    "kasa_config": None,
+}
+# Fields that only matter in training, or that the tensors themselves answer.
+_HARMLESS = {
+    "alpha_pattern", "auto_mapping", "base_model_name_or_path", "corda_config",
+    "ensure_weight_tying", "eva_config", "exclude_modules", "inference_mode", "init_lora_weights",
+    "layers_pattern", "layers_to_transform", "loftq_config", "lora_alpha", "lora_dropout",
+    "lora_ga_config", "megatron_config", "megatron_core", "monteclora_config", "peft_type",
+    "peft_version", "qalora_group_size", "r", "rank_pattern", "revision", "runtime_config",
+    "target_modules", "target_parameters", "task_type", "use_bdlora", "use_rslora",
+}  # fmt: skip
+# These starts subtract an initial adapter from the base weights when PEFT loads them.
+_CHANGES_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PeftRules:
+    """How adapter_config.json gives a module its rank and its scale."""
+
+    r: int
+    lora_alpha: float
+    rank_pattern: Mapping[str, int] = field(default_factory=dict)
+    alpha_pattern: Mapping[str, float] = field(default_factory=dict)
+    use_rslora: bool = False
+
+    def rank(self, name: str) -> int:
+        """Return the rank of a module."""
+        return _first_match(self.rank_pattern, name, self.r)
+
+    def scale(self, name: str) -> float:
+        """Return the factor of B @ A: alpha / r, or alpha / sqrt(r) under rsLoRA."""
+        rank, alpha = self.rank(name), _first_match(self.alpha_pattern, name, self.lora_alpha)
+        return alpha / (math.sqrt(rank) if self.use_rslora else rank)
+
+
+def _first_match(patterns: Mapping[str, Any], name: str, default: Any) -> Any:
+    for pattern, value in patterns.items():
+        if re.match(rf"(.*\.)?({pattern})$", name):
+            return value
+    return default
+
+
+def read_rules(config: Mapping[str, Any]) -> PeftRules:
+    """Check a configuration and return its rules.
+
+    Raises ValueError, by name, for whatever plain LoRA factors cannot represent.
+    """
+    if config.get("peft_type") != "LORA":
+        raise ValueError(f"adapter_config peft_type is {config.get('peft_type')!r}: must be 'LORA'")
+    _refuse_extensions(config)
+    rank, alpha = _number(config, "r"), _number(config, "lora_alpha")
+    ranks, alphas = _patterns(config, "rank_pattern"), _patterns(config, "alpha_pattern")
+    for name, value in (("r", rank), *ranks.items()):
+        if value < 1 or value != int(value):
+            where = name if name == "r" else f"rank_pattern {name!r}"
+            raise ValueError(f"adapter_config {where} is {value!r}: must be an integer >= 1")
+    return PeftRules(
+        r=int(rank),
+        lora_alpha=alpha,
+        rank_pattern={pattern: int(value) for pattern, value in ranks.items()},
+        alpha_pattern=alphas,
+        use_rslora=bool(config.get("use_rslora", False)),
+    )
+
+
+def _number(config: Mapping[str, Any], name: str) -> float:
+    value = config.get(name)
+    if not isinstance(value, int | float) or isinstance(value, bool) or not math.isfinite(value):
+        raise ValueError(f"adapter_config {name} is {value!r}: must be a finite number")
+    return value
+
+
+def _patterns(config: Mapping[str, Any], name: str) -> dict[str, float]:
+    patterns = config.get(name) or {}
+    if not isinstance(patterns, dict):
+        raise ValueError(f"adapter_config {name} is {patterns!r}: must be an object")
+    for pattern in patterns:
+        try:
+            re.compile(pattern)
+        except re.error as error:
+            raise ValueError(f"adapter_config {name} {pattern!r} is no pattern: {error}") from None
+    return {pattern: _number(patterns, pattern) for pattern in patterns}
+
+
+def _refuse_extensions(config: Mapping[str, Any]) -> None:
+    used = [
+        name for name, unused in _REFUSED.items() if config.get(name, unused) not in (unused, None)
+    ]
+    unknown = [
+        name
+        for name, value in config.items()
+        if value and name not in _REFUSED and name not in _HARMLESS
+    ]
+    used += [name for name in unknown if name.startswith("use_") or name.endswith("_config")]
+    start = config.get("init_lora_weights")
+    if isinstance(start, str) and start.lower().startswith(_CHANGES_BASE):
+        used.append(f"init_lora_weights={start}")
+    if used:
+        raise ValueError(
+            f"adapter_config uses {', '.join(used)}, which plain LoRA factors cannot represent: "
+            "merge the adapter with PEFT, or convert it to plain LoRA first"
+        )
+    for name in unknown:
+        warnings.warn(f"adapter_config has the unknown field {name}, ignored", stacklevel=3)
+
+
+def choose_patterns(
+    wanted: Mapping[str, tuple[int, float]], default: tuple[int, float]
+) -> tuple[dict[str, int], dict[str, float]]:
+    """Return rank_pattern and alpha_pattern that give every module its (rank, alpha).
+
+    No two patterns match one module, so their order, which PEFT sorts on saving, means nothing.
+    """
+    by_place: dict[str, set[tuple[int, float]]] = defaultdict(set)
+    for name, value in wanted.items():
+        by_place[_place(name)].add(value)
+    grouped: dict[tuple[str, tuple[int, float]], list[str]] = defaultdict(list)
+    keys: dict[str, tuple[int, float]] = {}
+    for name, value in sorted(wanted.items()):
+        if value == default:
+            continue
+        if len(by_place[_place(name)]) > 1:
+            keys[re.escape(name)] = value
+            continue
+        parent, _, leaf = _place(name).rpartition(".")
+        if leaf not in grouped[parent, value]:
+            grouped[parent, value].append(leaf)
+    for (parent, value), leaves in grouped.items():
+        joined = leaves[0] if len(leaves) == 1 else f"({'|'.join(leaves)})"
+        keys[f"{parent}\\.{joined}" if parent else joined] = value
+    return (
+        {key: rank for key, (rank, _) in sorted(keys.items()) if rank != default[0]},
+        {key: alpha for key, (_, alpha) in sorted(keys.items()) if alpha != default[1]},
+    )
+
+
+def most_common(values: Iterable[tuple[int, float]]) -> tuple[int, float]:
+    """Return the most frequent value, the smallest of equals."""
+    counts = Counter(values)
+    return min(counts, key=lambda value: (-counts[value], value))
+
+
+def target_modules(names: Iterable[str], num_layers: int) -> list[str]:
+    """Return PEFT target_modules that select these modules and no others.
+
+    A leaf name such as `q_proj` where every layer has it, else the whole name.
+    """
+    layers: dict[str, list[str]] = defaultdict(list)
+    for name in names:
+        layers[_place(name)].append(name)
+    targets: list[str] = []
+    for place, members in layers.items():
+        everywhere = len(members) == num_layers or not _LAYER.match(members[0])
+        # `gate_proj` alone would also select the dense layers beside a shared expert.
+        short = place if place.startswith("shared_expert") else place.rpartition(".")[2]
+        targets += [short] if everywhere else members
+    return list(dict.fromkeys(targets))
+
+
+def split_expert(name: str) -> tuple[str, int, str] | None:
+    """Split `model.layers.0.mlp.experts.3.up_proj` in (`...experts`, 3, `up_proj`)."""
+    found = _EXPERT.fullmatch(name)
+    return (found.group(1), int(found.group(2)), found.group(3)) if found else None
+
+
+def layer_of(name: str) -> int | None:
+    """Return the layer number in a Hugging Face module name, None outside of the layers."""
+    found = _LAYER.match(name)
+    return int(found.group(1)) if found else None
+
+
+def _place(name: str) -> str:
+    """Return the part of a name that all layers share: `self_attn.q_proj`, `lm_head`."""
+    found = _LAYER.match(name)
+    return ".".join(found.group(2).split(".")[-2:]) if found else name
+
+
+def check_ranks(ranks: Mapping[str, int], rules: PeftRules) -> None:
+    """Raise ValueError where a tensor's rank is not what its configuration says."""
+    wrong = [f"{name} ({rank})" for name, rank in ranks.items() if rank != rules.rank(name)]
+    if wrong:
+        first = wrong[0].split(" ")[0]
+        raise ValueError(
+            f"adapter_config gives {first} the rank {rules.rank(first)}, its tensors have another: "
+            f"{summarise(wrong)}: the configuration belongs to other tensors"
+        )

@@ -1,0 +1,212 @@
+"""Expert adapters over 3-D parameters (`peft-3d`), and the experts that PEFT insists on.
+
+transformers 5 keeps a layer's experts as `mlp.experts.gate_up_proj` [E, 2 i, h] and
+`mlp.experts.down_proj` [E, h, i]. PEFT wraps gate_up_proj first, so its factors are the inner
+ones, at `mlp.experts.base_layer`, and those of down_proj the outer ones, at `mlp.experts`:
+lora_A [E r, in] is expert-major, lora_B [out, r E] is expert-fastest. PEFT <= 0.19.0 took `in` for
+`out`: there A is [E r, out], B is [in, r E], and the update of an expert is (B A)ᵀ.
+"""
+
+from collections import defaultdict
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from megalora.hf.factors import LoRAFactors, same_scale
+from megalora.hf.peft_config import PeftRules, split_expert
+
+PROJECTIONS = ("gate_proj", "up_proj", "down_proj")
+GATE_UP, DOWN = "gate_up_proj", "down_proj"
+Pair = tuple[Tensor, Tensor]
+
+
+def split_3d(
+    pairs: Mapping[str, Pair],
+    rules: PeftRules,
+    config: Mapping[str, Any],
+    hidden_size: int | None,
+) -> dict[str, LoRAFactors]:
+    """Turn the 3-D factors of every layer into factors of single experts.
+
+    pairs: `model.layers.0.mlp.experts` or `model.layers.0.mlp.experts.base_layer` -> (A, B).
+    hidden_size: tells the two layouts apart where a layer has only one of the two parameters.
+    """
+    layers: dict[str, list[str]] = defaultdict(list)
+    for key in pairs:
+        layers[key.removesuffix(".base_layer")].append(key)
+    factors: dict[str, LoRAFactors] = {}
+    for prefix, keys in layers.items():
+        named = {_parameter(key, keys, config): pairs[key] for key in sorted(keys)}
+        old = _is_old_layout(prefix, named, hidden_size)
+        for parameter, (a, b) in named.items():
+            name = f"{prefix}.{parameter}"
+            stacked = _unflatten(name, a, b, rules.rank(name), old=old)
+            factors |= _split_experts(prefix, parameter, *stacked, rules.scale(name))
+    return factors
+
+
+def _parameter(key: str, keys: list[str], config: Mapping[str, Any]) -> str:
+    """Name the parameter of a wrapper: inner before outer where there are two."""
+    if len(keys) == 2:
+        return GATE_UP if key.endswith(".base_layer") else DOWN
+    named = {str(target).rpartition(".")[2] for target in config.get("target_parameters") or []}
+    single = named & {GATE_UP, DOWN}
+    if len(single) == 1 and not key.endswith(".base_layer"):
+        return single.pop()
+    raise ValueError(
+        f"{key} adapts one expert parameter, but target_parameters {sorted(named)} do not say "
+        f"which: {GATE_UP} or {DOWN}"
+    )
+
+
+def _is_old_layout(prefix: str, named: Mapping[str, Pair], hidden_size: int | None) -> bool:
+    sizes = {name: (a.shape[1], b.shape[0]) for name, (a, b) in named.items()}
+    gate_up, down = sizes.get(GATE_UP), sizes.get(DOWN)
+    if gate_up and down:
+        if gate_up[0] == down[1] and gate_up[1] == 2 * down[0]:
+            return False
+        if gate_up[1] == down[0] and gate_up[0] == 2 * down[1]:
+            return True
+        raise ValueError(f"{prefix}: sizes {sizes} fit neither layout of 3-D expert adapters")
+    hidden = (gate_up or down or (0, 0))[0 if gate_up else 1]
+    other = (gate_up or down or (0, 0))[1 if gate_up else 0]
+    if hidden_size is None or hidden == other or hidden_size not in (hidden, other):
+        raise ValueError(
+            f"{prefix}: sizes {sizes} alone do not tell the layout of PEFT <= 0.19.0 from the "
+            "newer one: give the base model, or save the adapter again with a newer PEFT"
+        )
+    return hidden != hidden_size
+
+
+def _unflatten(name: str, a: Tensor, b: Tensor, rank: int, *, old: bool) -> Pair:
+    """Return A [E, r, in] and B [E, out, r] of a flat pair."""
+    if a.shape[0] != b.shape[1] or a.shape[0] % rank:
+        raise ValueError(
+            f"{name}: lora_A {list(a.shape)} and lora_B {list(b.shape)} are not whole experts of "
+            f"rank {rank}: the configuration's rank belongs to other tensors"
+        )
+    num_experts = a.shape[0] // rank
+    a = a.reshape(num_experts, rank, a.shape[1])
+    b = b.reshape(b.shape[0], rank, num_experts).permute(2, 0, 1)
+    return (b.transpose(1, 2), a.transpose(1, 2)) if old else (a, b)
+
+
+def _split_experts(
+    prefix: str, parameter: str, a: Tensor, b: Tensor, scale: float
+) -> dict[str, LoRAFactors]:
+    """Split stacked factors into experts, and gate_up into gate and up.
+
+    gate_up made of two adapters has a block-diagonal B, and each half takes its own block. Trained
+    as one adapter, both halves share A.
+    """
+    if parameter == DOWN:
+        halves = {DOWN: (a, b)}
+    else:
+        rank, rows = a.shape[1] // 2, b.shape[1] // 2
+        gate, up = b[:, :rows], b[:, rows:]
+        blocks = a.shape[1] % 2 == 0 and not (gate[..., rank:].any() or up[..., :rank].any())
+        halves = (
+            {"gate_proj": (a[:, :rank], gate[..., :rank]), "up_proj": (a[:, rank:], up[..., rank:])}
+            if blocks
+            else {"gate_proj": (a, gate), "up_proj": (a, up)}
+        )
+    return {
+        f"{prefix}.{expert}.{projection}": LoRAFactors(half_a[expert], half_b[expert], scale)
+        for projection, (half_a, half_b) in halves.items()
+        for expert in range(a.shape[0])
+    }
+
+
+@dataclass(frozen=True, slots=True)
+class Experts:
+    """Every expert adapter of a model: complete, of one rank and one scale."""
+
+    prefixes: list[str]
+    num_experts: int
+    rank: int
+    scale: float
+    factors: dict[str, LoRAFactors]
+
+
+def complete_experts(
+    factors: Mapping[str, LoRAFactors], *, num_layers: int, num_experts: int | None
+) -> Experts | None:
+    """Fill the experts' adapters to what PEFT loads: all layers, experts and projections.
+
+    PEFT's conversion stacks them, so a projection without an adapter gets one that is zero.
+    Returns None where no expert has an adapter.
+    """
+    given = {name: module for name, module in factors.items() if split_expert(name)}
+    if not given:
+        return None
+    parts = [part for name in given if (part := split_expert(name))]
+    if num_experts is None:
+        num_experts = max(expert for _, expert, _ in parts) + 1
+    infix = parts[0][0].split(".", 3)[3]
+    prefixes = [f"model.layers.{layer}.{infix}" for layer in range(num_layers)]
+    names = [
+        f"{prefix}.{expert}.{projection}"
+        for prefix in prefixes
+        for expert in range(num_experts)
+        for projection in PROJECTIONS
+    ]
+    outside = sorted(set(given) - set(names))
+    if outside:
+        raise ValueError(
+            f"{outside[0]} is outside of {num_layers} layers with {num_experts} experts: "
+            "this adapter belongs to another model"
+        )
+    one = next(iter(given.values()))
+    if any(m.rank != one.rank or not same_scale(m.scale, one.scale) for m in given.values()):
+        raise ValueError(
+            "experts differ in rank or scale, which PEFT cannot load as `peft` or `peft-3d`: "
+            "use the format `uniform`"
+        )
+    blank = _blank_factors(given, one.rank, one.scale)
+    full = {
+        name: given[name] if name in given else blank[name.rpartition(".")[2]] for name in names
+    }
+    return Experts(prefixes, num_experts, one.rank, one.scale, full)
+
+
+def _blank_factors(
+    given: Mapping[str, LoRAFactors], rank: int, scale: float
+) -> dict[str, LoRAFactors]:
+    """Return a zero adapter for each projection, sized like the ones that are given."""
+    name, module = next(iter(given.items()))
+    inner, outer = module.lora_A.shape[1], module.lora_B.shape[0]
+    hidden, ffn = (outer, inner) if name.endswith(DOWN) else (inner, outer)
+
+    def zero(num_in: int, num_out: int) -> LoRAFactors:
+        return LoRAFactors(
+            module.lora_A.new_zeros(rank, num_in), module.lora_B.new_zeros(num_out, rank), scale
+        )
+
+    blank = zero(hidden, ffn)
+    return {"gate_proj": blank, "up_proj": blank, "down_proj": zero(ffn, hidden)}
+
+
+def join_3d(experts: Experts) -> dict[str, Tensor]:
+    """Return the 3-D layout's tensors by key; gate and up become block-diagonal at rank 2 r."""
+    tensors: dict[str, Tensor] = {}
+    for prefix in experts.prefixes:
+        gate, up, down = (_stack(experts, prefix, projection) for projection in PROJECTIONS)
+        a = torch.cat([gate[0], up[0]], dim=1)
+        zero_gate, zero_up = torch.zeros_like(gate[1]), torch.zeros_like(up[1])
+        b = torch.cat(
+            [torch.cat([gate[1], zero_gate], dim=2), torch.cat([zero_up, up[1]], dim=2)], dim=1
+        )
+        for key, (stacked_a, stacked_b) in {f"{prefix}.base_layer": (a, b), prefix: down}.items():
+            tensors[f"{key}.lora_A.weight"] = stacked_a.flatten(0, 1)
+            tensors[f"{key}.lora_B.weight"] = stacked_b.permute(1, 2, 0).flatten(1)
+    return tensors
+
+
+def _stack(experts: Experts, prefix: str, projection: str) -> Pair:
+    modules = [
+        experts.factors[f"{prefix}.{expert}.{projection}"] for expert in range(experts.num_experts)
+    ]
+    return torch.stack([m.lora_A for m in modules]), torch.stack([m.lora_B for m in modules])

@@ -1,0 +1,155 @@
+"""Tiny real Hugging Face models, adapters for them, and the merged reference made without PEFT."""
+
+import copy
+import os
+import warnings
+
+import torch
+from torch import Tensor
+
+from megalora.hf.factors import LoRAFactors
+
+os.environ["HF_HUB_OFFLINE"] = "1"
+
+import transformers
+from peft import PeftModel
+
+HIDDEN, MOE_FFN, FFN, VOCAB, LAYERS, HEADS, GROUPS, HEAD_DIM = 32, 24, 40, 66, 2, 4, 2, 16
+NUM_EXPERTS = 16  # at least 11, so that sorting "10" before "2" shows; 2 * MOE_FFN != HIDDEN
+TOPK = 2
+FAMILIES = ("llama", "qwen2", "qwen3", "qwen3_moe")
+_COMMON = {
+    "hidden_size": HIDDEN,
+    "intermediate_size": FFN,
+    "num_hidden_layers": LAYERS,
+    "num_attention_heads": HEADS,
+    "num_key_value_heads": GROUPS,
+    "head_dim": HEAD_DIM,
+    "vocab_size": VOCAB,
+    "max_position_embeddings": 64,
+    "attn_implementation": "eager",
+    "initializer_range": 0.1,
+}
+
+
+def hf_config(
+    family: str, *, tied: bool = False, **changes: object
+) -> transformers.PretrainedConfig:
+    """Return the configuration of a tiny model."""
+    common = {**_COMMON, "tie_word_embeddings": tied}
+    if family == "llama":
+        scaling = {
+            "rope_type": "llama3",
+            "rope_theta": 10000.0,
+            "factor": 8.0,
+            "low_freq_factor": 1.0,
+            "high_freq_factor": 4.0,
+            "original_max_position_embeddings": 8192,
+        }
+        return transformers.LlamaConfig(**{**common, "rope_parameters": scaling, **changes})
+    if family == "qwen2":
+        return transformers.Qwen2Config(**{**common, "head_dim": HIDDEN // HEADS, **changes})
+    if family == "qwen3":
+        return transformers.Qwen3Config(**{**common, **changes})
+    moe = {
+        "moe_intermediate_size": MOE_FFN,
+        "num_experts": NUM_EXPERTS,
+        "num_experts_per_tok": TOPK,
+        "norm_topk_prob": True,
+    }
+    return transformers.Qwen3MoeConfig(**{**common, **moe, **changes})
+
+
+def hf_model(family: str, *, tied: bool = False, **changes: object) -> torch.nn.Module:
+    """Return a tiny model with values everywhere, biases and norms included."""
+    torch.manual_seed(1)
+    model = transformers.AutoModelForCausalLM.from_config(hf_config(family, tied=tied, **changes))
+    with torch.no_grad():
+        for name, param in model.named_parameters():
+            if param.dim() == 1:
+                param.add_(torch.randn_like(param) * 0.3)
+            if name.endswith("mlp.gate.weight"):
+                torch.nn.init.normal_(param, std=0.5)
+    return model.float().eval()
+
+
+def module_sizes(model: torch.nn.Module, *, lm_head: bool = True) -> dict[str, tuple[int, int]]:
+    """Return (in, out) of everything that can have an adapter, by its name on disk."""
+    sizes: dict[str, tuple[int, int]] = {}
+    for name, param in model.named_parameters():
+        if name.endswith("experts.gate_up_proj"):
+            prefix, (num, out, num_in) = name.rpartition(".")[0], param.shape
+            for e in range(num):
+                sizes[f"{prefix}.{e}.gate_proj"] = sizes[f"{prefix}.{e}.up_proj"] = (
+                    num_in,
+                    out // 2,
+                )
+        elif name.endswith("experts.down_proj"):
+            prefix, (num, out, num_in) = name.rpartition(".")[0], param.shape
+            sizes |= {f"{prefix}.{e}.down_proj": (num_in, out) for e in range(num)}
+        elif name.endswith("_proj.weight"):
+            sizes[name.removesuffix(".weight")] = (param.shape[1], param.shape[0])
+    if lm_head:
+        sizes["lm_head"] = (HIDDEN, VOCAB)
+    return sizes
+
+
+def random_factors(
+    model: torch.nn.Module, rank_and_scale: dict[str, tuple[int, float]], *, lm_head: bool = True
+) -> dict[str, LoRAFactors]:
+    """Return adapters of nonzero A and B; the first key that is part of a name decides its rank."""
+    generator = torch.Generator().manual_seed(7)
+    factors = {}
+    for name, (num_in, num_out) in module_sizes(model, lm_head=lm_head).items():
+        rank, scale = next(value for part, value in rank_and_scale.items() if part in name)
+        factors[name] = LoRAFactors(
+            torch.randn(rank, num_in, generator=generator) * 0.1,
+            torch.randn(num_out, rank, generator=generator) * 0.1,
+            scale,
+        )
+    return factors
+
+
+@torch.no_grad()
+def merged(model: torch.nn.Module, factors: dict[str, LoRAFactors]) -> torch.nn.Module:
+    """Return a copy of the model with the updates added to its weights, untied where needed."""
+    model = copy.deepcopy(model)
+    if "lm_head" in factors and model.config.tie_word_embeddings:
+        model.lm_head.weight = torch.nn.Parameter(model.lm_head.weight.clone())
+        model.config.tie_word_embeddings = False
+    params = dict(model.named_parameters())
+    for name, module in factors.items():
+        delta = module.scale * (module.lora_B.double() @ module.lora_A.double())
+        if name + ".weight" in params:
+            params[name + ".weight"].add_(delta)
+            continue
+        prefix, expert, projection = name.rsplit(".", 2)
+        if projection == "down_proj":
+            params[f"{prefix}.down_proj"][int(expert)].add_(delta)
+            continue
+        gate, up = params[f"{prefix}.gate_up_proj"][int(expert)].chunk(2)
+        (gate if projection == "gate_proj" else up).add_(delta)
+    return model
+
+
+IDS = torch.arange(20).reshape(2, 10)
+
+
+@torch.no_grad()
+def logits(model: torch.nn.Module, ids: Tensor = IDS) -> Tensor:
+    """Return [b, s, v]."""
+    return model(ids).logits
+
+
+def peft_model(model: torch.nn.Module, directory: str | os.PathLike[str]) -> torch.nn.Module:
+    """Load an adapter with PEFT; whatever it leaves unloaded is an error, not a warning."""
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        loaded = PeftModel.from_pretrained(copy.deepcopy(model), str(directory))
+        # The only place where unexpected keys can be seen.
+        result = loaded.load_adapter(str(directory), "again")
+    missing = [str(w.message) for w in caught if "missing adapter keys" in str(w.message)]
+    assert not missing, missing
+    assert not result.unexpected_keys, result.unexpected_keys
+    loaded.set_adapter("default")
+    return loaded.eval()
