@@ -9,6 +9,7 @@ from megalora.data.tokenizers import ByteTokenizer
 
 type AttentionFormat = Literal["padded", "mask", "thd"]
 
+
 class _ByteTokenizer(argparse.Action):
     """Train on bytes.
 
@@ -69,7 +70,15 @@ def add_data_args(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
 
 
 def tokenizer_from_args(args: argparse.Namespace) -> Any:
-    """Return the tokenizer that the flags name; Megatron must have built its own."""
+    """Return the tokenizer that the flags name; Megatron must have built its own.
+
+    Raises ValueError where they name two.
+    """
+    if args.byte_tokenizer and args.tokenizer_type != "NullTokenizer":
+        raise ValueError(
+            f"tokenizer_type {args.tokenizer_type} with --byte-tokenizer is two tokenizers: "
+            "leave one of them out"
+        )
     if args.byte_tokenizer:
         return ByteTokenizer()
     from megatron.training import get_tokenizer

@@ -70,7 +70,8 @@ def args(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
 
 
 def loader_of(dataset: PackedDataset, consumed: int = 0) -> Iterator[dict[str, torch.Tensor]]:
-    return iter(data_samplers.build_pretraining_data_loader(dataset, consumed))
+    loader: Any = data_samplers.build_pretraining_data_loader(dataset, consumed)
+    return iter(loader)
 
 
 def losses_by_context(
@@ -120,7 +121,7 @@ def test_packed_and_unpacked_give_the_same_loss_for_every_token(
 
 
 def batch_loss(
-    iterators: list[Iterator[dict[str, torch.Tensor]] | None],
+    iterator: Iterator[dict[str, torch.Tensor]] | None,
     num_microbatches: int,
     layout: Layout,
     args: SimpleNamespace,
@@ -131,9 +132,10 @@ def batch_loss(
     args.sequence_parallel = layout.sp
     fields: dict[str, Any] = {**KINDS[kind], "calculate_per_token_loss": True}
     (chunk,) = build_model(layout, vocab_size=VOCAB_SIZE, seq_length=SEQ_LENGTH, **fields)
+    source: Any = [iterator]
     results: Any = get_forward_backward_func()(
         forward_step_func=batch.forward_step,
-        data_iterator=iterators,
+        data_iterator=source,
         model=[chunk],
         num_microbatches=num_microbatches,
         seq_length=SEQ_LENGTH,
@@ -177,11 +179,11 @@ def test_every_layout_sees_the_same_batch(
     alone = one_rank(layout)
     with model_parallel(alone):
         everything = iter(torch.utils.data.DataLoader(data, batch_size=args.micro_batch_size))
-        expected = batch_loss([everything], num_microbatches, alone, args, kind)
+        expected = batch_loss(everything, num_microbatches, alone, args, kind)
     with model_parallel(layout):
         reads = parallel_state.get_tensor_model_parallel_rank() == 0
         iterator = loader_of(data) if reads else None
-        found = batch_loss([iterator], num_microbatches // layout.dp, layout, args, kind)
+        found = batch_loss(iterator, num_microbatches // layout.dp, layout, args, kind)
         # Tensor-parallel ranks hold the same sums, so one of each group counts.
         found *= reads
         dist.all_reduce(found)
@@ -264,7 +266,7 @@ def test_a_loss_that_is_not_finite_stops_the_run(args: SimpleNamespace) -> None:
 def test_megatrons_own_parser_and_tokenizers_take_the_byte_tokenizer(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    flags = "--dataset stdlib-docstrings --tokenizer-type ByteTokenizer --no-packing"
+    flags = "--dataset stdlib-docstrings --byte-tokenizer --no-packing"
     monkeypatch.setattr(sys, "argv", ["train.py", *flags.split()])
     args: Any = parse_args(extra_args_provider=add_data_args)
     args.rank = 0
