@@ -1,8 +1,10 @@
 """The few functions of Megatron itself that cannot run, or run wrongly, without a GPU."""
 
+import functools
 import importlib
 import importlib.util
 import logging
+import os
 import sys
 import types
 from typing import Any
@@ -16,6 +18,7 @@ def install() -> None:
     """Import megatron.core under the facade and patch it."""
     _fake_wgrad_kernel()
     _import_without_jit_fuser()
+    _patch_config()
     _patch_rng()
     _patch_norm()
     _patch_moe()
@@ -51,6 +54,47 @@ def _import_without_jit_fuser() -> None:
         importlib.import_module("megatron.core.models.gpt")
     finally:
         patched.compile = compile_
+
+
+# Default in Megatron's flags, and only in TransformerEngine.
+_TE_ONLY = {
+    "transformer_impl": "local",
+    "apply_rope_fusion": False,
+    "moe_grouped_gemm": False,
+    "moe_permute_fusion": False,
+    "moe_router_fusion": False,
+}
+
+
+def _patch_config() -> None:
+    """Take Megatron's own layers where TransformerEngine is missing.
+
+    The settings that need it are Megatron's defaults, and launch scripts should run unchanged.
+    """
+    from megatron.core.extensions.transformer_engine import HAVE_TE
+    from megatron.core.transformer.transformer_config import TransformerConfig
+
+    if HAVE_TE:
+        return
+    check = TransformerConfig.__post_init__
+
+    def check_local(self: TransformerConfig) -> None:
+        changed = {name: value for name, value in _TE_ONLY.items() if getattr(self, name) != value}
+        for name, value in changed.items():
+            setattr(self, name, value)
+        if changed:
+            settings = ", ".join(f"{name}={value}" for name, value in changed.items())
+            _say_once(f"without TransformerEngine the CPU runs {settings}")
+        check(self)
+
+    patched: Any = TransformerConfig
+    patched.__post_init__ = check_local
+
+
+@functools.cache
+def _say_once(message: str) -> None:
+    if os.environ.get("RANK", "0") == "0":
+        print(f"megalora: {message}", flush=True)
 
 
 def _patch_rng() -> None:
