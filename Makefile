@@ -1,0 +1,54 @@
+# make demo    train a small MoE, fine-tune it by LoRA on 4 processes, hand it to Hugging Face
+# make test    lint, types and all tests on the CPU
+# make lint    format, lint and types only
+# make bench   the benchmarks behind README's numbers
+# make parity  the table of parallel layouts with their errors against an unsharded model
+# make figures the experiments of "LoRA Without Regret" at toy size
+
+PYTHON ?= python3
+BIN := .venv/bin
+SOURCES := $(wildcard csrc/*.h csrc/*.cpp csrc/*/*)
+# One thread for each process: ranks share the cores.
+export OMP_NUM_THREADS ?= 1
+export MKL_NUM_THREADS ?= 1
+export PIP_DISABLE_PIP_VERSION_CHECK = 1
+
+.PHONY: demo test lint bench parity figures clean
+
+demo: .venv/built
+	$(BIN)/python examples/demo.py --output demo
+
+test: lint
+	$(BIN)/python -m pytest
+
+lint: .venv/built
+	$(BIN)/ruff format --check
+	$(BIN)/ruff check
+	$(BIN)/pyright
+
+bench: .venv/built
+	$(BIN)/python benchmarks/bench_linear.py
+	$(BIN)/python benchmarks/bench_experts.py
+	$(BIN)/python benchmarks/bench_model.py
+
+parity: .venv/built
+	$(BIN)/python benchmarks/parity.py
+
+figures: .venv/built
+	$(BIN)/python benchmarks/figures.py
+
+.venv/bin/python:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info[:2] != (3, 12))' || \
+		{ echo "megalora needs Python 3.12, $(PYTHON) is $$($(PYTHON) --version): make PYTHON=python3.12"; exit 1; }
+	$(PYTHON) -m venv .venv
+
+.venv/torch: constraints.txt .venv/bin/python
+	$(BIN)/pip install --progress-bar off -c constraints.txt torch setuptools wheel ninja
+	touch $@
+
+.venv/built: .venv/torch setup.py pyproject.toml constraints.txt $(SOURCES)
+	$(BIN)/pip install --progress-bar off -c constraints.txt --no-build-isolation -e '.[hf,dev]'
+	touch $@
+
+clean:
+	rm -rf build demo *.egg-info megalora/*.so
