@@ -24,7 +24,7 @@ def test_logprobs_are_log_softmax_of_the_whole_vocabulary(
     layout: Layout, dtype: torch.dtype
 ) -> None:
     logits, tokens, upstream = whole()
-    full = logits.to(dtype).float().requires_grad_()
+    full = logits.to(dtype).float().clone().requires_grad_()
     expected = full.log_softmax(-1).gather(-1, tokens[..., None])[..., 0]
     expected.backward(upstream)
     assert full.grad is not None
