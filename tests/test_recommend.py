@@ -388,7 +388,7 @@ def test_data_beyond_any_rank_calls_for_full_fine_tuning() -> None:
         ({"batch_size": -1}, "batch_size is -1"),
     ],
 )
-def test_impossible_runs_are_refused(fields: dict[str, int], message: str) -> None:
+def test_impossible_runs_are_refused(fields: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         recommend(LLAMA, lora(8), **fields)
 
@@ -487,7 +487,7 @@ def test_a_tied_table_is_held_once_on_one_stage_and_on_both_ends_of_a_pipeline()
     ],
 )
 def test_layouts_that_do_not_fit_are_refused(
-    shape: ModelShape, sizes: dict[str, int], message: str
+    shape: ModelShape, sizes: dict[str, Any], message: str
 ) -> None:
     with pytest.raises(ValueError, match=message):
         gpu_memory(shape, lora(8), Layout(**sizes))
