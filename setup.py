@@ -49,12 +49,27 @@ def wanted_cuda() -> Path | None:
     if wish == "0":
         notice("CPU ops only, because MEGALORA_CUDA=0")
         return None
+    import torch
+
+    if torch.version.cuda is None:
+        if wish == "1":
+            raise SystemExit(
+                "MEGALORA_CUDA=1 but this torch is built without CUDA: install one that is"
+            )
+        notice("CPU ops only: this torch is built without CUDA")
+        return None
     home = cuda_home()
     if home is None and wish == "1":
         raise SystemExit("MEGALORA_CUDA=1 but no nvcc with headers was found: set CUDA_HOME")
     if home is None:
         notice("CPU ops only: no nvcc with headers was found (set CUDA_HOME to build CUDA ops)")
     return home
+
+
+def sources_in(*folders: str) -> list[str]:
+    """Return the C++ and CUDA sources of some folders, in a fixed order."""
+    files = (path for folder in folders for path in Path(folder).iterdir())
+    return sorted(str(path) for path in files if path.suffix in (".cpp", ".cu"))
 
 
 def extension(home: Path | None):
@@ -68,13 +83,13 @@ def extension(home: Path | None):
         os.environ["CUDA_HOME"] = str(home)  # read by torch.utils.cpp_extension on import
     from torch.utils.cpp_extension import CppExtension, CUDAExtension
 
-    sources = ["csrc/megalora.cpp", *sorted(str(p) for p in Path("csrc/cpu").glob("*.cpp"))]
+    sources = sources_in("csrc", "csrc/cpu")
     flags = {"cxx": ["-O3", "-g0", "-std=c++20", "-Wno-psabi", "-fvisibility=hidden"]}
     if home is None:
         return CppExtension("megalora._C", sources, extra_compile_args=flags)
     notice(f"CPU ops, and CUDA ops for sm_80, sm_90a and sm_100a with {home}/bin/nvcc")
-    sources += sorted(str(p) for p in Path("csrc/cuda").glob("*.c[up]*") if p.suffix != ".cuh")
-    flags["nvcc"] = ["-O3", "-std=c++20", "--use_fast_math", "-Xptxas=-v", *GENCODE]
+    sources += sources_in("csrc/cuda")
+    flags["nvcc"] = ["-O3", "-std=c++20", "-Xptxas=-v", *GENCODE]
     return CUDAExtension("megalora._C", sources, extra_compile_args=flags)
 
 

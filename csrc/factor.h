@@ -1,8 +1,11 @@
 #pragma once
 
+#include <c10/core/Device.h>
 #include <c10/core/ScalarType.h>
 
 #include <cstdint>
+
+#include "host_device.h"
 
 namespace megalora {
 
@@ -15,7 +18,8 @@ constexpr int kMaxSegments = 8;
 //   outer    W = scale * wideᵀ · thin     expand_wgrad, shrink_wgrad
 // W is lora_A read as [columns, rank] or lora_B as it is: its strides say which.
 struct Factor {
-  at::ScalarType dtype;
+  c10::ScalarType dtype;
+  c10::Device device;
   void* wide;    // [tokens, columns], unit column stride
   void* thin;    // [tokens, num_segments * rank], unit column stride
   void* weight;  // [experts, columns, rank] by the strides below
@@ -38,7 +42,7 @@ struct Factor {
   uint32_t threshold;
   const int64_t* seed;
 
-  bool drops() const { return threshold != 0; }
+  MEGALORA_HOST_DEVICE bool drops() const { return threshold != 0; }
 };
 
 }  // namespace megalora

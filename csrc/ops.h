@@ -2,7 +2,8 @@
 
 #include <ATen/core/Tensor.h>
 #include <ATen/ops/empty.h>
-#include <ATen/ops/empty_like.h>
+#include <ATen/ops/zero.h>
+#include <c10/util/accumulate.h>
 #include <torch/library.h>
 
 #include <tuple>
@@ -18,7 +19,7 @@ namespace megalora {
 // [..., c] as [tokens, c] with unit column stride: a view where one exists, a copy where none does.
 inline Tensor rows(const Tensor& tokens) {
   const int64_t features = tokens.size(-1);
-  const int64_t count = features == 0 ? 0 : tokens.numel() / features;
+  const int64_t count = c10::multiply_integers(tokens.sizes().slice(0, tokens.dim() - 1));
   Tensor flat = tokens.reshape({count, features});
   return flat.stride(1) == 1 || features <= 1 ? flat : flat.contiguous();
 }
@@ -34,11 +35,14 @@ enum class Layout { rank_first, column_first };  // lora_A [P*r, in], lora_B [ou
 struct Call {
   OptionalTensor offsets;
   Tensor contiguous_offsets;
-  Factor factor{};
+  Tensor contiguous_weight;
+  Factor factor{.dtype = c10::ScalarType::Undefined, .device = c10::kCPU};
 
   explicit Call(const OptionalTensor& given) : offsets(given) {}
 
-  void weight(const Tensor& w, Layout layout) {
+  void weight(const Tensor& given, Layout layout) {
+    contiguous_weight = given.contiguous();
+    const Tensor& w = contiguous_weight;
     const int64_t rank_axis = layout == Layout::rank_first ? -2 : -1;
     const int64_t column_axis = layout == Layout::rank_first ? -1 : -2;
     factor.weight = w.data_ptr();
@@ -57,6 +61,7 @@ struct Call {
 
   void tokens(const Tensor& wide, const Tensor& thin) {
     factor.dtype = wide.scalar_type();
+    factor.device = wide.device();
     factor.wide = wide.data_ptr();
     factor.wide_stride = wide.stride(0);
     factor.thin = thin.data_ptr();
@@ -105,7 +110,7 @@ struct Ops {
     const Tensor thin = rows(s);
     call.tokens(wide, thin);
     call.dropout(p, seed);
-    Products::project(call.factor);
+    project(call.factor, wide, thin);
     return s;
   }
 
@@ -120,7 +125,9 @@ struct Ops {
     in_place(y, [&](const Tensor& wide) {
       call.tokens(wide, thin);
       call.segments(segments, period, scale);
-      Products::update(call.factor);
+      if (wide.numel() > 0 && thin.numel() > 0) {
+        Products::update(call.factor);
+      }
     });
   }
 
@@ -135,7 +142,7 @@ struct Ops {
     const Tensor thin = rows(ds);
     call.tokens(wide, thin);
     call.segments(segments, period, scale);
-    Products::project(call.factor);
+    project(call.factor, wide, thin);
     return ds;
   }
 
@@ -151,7 +158,9 @@ struct Ops {
     const Tensor thin = rows(s);
     call.tokens(wide, thin);
     call.segments(segments, period, scale);
-    Products::outer(call.factor);
+    if (d_b.numel() > 0) {
+      Products::outer(call.factor);
+    }
     return d_b;
   }
 
@@ -176,7 +185,9 @@ struct Ops {
     in_place(dx, [&](const Tensor& wide) {
       call.tokens(wide, thin);
       call.dropout(p, seed);
-      Products::update(call.factor);
+      if (wide.numel() > 0 && thin.numel() > 0) {
+        Products::update(call.factor);
+      }
     });
   }
 
@@ -199,11 +210,21 @@ struct Ops {
     const Tensor thin = rows(ds);
     call.tokens(wide, thin);
     call.dropout(p, seed);
-    Products::outer(call.factor);
+    if (d_a.numel() > 0) {
+      Products::outer(call.factor);
+    }
     return d_a;
   }
 
  private:
+  static void project(const Factor& factor, const Tensor& wide, const Tensor& thin) {
+    if (wide.numel() == 0) {
+      thin.zero_();
+    } else if (thin.numel() > 0) {
+      Products::project(factor);
+    }
+  }
+
   static void check_shared(
       const Tensor& weight, const char* name, const Tensor& tokens, const OptionalTensor& offsets) {
     if (offsets) {

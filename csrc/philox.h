@@ -2,11 +2,7 @@
 
 #include <cstdint>
 
-#ifdef __CUDACC__
-#define MEGALORA_HOST_DEVICE __host__ __device__ __forceinline__
-#else
-#define MEGALORA_HOST_DEVICE inline __attribute__((always_inline))
-#endif
+#include "host_device.h"
 
 namespace megalora {
 

@@ -16,12 +16,4 @@ struct Products {
   static void outer(const Factor& factor);
 };
 
-// The same by the BLAS of torch, for the dense factors without dropout that suit it.
-struct Gemm {
-  static bool suits(const Factor& factor);
-  static void project(const Factor& factor);
-  static void update(const Factor& factor);
-  static void outer(const Factor& factor);
-};
-
 }  // namespace megalora::cpu

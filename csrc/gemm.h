@@ -1,0 +1,12 @@
+#pragma once
+
+#include "factor.h"
+
+// The three products by the BLAS of torch, block by block: for dense factors without dropout, on any device.
+namespace megalora::gemm {
+
+void project(const Factor& factor);
+void update(const Factor& factor);
+void outer(const Factor& factor);
+
+}  // namespace megalora::gemm
