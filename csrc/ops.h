@@ -11,6 +11,7 @@
 
 #include "checks.h"
 #include "factor.h"
+#include "schemas.h"
 
 // The seven ops in terms of the three products of factor.h, for any device: Products has static functions
 // project(Factor&), update(Factor&) and outer(Factor&) on rows with unit column stride.

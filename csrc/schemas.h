@@ -1,0 +1,28 @@
+#pragma once
+
+#include <torch/library.h>
+
+namespace megalora {
+
+// Dense without offsets, grouped over experts with them; megalora/reference.py says what each op computes.
+inline void define_ops(torch::Library& m) {
+  m.def("shrink(Tensor x, Tensor lora_A, Tensor? offsets, float p, Tensor? seed) -> Tensor");
+  m.def(
+      "expand_(Tensor(a!) y, Tensor s, Tensor lora_B, float scale, Tensor? offsets, int[] segments) "
+      "-> ()");
+  m.def(
+      "expand_dgrad(Tensor dy, Tensor lora_B, float scale, Tensor? offsets, int[] segments) "
+      "-> Tensor");
+  m.def(
+      "expand_wgrad(Tensor dy, Tensor s, Tensor lora_B, float scale, Tensor? offsets, "
+      "int[] segments) -> Tensor");
+  m.def(
+      "expand_backward(Tensor dy, Tensor s, Tensor lora_B, float scale, Tensor? offsets, "
+      "int[] segments) -> (Tensor, Tensor)");
+  m.def(
+      "shrink_dgrad_(Tensor(a!) dx, Tensor ds, Tensor lora_A, Tensor? offsets, float p, "
+      "Tensor? seed) -> ()");
+  m.def("shrink_wgrad(Tensor ds, Tensor x, Tensor? offsets, float p, Tensor? seed) -> Tensor");
+}
+
+}  // namespace megalora

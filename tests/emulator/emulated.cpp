@@ -1,0 +1,30 @@
+// The kernels of csrc/cuda as ordinary ops of a namespace of their own, on CPU tensors.
+
+#include "../../csrc/cuda/outer.cu"
+#include "../../csrc/cuda/project.cu"
+#include "../../csrc/cuda/update.cu"
+
+#include "../../csrc/ops.h"
+
+namespace megalora {
+namespace {
+
+struct Emulated {
+  static constexpr const char* kDtypes = "float32, bfloat16, float16";
+  static bool supports(at::ScalarType dtype) {
+    return dtype == at::kFloat || dtype == at::kBFloat16 || dtype == at::kHalf;
+  }
+  static void project(const Factor& f) { cuda::project(f, nullptr); }
+  static void update(const Factor& f) { cuda::update(f, nullptr); }
+  static void outer(const Factor& f) {
+    const std::vector<float> filled(cuda::outer_splits(f) * f.columns * f.rank, 1e30f);
+    std::vector<float> workspace = filled;
+    cuda::outer(f, workspace.data(), nullptr);
+  }
+};
+
+}  // namespace
+}  // namespace megalora
+
+TORCH_LIBRARY(megalora_emulated, m) { megalora::define_ops(m); }
+TORCH_LIBRARY_IMPL(megalora_emulated, CPU, m) { megalora::implement<megalora::Emulated>(m); }
