@@ -4,6 +4,7 @@ Nothing happens on import. `install` replaces what Megatron hard-codes about CUD
 process, before Megatron is imported; a run on GPUs never calls it.
 """
 
+import multiprocessing
 import os
 import sys
 from collections.abc import Sequence
@@ -53,7 +54,9 @@ def install_if_wanted(argv: Sequence[str]) -> bool:
     """Install where `wanted(argv)`, saying so on global rank 0 if it was not asked for."""
     if not wanted(argv):
         return False
-    if "--cpu" not in argv and os.environ.get("RANK", "0") == "0":
+    # Checkpoint writers are spawned with the same environment and import the script again.
+    spawned = multiprocessing.parent_process() is not None
+    if "--cpu" not in argv and os.environ.get("RANK", "0") == "0" and not spawned:
         print("megalora: no CUDA device found, Megatron runs on the CPU over gloo", flush=True)
     install()
     return True
