@@ -1,0 +1,198 @@
+"""Train a small MoE from scratch, fine-tune it by LoRA on 4 processes, hand it to Hugging Face.
+
+python examples/demo.py --output demo
+
+Everything runs on the CPU: the base learns the source and documentation of Python's standard
+library; the adapter learns to answer what a function does with its docstring.
+"""
+
+import argparse
+import json
+import os
+import re
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+LAUNCH_SCRIPT = ROOT / "examples" / "pretrain_lora.py"
+VERIFY_SCRIPT = ROOT / "examples" / "verify_export.py"
+
+# A Qwen3-MoE in shape: grouped queries, q/k norm, SwiGLU experts, 16 of them, 4 active.
+MODEL = """
+--num-layers 4 --hidden-size 192 --ffn-hidden-size 512 --max-position-embeddings 256
+--num-attention-heads 6 --group-query-attention --num-query-groups 2 --kv-channels 32
+--qk-layernorm --normalization RMSNorm --swiglu --disable-bias-linear
+--position-embedding-type rope --rotary-base 10000 --untie-embeddings-and-output-weights
+--num-experts 16 --moe-router-topk 4 --moe-ffn-hidden-size 96
+--moe-token-dispatcher-type alltoall --moe-router-load-balancing-type aux_loss
+--moe-aux-loss-coeff 1e-3 --make-vocab-size-divisible-by 64
+--attention-dropout 0 --hidden-dropout 0
+"""
+# Megatron's own layers and no kernels that only a GPU has.
+CPU = """
+--cpu --transformer-impl local --no-gradient-accumulation-fusion --no-persist-layer-norm
+--no-rope-fusion --no-masked-softmax-fusion --no-bias-swiglu-fusion --no-bias-dropout-fusion
+"""
+TRAINING = """
+--byte-tokenizer --seq-length 256 --log-interval 10 --eval-iters 4 --eval-interval 1000
+--save-interval 100000 --adam-beta2 0.95 --calculate-per-token-loss --distributed-backend gloo
+"""
+PRETRAIN = """
+--dataset stdlib-text --micro-batch-size 4 --global-batch-size 32 --lr 4e-3 --min-lr 4e-4
+--lr-decay-style cosine --lr-warmup-iters 10 --no-save-optim --no-save-rng
+"""
+# The article's recipe is the default: all layers and the unembedding, alpha 32, constant rate.
+FINETUNE = """
+--dataset stdlib-docstrings --micro-batch-size 4 --global-batch-size 32 --lr 4e-3
+--lr-decay-style constant --weight-decay 0 --lora-rank 16
+--tensor-model-parallel-size 2 --sequence-parallel --expert-model-parallel-size 2
+--expert-tensor-parallel-size 1
+"""
+LOSS = re.compile(
+    r"iteration +(\d+)/.*?elapsed time per iteration \(ms\): ([\d.]+).*?lm loss: (\S+)"
+)
+
+
+def main() -> None:
+    """Run the demonstration and print its table."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--output", type=Path, default=Path("demo"), help="directory to write to")
+    parser.add_argument("--pretrain-iters", type=int, default=160)
+    parser.add_argument("--finetune-iters", type=int, default=60)
+    options = parser.parse_args()
+    out = options.output.resolve()
+    out.mkdir(parents=True, exist_ok=True)
+    base, adapter = out / f"base-{options.pretrain_iters}", out / f"lora-{int(time.time())}"
+
+    step("1/4  Train the base from scratch: 2 processes, the text of Python's standard library")
+    pretrain_log = out / "pretrain.log"
+    if not (base / "latest_checkpointed_iteration.txt").exists():
+        flags = [*words(PRETRAIN), "--train-iters", options.pretrain_iters, "--save", base]
+        launch(2, [*words(MODEL + CPU + TRAINING), *flags], pretrain_log)
+
+    step("2/4  Fine-tune by LoRA: 4 processes, TP 2 with sequence parallelism, EP 2, DP 2")
+    finetune_log = out / "finetune.log"
+    flags = [*words(FINETUNE), "--train-iters", options.finetune_iters]
+    flags += ["--pretrained-checkpoint", base, "--save", adapter, "--export-hf", out / "adapter"]
+    launch(4, [*words(MODEL + CPU + TRAINING), *flags], finetune_log)
+
+    step("3/4  Load base and adapter with transformers and peft, compare with Megatron")
+    facts = out / "verify.json"
+    run(
+        [sys.executable, VERIFY_SCRIPT, *words(MODEL + CPU + TRAINING)]
+        + ["--micro-batch-size", "1", "--lora-rank", "16", "--pretrained-checkpoint", base]
+        + ["--lora-load", adapter, "--adapter", out / "adapter", "--hf-base", out / "base-hf"]
+        + ["--result", facts],
+        out / "verify.log",
+    )
+
+    step("4/4  Result")
+    report(out, json.loads(facts.read_text()), pretrain_log, finetune_log)
+
+
+def report(out: Path, facts: dict, pretrain_log: Path, finetune_log: Path) -> None:
+    """Print the table and draw the loss curves."""
+    steps = curve(finetune_log)
+    # The first interval has the warm-up of every process in it.
+    per_second = [1000 / milliseconds for _, milliseconds, _ in steps[1:]]
+    speed = sorted(per_second)[len(per_second) // 2] if per_second else float("nan")
+    adapter_bytes = sum(path.stat().st_size for path in (out / "adapter").iterdir())
+    rows = [
+        ("loss on held-out answers, base", f"{facts['base_loss']:.3f} nats per byte"),
+        ("loss on held-out answers, fine-tuned", f"{facts['lora_loss']:.3f} nats per byte"),
+        ("parameters of the base", f"{facts['base_parameters']:,}"),
+        (
+            "trained by LoRA",
+            f"{facts['lora_parameters']:,} "
+            f"({facts['lora_parameters'] / facts['base_parameters']:.1%})",
+        ),
+        ("exported adapter", f"{adapter_bytes / 2**20:.1f} MiB in {out / 'adapter'}"),
+        ("steps per second, 4 processes", f"{speed:.2f}"),
+        ("logits, peft against Megatron", f"relative error {facts['error']:.1e}"),
+        ("the same with one lora_B negated", f"relative error {facts['control']:.1e}"),
+        ("loss curves", str(out / "loss.png")),
+    ]
+    draw({"base": curve(pretrain_log), "LoRA": steps}, out / "loss.png")
+    width = max(len(name) for name, _ in rows)
+    print("\n".join(f"  {name:<{width}}  {value}" for name, value in rows), flush=True)
+
+
+def draw(curves: dict[str, list[tuple[int, float, float]]], path: Path) -> None:
+    """Draw the training losses, each over its own iterations."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(1, len(curves), figsize=(9, 3.5), constrained_layout=True)
+    titles = {"base": "base, from scratch", "LoRA": "LoRA, answers only"}
+    for axis, (name, points) in zip(axes, curves.items(), strict=True):
+        axis.plot([p[0] for p in points], [p[2] for p in points])
+        axis.set(title=titles[name], xlabel="iteration", ylabel="loss (nats per byte)")
+        axis.grid(alpha=0.3)
+    figure.savefig(path, dpi=120)
+
+
+def curve(log: Path) -> list[tuple[int, float, float]]:
+    """Return (iteration, milliseconds per iteration, loss) of every logged interval."""
+    found = LOSS.findall(log.read_text()) if log.exists() else []
+    return [(int(i), float(ms), float(loss)) for i, ms, loss in found]
+
+
+def launch(num_processes: int, flags: Sequence[object], log: Path) -> None:
+    """Run the launch script under torchrun, showing Megatron's log lines as they come."""
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+    run([*torchrun, "--nproc-per-node", num_processes, LAUNCH_SCRIPT, *flags], log)
+
+
+def run(command: Sequence[object], log: Path) -> None:
+    """Run a command, write all it says to `log`, show what a person wants to see."""
+    shown = re.compile(r"iteration +\d+/|validation|data:|LoRA|megalora|error|saving|verif", re.I)
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"}
+    words_ = [str(word) for word in command]
+    with (
+        log.open("w") as file,
+        subprocess.Popen(
+            words_,
+            env=environment,
+            text=True,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+        ) as process,
+    ):
+        assert process.stdout is not None
+        for line in process.stdout:
+            file.write(line)
+            file.flush()
+            if shown.search(line) and "....." not in line:
+                print("  " + shorten(line), flush=True)
+    if process.returncode:
+        tail = "".join(log.read_text().splitlines(keepends=True)[-40:])
+        raise SystemExit(f"{tail}\nerror: a step of the demo failed; all it said is in {log}")
+
+
+def shorten(line: str) -> str:
+    """Keep of one of Megatron's log lines what a person reads."""
+    found = LOSS.search(line)
+    if not found:
+        return line.strip()[:150]
+    iteration = line.split("iteration", 1)[1].split("|")[0].strip()
+    iteration = re.sub(r" +", " ", iteration)
+    return f"iteration {iteration:>9}   loss {float(found[3]):.3f}   {float(found[2]):.0f} ms"
+
+
+def step(title: str) -> None:
+    """Announce a step."""
+    print(f"\n{title}", flush=True)
+
+
+def words(flags: str) -> list[str]:
+    """Split flags at white space."""
+    return flags.split()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,176 @@
+"""Check an exported adapter: transformers and peft must give Megatron's logits.
+
+python examples/verify_export.py <Megatron flags> --lora-rank 16 --pretrained-checkpoint BASE
+    --lora-load ADAPTER_CHECKPOINT --adapter PEFT_DIR --hf-base DIR --result FILE.json
+
+Writes the base as a Hugging Face directory, loads base and adapter with the real transformers and
+peft, compares logits on held-out answers, and negates one lora_B as a negative control. Exit
+status 1 where they differ.
+"""
+
+import argparse
+import json
+import sys
+import warnings
+from pathlib import Path
+from typing import Any
+
+from megalora import add_lora_args, cpu, launch
+
+cpu.install_if_wanted(sys.argv)  # before the first import of megatron
+
+import torch  # noqa: E402
+from megatron.training.argument_utils import (  # noqa: E402
+    gpt_config_from_args,
+    pretrain_cfg_container_from_args,
+)
+from megatron.training.arguments import parse_and_validate_args  # noqa: E402
+from megatron.training.initialize import initialize_megatron  # noqa: E402
+
+from megalora import set_enabled  # noqa: E402
+from megalora.data import add_data_args, datasets_from_args  # noqa: E402
+
+TOLERANCE = 1e-4
+NUM_SEQUENCES = 32
+
+
+def add_args(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
+    """Add this script's flags to Megatron's."""
+    add = parser.add_argument
+    add("--cpu", action="store_true", help="run on the CPU over gloo")
+    add("--adapter", type=Path, required=True, help="PEFT directory to check")
+    add("--hf-base", type=Path, required=True, help="directory to write the base to")
+    add("--result", type=Path, required=True, help="JSON file to write the numbers to")
+    return add_data_args(add_lora_args(launch.add_exchange_args(parser)))
+
+
+def main() -> int:
+    """Compare and write the numbers; return the exit status."""
+    with launch.clear_errors():
+        args = parse_and_validate_args(extra_args_provider=add_args)
+        lora = launch.LoRARun(args)
+        model_config = gpt_config_from_args(args)
+        pretrain_cfg_container_from_args(args, model_config)
+        initialize_megatron()
+        model = build(model_config, lora)
+    tokens, labels, loss_mask, mask = held_out(args)
+    chunk = model[0]
+    set_enabled(model, False)
+    base_loss = answer_loss(megatron_logits(chunk, tokens, mask), labels, loss_mask)
+    write_base(model, args)
+    set_enabled(model, True)
+    logits = megatron_logits(chunk, tokens, mask)
+    first = slice(
+        0, 4
+    )  # enough to compare; a sequence holds several examples, which peft must not mix
+    whole = megatron_logits(chunk, tokens[first], causal(tokens))
+    peft_model = load_peft(args.hf_base, args.adapter)
+    error = relative_error(peft_logits(peft_model, tokens[first]), whole)
+    negate_one(peft_model)
+    control = relative_error(peft_logits(peft_model, tokens[first]), whole)
+    numbers = {
+        "base_loss": base_loss,
+        "lora_loss": answer_loss(logits, labels, loss_mask),
+        "base_parameters": sum(p.numel() for p in chunk.parameters() if not p.requires_grad),
+        "lora_parameters": sum(p.numel() for p in chunk.parameters() if p.requires_grad),
+        "error": error,
+        "control": control,
+    }
+    args.result.write_text(json.dumps(numbers, indent=1))
+    passed = error < TOLERANCE < control
+    print(f"verified: {json.dumps(numbers)}" if passed else f"error: {json.dumps(numbers)}")
+    return 0 if passed else 1
+
+
+def build(model_config: Any, lora: launch.LoRARun) -> list[Any]:
+    """Build the model on this one process, load the base, attach and load the adapters."""
+    from megatron.core.process_groups_config import ProcessGroupCollection
+
+    builder = model_config.get_builder_cls()(model_config)
+    chunk = builder.build_model(ProcessGroupCollection.use_mpu_process_groups(), True, True)
+    return [part.eval() for part in lora.prepare([chunk])]
+
+
+def held_out(args: Any) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Return tokens, labels, loss mask [b, s] and attention mask of held-out answers."""
+    from megalora.data.batch import block_diagonal_mask
+
+    _, valid, _ = datasets_from_args(args, (1, NUM_SEQUENCES, 0))
+    rows = [valid[index] for index in range(min(NUM_SEQUENCES, len(valid)))]
+    stacked = {key: torch.stack([torch.as_tensor(row[key]) for row in rows]) for key in rows[0]}
+    mask = block_diagonal_mask(stacked["cu_seqlens"].long())
+    return stacked["tokens"].long(), stacked["labels"].long(), stacked["loss_mask"].float(), mask
+
+
+def causal(tokens: torch.Tensor) -> torch.Tensor:
+    """Return the mask [1, 1, s, s] that hides only later tokens."""
+    s = tokens.shape[1]
+    return torch.ones(s, s, dtype=torch.bool).triu(1)[None, None]
+
+
+@torch.no_grad()
+def megatron_logits(chunk: Any, tokens: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+    """Return logits [b, s, vocabulary] of Megatron's model, four sequences at a time."""
+    parts = []
+    for start in range(0, len(tokens), 4):
+        part = tokens[start : start + 4]
+        positions = torch.arange(part.shape[1]).expand_as(part)
+        part_mask = mask if len(mask) == 1 else mask[start : start + 4]
+        parts.append(chunk(part, positions, part_mask))
+    return torch.cat(parts).float()
+
+
+def answer_loss(logits: torch.Tensor, labels: torch.Tensor, loss_mask: torch.Tensor) -> float:
+    """Return the mean loss in nats over the answers' tokens."""
+    losses = torch.nn.functional.cross_entropy(
+        logits.flatten(0, 1), labels.flatten(), reduction="none"
+    )
+    return float((losses * loss_mask.flatten()).sum() / loss_mask.sum())
+
+
+def write_base(model: list[Any], args: Any) -> None:
+    """Write the base as a Hugging Face directory."""
+    from megalora.hf.base import save_hf_base
+
+    save_hf_base(model, args.hf_base)
+
+
+def load_peft(base: Path, adapter: Path) -> Any:
+    """Load base and adapter; a key that peft misses or does not know is an error."""
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM
+
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
+        peft_model = PeftModel.from_pretrained(model, adapter)
+        unexpected = peft_model.load_adapter(adapter, "check").unexpected_keys
+    missing = [str(w.message) for w in caught if "missing adapter keys" in str(w.message)]
+    if missing or unexpected:
+        raise ValueError(f"peft did not load all of {adapter}: {missing} {list(unexpected)[:5]}")
+    peft_model.set_adapter("default")
+    return peft_model.eval()
+
+
+@torch.no_grad()
+def peft_logits(model: Any, tokens: torch.Tensor) -> torch.Tensor:
+    """Return logits [b, s, vocabulary] of the peft model."""
+    return model(tokens).logits.float()
+
+
+def negate_one(model: Any) -> None:
+    """Spoil the adapter: the check must notice it."""
+    name, param = next((n, p) for n, p in model.named_parameters() if "lora_B.default" in n)
+    assert param.abs().max() > 0, name
+    with torch.no_grad():
+        param.neg_()
+
+
+def relative_error(got: torch.Tensor, wanted: torch.Tensor) -> float:
+    """Return |got - wanted| / |wanted| over the vocabulary that both have."""
+    wanted = wanted[..., : got.shape[-1]]
+    return float((got - wanted).norm() / wanted.norm())
+
+
+if __name__ == "__main__":
+    sys.exit(main())
