@@ -9,7 +9,7 @@ from the second are cut out of the first, so that no held-out answer is ever tra
 import ast
 import hashlib
 import sysconfig
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
@@ -23,15 +23,27 @@ _HELD_OUT_PERCENT = {"text": 2, "docstrings": 10}
 _MIN_ANSWER_BYTES = 20
 _MAX_ANSWER_BYTES = 200
 
-type _Documented = ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef
+_Definition = ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef
+_Documented = ast.Module | _Definition
 
 
 class Docstring(NamedTuple):
-    """One documented definition: its qualified name, what it is and the answer it gives."""
+    """One documented definition: the answer that it gives and the lines that it takes."""
 
     name: str
     is_class: bool
+    is_public: bool
     answer: str
+    lines: range
+
+
+class Module(NamedTuple):
+    """One file: path from the library's folder, source, docstrings, and topics of `help()`."""
+
+    path: str
+    source: str
+    docstrings: list[Docstring]
+    topics: dict[str, str]
 
 
 def text_rows(split: str = "train", root: Path | None = None) -> list[dict[str, str]]:
@@ -41,13 +53,13 @@ def text_rows(split: str = "train", root: Path | None = None) -> list[dict[str, 
     split, or where the folder has no Python file.
     """
     _check_split(split)
-    root = root or _library()
-    held_out = {_key(d.answer) for d in docstrings(root) if _is_held_out(d.name, "docstrings")}
+    modules = list(read_modules(root or _library()))
+    answers = {_key(d.answer) for d in questions(modules) if _is_held_out(d.name, "docstrings")}
     rows = []
-    for name, source, tree in _modules(root):
-        documents = _topics(tree) if name == _TOPICS else {name: _without(held_out, source, tree)}
-        for document, text in documents.items():
-            if _is_held_out(document, "text") == (split == "validation") and text.strip():
+    for module in modules:
+        documents = module.topics or {module.path: _without(answers, module)}
+        for name, text in documents.items():
+            if _is_held_out(name, "text") == (split == "validation") and text.strip():
                 rows.append({"text": text})
     return rows
 
@@ -61,41 +73,63 @@ def docstring_rows(split: str = "train", root: Path | None = None) -> list[dict[
     _check_split(split)
     return [
         {"prompt": _question(docstring), "completion": docstring.answer}
-        for docstring in docstrings(root or _library())
+        for docstring in questions(read_modules(root or _library()))
         if _is_held_out(docstring.name, "docstrings") == (split == "validation")
     ]
 
 
-def docstrings(root: Path) -> list[Docstring]:
-    """Return every public docstring's first sentence or paragraph, in order.
+def questions(modules: Iterable[Module]) -> list[Docstring]:
+    """Return the public docstrings in order, each name and each answer once.
 
-    Each name (a property has several definitions) and each answer occurs once.
+    A property has several definitions of one name.
     """
     found: dict[str, Docstring] = {}
     names: set[str] = set()
-    for path, _, tree in _modules(root):
-        module = path.removesuffix(".py").removesuffix("/__init__").replace("/", ".")
-        if module.startswith("_") or "._" in module:
-            continue
-        for docstring in _definitions(tree, module):
-            if docstring.name not in names:
-                names.add(docstring.name)
-                found.setdefault(_key(docstring.answer), docstring)
+    for docstring in (d for module in modules for d in module.docstrings if d.is_public):
+        if docstring.name not in names:
+            names.add(docstring.name)
+            found.setdefault(_key(docstring.answer), docstring)
     return list(found.values())
 
 
-def _definitions(node: ast.Module | ast.ClassDef, prefix: str) -> Iterator[Docstring]:
-    for child in node.body:
-        if not isinstance(child, ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
+def read_modules(root: Path) -> Iterator[Module]:
+    """Yield every module under `root`, sorted by path."""
+    names = sorted(path.relative_to(root).as_posix() for path in root.rglob("*.py"))
+    names = [name for name in names if not _SKIPPED_DIRECTORIES.intersection(name.split("/"))]
+    if not names:
+        raise ValueError(
+            f"the standard library's folder {root} has no Python files: "
+            "install Python with its library, or name another --dataset"
+        )
+    for name in names:
+        try:
+            source = (root / name).read_text(encoding="utf-8")
+            tree = ast.parse(source)
+        except (SyntaxError, UnicodeDecodeError):  # a few files hold Python 2 or Latin-1 on purpose
             continue
-        name = f"{prefix}.{child.name}"
-        if child.name.startswith("_"):
-            continue
-        is_class = isinstance(child, ast.ClassDef)
-        if answer := _answer(child):
-            yield Docstring(name, is_class, answer)
-        if isinstance(child, ast.ClassDef):
-            yield from _definitions(child, name)
+        dotted = name.removesuffix(".py").removesuffix("/__init__").replace("/", ".")
+        is_public = not any(part.startswith("_") for part in dotted.split("."))
+        topics = _topics(tree) if name == _TOPICS else {}
+        yield Module(name, source, list(_docstrings(tree, dotted, is_public, False)), topics)
+
+
+def _docstrings(node: ast.AST, name: str, is_public: bool, is_local: bool) -> Iterator[Docstring]:
+    """Yield the docstrings of `node` and of all below, without a look into expressions.
+
+    Public is no module, no name with a leading underscore, nothing in a function or a branch.
+    """
+    if isinstance(node, _Documented) and (answer := _answer(node)):
+        first, last = node.body[0].lineno, node.body[0].end_lineno
+        asked = is_public and not isinstance(node, ast.Module)
+        is_class = isinstance(node, ast.ClassDef)
+        yield Docstring(name, is_class, asked, answer, range(first - 1, last or first))
+    is_local = is_local or not isinstance(node, ast.Module | ast.ClassDef)
+    for child in ast.iter_child_nodes(node):
+        if isinstance(child, _Definition):
+            is_open = is_public and not is_local and not child.name.startswith("_")
+            yield from _docstrings(child, f"{name}.{child.name}", is_open, False)
+        elif isinstance(child, ast.stmt | ast.excepthandler | ast.match_case):
+            yield from _docstrings(child, name, is_public, True)
 
 
 def _answer(node: _Documented) -> str | None:
@@ -112,25 +146,14 @@ def _question(docstring: Docstring) -> str:
     return verb + "\n"
 
 
-def _without(answers: set[str], source: str, tree: ast.Module) -> str:
-    """Return `source` without the docstrings that give one of `answers`."""
-    lines = source.splitlines(keepends=True)
-    for node in _documented(tree):
-        answer = _answer(node)
-        if answer and _key(answer) in answers:
-            expression = node.body[0]
-            for line in range(expression.lineno - 1, expression.end_lineno or expression.lineno):
+def _without(answers: set[str], module: Module) -> str:
+    """Return the source without the docstrings that give one of `answers`."""
+    lines = module.source.splitlines(keepends=True)
+    for docstring in module.docstrings:
+        if _key(docstring.answer) in answers:
+            for line in docstring.lines:
                 lines[line] = ""
     return "".join(lines)
-
-
-def _documented(node: ast.AST) -> Iterator[_Documented]:
-    """Yield `node` and all below that can have a docstring, without a look into expressions."""
-    if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
-        yield node
-    for child in ast.iter_child_nodes(node):
-        if isinstance(child, ast.stmt | ast.excepthandler | ast.match_case):
-            yield from _documented(child)
 
 
 def _topics(tree: ast.Module) -> dict[str, str]:
@@ -139,23 +162,6 @@ def _topics(tree: ast.Module) -> dict[str, str]:
         if isinstance(node, ast.Assign) and isinstance(node.value, ast.Dict):
             return {f"topics/{name}": text for name, text in ast.literal_eval(node.value).items()}
     return {}
-
-
-def _modules(root: Path) -> Iterator[tuple[str, str, ast.Module]]:
-    """Yield path relative to `root`, source and syntax tree of every module, sorted by path."""
-    names = sorted(path.relative_to(root).as_posix() for path in root.rglob("*.py"))
-    names = [name for name in names if not _SKIPPED_DIRECTORIES.intersection(name.split("/"))]
-    if not names:
-        raise ValueError(
-            f"the standard library's folder {root} has no Python files: "
-            "install Python with its library, or name another --dataset"
-        )
-    for name in names:
-        try:
-            source = (root / name).read_text(encoding="utf-8")
-            yield name, source, ast.parse(source)
-        except (SyntaxError, UnicodeDecodeError):  # a few files hold Python 2 or Latin-1 on purpose
-            continue
 
 
 def _is_held_out(name: str, corpus: str) -> bool:

@@ -1,5 +1,6 @@
 """The embedded corpora: real text of this machine, reproducible, without leaks."""
 
+import os
 import random
 import sys
 from pathlib import Path
@@ -8,15 +9,27 @@ import pytest
 
 from megalora import corpus
 
-
-@pytest.fixture(scope="module")
-def texts() -> dict[str, list[dict[str, str]]]:
-    return {split: corpus.text_rows(split) for split in corpus.SPLITS}
+type Rows = dict[str, list[dict[str, str]]]
 
 
 @pytest.fixture(scope="module")
-def questions() -> dict[str, list[dict[str, str]]]:
-    return {split: corpus.docstring_rows(split) for split in corpus.SPLITS}
+def corpora() -> tuple[Rows, Rows]:
+    """Return both corpora by split, from one reading of the library."""
+    modules = list(corpus.read_modules(Path(os.__file__).parent))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(corpus, "read_modules", lambda root: modules)
+        texts = {split: corpus.text_rows(split) for split in corpus.SPLITS}
+        return texts, {split: corpus.docstring_rows(split) for split in corpus.SPLITS}
+
+
+@pytest.fixture(scope="module")
+def texts(corpora: tuple[Rows, Rows]) -> Rows:
+    return corpora[0]
+
+
+@pytest.fixture(scope="module")
+def questions(corpora: tuple[Rows, Rows]) -> Rows:
+    return corpora[1]
 
 
 @pytest.fixture
@@ -44,14 +57,14 @@ def library(tmp_path: Path) -> Path:
     return tmp_path
 
 
-def test_both_corpora_are_of_a_useful_size(texts: dict, questions: dict) -> None:
+def test_both_corpora_are_of_a_useful_size(texts: Rows, questions: Rows) -> None:
     assert sum(len(row["text"]) for row in texts["train"]) > 5_000_000
     assert sum(len(row["text"]) for row in texts["validation"]) > 20_000
     assert len(questions["train"]) > 2_000
     assert len(questions["validation"]) > 200
 
 
-def test_a_question_asks_for_the_first_paragraph_of_a_docstring(questions: dict) -> None:
+def test_a_question_asks_for_the_first_paragraph_of_a_docstring(questions: Rows) -> None:
     rows = questions["train"] + questions["validation"]
     asked = [row for row in rows if row["prompt"] == "What does textwrap.dedent do?\n"]
     assert [row["completion"] for row in asked] == [
@@ -59,18 +72,18 @@ def test_a_question_asks_for_the_first_paragraph_of_a_docstring(questions: dict)
     ]
 
 
-def test_answers_fit_short_sequences(questions: dict) -> None:
+def test_answers_fit_short_sequences(questions: Rows) -> None:
     for row in questions["train"] + questions["validation"]:
         assert 20 <= len(row["completion"].encode()) <= 200
 
 
-def test_no_answer_and_no_question_is_on_both_sides(questions: dict) -> None:
+def test_no_answer_and_no_question_is_on_both_sides(questions: Rows) -> None:
     rows = questions["train"] + questions["validation"]
     assert len({row["prompt"] for row in rows}) == len(rows)
     assert len({row["completion"].casefold() for row in rows}) == len(rows)
 
 
-def test_held_out_answers_are_cut_out_of_the_pretraining_text(texts: dict, questions: dict) -> None:
+def test_held_out_answers_are_cut_out_of_the_pretraining_text(texts: Rows, questions: Rows) -> None:
     rows = texts["train"] + texts["validation"]
     text = "\n".join(" ".join(row["text"].split()).casefold() for row in rows)
 
@@ -84,24 +97,23 @@ def test_held_out_answers_are_cut_out_of_the_pretraining_text(texts: dict, quest
     assert share("train") > 0.9
 
 
-def test_the_language_reference_is_part_of_the_text(texts: dict) -> None:
+def test_the_language_reference_is_part_of_the_text(texts: Rows) -> None:
     rows = texts["train"] + texts["validation"]
     assert any(row["text"].startswith('The "if" statement') for row in rows)
 
 
-def test_reading_imports_no_module_of_the_library() -> None:
+def test_reading_again_gives_the_same_and_imports_nothing(questions: Rows) -> None:
     before = set(sys.modules)
-    corpus.docstring_rows("validation")
+    rows = corpus.docstring_rows("train")
+    assert rows == questions["train"]
     assert not {"antigravity", "this", "turtle"} & (set(sys.modules) - before)
 
 
 def test_the_same_files_give_the_same_rows_in_the_same_order(library: Path) -> None:
-    assert corpus.docstrings(library) == corpus.docstrings(library)
-    assert [docstring.name for docstring in corpus.docstrings(library)] == [
-        "shapes.Circle",
-        "shapes.Circle.area",
-    ]
-    assert corpus.docstrings(library)[0].answer == "A round shape that rolls away."
+    found = corpus.questions(corpus.read_modules(library))
+    assert [docstring.name for docstring in found] == ["shapes.Circle", "shapes.Circle.area"]
+    assert found[0].answer == "A round shape that rolls away."
+    assert found == corpus.questions(corpus.read_modules(library))
 
 
 def test_private_tested_twin_and_broken_definitions_are_left_out(library: Path) -> None:

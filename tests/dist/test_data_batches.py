@@ -132,6 +132,8 @@ def batch_loss(
     args.sequence_parallel = layout.sp
     fields: dict[str, Any] = {**KINDS[kind], "calculate_per_token_loss": True}
     (chunk,) = build_model(layout, vocab_size=VOCAB_SIZE, seq_length=SEQ_LENGTH, **fields)
+    # Megatron refuses to train experts under tensor parallelism without sequence parallelism.
+    chunk.train(layout.sp or layout.tp == 1)
     source: Any = [iterator]
     results: Any = get_forward_backward_func()(
         forward_step_func=batch.forward_step,
@@ -154,18 +156,18 @@ def batch_loss(
     Layout(tp=2, sp=True, cp=2),
     Layout(tp=2, sp=True, pp=2),
 )
-@pytest.mark.parametrize("attention", ["mask", "thd", "padded"])
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(
+    ("kind", "attention"),
+    [("dense", "mask"), ("dense", "thd"), ("dense", "padded"), ("moe", "padded")],
+)
 def test_every_layout_sees_the_same_batch(
     layout: Layout,
-    attention: AttentionFormat,
     kind: str,
+    attention: AttentionFormat,
     rows: list[dict[str, str]],
     args: SimpleNamespace,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    if kind == "moe" and layout.tp > 1 and not layout.sp:
-        pytest.skip("Megatron refuses to train experts under tensor without sequence parallelism")
     monkeypatch.setattr(batch, "attention_format", lambda _: attention)
     if attention == "thd" and layout.pp > 1:
         args.micro_batch_size = 1  # what `attention_format` asks for
