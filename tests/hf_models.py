@@ -40,13 +40,14 @@ def hf_config(
     if family == "llama":
         scaling = {
             "rope_type": "llama3",
-            "rope_theta": 10000.0,
-            "factor": 8.0,
+            "rope_theta": 500000.0,
+            "factor": 32.0,
             "low_freq_factor": 1.0,
             "high_freq_factor": 4.0,
             "original_max_position_embeddings": 8192,
         }
-        return transformers.LlamaConfig(**{**common, "rope_parameters": scaling, **changes})
+        long = {"max_position_embeddings": 131072, "rope_parameters": scaling}
+        return transformers.LlamaConfig(**{**common, **long, **changes})
     if family == "qwen2":
         return transformers.Qwen2Config(**{**common, "head_dim": HIDDEN // HEADS, **changes})
     if family == "qwen3":
@@ -132,7 +133,7 @@ def merged(model: torch.nn.Module, factors: dict[str, LoRAFactors]) -> torch.nn.
     return model
 
 
-IDS = torch.arange(20).reshape(2, 10)
+IDS = torch.arange(64).reshape(4, 16)  # enough tokens to reach every expert
 
 
 @torch.no_grad()

@@ -1,0 +1,166 @@
+"""Base weights between a Hugging Face directory and the chunks of a sharded Megatron model."""
+
+import math
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from megalora.hf.checkpoint_files import HFWeights
+from megalora.hf.families import megatron_args, read_config, rope
+from megalora.hf.weights import Piece, Placement, Shard, Weights
+
+_LAYER = re.compile(r"decoder\.layers\.\d+")
+_ADAPTER = re.compile(r".*_lora\.lora_[AB]")
+
+# Megatron's argument -> field of TransformerConfig, where the names differ.
+_FIELDS = {"num_experts": "num_moe_experts", "swiglu": "gated_linear_unit"}
+# Arguments that a model may be built with as it likes.
+_FREE = {
+    "group_query_attention",
+    "max_position_embeddings",
+    "vocab_size",
+    "untie_embeddings_and_output_weights",
+    "position_embedding_type",
+    "rotary_base",
+    "use_rope_scaling",
+    "rope_scaling_factor",
+    "moe_layer_freq",
+    "moe_router_load_balancing_type",
+    "moe_token_dispatcher_type",
+}
+
+
+@torch.no_grad()
+def load_hf_base(
+    model_chunks: Sequence[Any],
+    directory: str | Path,
+    *,
+    progress: Callable[[str], None] | None = None,
+) -> None:
+    """Load a Hugging Face directory into model chunks, on any parallel layout.
+
+    Each rank reads its own slices only, straight into its parameters. Adapters are left alone.
+    Rotary frequencies are set from config.json, since Megatron's builder drops the scaling factor.
+    progress: called with every parameter's name.
+    Raises ValueError, before anything is changed, where the directory is broken or incomplete, or
+    where the model was built with other sizes or options than its config.json has.
+    """
+    config = read_config(directory)
+    files = HFWeights(directory)
+    jobs = []
+    for chunk in model_chunks:
+        check_built_for(chunk, config)
+        weights = Weights(config, placement(chunk))
+        files.check(weights.expected(), tied=weights.shape.tied_embeddings)
+        for name, param, pieces in _parameters(chunk, weights):
+            _check_covered(name, param, pieces)
+            jobs.append((name, param, pieces))
+    for name, param, pieces in jobs:
+        filled = sum(piece.count for piece in pieces)
+        param[filled:].zero_()
+        for piece in pieces:
+            part = files.read(piece.name, piece.hf_first, piece.count, piece.columns)
+            param[piece.first : piece.first + piece.count].copy_(part)
+        if progress:
+            progress(name)
+    for chunk in model_chunks:
+        _set_rotary_frequencies(chunk, config)
+
+
+def placement(chunk: Any) -> Placement:
+    """Return which parts of the weights this rank holds."""
+    groups = chunk.pg_collection
+    tp = Shard(groups.tp.rank(), groups.tp.size())
+    if not chunk.config.num_moe_experts:
+        return Placement(tp, Shard(), Shard())
+    expert_tp = Shard(groups.expt_tp.rank(), groups.expt_tp.size())
+    return Placement(tp, expert_tp, Shard(groups.ep.rank(), groups.ep.size()))
+
+
+def _parameters(chunk: Any, weights: Weights) -> Iterator[tuple[str, Tensor, list[Piece]]]:
+    """Yield every base parameter of a chunk with its pieces."""
+    numbers = {
+        name: module.layer_number - 1
+        for name, module in chunk.named_modules()
+        if _LAYER.fullmatch(name)
+    }
+    for name, param in chunk.named_parameters():
+        if _ADAPTER.fullmatch(name):
+            continue
+        found = _LAYER.match(name)
+        layer = numbers[found.group(0)] if found else None
+        yield name, param, weights.pieces(name, layer, param.shape[0])
+
+
+def _check_covered(name: str, param: Tensor, pieces: list[Piece]) -> None:
+    covered = sum(piece.count for piece in pieces)
+    is_table = name.startswith(("embedding.", "output_layer."))
+    widths = {p.columns[1] - p.columns[0] for p in pieces if p.columns}
+    if (covered != param.shape[0] and not is_table) or (widths and widths != {param.shape[1]}):
+        raise ValueError(
+            f"Megatron parameter {name} has shape {list(param.shape)}, its config.json fills "
+            f"{covered} rows: the model was built with other sizes"
+        )
+
+
+def check_built_for(chunk: Any, config: Mapping[str, Any]) -> None:
+    """Raise ValueError where a model chunk would compute something else than config.json says."""
+    args = megatron_args(config)
+    wanted = {_FIELDS.get(name, name): v for name, v in args.items() if name not in _FREE}
+    has_dense = 0 in args.get("moe_layer_freq", [0])
+    if not has_dense:
+        del wanted["ffn_hidden_size"]
+    built = chunk.config
+    got = {name: getattr(built, name, None) for name in wanted}
+    # Without a number of groups, Megatron gives each query head its own.
+    got["num_query_groups"] = got["num_query_groups"] or built.num_attention_heads
+    got["add_qkv_bias"] = bool(built.add_qkv_bias or built.add_bias_linear)
+    got["num_moe_experts"] = built.num_moe_experts or 0
+    wanted.setdefault("num_moe_experts", 0)
+    if wanted["num_moe_experts"]:
+        wanted["moe_layers"], got["moe_layers"] = args["moe_layer_freq"], _layer_pattern(built)
+    for name in ("position_embedding_type", "share_embeddings_and_output_weights"):
+        got[name] = getattr(chunk, name)
+    wanted["position_embedding_type"] = "rope"
+    wanted["share_embeddings_and_output_weights"] = not args["untie_embeddings_and_output_weights"]
+    wrong = [
+        f"{name} is {got[name]!r}, must be {value!r}"
+        for name, value in wanted.items()
+        if not _equal(got[name], value)
+    ]
+    if wrong:
+        raise ValueError(
+            f"the model does not fit its config.json: {'; '.join(wrong)}: build it with the flags "
+            "that `megalora flags --hf-model` prints"
+        )
+
+
+def _equal(got: Any, wanted: Any) -> bool:
+    if isinstance(wanted, float) and isinstance(got, float):
+        return math.isclose(got, wanted, rel_tol=1e-9)
+    return got == wanted
+
+
+def _layer_pattern(built: Any) -> list[int]:
+    frequency = built.moe_layer_freq
+    if isinstance(frequency, int):
+        return [int(layer % frequency == 0) for layer in range(built.num_layers)]
+    return [int(moe) for moe in frequency]
+
+
+def _set_rotary_frequencies(chunk: Any, config: Mapping[str, Any]) -> None:
+    embedding = getattr(chunk, "rotary_pos_emb", None)
+    if embedding is None:
+        return
+    wanted, frequencies = rope(config), embedding.inv_freq
+    exponents = torch.arange(0, 2 * len(frequencies), 2, dtype=torch.float32) / (
+        2 * len(frequencies)
+    )
+    fresh = 1.0 / wanted.theta**exponents
+    if wanted.factor != 1.0:
+        fresh = embedding._apply_scaling(fresh, factor=wanted.factor)
+    embedding.inv_freq = fresh.to(frequencies)

@@ -1,0 +1,83 @@
+"""Megatron models of Hugging Face directories, and their logits, on any layout."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from megatron.core import parallel_state
+from megatron.core.models.gpt.gpt_model import GPTModel
+from megatron.core.pipeline_parallel import get_forward_backward_func
+
+from megalora.hf.base import load_hf_base
+from megalora.hf.families import megatron_args, read_config
+from tests.dist.layouts import Layout
+from tests.dist.models import build_model
+
+PADDED_VOCAB = 72
+_NOT_FIELDS = (
+    "group_query_attention",
+    "max_position_embeddings",
+    "vocab_size",
+    "untie_embeddings_and_output_weights",
+    "position_embedding_type",
+    "rotary_base",
+    "use_rope_scaling",
+    "rope_scaling_factor",
+    "normalization",
+    "swiglu",
+    "num_experts",
+)
+
+
+def build(layout: Layout, directory: Path, **changes: Any) -> list[GPTModel]:
+    """Build the model that a directory's config.json describes, with other weights."""
+    args = megatron_args(read_config(directory))
+    fields = {name: value for name, value in args.items() if name not in _NOT_FIELDS}
+    if "num_experts" in args:
+        fields["num_moe_experts"] = args["num_experts"]
+    return build_model(
+        layout,
+        vocab_size=PADDED_VOCAB,
+        tied=not args["untie_embeddings_and_output_weights"],
+        **{**fields, **changes},
+    )
+
+
+def load(layout: Layout, directory: Path) -> list[GPTModel]:
+    """Build the model of a directory and load its weights."""
+    chunks = build(layout, directory)
+    load_hf_base(chunks, directory)
+    return chunks
+
+
+@torch.no_grad()
+def logits(chunks: list[Any], ids: torch.Tensor) -> torch.Tensor:
+    """Return [b, s, padded vocabulary] on every rank, through all pipeline stages."""
+
+    def step(_iterator: Any, model: Any) -> tuple[torch.Tensor, Any]:
+        positions = torch.arange(ids.shape[1]).expand(ids.shape[0], -1)
+        return model(ids, positions, None), lambda output, non_loss_data: output
+
+    for chunk in chunks:
+        chunk.eval()
+    found = get_forward_backward_func()(
+        forward_step_func=step,
+        data_iterator=[None] * len(chunks) if len(chunks) > 1 else None,
+        model=chunks if len(chunks) > 1 else chunks[0],
+        num_microbatches=parallel_state.get_pipeline_model_parallel_world_size(),
+        seq_length=ids.shape[1],
+        micro_batch_size=ids.shape[0],
+        forward_only=True,
+        collect_non_loss_data=True,
+    )
+    tp = parallel_state.get_tensor_model_parallel_group()
+    whole = torch.zeros(ids.shape[0], ids.shape[1], PADDED_VOCAB)
+    if parallel_state.is_pipeline_last_stage():
+        parts = [torch.empty_like(found[0]) for _ in range(tp.size())]
+        dist.all_gather(parts, found[0].contiguous(), group=tp)
+        whole = torch.cat(parts, dim=-1)
+    stages = parallel_state.get_pipeline_model_parallel_group()
+    if stages.size() > 1:
+        dist.broadcast(whole, parallel_state.get_pipeline_model_parallel_last_rank(), group=stages)
+    return whole
