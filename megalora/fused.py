@@ -10,9 +10,8 @@ import torch
 from torch import Tensor
 
 
-def _load() -> None:
+def _load(library: Path) -> None:
     """Load the compiled library; raise ImportError that says how to build it where it is absent."""
-    library = Path(__file__).with_name("_C.so")
     if not library.exists():
         raise ImportError(
             f"{library} is not built: run `pip install -e . --no-build-isolation` in the checkout, "
@@ -21,7 +20,7 @@ def _load() -> None:
     torch.ops.load_library(library)
 
 
-_load()
+_load(Path(__file__).with_name("_C.so"))
 _ops = torch.ops.megalora
 
 

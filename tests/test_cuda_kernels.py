@@ -1,0 +1,122 @@
+"""The CUDA kernels without a GPU: run by an emulator on CPU, and looked at in the built library.
+
+The emulator (tests/emulator) runs each thread of a block as a fiber and follows the PTX ISA for the
+warp instructions. It says whether the kernels are right, nothing about their speed.
+"""
+
+import importlib.util
+import re
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+import torch
+from torch.utils.cpp_extension import include_paths, library_paths
+
+from megalora import fused
+from megalora.ops import Ops
+from tests.op_cases import CASES, Case, assert_matches_reference, draw
+
+ROOT = Path(__file__).parents[1]
+EMULATOR = ROOT / "tests/emulator"
+
+
+@pytest.fixture(scope="module")
+def emulated_library() -> Path:
+    """Compile the kernels as C++ with the emulator in place of CUDA, unless that is done."""
+    target = ROOT / "build/emulated.so"
+    sources = [*ROOT.glob("csrc/**/*.*"), *EMULATOR.iterdir()]
+    newest = max(path.stat().st_mtime for path in sources)
+    if not target.exists() or target.stat().st_mtime < newest:
+        target.parent.mkdir(exist_ok=True)
+        command = ["c++", "-std=c++20", "-O1", "-fPIC", "-shared", "-DMEGALORA_EMULATE"]
+        command += [f"-I{path}" for path in (EMULATOR, *include_paths())]
+        command += [str(EMULATOR / "emulated.cpp"), "-o", str(target)]
+        command += [f"-L{path}" for path in library_paths()]
+        command += ["-lc10", "-ltorch", "-ltorch_cpu"]
+        subprocess.run(command, check=True)
+    torch.ops.load_library(target)
+    return target
+
+
+@pytest.fixture
+def emulated(emulated_library: Path, monkeypatch: pytest.MonkeyPatch) -> Ops:
+    """Return the compiled ops with the kernels of csrc/cuda behind them."""
+    monkeypatch.setattr(fused, "_ops", torch.ops.megalora_emulated)
+    return fused
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_every_kernel_matches_the_reference(emulated: Ops, case: Case) -> None:
+    assert_matches_reference(emulated, case, torch.bfloat16, 0.3)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32], ids=str)
+@pytest.mark.parametrize("case", [CASES[1], CASES[7], CASES[9]], ids=str)
+def test_every_kernel_matches_the_reference_in_other_dtypes(
+    emulated: Ops, case: Case, dtype: torch.dtype
+) -> None:
+    assert_matches_reference(emulated, case, dtype, 0.0)
+
+
+def test_splitting_the_tokens_of_a_dense_gradient_changes_little(emulated: Ops) -> None:
+    """1100 tokens are summed in three splits, whose workspace starts with garbage."""
+    assert_matches_reference(emulated, Case(1100, 8, (8,), 1, rank=1), torch.float32, 0.3)
+
+
+def test_the_kernels_repeat_themselves_bit_for_bit(emulated: Ops) -> None:
+    given = draw(CASES[7], torch.bfloat16)
+    arguments = (given.y, given.s, given.lora_B, 1.0, given.offsets, given.segments)
+    first, second = emulated.expand_backward(*arguments), emulated.expand_backward(*arguments)
+    assert all(torch.equal(one, two) for one, two in zip(first, second, strict=True))
+
+
+# === The built library ===
+
+
+@pytest.fixture(scope="module")
+def cuobjdump() -> str:
+    """Return cuobjdump of the CUDA toolkit or of triton; skip where there is nothing to look at."""
+    has_kernel = torch._C._dispatch_has_kernel_for_dispatch_key
+    if not has_kernel("megalora::shrink", "CUDA"):
+        pytest.skip("the library is built for the CPU only")
+    triton = importlib.util.find_spec("triton")
+    beside = (
+        [Path(path) / "backends/nvidia/bin" for path in triton.submodule_search_locations or []]
+        if triton
+        else []
+    )
+    found = shutil.which("cuobjdump") or next(
+        (str(folder / "cuobjdump") for folder in beside if (folder / "cuobjdump").exists()), None
+    )
+    if found is None:
+        pytest.skip("cuobjdump is neither in PATH nor beside triton")
+    return found
+
+
+def dump(cuobjdump: str, *options: str) -> str:
+    """Return what cuobjdump says about the library."""
+    command = [cuobjdump, *options, str(ROOT / "megalora/_C.so")]
+    return subprocess.run(command, check=True, capture_output=True, text=True).stdout
+
+
+def test_no_kernel_spills_registers(cuobjdump: str) -> None:
+    usage = re.findall(
+        r"Function (\S+):\n\s+REG:\d+ STACK:(\d+) .*?LOCAL:(\d+)", dump(cuobjdump, "-res-usage")
+    )
+    kernels = [name for name, _, _ in usage if "kernel" in name]
+    assert len(kernels) % 3 == 0, "three architectures"
+    assert len(kernels) >= 3 * 40
+    assert {(stack, local) for _, stack, local in usage} == {("0", "0")}
+
+
+@pytest.mark.parametrize("architecture", ["sm_80", "sm_90a", "sm_100a"])
+def test_the_kernels_use_tensor_cores(cuobjdump: str, architecture: str) -> None:
+    elfs = dump(cuobjdump, "-lelf")
+    assert len(re.findall(rf"\.{architecture}\.cubin", elfs)) == 3, "project, update, outer"
+    if architecture == "sm_90a":  # one listing stands for all: it takes seconds
+        listing = dump(cuobjdump, "-sass", "-arch", architecture)
+        for instruction in ("HMMA.16816.F32.BF16", "HMMA.16816.F32 ", "LDSM", "LDGSTS.E"):
+            assert instruction in listing
+        assert not re.search(r"\b(RED|ATOM)\b", listing), "an atomic operation is not deterministic"

@@ -1,0 +1,362 @@
+"""The compiled ops on CPU against the reference, which is checked against known answers itself."""
+
+import itertools
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+from torch.autograd.gradcheck import GradcheckError
+
+from megalora import fused, reference
+from megalora.ops import backend
+from tests.op_cases import CASES, TOLERANCE, Case, assert_matches_reference, draw, relative_error
+
+SEED = torch.tensor([11])
+DTYPES = list(TOLERANCE)
+
+
+# === The reference ===
+
+
+def test_philox_gives_the_published_answer() -> None:
+    """Source: philox4x32 10 of Random123's kat_vectors, counter and key zero."""
+    words = reference.philox(torch.tensor([0]), torch.tensor([0]))
+    assert words.tolist() == [[0x6627E8D5, 0xE169C58D, 0xBC57AC4C, 0x9B00DBD8]]
+
+
+def test_dropout_keeps_the_asked_share() -> None:
+    mask = reference.dropout_mask((400, 500), 0.3, SEED)
+    sigma = (0.3 * 0.7 / mask.numel()) ** 0.5
+    assert abs(mask.double().mean().item() - 0.7) < 4 * sigma
+    assert not torch.equal(mask, reference.dropout_mask((400, 500), 0.3, SEED + 1))
+
+
+def test_the_reference_reads_one_rank_block_for_each_projection() -> None:
+    """Against three separate linears, with q, k and v interleaved by query group."""
+    size, rank = {"q": 4, "k": 2, "v": 2}, 3
+    s, y = torch.randn(5, 9), torch.zeros(5, 16)
+    lora_B = {name: torch.randn(2, width, rank) for name, width in size.items()}
+    stacked = torch.cat(list(lora_B.values()), dim=1).flatten(0, 1)
+    reference.expand_(y, s, stacked, 0.5, segments=list(size.values()))
+    blocks = [
+        0.5 * s[:, p * rank : (p + 1) * rank] @ lora_B[name][group].T
+        for group, (p, name) in itertools.product(range(2), enumerate(size))
+    ]
+    torch.testing.assert_close(y, torch.cat(blocks, dim=1))
+
+
+# === The compiled ops ===
+
+
+@pytest.mark.parametrize("p", [0.0, 0.3])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_every_op_matches_the_reference(case: Case, dtype: torch.dtype, p: float) -> None:
+    assert_matches_reference(fused, case, dtype, p)
+
+
+@settings(max_examples=25, deadline=None)
+@given(
+    st.builds(
+        Case,
+        tokens=st.integers(0, 70),
+        in_features=st.integers(1, 40),
+        segments=st.lists(st.integers(1, 9), min_size=1, max_size=3).map(tuple),
+        periods=st.integers(1, 3),
+        rank=st.integers(1, 18),
+        experts=st.sampled_from([0, 2, 3, 7]),
+    )
+)
+def test_every_op_matches_the_reference_at_any_size(case: Case) -> None:
+    assert_matches_reference(fused, case, torch.float32, 0.2)
+
+
+def test_a_projection_that_reads_another_rank_block_is_noticed() -> None:
+    """Control: the comparison must fail where q, k and v are mixed up."""
+    problem = draw(CASES[1], torch.float32)
+    right, wrong = problem.y.clone(), problem.y.clone()
+    reference.expand_(right, problem.s, problem.lora_B, 0.7, segments=[5, 2, 2])
+    fused.expand_(wrong, problem.s, problem.lora_B, 0.7, segments=[2, 5, 2])
+    assert relative_error(wrong, right) > 0.1
+
+
+@pytest.mark.parametrize("shape", [(6, 10), (3, 2, 10), (1, 2, 3, 10)])
+def test_tokens_may_have_two_to_four_dimensions(shape: tuple[int, ...]) -> None:
+    x, lora_A, lora_B = torch.randn(shape), torch.randn(4, 10), torch.randn(7, 4)
+    y = torch.zeros(*shape[:-1], 7)
+    s = fused.shrink(x, lora_A)
+    fused.expand_(y, s, lora_B, 2.0)
+    torch.testing.assert_close(s, x @ lora_A.T)
+    torch.testing.assert_close(y, 2.0 * s @ lora_B.T)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_expand_adds_in_place_into_a_slice(dtype: torch.dtype) -> None:
+    whole = torch.randn(2, 3, 12).to(dtype)
+    before, expected = whole.clone(), whole[..., 2:9].clone()
+    s, lora_B = torch.randn(2, 3, 4).to(dtype), torch.randn(7, 4).to(dtype)
+    fused.expand_(whole[..., 2:9], s, lora_B, 0.5)
+    reference.expand_(expected, s, lora_B, 0.5)
+    torch.testing.assert_close(whole[..., 2:9], expected)
+    assert torch.equal(whole[..., :2], before[..., :2])
+    assert torch.equal(whole[..., 9:], before[..., 9:])
+
+
+def test_in_place_ops_reach_a_tensor_without_a_view_of_rows() -> None:
+    y = torch.randn(3, 5, 2).permute(2, 1, 0)
+    expected = y.clone()
+    s, weight = torch.randn(2, 5, 4), torch.randn(3, 4)
+    fused.expand_(y, s, weight, 1.0)
+    reference.expand_(expected, s, weight, 1.0)
+    fused.shrink_dgrad_(y, s, weight.T)
+    reference.shrink_dgrad_(expected, s, weight.T)
+    torch.testing.assert_close(y, expected)
+
+
+def test_inputs_may_be_strided() -> None:
+    x, lora_A = torch.randn(20, 9).T, torch.randn(20, 6)[:, ::2].T
+    torch.testing.assert_close(fused.shrink(x, lora_A), x @ lora_A.T)
+    torch.testing.assert_close(fused.shrink_wgrad(x[:, :3], x), x[:, :3].T @ x)
+    dy = torch.ones(()).expand(9, 20)
+    torch.testing.assert_close(
+        fused.expand_dgrad(dy, torch.ones(20, 2), 0.5), torch.full((9, 2), 10.0)
+    )
+
+
+@pytest.mark.parametrize("p", [0.0, 0.5])
+def test_an_expert_without_tokens_gets_a_gradient_of_exactly_zero(p: float) -> None:
+    ends = torch.tensor([0, 4, 4, 9])
+    x, s, y = torch.randn(9, 6), torch.randn(9, 2), torch.randn(9, 5)
+    d_a = fused.shrink_wgrad(s, x, ends, p=p, seed=SEED)
+    d_b = fused.expand_wgrad(y, s, torch.empty(4, 5, 2), 1.0, ends)
+    for gradient in (d_a, d_b):
+        assert gradient[[0, 2]].count_nonzero() == 0
+        assert gradient[[1, 3]].count_nonzero() > 0
+
+
+def test_rows_past_the_last_offset_belong_to_no_expert() -> None:
+    ends = torch.tensor([2, 3])
+    x, y = torch.randn(6, 4), torch.randn(6, 5)
+    s = fused.shrink(x, torch.randn(2, 3, 4), ends)
+    before = y.clone()
+    fused.expand_(y, torch.ones(6, 3), torch.ones(2, 5, 3), 1.0, ends)
+    assert s[3:].count_nonzero() == 0
+    assert torch.equal(y[3:], before[3:])
+    torch.testing.assert_close(y[:3], before[:3] + 3.0)
+
+
+def test_one_a_may_serve_experts_that_each_have_their_b() -> None:
+    ends = torch.tensor([3, 3, 8])
+    x, lora_A, lora_B = torch.randn(8, 6), torch.randn(4, 6), torch.randn(3, 5, 4)
+    y = torch.zeros(8, 5)
+    fused.expand_(y, fused.shrink(x, lora_A), lora_B, 1.0, ends)
+    owner = torch.tensor([0, 0, 0, 2, 2, 2, 2, 2])
+    torch.testing.assert_close(y, torch.einsum("ti,ri,tor->to", x, lora_A, lora_B[owner]))
+
+
+def test_the_mask_is_the_reference_mask_bit_for_bit() -> None:
+    x = torch.ones(37, 19)
+    kept = fused.shrink(x, torch.eye(19), p=0.4, seed=SEED) != 0
+    assert torch.equal(kept, reference.dropout_mask(x.shape, 0.4, SEED))
+
+
+def test_forward_and_both_gradients_use_the_same_mask() -> None:
+    x, dx = torch.ones(37, 19), torch.zeros(37, 19)
+    kept = fused.shrink(x, torch.eye(19), p=0.4, seed=SEED) != 0
+    fused.shrink_dgrad_(dx, torch.ones(37, 1), torch.ones(1, 19), p=0.4, seed=SEED)
+    d_a = fused.shrink_wgrad(torch.eye(37), x, p=0.4, seed=SEED)
+    assert torch.equal(dx != 0, kept)
+    assert torch.equal(d_a != 0, kept)
+
+
+def test_the_number_of_threads_changes_no_bit() -> None:
+    problem = draw(Case(300, 600, (300, 300), 1, rank=16), torch.float32)
+    before = torch.get_num_threads()
+    try:
+        results = []
+        for threads in (1, 2):
+            torch.set_num_threads(threads)
+            results.append(
+                fused.expand_backward(problem.y, problem.s, problem.lora_B, 1.0, None, [300, 300])
+            )
+    finally:
+        torch.set_num_threads(before)
+    assert all(torch.equal(one, two) for one, two in zip(*results, strict=True))
+
+
+# === Errors ===
+
+X, A, B = torch.zeros(4, 6), torch.zeros(2, 6), torch.zeros(8, 2)
+Y, S, ENDS = torch.zeros(4, 8), torch.zeros(4, 2), torch.tensor([1, 4])
+MISUSES = {
+    "dtype": (
+        lambda: fused.expand_(Y.double(), S, B, 1.0),
+        "lora_B has dtype Float, expected that of y, Double",
+    ),
+    "width": (lambda: fused.shrink(X, A[:, :5]), "lora_A's last size is 5, expected 6"),
+    "rank": (
+        lambda: fused.expand_(Y, S, B, 1.0, None, [4, 4]),
+        "last size of s or ds is 2, expected 4",
+    ),
+    "period": (
+        lambda: fused.expand_dgrad(Y, B, 1.0, None, [3, 2]),
+        "period 5, expected a divisor of the output features, 8",
+    ),
+    "segment": (
+        lambda: fused.expand_dgrad(Y, B, 1.0, None, [8, 0]),
+        "expected sizes of at least 1",
+    ),
+    "rows": (
+        lambda: fused.expand_(Y, S[:3], B, 1.0),
+        r"s has shape \[3, 2\], expected the leading sizes of y",
+    ),
+    "probability": (
+        lambda: fused.shrink(X, A, p=1.0, seed=SEED),
+        r"p is 1, expected a dropout probability in \[0, 1\)",
+    ),
+    "seed": (lambda: fused.shrink(X, A, p=0.1), "seed is missing, expected an int64 tensor"),
+    "seed dtype": (lambda: fused.shrink(X, A, p=0.1, seed=SEED.int()), "seed is Int of shape"),
+    "experts": (lambda: fused.shrink(X, A, ENDS), "lora_A has 2 dimensions, expected 3"),
+    "number of experts": (
+        lambda: fused.shrink(X, A[None], ENDS),
+        "number of experts|is 1, expected 2",
+    ),
+    "decreasing": (
+        lambda: fused.shrink(X, torch.zeros(2, 2, 6), ENDS.flip(0)),
+        r"offsets\[1\] is 1, expected 4 to 4",
+    ),
+    "beyond": (
+        lambda: fused.shrink(X, torch.zeros(2, 2, 6), ENDS + 1),
+        r"offsets\[1\] is 5, expected 2 to 4",
+    ),
+    "offsets dtype": (
+        lambda: fused.shrink(X, A, ENDS.float()),
+        "offsets has dtype Float, expected int32 or int64",
+    ),
+    "one dimension": (lambda: fused.shrink(X[0], A), "x has 1 dimensions, expected 2 to 4"),
+    "integers": (lambda: fused.shrink(X.int(), A.int()), "dtype Int is not supported on cpu"),
+}
+
+
+@pytest.mark.parametrize("misuse", MISUSES)
+def test_errors_name_the_argument_and_what_was_expected(misuse: str) -> None:
+    call, message = MISUSES[misuse]
+    with pytest.raises(ValueError, match=message):
+        call()
+
+
+def test_a_missing_library_says_how_to_build_it(tmp_path: Path) -> None:
+    with pytest.raises(ImportError, match="pip install -e"):
+        fused._load(tmp_path / "_C.so")
+
+
+def test_the_environment_overrides_the_backend(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert backend("fused") is fused
+    monkeypatch.setenv("MEGALORA_OPS", "reference")
+    assert backend("fused") is reference
+    monkeypatch.setenv("MEGALORA_OPS", "fastest")
+    with pytest.raises(ValueError, match="'fastest' is unknown"):
+        backend("fused")
+
+
+# === torch's own checks ===
+
+
+@pytest.mark.parametrize("case", [CASES[1], CASES[7]], ids=str)
+def test_opcheck_accepts_every_op(case: Case) -> None:
+    given = draw(case, torch.float32)
+    ops, offsets, segments = torch.ops.megalora, given.offsets, given.segments
+    x, lora_A = given.x.clone().requires_grad_(), given.lora_A.clone().requires_grad_()
+    b_call = (given.lora_B, 0.5, offsets, segments)
+    calls = {
+        ops.shrink: (x, lora_A, offsets, 0.25, SEED),
+        ops.expand_: (given.y, given.s, *b_call),
+        ops.expand_dgrad: (given.y, *b_call),
+        ops.expand_wgrad: (given.y, given.s, *b_call),
+        ops.expand_backward: (given.y, given.s, *b_call),
+        ops.shrink_dgrad_: (given.x, given.s, given.lora_A, offsets, 0.25, SEED),
+        ops.shrink_wgrad: (given.s, given.x, offsets, 0.25, SEED),
+    }
+    for op, arguments in calls.items():
+        torch.library.opcheck(op.default, arguments)
+
+
+class LoRALinear(torch.autograd.Function):
+    """y = x Wᵀ + scale * dropout(x) Aᵀ Bᵀ and all its gradients, made of the ops."""
+
+    @staticmethod
+    def forward(ctx, x, weight, lora_A, lora_B, offsets, segments, p):
+        s = fused.shrink(x, lora_A, offsets, p=p, seed=SEED)
+        y = x @ weight.T
+        fused.expand_(y, s, lora_B, 0.5, offsets, segments)
+        ctx.save_for_backward(x, weight, lora_A, lora_B, s, offsets)
+        ctx.segments, ctx.p = segments, p
+        return y
+
+    @staticmethod
+    def backward(ctx, dy):  # type: ignore[override]
+        x, weight, lora_A, lora_B, s, offsets = ctx.saved_tensors
+        ds, d_b = fused.expand_backward(dy, s, lora_B, 0.5, offsets, ctx.segments)
+        dx = dy @ weight
+        fused.shrink_dgrad_(dx, ds, lora_A, offsets, p=ctx.p, seed=SEED)
+        d_a = fused.shrink_wgrad(ds, x, offsets, p=ctx.p, seed=SEED)
+        return dx, None, d_a, d_b, None, None, None
+
+
+@pytest.mark.parametrize("p", [0.0, 0.4])
+@pytest.mark.parametrize("experts", [0, 3])
+def test_the_gradients_pass_gradcheck(experts: int, p: float) -> None:
+    given = draw(Case(6, 5, (2, 1), 2, rank=2, experts=experts), torch.float64)
+    weight = torch.randn(6, 5, dtype=torch.float64)
+    leaves = [t.clone().requires_grad_() for t in (given.x, given.lora_A, given.lora_B)]
+
+    def linear(x: Tensor, lora_A: Tensor, lora_B: Tensor) -> Tensor:
+        return LoRALinear.apply(x, weight, lora_A, lora_B, given.offsets, given.segments, p)  # type: ignore[return-value]
+
+    def shrunk(x: Tensor, lora_A: Tensor) -> Tensor:
+        return fused.shrink(x, lora_A, given.offsets, p=p, seed=SEED)
+
+    assert torch.autograd.gradcheck(linear, leaves)
+    assert torch.autograd.gradcheck(shrunk, leaves[:2])
+
+
+def test_gradcheck_notices_a_gradient_of_another_mask(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Control: the check above must fail where backward drops other elements than forward."""
+    x, lora_A, weight = (
+        torch.randn(6, 5).double(),
+        torch.randn(2, 5).double(),
+        torch.zeros(4, 5).double(),
+    )
+    lora_B = torch.randn(4, 2).double()
+    right = fused.shrink_wgrad
+    monkeypatch.setattr(
+        fused,
+        "shrink_wgrad",
+        lambda ds, x, offsets, p, seed: right(ds, x, offsets, p=p, seed=seed + 1),
+    )
+    with pytest.raises(GradcheckError):
+        torch.autograd.gradcheck(
+            lambda a: LoRALinear.apply(x, weight, a, lora_B, None, [], 0.4),
+            [lora_A.requires_grad_()],
+        )
+
+
+@pytest.mark.parametrize("experts", [0, 3])
+def test_a_lora_linear_compiles_to_one_graph(experts: int) -> None:
+    given = draw(Case(12, 8, (4, 2), 2, rank=3, experts=experts), torch.float32)
+    weight = torch.randn(12, 8)
+
+    def linear(x: Tensor, lora_A: Tensor, lora_B: Tensor) -> Tensor:
+        return LoRALinear.apply(x, weight, lora_A, lora_B, given.offsets, given.segments, 0.2)  # type: ignore[return-value]
+
+    results = []
+    for function in (linear, torch.compile(linear, fullgraph=True, backend="aot_eager")):
+        leaves = [t.clone().requires_grad_() for t in (given.x, given.lora_A, given.lora_B)]
+        y = function(*leaves)
+        y.square().sum().backward()
+        results.append([y, *(leaf.grad for leaf in leaves)])
+    for eager, compiled in zip(*results, strict=True):
+        torch.testing.assert_close(compiled, eager)
