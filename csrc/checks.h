@@ -79,9 +79,11 @@ inline int64_t check_segments(at::IntArrayRef segments, int64_t out_features) {
       segments.size() <= kMaxSegments, "segments has ", segments.size(), " entries, expected at most ", kMaxSegments);
   int64_t period = 0;
   for (const int64_t size : segments) {
-    TORCH_CHECK_VALUE(size >= 1, "segments is ", segments, ", expected sizes of at least 1");
+    // A rank may own no columns of a projection: fewer query groups than tensor-parallel ranks.
+    TORCH_CHECK_VALUE(size >= 0, "segments is ", segments, ", expected sizes of at least 0");
     period += size;
   }
+  TORCH_CHECK_VALUE(period >= 1, "segments is ", segments, ", expected at least 1 column");
   TORCH_CHECK_VALUE(
       out_features % period == 0, "segments ", segments, " has period ", period,
       ", expected a divisor of the output features, ", out_features);

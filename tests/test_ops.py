@@ -206,8 +206,8 @@ MISUSES = {
         "period 5, expected a divisor of the output features, 8",
     ),
     "segment": (
-        lambda: fused.expand_dgrad(Y, B, 1.0, None, [8, 0]),
-        "expected sizes of at least 1",
+        lambda: fused.expand_dgrad(Y, B, 1.0, None, [9, -1]),
+        "expected sizes of at least 0",
     ),
     "rows": (
         lambda: fused.expand_(Y, S[:3], B, 1.0),
