@@ -1,0 +1,1 @@
+"""The experiments of "LoRA Without Regret" at toy size, through megalora and Megatron."""

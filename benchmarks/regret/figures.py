@@ -1,0 +1,206 @@
+"""From results to figures: the curves to draw and a verdict by a criterion that can fail."""
+
+from statistics import mean
+
+from benchmarks.regret.experiments import (
+    Curve,
+    Figure,
+    Results,
+    Scale,
+    batch_jobs,
+    best_of,
+    best_rate,
+    early_jobs,
+    grouped,
+    how,
+    long_jobs,
+    placement_jobs,
+    rl_jobs,
+    sweep_jobs,
+)
+from benchmarks.regret.jobs import Base, Job, Result
+
+SMOOTHING = 25
+# A difference in held-out loss (nats) that counts; seeds differ by about a tenth of it.
+VISIBLE = 0.05
+LOSS = "loss (nats per token)"
+
+
+def capacity_figure(results: Results, scale: Scale) -> Figure:
+    """Figure 1: low ranks fall behind when their capacity is used up."""
+    runs = grouped(long_jobs(results, scale), results)
+    loss = {job.rank: _final(seeds) for job, seeds in runs.items()}
+    ordered = all(loss[low] - loss[high] > VISIBLE for low, high in ((1, 4), (4, 16), (16, 64)))
+    return Figure(
+        name="figure-1",
+        title="Loss by rank, each at its best rate",
+        x_label="step",
+        y_label=LOSS,
+        article="high ranks learn like full fine-tuning; low ones fall off when they are full",
+        here=f"held-out loss after {scale.long_steps} steps: {_listed(loss)}",
+        holds=ordered and loss[64] - loss[0] < VISIBLE,
+        curves=[_curve(how(job), seeds, SMOOTHING) for job, seeds in runs.items()],
+        numbers={"held_out": loss},
+    )
+
+
+def rate_figure(results: Results, scale: Scale) -> Figure:
+    """Figure 2: the best rate is the same at all ranks, and ten times that of full fine-tuning."""
+    groups = grouped(sweep_jobs(scale), results)
+    by_rank: dict[int, dict[float, list[Result]]] = {}
+    for job, seeds in groups.items():
+        by_rank.setdefault(job.rank, {})[job.lr] = seeds
+    best = {
+        job.rank: best_rate(results, job, scale) for job in groups if job.lr == scale.sweep_rates[0]
+    }
+    lora = [rate for rank, rate in best.items() if rank]
+    spread, ratio = max(lora) / min(lora), mean(lora) / best[0]
+    return Figure(
+        name="figure-2",
+        title=f"Held-out loss by learning rate, {scale.sweep_steps} steps",
+        x_label="learning rate",
+        y_label=LOSS,
+        log_x=True,
+        article="the best rate hardly moves with the rank (less than 2 x from 4 to 512) and is "
+        "about 10 times that of full fine-tuning",
+        here=f"best rates: {_listed(best)}; spread over ranks {spread:.3g} x, mean over full "
+        f"{ratio:.2g} x (grid of half decades)",
+        holds=spread < 4 and 5 <= ratio <= 20,
+        curves=[
+            Curve(
+                label=f"rank {rank}" if rank else "full fine-tuning",
+                x=list(rates),
+                seeds=_turned([[r.final for r in seeds] for seeds in rates.values()]),
+            )
+            for rank, rates in by_rank.items()
+        ],
+        numbers={"best_rates": best, "spread": spread, "ratio": ratio},
+    )
+
+
+def batch_figure(results: Results, scale: Scale) -> Figure:
+    """Figure 3: LoRA loses more than full fine-tuning does in large batches."""
+    loss: dict[tuple[int, int], list[float]] = {
+        (job.rank, job.batch_size): [r.final for r in seeds]
+        for job, seeds in best_of(batch_jobs(results, scale), results).items()
+    }
+    sizes = sorted({size for _, size in loss})
+    gap = {size: mean(loss[64, size]) - mean(loss[0, size]) for size in sizes}
+    return Figure(
+        name="figure-3",
+        title="Held-out loss by batch size, the same number of sequences",
+        x_label="batch size",
+        y_label=LOSS,
+        log_x=True,
+        article="LoRA falls behind full fine-tuning as the batch grows",
+        here=f"loss of rank 64 less that of full fine-tuning: {_listed(gap, 'batch')}",
+        holds=gap[sizes[-1]] > VISIBLE and gap[sizes[-1]] - gap[sizes[0]] > VISIBLE,
+        curves=[
+            Curve(
+                label=f"rank {rank}" if rank else "full fine-tuning",
+                x=[float(size) for size in sizes],
+                seeds=_turned([loss[rank, size] for size in sizes]),
+            )
+            for rank in (0, 64)
+        ],
+        numbers={"gap": gap},
+    )
+
+
+def placement_figure(base: Base, results: Results, scale: Scale) -> Figure:
+    """Figures 4 and 5: attention alone is worse than the MLP alone at the same size."""
+    runs = best_of(placement_jobs(base, results, scale), results)
+    loss = {_where(job): _final(seeds) for job, seeds in runs.items()}
+    size = {_where(job): seeds[0].trainable for job, seeds in runs.items()}
+    described = ", ".join(f"{name} {loss[name]:.3f} ({size[name]:,} parameters)" for name in loss)
+    worse = loss["attention"] - loss["MLP"]
+    return Figure(
+        name="figure-5" if base == "moe" else "figure-4",
+        title=f"Where the adapters are, {'experts' if base == 'moe' else 'dense model'}",
+        x_label="step",
+        y_label=LOSS,
+        article="attention alone is worse than the MLP alone at the same number of parameters; "
+        "both together are no better than the MLP alone",
+        here=f"held-out loss {described}",
+        holds=worse > VISIBLE and size["attention"] >= size["MLP"],
+        curves=[_curve(_where(job), seeds, SMOOTHING) for job, seeds in runs.items()],
+        numbers={"held_out": loss, "trainable": size},
+    )
+
+
+def early_figure(results: Results, scale: Scale) -> Figure:
+    """Figure 9: the first steps do not depend on the rank."""
+    runs = grouped(early_jobs(results, scale), results)
+    curves = {job.rank: _middle(seeds) for job, seeds in runs.items()}
+    apart = {
+        low: max(abs(a - b) / b for a, b in zip(curves[low], curves[64], strict=True))
+        for low in (1, 4, 16)
+    }
+    return Figure(
+        name="figure-9",
+        title="The first steps of all ranks, at one learning rate",
+        x_label="step",
+        y_label=LOSS,
+        article="early in training the curves of all ranks lie on each other",
+        here=f"largest distance from rank 64 over {scale.early_steps} steps, mean of 4 starts: "
+        + ", ".join(f"rank {rank} {value:.2%}" for rank, value in apart.items()),
+        holds=apart[16] < 0.01,
+        curves=[_curve(how(job), seeds, 1) for job, seeds in runs.items()],
+        numbers={"distance": apart},
+    )
+
+
+def rl_figure(results: Results, scale: Scale) -> Figure:
+    """Figure 6: in reinforcement learning small ranks do what full fine-tuning does."""
+    runs = best_of(rl_jobs(scale), results)
+    right = {job.rank: _final(seeds) for job, seeds in runs.items()}
+    start = mean(mean(r.curve[:5]) for seeds in runs.values() for r in seeds)
+    learned = right[0] - start > 0.2
+    return Figure(
+        name="figure-6",
+        title="Reinforcement learning: right answers, each at its best rate",
+        x_label="step",
+        y_label="share of right answers",
+        article="rank 1 learns as well as full fine-tuning",
+        here=f"share at the end: {_listed(right)}; {start:.2f} at the start",
+        # Where full fine-tuning has not learned, equality says nothing.
+        holds=(right[1] > right[0] - 0.05) if learned else None,
+        curves=[_curve(how(job), seeds, SMOOTHING) for job, seeds in runs.items()],
+        numbers={"final": right, "start": start},
+    )
+
+
+def _final(seeds: list[Result]) -> float:
+    return mean(result.final for result in seeds)
+
+
+def _middle(seeds: list[Result]) -> list[float]:
+    """Return the mean curve."""
+    return [mean(values) for values in _turned([result.curve for result in seeds])]
+
+
+def _turned(rows: list[list[float]]) -> list[list[float]]:
+    return [list(column) for column in zip(*rows, strict=True)]
+
+
+def _where(job: Job) -> str:
+    return {"attn": "attention", "mlp": "MLP", "all": "all"}[job.targets[0]]
+
+
+def _curve(label: str, seeds: list[Result], window: int) -> Curve:
+    lines = [_smoothed(result.curve, window) for result in seeds]
+    return Curve(
+        label=label, x=[float(window * (i + 1)) for i in range(len(lines[0]))], seeds=lines
+    )
+
+
+def _smoothed(values: list[float], window: int) -> list[float]:
+    """Return the means of consecutive windows."""
+    return [mean(values[i : i + window]) for i in range(0, len(values) - window + 1, window)]
+
+
+def _listed(values: dict[int, float], noun: str = "rank") -> str:
+    return ", ".join(
+        f"full {value:.3g}" if noun == "rank" and key == 0 else f"{noun} {key} {value:.3g}"
+        for key, value in values.items()
+    )

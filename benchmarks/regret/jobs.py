@@ -1,0 +1,168 @@
+"""One training run of an experiment: described, run in a worker process, kept on disk."""
+
+import hashlib
+import json
+import os
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any, Literal
+
+Base = Literal["dense", "moe", "ambiguous"]
+
+PRETRAIN_LR = 4e-3
+PRETRAIN_BATCH_SIZE = 32
+# The last part of pretraining in which the rate falls to zero.
+PRETRAIN_DECAY = 0.3
+HELD_OUT_SEED, HELD_OUT_SEQUENCES = 999, 128
+
+
+@dataclass(frozen=True, kw_only=True)
+class Job:
+    """A fine-tuning run. rank 0 means full fine-tuning."""
+
+    lr: float
+    seed: int
+    rank: int = 0
+    targets: tuple[str, ...] = ("all",)
+    base: Base = "dense"
+    steps: int = 400
+    batch_size: int = 32
+    is_rl: bool = False
+    pretrain_steps: int = 1500
+
+    @property
+    def key(self) -> str:
+        """Name the run's file by everything that decides its result."""
+        text = json.dumps(asdict(self), sort_keys=True)
+        return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Result:
+    """What a run gives: a value for each step, and one at the end.
+
+    curve: training loss in nats, or the share of right answers. final: held-out loss, or that
+    share over the last tenth of the run. trainable: trained parameters.
+    """
+
+    curve: list[float]
+    final: float
+    trainable: int
+
+
+def run_all(jobs: Sequence[Job], folder: Path, workers: int) -> dict[Job, Result]:
+    """Run what is not on disk yet, each job in one of the worker processes; return all results."""
+    (folder / "runs").mkdir(parents=True, exist_ok=True)
+    jobs = list(dict.fromkeys(jobs))
+    missing = [job for job in jobs if not _file(folder, job).exists()]
+    wanted: list[tuple[Base, int]] = [(job.base, job.pretrain_steps) for job in missing]
+    bases = [base for base in dict.fromkeys(wanted) if not _base_file(folder, *base).exists()]
+    if missing:
+        # Spawned: Megatron's state must not be inherited.
+        with get_context("spawn").Pool(workers, _start_worker) as pool:
+            pool.starmap(_pretrain, [(folder, *base) for base in bases], chunksize=1)
+            done = pool.imap_unordered(_run, [(folder, job) for job in missing])
+            for number, job in enumerate(done, start=1):
+                print(f"run {number}/{len(missing)}: {_label(job)}", flush=True)
+    return {job: Result(**json.loads(_file(folder, job).read_text())) for job in jobs}
+
+
+def _start_worker() -> None:
+    import torch
+
+    from megalora import cpu
+
+    torch.set_num_threads(1)
+    cpu.install_if_wanted(["--cpu"])
+    # Only now may megatron be imported, here and in the functions below.
+    from benchmarks.regret.model import start_megatron
+
+    start_megatron()
+
+
+def _pretrain(folder: Path, base: Base, steps: int) -> None:
+    import torch
+
+    from benchmarks.regret import task
+    from benchmarks.regret.model import Trainer, build, token_loss
+
+    model = build("moe" if base == "moe" else "dense")
+    trainer = Trainer(model, None, PRETRAIN_LR, adam_eps=1e-8, train_embedding=True)
+    tables = [task.base_table()] + ([task.rival_table()] if base == "ambiguous" else [])
+    generator = torch.Generator().manual_seed(task.BASE_SEED)
+    for step in range(steps):
+        trainer.set_lr(PRETRAIN_LR * min(1.0, (steps - step) / (steps * PRETRAIN_DECAY)))
+        tokens = task.sequences(tables, PRETRAIN_BATCH_SIZE, generator)
+        trainer.step(token_loss(trainer.logits(tokens[:, :-1]), tokens))
+    path = _base_file(folder, base, steps)
+    torch.save(model.state_dict(), path.with_suffix(".tmp"))
+    path.with_suffix(".tmp").replace(path)
+
+
+def _run(folder_and_job: tuple[Path, Job]) -> Job:
+    import torch
+
+    from benchmarks.regret.model import Trainer, build
+    from benchmarks.regret.rl import reinforce
+    from megalora import LoRAConfig
+
+    folder, job = folder_and_job
+    model = build("moe" if job.base == "moe" else "dense")
+    model.load_state_dict(torch.load(_base_file(folder, job.base, job.pretrain_steps)))
+    lora = LoRAConfig(rank=job.rank, targets=job.targets, seed=job.seed) if job.rank else None
+    trainer = Trainer(model, lora, job.lr, adam_eps=1e-8)
+    curve = reinforce(trainer, job) if job.is_rl else _fine_tune(trainer, job)
+    tail = curve[-max(1, len(curve) // 10) :]
+    result = Result(
+        curve=curve,
+        final=sum(tail) / len(tail) if job.is_rl else _held_out(trainer),
+        trainable=sum(p.numel() for p in model.parameters() if p.requires_grad),
+    )
+    path = _file(folder, job)
+    path.with_suffix(".tmp").write_text(json.dumps(asdict(result)))
+    os.replace(path.with_suffix(".tmp"), path)
+    return job
+
+
+def _fine_tune(trainer: Any, job: Job) -> list[float]:
+    import torch
+
+    from benchmarks.regret import task
+    from benchmarks.regret.model import token_loss
+
+    tables = [task.changed_table()]
+    generator = torch.Generator().manual_seed(job.seed)
+    curve = []
+    for _ in range(job.steps):
+        tokens = task.sequences(tables, job.batch_size, generator)
+        loss = token_loss(trainer.logits(tokens[:, :-1]), tokens)
+        curve.append(loss.item())
+        trainer.step(loss)
+    return curve
+
+
+def _held_out(trainer: Any) -> float:
+    import torch
+
+    from benchmarks.regret import task
+    from benchmarks.regret.model import token_loss
+
+    generator = torch.Generator().manual_seed(HELD_OUT_SEED)
+    tokens = task.sequences([task.changed_table()], HELD_OUT_SEQUENCES, generator)
+    with torch.no_grad():
+        return token_loss(trainer.logits(tokens[:, :-1]), tokens).item()
+
+
+def _file(folder: Path, job: Job) -> Path:
+    return folder / "runs" / f"{job.key}.json"
+
+
+def _base_file(folder: Path, base: Base, steps: int) -> Path:
+    return folder / f"{base}-{steps}.pt"
+
+
+def _label(job: Job) -> str:
+    how = f"rank {job.rank} on {' '.join(job.targets)}" if job.rank else "full fine-tuning"
+    return f"{job.base} {how}, lr {job.lr:g}, batch {job.batch_size}, seed {job.seed}"

@@ -1,0 +1,125 @@
+"""The experiments of the article at toy size: the runs are real, the verdicts can fail."""
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import pytest
+
+from benchmarks.regret import experiments, figures, report
+from benchmarks.regret.experiments import Figure, Results, Scale
+from benchmarks.regret.jobs import Base, Job, Result, run_all
+
+SCALE = Scale(sweep_rates=(1e-3, 1e-2, 1e-1), sweep_steps=32, long_steps=50, rl_steps=50)
+
+
+def made_up(
+    jobs: Sequence[Job], value: Callable[[Job], float], start: float | None = None
+) -> Results:
+    """Return results whose end is `value`, and whose curves go from `start` straight to it."""
+    results = {}
+    for job in jobs:
+        end = value(job)
+        first = end if start is None else start
+        curve = [first + (end - first) * step / job.steps for step in range(job.steps)]
+        results[job] = Result(curve=curve, final=end, trainable=1000)
+    return results
+
+
+def swept(best: Callable[[int], float]) -> Results:
+    """Return a sweep in which each rank has its least loss at the rate `best` names."""
+    return made_up(
+        experiments.sweep_jobs(SCALE), lambda job: 1.0 if job.lr == best(job.rank) else 2.0
+    )
+
+
+def lora_ten_times(rank: int) -> float:
+    return 1e-2 if rank else 1e-3
+
+
+def test_rates_are_reproduced_where_all_ranks_agree_at_ten_times_full() -> None:
+    figure = figures.rate_figure(swept(lora_ten_times), SCALE)
+    assert figure.holds
+    assert figure.numbers["ratio"] == pytest.approx(10)
+
+
+@pytest.mark.parametrize(
+    "best", [lambda rank: 1e-2, lambda rank: 1e-1 if rank == 64 else lora_ten_times(rank)]
+)
+def test_rates_are_not_where_full_has_the_same_or_ranks_differ(
+    best: Callable[[int], float],
+) -> None:
+    assert figures.rate_figure(swept(best), SCALE).holds is False
+
+
+LOSSES = {1: 1.8, 4: 1.5, 16: 1.2, 64: 1.0, 0: 1.0}
+
+
+@pytest.mark.parametrize(
+    ("change", "holds"), [({}, True), ({1: 1.5}, False), ({64: 1.1, 16: 1.3}, False)]
+)
+def test_capacity_needs_every_rank_apart_and_the_largest_at_full(
+    change: dict[int, float], holds: bool
+) -> None:
+    results = swept(lora_ten_times)
+    losses = LOSSES | change
+    results |= made_up(experiments.long_jobs(results, SCALE), lambda job: losses[job.rank])
+    assert figures.capacity_figure(results, SCALE).holds is holds
+
+
+@pytest.mark.parametrize(("penalty", "holds"), [(0.3, True), (0.0, False)])
+def test_batches_need_a_gap_that_grows(penalty: float, holds: bool) -> None:
+    results = swept(lora_ten_times)
+    jobs = experiments.batch_jobs(results, SCALE)
+    results |= made_up(jobs, lambda job: 1 + penalty * (job.rank > 0) * job.batch_size / 128)
+    assert figures.batch_figure(results, SCALE).holds is holds
+
+
+@pytest.mark.parametrize(("attention", "holds"), [(1.2, True), (1.0, False)])
+@pytest.mark.parametrize("base", ["dense", "moe"])
+def test_placement_needs_attention_to_be_worse(base: Base, attention: float, holds: bool) -> None:
+    results = swept(lora_ten_times)
+    jobs = experiments.placement_jobs(base, results, SCALE)
+    results |= made_up(jobs, lambda job: attention if "attn" in job.targets else 1.0)
+    assert figures.placement_figure(base, results, SCALE).holds is holds
+
+
+@pytest.mark.parametrize(
+    ("full", "rank_1", "holds"), [(0.9, 0.9, True), (0.9, 0.6, False), (0.25, 0.25, None)]
+)
+def test_reinforcement_says_nothing_where_full_fine_tuning_learned_nothing(
+    full: float, rank_1: float, holds: bool | None
+) -> None:
+    jobs = experiments.rl_jobs(SCALE)
+    share = {0: full, 1: rank_1, 8: full}
+    results = made_up(jobs, lambda job: share[job.rank], start=0.2)
+    assert figures.rl_figure(results, SCALE).holds is holds
+
+
+@pytest.fixture(scope="module")
+def early(tmp_path_factory: pytest.TempPathFactory) -> Figure:
+    """Return figure 9 from real runs on a base that has hardly been trained."""
+    scale = Scale(pretrain_steps=40, early_steps=12, sweep_rates=(3e-3,))
+    rates = made_up(experiments.sweep_jobs(scale), lambda job: 1.0)
+    jobs = [job for job in experiments.early_jobs(rates, scale) if job.rank in (1, 16, 64)]
+    real = run_all(jobs, tmp_path_factory.mktemp("regret"), workers=1)
+    unused = [job for job in experiments.early_jobs(rates, scale) if job.rank == 4]
+    return figures.early_figure(rates | real | made_up(unused, lambda job: 1.0), scale)
+
+
+def test_the_first_steps_do_not_depend_on_the_rank(early: Figure) -> None:
+    assert early.holds, early.here
+    assert early.numbers["distance"][1] > early.numbers["distance"][16], "rank 1 must be seen"
+
+
+def test_the_first_steps_do_lower_the_loss(early: Figure) -> None:
+    middle = next(curve for curve in early.curves if curve.label == "rank 16").seeds
+    assert all(seed[-1] < 0.98 * seed[0] for seed in middle), "nothing was learned: vacuous"
+
+
+def test_the_page_shows_every_figure_with_its_verdict(tmp_path: Path, early: Figure) -> None:
+    report.write([early], tmp_path / "figures", tmp_path / "regret.md")
+    page = (tmp_path / "regret.md").read_text()
+    assert early.verdict in page
+    assert "(figures/figure-9.png)" in page
+    assert (tmp_path / "figures" / "figure-9.png").stat().st_size > 10_000
+    assert (tmp_path / "figures" / "figure-9.json").is_file()
