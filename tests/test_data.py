@@ -3,7 +3,6 @@
 import argparse
 import json
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -303,7 +302,17 @@ def test_rank_0_alone_checks_the_dataset() -> None:
 
 
 def test_without_packing_nothing_must_be_kept_apart() -> None:
-    assert attention_format(SimpleNamespace(packing=False)) == "padded"  # type: ignore[arg-type]
+    args = argparse.Namespace(dataset="any", packing=False)
+    assert attention_format(args) == "padded"
+
+
+def test_no_data_at_all_is_refused() -> None:
+    args = parser().parse_args([])
+    for name in ("data_path", "data_args_path", "train_data_path", "per_split_data_args_path"):
+        setattr(args, name, None)
+    args.mock_data = args.reset_attention_mask = False
+    with pytest.raises(ValueError, match=r"dataset is not given: set --dataset, or .*--data-path"):
+        check_data_args(args)
 
 
 def test_held_out_rows_depend_on_the_seed_only(jsonl: str) -> None:

@@ -93,7 +93,9 @@ def attention_format(args: argparse.Namespace) -> AttentionFormat:
     `mask`: Megatron's own attention (and the CPU's) takes a block-diagonal mask. Raises ValueError
     where no way is left.
     """
-    if not args.packing:
+    # Megatron's --data-path datasets always pack, and ask for boundaries by their own flag.
+    keep_apart = args.packing if args.dataset is not None else args.reset_attention_mask
+    if not keep_apart:
         return "padded"
     from megatron.core.extensions.transformer_engine import HAVE_TE
 
@@ -117,6 +119,9 @@ def check_data_args(args: argparse.Namespace) -> None:
     Only global rank 0 reads the dataset; its exit makes torchrun end the others.
     """
     attention_format(args)
+    if args.dataset is None:
+        _check_megatron_data(args)
+        return
     if args.rank != 0:
         return
     check_dataset(
@@ -154,3 +159,20 @@ def datasets_from_args(
         max_seq_length=args.max_position_embeddings,
         log=log,
     )
+
+
+def _check_megatron_data(args: argparse.Namespace) -> None:
+    """Raise ValueError where neither --dataset nor Megatron's own flags name data."""
+    sources = ("data_path", "data_args_path", "train_data_path", "per_split_data_args_path")
+    if not args.mock_data and all(getattr(args, name) is None for name in sources):
+        raise ValueError("dataset is not given: set --dataset, or Megatron's own --data-path")
+    if args.byte_tokenizer:
+        raise ValueError(
+            "byte_tokenizer is for --dataset, --data-path holds tokens of another tokenizer: "
+            "set --tokenizer-type and --tokenizer-model to that one"
+        )
+    if args.reset_attention_mask and args.context_parallel_size > 1:
+        raise ValueError(
+            f"reset_attention_mask with context_parallel_size {args.context_parallel_size} cannot "
+            "cut documents evenly: leave --reset-attention-mask out"
+        )

@@ -13,10 +13,10 @@ from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.rerun_state_machine import get_rerun_state_machine
 from megatron.core.tensor_parallel import broadcast_data
 from megatron.core.utils import get_attr_wrapped_model
-from megatron.training import get_args, get_timers, print_rank_0
+from megatron.training import get_args, get_timers, get_tokenizer, print_rank_0
 
 from megalora.data.arguments import AttentionFormat, attention_format, datasets_from_args
-from megalora.data.build import Datasets
+from megalora.data.indexed import indexed_datasets
 
 _KEYS = ["tokens", "labels", "loss_mask", "position_ids", "padding_mask", "cu_seqlens"]
 _SEQUENCE_KEYS = _KEYS[:-1]
@@ -34,10 +34,22 @@ class Batch(NamedTuple):
     packed_seq_params: PackedSeqParams | None
 
 
-def datasets_provider(num_samples: list[int | None], vp_stage: int | None = None) -> Datasets:
-    """Build the datasets of --dataset, as `megatron.training.pretrain` asks for them."""
+def datasets_provider(num_samples: list[int | None], vp_stage: int | None = None) -> Any:
+    """Build what --dataset, or Megatron's --data-path, names, as `pretrain` asks for it.
+
+    Only tensor-parallel rank 0 reads data, so the others get None three times.
+    """
     args: Any = get_args()
+    is_read = parallel_state.get_tensor_model_parallel_rank() == 0
+    if args.dataset is None:
+        return indexed_datasets(args, get_tokenizer(), num_samples, is_read)
+    if not is_read:
+        return None, None, None
     return datasets_from_args(args, num_samples, log=print_rank_0)
+
+
+# Megatron then calls it on every rank: its own datasets wait for each other while they build.
+setattr(datasets_provider, "is_distributed", True)  # noqa: B010
 
 
 def forward_step(data_iterator: Iterator[dict[str, torch.Tensor]] | None, model: Any) -> tuple:

@@ -3,20 +3,25 @@
 import argparse
 import sys
 from collections.abc import Iterator
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
+from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder
+from megatron.core.datasets.utils import Split
 from megatron.core.pipeline_parallel import get_forward_backward_func
+from megatron.core.tokenizers import MegatronTokenizer
 from megatron.core.tokenizers.utils.build_tokenizer import build_tokenizer
 from megatron.training.arguments import parse_args
 from megatron.training.datasets import data_samplers
 
 from megalora.data import ByteTokenizer, PackedDataset, add_data_args, attention_format, batch
-from megalora.data.arguments import AttentionFormat, tokenizer_from_args
+from megalora.data.arguments import AttentionFormat, check_data_args, tokenizer_from_args
 from megalora.data.examples import encode_rows, gather_examples
 from megalora.data.tokenizers import encoder_for
 from tests.dist.layouts import Layout, model_parallel, one_rank, over
@@ -284,6 +289,7 @@ def test_the_attention_format_follows_what_the_attention_can(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     args = argparse.Namespace(
+        dataset="any",
         packing=True,
         transformer_impl="transformer_engine",
         pipeline_model_parallel_size=2,
@@ -298,3 +304,31 @@ def test_the_attention_format_follows_what_the_attention_can(
     assert attention_format(args) == "thd"
     args.transformer_impl = "local"
     assert attention_format(args) == "mask"
+
+
+@pytest.mark.world_1
+def test_megatrons_own_datasets_keep_working(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    builder = IndexedDatasetBuilder(str(tmp_path / "text.bin"), dtype=np.int32)
+    for start in range(40):
+        builder.add_document(torch.tensor([*range(start, start + 10), 99]), [11])
+    builder.finalize(str(tmp_path / "text.idx"))
+    flags = f"--data-path {tmp_path / 'text'} --split 80,10,10 --seq-length 32 --seed 1"
+    monkeypatch.setattr(sys, "argv", ["train.py", *flags.split(), "--reset-attention-mask"])
+    args: Any = parse_args(extra_args_provider=add_data_args)
+    megatron_tokenizer: Any = MegatronTokenizer
+    tokenizer = megatron_tokenizer.from_pretrained(
+        metadata_path={"library": "null-text"}, vocab_size=128, eod_id=99, pad_id=0
+    )
+    monkeypatch.setattr(batch, "get_args", lambda: args)
+    monkeypatch.setattr(batch, "get_tokenizer", lambda: tokenizer)
+    with model_parallel(Layout()):
+        check_data_args(args)
+        train, valid, _ = batch.datasets_provider([8, 2, 0])
+    assert (len(train) >= 8, train.split, valid.split) == (True, Split.train, Split.valid)
+    sample = train[0]
+    assert sample["labels"][:-1].tolist() == sample["tokens"][1:].tolist()
+    bounds = sample["cu_seqlens"].unique().tolist()
+    assert [int(sample["tokens"][end - 1]) for end in bounds[1:-1]] == [99] * (len(bounds) - 2)
+    assert len(bounds) > 3
