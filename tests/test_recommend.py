@@ -19,6 +19,7 @@ from megalora.recommend import (
     gpu_memory,
     learning_rates,
     recommend,
+    recommend_for_args,
     step_flops,
 )
 from megalora.recommend.rules import two_number_basis
@@ -491,6 +492,40 @@ def test_layouts_that_do_not_fit_are_refused(
 ) -> None:
     with pytest.raises(ValueError, match=message):
         gpu_memory(shape, lora(8), Layout(**sizes))
+
+
+# --- a training run's arguments
+
+RUN = {
+    **MEGATRON_LLAMA,
+    "tensor_model_parallel_size": 2,
+    "pipeline_model_parallel_size": 2,
+    "expert_model_parallel_size": 1,
+    "expert_tensor_parallel_size": 2,
+    "use_distributed_optimizer": True,
+    "world_size": 16,
+    "global_batch_size": 32,
+    "train_iters": 50,
+}
+
+
+def test_a_training_run_gets_what_the_function_says_for_its_flags() -> None:
+    expected = recommend(
+        LLAMA, lora(8), steps=50, batch_size=32, layout=Layout(tp=2, pp=2, dp=4, etp=2)
+    )
+    assert recommend_for_args(SimpleNamespace(**RUN), lora(8)) == expected
+    assert expected.rates.multiplier == 15
+
+
+def test_samples_are_counted_in_steps() -> None:
+    args = SimpleNamespace(**{**RUN, "train_iters": None, "train_samples": 100 * 32})
+    assert recommend_for_args(args, lora(8)).rates.multiplier == 10
+
+
+def test_the_base_folder_of_a_run_tells_its_family(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text(json.dumps({**TINY_LLAMA, "model_type": "qwen3"}))
+    args = SimpleNamespace(**{**RUN, "num_layers": 3, "hf_model": str(tmp_path)})
+    assert recommend_for_args(args, lora(8)).rates.family == "qwen"
 
 
 # --- output

@@ -6,7 +6,11 @@ print(recommend(shape, LoRAConfig(rank=32), tokens=10_000_000).table())
 
 from megalora.recommend.cli import add_parser
 from megalora.recommend.costs import Layout, adapter_parameters, gpu_memory, step_flops
-from megalora.recommend.recommendation import Recommendation, recommend
+from megalora.recommend.recommendation import (
+    Recommendation,
+    recommend,
+    recommend_for_args,
+)
 from megalora.recommend.rules import learning_rates
 from megalora.recommend.shapes import ModelShape
 
@@ -19,5 +23,6 @@ __all__ = [
     "gpu_memory",
     "learning_rates",
     "recommend",
+    "recommend_for_args",
     "step_flops",
 ]

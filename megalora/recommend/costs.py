@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any, Self
 
 from megalora.config import LoRAConfig
 from megalora.recommend.shapes import Group, Linear, ModelShape
@@ -65,6 +66,19 @@ class Layout:
                 f"ep {self.ep} x etp {self.expert_tp} does not divide tp {self.tp} x dp {self.dp}: "
                 "experts are spread over the same GPUs, so raise --dp or lower --ep"
             )
+
+    @classmethod
+    def from_megatron_args(cls, args: Any) -> Self:
+        """Read Megatron's parsed arguments."""
+        tp, pp = args.tensor_model_parallel_size, args.pipeline_model_parallel_size
+        return cls(
+            tp=tp,
+            ep=args.expert_model_parallel_size,
+            pp=pp,
+            dp=args.world_size // (tp * pp),
+            etp=args.expert_tensor_parallel_size,
+            distributed_optimizer=args.use_distributed_optimizer,
+        )
 
     @property
     def expert_tp(self) -> int:

@@ -145,6 +145,26 @@ def recommend(
     )
 
 
+def recommend_for_args(args: Any, config: LoRAConfig, *, family: str = "") -> Recommendation:
+    """Apply the rules to a training run's parsed Megatron arguments.
+
+    The model is that of `args.hf_model` where there is one. family: the learning rate rule's, where
+    the sizes do not tell.
+    """
+    if getattr(args, "hf_model", None):
+        shape = ModelShape.from_name(args.hf_model, family=family)
+    else:
+        shape = ModelShape.from_megatron_args(args, family=family)
+    samples, batch_size = getattr(args, "train_samples", None), args.global_batch_size
+    return recommend(
+        shape,
+        config,
+        steps=samples // batch_size if samples else args.train_iters or None,
+        batch_size=batch_size,
+        layout=Layout.from_megatron_args(args),
+    )
+
+
 def _positive(name: str, value: int | None) -> int | None:
     if value is not None and value < 1:
         raise ValueError(f"{name} is {value}: it must be at least 1, or left out")
