@@ -74,6 +74,8 @@ def build_config(layout: Layout, **overrides: Any) -> TransformerConfig:
         "expert_model_parallel_size": layout.ep,
         "expert_tensor_parallel_size": layout.etp,
         "context_parallel_size": layout.cp,
+        # As pretrain sets it: a sent output is freed at once.
+        "deallocate_pipeline_outputs": True,
         # Two pipeline ranks with virtual stages exchange both ways at once: batched messages mix.
         "batch_p2p_comm": not virtual,
         "overlap_p2p_comm": virtual,
