@@ -61,9 +61,9 @@ def run_figures(chosen: list[str], scale: Scale, work: Path, workers: int) -> li
         jobs_of, figure_of = EXPERIMENTS[name]
         results |= run_all(jobs_of(results, scale), work, workers)
         figure = figure_of(results, scale)
-        print(
-            f"{figure.name}: the article: {figure.article}; here: {figure.here}; {figure.verdict}"
-        )
+        for found in figure.findings:
+            print(f"{figure.name}, {found.verdict}: the article: {found.article};")
+            print(f"    here: {found.here}", flush=True)
         done.append(figure)
     return done
 

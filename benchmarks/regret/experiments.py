@@ -42,27 +42,34 @@ class Curve:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Figure:
-    """One of the article's figures: what it found, what these runs show, whether they agree.
+class Finding:
+    """What the article found, what these runs show, and whether they agree.
 
     holds: None where the toy cannot tell.
     """
 
-    name: str
-    title: str
-    x_label: str
-    y_label: str
     article: str
     here: str
     holds: bool | None
-    curves: list[Curve]
-    log_x: bool = False
-    numbers: dict[str, Any] = field(default_factory=dict)
 
     @property
     def verdict(self) -> str:
         """Return the verdict in words."""
         return {True: "reproduced", False: "not reproduced", None: "not decided"}[self.holds]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Figure:
+    """One of the article's figures at toy size, with its findings and the numbers behind them."""
+
+    name: str
+    title: str
+    x_label: str
+    y_label: str
+    findings: list[Finding]
+    curves: list[Curve]
+    log_x: bool = False
+    numbers: dict[str, Any] = field(default_factory=dict)
 
 
 def sweep_jobs(scale: Scale) -> list[Job]:
@@ -145,10 +152,14 @@ def placement_jobs(base: Base, results: Results, scale: Scale) -> list[Job]:
 
 
 def early_jobs(results: Results, scale: Scale) -> list[Job]:
-    """Return short runs of all ranks at one rate, with the same seeds."""
+    """Return short runs of all ranks with the same seeds, at a third of the best rate and at it.
+
+    At its best rate the toy learns in 20 steps what a large model learns in hundreds.
+    """
     rate = best_rate(results, next(j for j in _one_each(scale) if j.rank == 16), scale)
     return [
-        replace(job, lr=rate, steps=scale.early_steps, seed=seed)
+        replace(job, lr=lr, steps=scale.early_steps, seed=seed)
+        for lr in (rate / 3, rate)
         for job in _one_each(scale)
         if job.rank
         for seed in range(4)

@@ -5,6 +5,7 @@ from statistics import mean
 from benchmarks.regret.experiments import (
     Curve,
     Figure,
+    Finding,
     Results,
     Scale,
     batch_jobs,
@@ -23,6 +24,8 @@ from benchmarks.regret.jobs import Base, Job, Result
 SMOOTHING = 25
 # A difference in held-out loss (nats) that counts; seeds differ by about a tenth of it.
 VISIBLE = 0.05
+# A relative difference between curves that does not count.
+CLOSE = 0.01
 LOSS = "loss (nats per token)"
 
 
@@ -36,9 +39,13 @@ def capacity_figure(results: Results, scale: Scale) -> Figure:
         title="Loss by rank, each at its best rate",
         x_label="step",
         y_label=LOSS,
-        article="high ranks learn like full fine-tuning; low ones fall off when they are full",
-        here=f"held-out loss after {scale.long_steps} steps: {_listed(loss)}",
-        holds=ordered and loss[64] - loss[0] < VISIBLE,
+        findings=[
+            Finding(
+                article="high ranks learn like full fine-tuning; low ones fall off when full",
+                here=f"held-out loss after {scale.long_steps} steps: {_listed(loss)}",
+                holds=ordered and loss[64] - loss[0] < VISIBLE,
+            )
+        ],
         curves=[_curve(how(job), seeds, SMOOTHING) for job, seeds in runs.items()],
         numbers={"held_out": loss},
     )
@@ -61,11 +68,18 @@ def rate_figure(results: Results, scale: Scale) -> Figure:
         x_label="learning rate",
         y_label=LOSS,
         log_x=True,
-        article="the best rate hardly moves with the rank (less than 2 x from 4 to 512) and is "
-        "about 10 times that of full fine-tuning",
-        here=f"best rates: {_listed(best)}; spread over ranks {spread:.3g} x, mean over full "
-        f"{ratio:.2g} x (grid of half decades)",
-        holds=spread < 4 and 5 <= ratio <= 20,
+        findings=[
+            Finding(
+                article="the best rate moves less than 2 x from rank 4 to 512",
+                here=f"best rates {_listed(best)} on a grid of half decades",
+                holds=spread < 2,
+            ),
+            Finding(
+                article="the best rate of LoRA is about 10 times that of full fine-tuning",
+                here=f"{ratio:.2g} times",
+                holds=5 <= ratio <= 20,
+            ),
+        ],
         curves=[
             Curve(
                 label=f"rank {rank}" if rank else "full fine-tuning",
@@ -92,9 +106,13 @@ def batch_figure(results: Results, scale: Scale) -> Figure:
         x_label="batch size",
         y_label=LOSS,
         log_x=True,
-        article="LoRA falls behind full fine-tuning as the batch grows",
-        here=f"loss of rank 64 less that of full fine-tuning: {_listed(gap, 'batch')}",
-        holds=gap[sizes[-1]] > VISIBLE and gap[sizes[-1]] - gap[sizes[0]] > VISIBLE,
+        findings=[
+            Finding(
+                article="LoRA falls behind full fine-tuning as the batch grows",
+                here=f"loss of rank 64 less that of full fine-tuning: {_listed(gap, 'batch')}",
+                holds=gap[sizes[-1]] > VISIBLE and gap[sizes[-1]] - gap[sizes[0]] > VISIBLE,
+            )
+        ],
         curves=[
             Curve(
                 label=f"rank {rank}" if rank else "full fine-tuning",
@@ -113,16 +131,24 @@ def placement_figure(base: Base, results: Results, scale: Scale) -> Figure:
     loss = {_where(job): _final(seeds) for job, seeds in runs.items()}
     size = {_where(job): seeds[0].trainable for job, seeds in runs.items()}
     described = ", ".join(f"{name} {loss[name]:.3f} ({size[name]:,} parameters)" for name in loss)
-    worse = loss["attention"] - loss["MLP"]
     return Figure(
         name="figure-5" if base == "moe" else "figure-4",
         title=f"Where the adapters are, {'experts' if base == 'moe' else 'dense model'}",
         x_label="step",
         y_label=LOSS,
-        article="attention alone is worse than the MLP alone at the same number of parameters; "
-        "both together are no better than the MLP alone",
-        here=f"held-out loss {described}",
-        holds=worse > VISIBLE and size["attention"] >= size["MLP"],
+        findings=[
+            Finding(
+                article="attention alone is worse than the MLP alone, at the same parameters",
+                here=f"held-out loss {described}",
+                holds=loss["attention"] - loss["MLP"] > VISIBLE
+                and size["attention"] >= size["MLP"],
+            ),
+            Finding(
+                article="both together are hardly better than the MLP alone",
+                here=f"{loss['MLP'] - loss['all']:.3f} nats better",
+                holds=loss["MLP"] - loss["all"] < VISIBLE,
+            ),
+        ],
         curves=[_curve(_where(job), seeds, SMOOTHING) for job, seeds in runs.items()],
         numbers={"held_out": loss, "trainable": size},
     )
@@ -131,22 +157,27 @@ def placement_figure(base: Base, results: Results, scale: Scale) -> Figure:
 def early_figure(results: Results, scale: Scale) -> Figure:
     """Figure 9: the first steps do not depend on the rank."""
     runs = grouped(early_jobs(results, scale), results)
-    curves = {job.rank: _middle(seeds) for job, seeds in runs.items()}
-    apart = {
-        low: max(abs(a - b) / b for a, b in zip(curves[low], curves[64], strict=True))
-        for low in (1, 4, 16)
-    }
+    curves = {(job.lr, job.rank): _middle(seeds) for job, seeds in runs.items()}
+    apart: dict[float, dict[int, float]] = {lr: {} for lr, _ in curves}
+    for (lr, rank), curve in curves.items():
+        pairs = zip(curve, curves[lr, 64], strict=True)
+        apart[lr][rank] = max(abs(a - b) / b for a, b in pairs)
     return Figure(
         name="figure-9",
-        title="The first steps of all ranks, at one learning rate",
+        title="The first steps of all ranks",
         x_label="step",
         y_label=LOSS,
-        article="early in training the curves of all ranks lie on each other",
-        here=f"largest distance from rank 64 over {scale.early_steps} steps, mean of 4 starts: "
-        + ", ".join(f"rank {rank} {value:.2%}" for rank, value in apart.items()),
-        holds=apart[16] < 0.01,
-        curves=[_curve(how(job), seeds, 1) for job, seeds in runs.items()],
-        numbers={"distance": apart},
+        findings=[
+            Finding(
+                article="early in training the curves of all ranks lie on each other",
+                here=f"rate {lr:g}: largest distance from rank 64 in {scale.early_steps} steps, "
+                f"mean of 4 starts, {', '.join(f'rank {r} {d:.1%}' for r, d in far.items())}",
+                holds=far[16] < CLOSE,
+            )
+            for lr, far in apart.items()
+        ],
+        curves=[_curve(f"{how(job)}, rate {job.lr:g}", seeds, 1) for job, seeds in runs.items()],
+        numbers={"distance": {f"{lr:g}": far for lr, far in apart.items()}},
     )
 
 
@@ -161,10 +192,14 @@ def rl_figure(results: Results, scale: Scale) -> Figure:
         title="Reinforcement learning: right answers, each at its best rate",
         x_label="step",
         y_label="share of right answers",
-        article="rank 1 learns as well as full fine-tuning",
-        here=f"share at the end: {_listed(right)}; {start:.2f} at the start",
-        # Where full fine-tuning has not learned, equality says nothing.
-        holds=(right[1] > right[0] - 0.05) if learned else None,
+        findings=[
+            Finding(
+                article="rank 1 learns as well as full fine-tuning",
+                here=f"share at the end: {_listed(right)}; {start:.2f} at the start",
+                # Where full fine-tuning has not learned, equality says nothing.
+                holds=(right[1] > right[0] - 0.05) if learned else None,
+            )
+        ],
         curves=[_curve(how(job), seeds, SMOOTHING) for job, seeds in runs.items()],
         numbers={"final": right, "start": start},
     )

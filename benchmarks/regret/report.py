@@ -27,11 +27,15 @@ def write(figures: Sequence[Figure], folder: Path, page: Path) -> None:
     """Write each figure's JSON and PNG into a folder, and the page that shows them."""
     folder.mkdir(parents=True, exist_ok=True)
     for figure in figures:
-        data = asdict(figure) | {"verdict": figure.verdict}
+        data = asdict(figure) | {"verdicts": [finding.verdict for finding in figure.findings]}
         _write(folder / f"{figure.name}.json", json.dumps(data, indent=1))
         _plot(figure, folder / f"{figure.name}.png")
     where = folder.relative_to(page.parent) if folder.is_relative_to(page.parent) else folder
-    rows = [f"| {f.name} | {f.article} | {f.here} | **{f.verdict}** |" for f in figures]
+    rows = [
+        f"| {figure.name} | {found.article} | {found.here} | **{found.verdict}** |"
+        for figure in figures
+        for found in figure.findings
+    ]
     plots = [f"\n## {f.title}\n\n![{f.title}]({where}/{f.name}.png)\n" for f in figures]
     _write(page, INTRODUCTION + "\n".join(rows) + "\n" + "".join(plots))
 
