@@ -8,7 +8,10 @@ import torch
 from megatron.core import parallel_state
 from megatron.core.dist_checkpointing.dict_utils import nested_values
 from megatron.core.dist_checkpointing.mapping import ShardedTensor, apply_factories
-from megatron.core.models.gpt.gpt_layer_specs import get_gpt_decoder_block_spec
+from megatron.core.models.gpt.gpt_layer_specs import (
+    get_gpt_decoder_block_spec,
+    get_gpt_mtp_block_spec,
+)
 from megatron.core.models.gpt.gpt_model import GPTModel
 from megatron.core.tensor_parallel import set_defaults_if_not_set_tensor_model_parallel_attributes
 from megatron.core.transformer.transformer_config import MLATransformerConfig, TransformerConfig
@@ -101,9 +104,15 @@ def build_model(
     chunks = []
     for stage in stages:
         spec: Any = get_gpt_decoder_block_spec(config, use_transformer_engine=False, vp_stage=stage)
+        mtp_spec = (
+            get_gpt_mtp_block_spec(config, spec, use_transformer_engine=False, vp_stage=stage)
+            if config.mtp_num_layers
+            else None
+        )
         chunk = GPTModel(
             config,
             spec,
+            mtp_block_spec=mtp_spec,
             vocab_size=vocab_size,
             max_sequence_length=seq_length,
             pre_process=parallel_state.is_pipeline_first_stage(

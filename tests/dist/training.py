@@ -2,7 +2,7 @@
 
 import dataclasses
 import itertools
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -33,19 +33,23 @@ class Run:
 
     With `one_rank` the averages over data-parallel ranks are those of one rank alone, which makes
     the unsharded reference of a layout available in its own processes. `cu_seqlens` packs the
-    tokens of each sequence into shorter ones.
+    tokens of each sequence into shorter ones. `on_gradients` is called with the step's number when
+    the gradients are complete and the optimizer has not yet run.
     """
 
     one_rank: bool = False
     micro_batch_size: int = 1
+    num_steps: int = NUM_STEPS
     lr: float = 1e-2
+    adam_eps: float = 1e-8
     distributed_optimizer: bool = False
     overlap: bool = False
     cu_seqlens: tuple[int, ...] | None = None
+    on_gradients: Callable[[int], None] | None = None
 
 
 def train(chunks: list[GPTModel], layout: Layout, run: Run | None = None) -> torch.Tensor:
-    """Train on fixed random tokens; return [NUM_STEPS, 2]: mean loss and gradient norm by step.
+    """Train on fixed random tokens; return [num_steps, 2]: mean loss and gradient norm by step.
 
     The same numbers come back on every rank.
     """
@@ -59,13 +63,19 @@ def train(chunks: list[GPTModel], layout: Layout, run: Run | None = None) -> tor
         syncs = [model.no_sync for model in models]
         config.no_sync_func = syncs if len(syncs) > 1 else syncs[0]
     history = []
-    for step in range(NUM_STEPS):
+    for step in range(run.num_steps):
         for model in models:
             model.zero_grad_buffer()
         optimizer.zero_grad()
         loss = _forward_backward(models, layout, run, step)
+        if run.on_gradients is not None:
+            run.on_gradients(step)
         stepped: Any = optimizer.step()
         history.append((loss, float(stepped[1])))
+    if run.overlap and run.distributed_optimizer:
+        # The gathering of the last step's parameters would wait for the next forward pass.
+        for model in models:
+            model.start_param_sync(force_sync=True)
     return torch.tensor(history, dtype=torch.float64)
 
 
@@ -90,6 +100,7 @@ def _optimizer_config(config: Any, run: Run) -> OptimizerConfig:
     return OptimizerConfig(
         optimizer="adam",
         lr=run.lr,
+        adam_eps=run.adam_eps,
         weight_decay=0.0,
         clip_grad=1.0,
         bf16=config.bf16,
@@ -134,7 +145,7 @@ class _Forward:
 
     def __init__(self, layout: Layout, run: Run) -> None:
         self.run = run
-        self.cut = _context_parallel_cut(layout, run)
+        self.cut = context_parallel_cut(layout, run)
 
     def __call__(self, iterator: Iterator[torch.Tensor], model: Any) -> tuple[torch.Tensor, Any]:
         tokens = next(iterator)
@@ -154,7 +165,7 @@ def _loss(output: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tenso
     return total, count, torch.stack([total.detach().double(), count.double()])
 
 
-def _context_parallel_cut(layout: Layout, run: Run) -> torch.Tensor:
+def context_parallel_cut(layout: Layout, run: Run) -> torch.Tensor:
     """Return the positions of this context-parallel rank: two chunks of each packed sequence."""
     bounds = run.cu_seqlens or (0, SEQ_LENGTH)
     rank = parallel_state.get_context_parallel_rank()

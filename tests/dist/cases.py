@@ -1,0 +1,188 @@
+"""The matrix of layouts and kinds of models in which adapters are compared with the oracle.
+
+A kind is there for the layers that only it has, a case for what only it can break.
+"""
+
+import dataclasses
+from typing import Any
+
+import torch
+
+from tests.dist.layouts import Layout
+from tests.dist.models import MLA, MOE
+from tests.dist.training import Run
+
+
+@dataclasses.dataclass(frozen=True)
+class Kind:
+    """model: arguments of build_model; lora: fields of LoRAConfig."""
+
+    model: dict[str, Any]
+    lora: dict[str, Any]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Case:
+    """A row of the matrix; `fields` of the configuration must change no number."""
+
+    layout: Layout
+    kind: str = "dense"
+    note: str = ""
+    run: Run = dataclasses.field(default_factory=Run)
+    fields: dict[str, Any] = dataclasses.field(default_factory=dict)
+    ops: str = "fused"
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Return the precision of weights and activations."""
+        return torch.bfloat16 if self.fields.get("bf16") else torch.float32
+
+    def __str__(self) -> str:
+        """Name the case, as in `tp2-sp moe, distributed optimizer`."""
+        return f"{self.layout} {self.kind}" + (f", {self.note}" if self.note else "")
+
+
+def _kind(*, lora: dict[str, Any] | None = None, layers: int = 1, **model: Any) -> Kind:
+    return Kind({"num_layers": layers, **model}, lora or {})
+
+
+UNGATED = {
+    "gated_linear_unit": False,
+    "activation_func": torch.nn.functional.gelu,
+    "normalization": "LayerNorm",
+}
+SHARED_EXPERTS = {"moe_shared_expert_intermediate_size": 32}
+WITH_ROUTER = {"targets": ("all", "router")}
+KINDS = {
+    "dense": _kind(layers=2),
+    "dense of 4 layers": _kind(layers=4),
+    "tied embeddings": _kind(layers=2, tied=True),
+    "ungated with biases": _kind(**UNGATED, add_bias_linear=True),
+    "padded vocabulary": _kind(vocab_size=72, lora={"targets": ("unembed", "linear_proj")}),
+    "shared A": _kind(lora={"shared_a": True}),
+    "2 query groups": _kind(num_query_groups=2),
+    "1 query group": _kind(num_query_groups=1),
+    "latent attention": _kind(**MLA),
+    "latent attention, direct q": _kind(**{**MLA, "q_lora_rank": None}),
+    "multi-token prediction": _kind(
+        layers=2, mtp_num_layers=1, lora={"targets": ("all", "eh_proj")}
+    ),
+    "experts": _kind(**MOE, lora=WITH_ROUTER),
+    "experts in 4 layers": _kind(layers=4, **MOE),
+    "ungated experts": _kind(**MOE, **UNGATED, lora={"expert_rank": 3}),
+    "shared-outer experts": _kind(**MOE, lora={"expert_mode": "shared_outer"}),
+    "shared experts": _kind(**MOE, **SHARED_EXPERTS),
+}
+
+TP2, TP2_SP = Layout(tp=2), Layout(tp=2, sp=True)
+TP4, TP4_SP = Layout(tp=4), Layout(tp=4, sp=True)
+TP2_DP2 = Layout(tp=2, sp=True, dp=2)
+EP2 = Layout(dp=2, ep=2)
+ETP2 = Layout(tp=2, sp=True, etp=2)
+TP2_EP2 = Layout(tp=2, sp=True, ep=2)
+EP2_ETP2 = Layout(tp=2, sp=True, dp=2, ep=2, etp=2)
+OVERLAPPED = {
+    "note": "distributed optimizer",
+    "run": Run(distributed_optimizer=True, overlap=True),
+}
+RECOMPUTED = {
+    "note": "full recompute",
+    "fields": {
+        "recompute_granularity": "full",
+        "recompute_method": "uniform",
+        "recompute_num_layers": 1,
+    },
+}
+
+
+def _selective(*modules: str) -> dict[str, Any]:
+    fields = {"recompute_granularity": "selective", "recompute_modules": list(modules)}
+    return {"note": f"recompute of {' and '.join(modules)}", "fields": fields}
+
+
+def _with(note: str = "", **fields: Any) -> dict[str, Any]:
+    return {"note": note or ", ".join(fields), "fields": fields}
+
+
+DENSE = [
+    Case(layout=Layout()),
+    Case(layout=Layout(), ops="reference", note="reference ops"),
+    Case(layout=Layout(), **RECOMPUTED),
+    Case(layout=Layout(), kind="latent attention"),
+    *(
+        Case(layout=layout, kind=kind)
+        for layout in (TP2, TP2_SP)
+        for kind in (
+            "dense",
+            "tied embeddings",
+            "ungated with biases",
+            "padded vocabulary",
+            "shared A",
+            "1 query group",
+            "latent attention",
+            "multi-token prediction",
+        )
+    ),
+    Case(layout=TP2_SP, kind="latent attention, direct q"),
+    Case(layout=TP2_SP, ops="reference", note="reference ops"),
+    Case(layout=TP2_SP, **RECOMPUTED),
+    Case(layout=TP2_SP, **_selective("core_attn", "mlp")),
+    Case(layout=TP2_SP, **_with("fused accumulation", gradient_accumulation_fusion=True)),
+    Case(layout=TP2_SP, **_with("bf16", bf16=True)),
+    Case(layout=Layout(pp=2)),
+    Case(layout=Layout(pp=2), **RECOMPUTED),
+    Case(layout=Layout(pp=2), kind="tied embeddings"),
+    Case(layout=Layout(pp=2), kind="multi-token prediction"),
+    Case(layout=Layout(pp=2, vpp=2), kind="dense of 4 layers"),
+    Case(layout=Layout(cp=2)),
+    Case(layout=Layout(cp=2), kind="latent attention"),
+    Case(layout=Layout(dp=2)),
+    Case(layout=Layout(dp=2), **OVERLAPPED),
+    Case(layout=TP4),
+    Case(layout=TP4_SP),
+    Case(layout=TP4, kind="2 query groups"),
+    Case(layout=TP4_SP, kind="2 query groups"),
+    Case(layout=TP4_SP, kind="latent attention"),
+    Case(layout=TP2_DP2, **OVERLAPPED),
+    Case(layout=TP2_DP2, **{**OVERLAPPED, "note": "bf16", "fields": {"bf16": True}}),
+    Case(layout=Layout(tp=2, sp=True, pp=2), kind="tied embeddings"),
+    Case(layout=Layout(tp=2, sp=True, cp=2)),
+]
+EXPERTS = [
+    Case(layout=Layout(), kind="experts"),
+    Case(layout=Layout(), kind="experts", **_selective("moe")),
+    Case(layout=Layout(), kind="shared-outer experts"),
+    Case(layout=Layout(dp=2), kind="shared-outer experts"),
+    *(
+        Case(layout=layout, kind=kind)
+        for layout in (EP2, ETP2, TP2_EP2)
+        for kind in ("experts", "shared-outer experts", "shared experts")
+    ),
+    Case(layout=TP2_SP, kind="experts"),
+    Case(layout=ETP2, kind="ungated experts"),
+    Case(layout=Layout(pp=2, vpp=2), kind="experts in 4 layers"),
+    Case(layout=Layout(cp=2), kind="experts"),
+    Case(layout=EP2, kind="experts", **_with(moe_token_dispatcher_type="allgather")),
+    Case(layout=ETP2, kind="experts", **_with(moe_token_dispatcher_type="allgather")),
+    Case(layout=EP2, kind="experts", **_with(moe_permute_fusion=True)),
+    Case(layout=EP2, kind="experts", **OVERLAPPED),
+    Case(layout=EP2, kind="shared-outer experts", **OVERLAPPED),
+    Case(layout=EP2, kind="shared experts", **_with(moe_shared_expert_overlap=True)),
+    Case(layout=TP2_EP2, kind="shared experts", **_with(moe_shared_expert_overlap=True)),
+    Case(layout=TP2_EP2, kind="experts", **_selective("moe")),
+    Case(
+        layout=EP2,
+        kind="shared-outer experts",
+        **_with("fused accumulation", gradient_accumulation_fusion=True),
+    ),
+    Case(layout=Layout(dp=4, ep=4), kind="experts"),
+    Case(layout=Layout(dp=4, ep=2), kind="shared-outer experts"),
+    Case(layout=EP2_ETP2, kind="experts"),
+    Case(layout=EP2_ETP2, kind="shared-outer experts"),
+    Case(layout=EP2_ETP2, kind="experts", **OVERLAPPED),
+    Case(layout=EP2_ETP2, kind="shared-outer experts", **OVERLAPPED),
+    Case(layout=Layout(tp=2, sp=True, dp=2, ep=4), kind="experts"),
+    Case(layout=Layout(tp=4, sp=True, ep=2, etp=2), kind="experts"),
+    Case(layout=Layout(pp=2, dp=2, vpp=2, ep=2), kind="experts in 4 layers"),
+]
+CASES = [*DENSE, *EXPERTS]

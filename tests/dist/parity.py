@@ -1,0 +1,231 @@
+"""Compare adapters in a parallel layout with the unsharded oracle, one error for each quantity.
+
+`errors` runs a case and returns the largest relative error of the start values, token losses, dX,
+adapter gradients, gradient norms and the weights after NUM_STEPS of Megatron's optimizer.
+"""
+
+import dataclasses
+import functools
+import hashlib
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from megatron.core import parallel_state
+from megatron.core.dist_checkpointing.mapping import ShardedTensor
+from torch import Tensor
+
+from megalora.builder import adapters, apply_lora
+from megalora.checkpoint import load_adapters
+from megalora.config import LoRAConfig
+from tests.dist.cases import KINDS, Case
+from tests.dist.layouts import Layout, model_parallel, one_rank
+from tests.dist.models import build_model
+from tests.dist.oracle import EPS, Oracle, Tensors
+from tests.dist.training import NUM_SEQUENCES, SEQ_LENGTH, Run, context_parallel_cut, train
+
+NUM_STEPS = 5
+LR = 1e-2
+ALPHA = 6.0
+STD_B = 0.05
+
+
+@dataclasses.dataclass
+class Truth:
+    """What the oracle says; factors are those before and after NUM_STEPS."""
+
+    losses: Tensor
+    dx: Tensor
+    gradients: Tensors
+    norms: list[float]
+    start: Tensors
+    end: Tensors
+
+
+def lora_config(kind: str, **overrides: Any) -> LoRAConfig:
+    """Return the adapters of a kind, with alpha != rank so that a wrong scale is noticed."""
+    return LoRAConfig(**{"rank": 4, "alpha": ALPHA, **KINDS[kind].lora, **overrides})
+
+
+@functools.cache
+def truth(world_size: int, kind: str, dtype: torch.dtype = torch.float32) -> Truth:
+    """Run the oracle of a kind in fp32, from weights rounded to dtype, in every process."""
+    alone, model = one_rank(Layout(dp=world_size)), KINDS[kind].model
+    with model_parallel(alone):
+        start = start_values(apply_lora(build_model(alone, **model), lora_config(kind)))
+        (base,) = build_model(alone, **{**model, "tied": False})
+        if model.get("tied"):
+            # Its adapter changes the unembedding alone.
+            base.output_layer.weight.data.copy_(base.embedding.word_embeddings.weight.data)
+        for parameter in base.parameters():
+            parameter.data.copy_(parameter.data.to(dtype))
+        start = {key: factor.to(dtype).float() for key, factor in start.items()}
+        return _train_oracle(Oracle(base, start, ALPHA), start)
+
+
+def _train_oracle(oracle: Oracle, start: Tensors) -> Truth:
+    losses, dx = oracle.backward(0)
+    gradients, norms = oracle.gradients(), [oracle.step(1, LR)]
+    for step in range(1, NUM_STEPS):
+        oracle.backward(step)
+        norms.append(oracle.step(step + 1, LR))
+    end = {key: factor.detach() for key, factor in oracle.factors.items()}
+    return Truth(losses, dx, gradients, norms, start, end)
+
+
+def start_values(chunks: list[Any]) -> Tensors:
+    """Return A as megalora draws it and a B that is not zero, so that A has a gradient."""
+    factors = assemble(chunks, torch.Tensor.detach)
+    return {
+        key: draw_b(key, factor) if key.endswith("lora_B") else factor
+        for key, factor in factors.items()
+    }
+
+
+def draw_b(key: str, like: Tensor) -> Tensor:
+    """Draw a whole lora_B by its name."""
+    seed = int.from_bytes(hashlib.sha256(key.encode()).digest()[:4])
+    generator = torch.Generator().manual_seed(seed)
+    return (torch.randn(like.shape, generator=generator) * STD_B).to(like.dtype)
+
+
+def assemble(chunks: list[Any], value: Callable[[Any], Tensor]) -> Tensors:
+    """Put whole tensors together from `value` of every rank's adapter parameters.
+
+    Raises AssertionError where two ranks hold different numbers of the same part.
+    """
+    own = []
+    for name, adapter in adapters(chunks):
+        for key, shard in adapter.sharded_tensors(f"{name}.").items():
+            own.append((key, shard.global_shape, _where(shard), value(shard.data).clone()))
+    everywhere: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(everywhere, own)
+    whole: Tensors = {}
+    for key, shape, where, part in (entry for rank in everywhere for entry in rank):
+        full = whole.setdefault(key, torch.full(shape, float("nan"), dtype=part.dtype))
+        known = full[where]
+        same = known.isnan().all() or torch.equal(known, part)
+        assert same, f"replicas of {key} differ by {(known - part).abs().max()}"
+        full[where] = part
+    assert not any(tensor.isnan().any() for tensor in whole.values()), "a part has no owner"
+    return {key: _flat(key, tensor) for key, tensor in sorted(whole.items())}
+
+
+def _where(shard: ShardedTensor) -> tuple[slice, ...]:
+    pairs = zip(shard.global_offset, shard.local_shape, strict=True)
+    return tuple(slice(offset, offset + size) for offset, size in pairs)
+
+
+def _flat(key: str, tensor: Tensor) -> Tensor:
+    """Give a gated lora_B [(E,) 2, f, r] its output dimension back."""
+    is_grouped = ".experts." in key
+    gated = key.endswith("linear_fc1_lora.lora_B") and tensor.dim() == (4 if is_grouped else 3)
+    return tensor.flatten(-3, -2) if gated else tensor
+
+
+class Probe:
+    """Collect what a layout computes in its first step, by hooks from outside."""
+
+    def __init__(self, chunks: list[Any], layout: Layout, run: Run) -> None:
+        self.chunks, self.layout, self.run = chunks, layout, run
+        self.losses: list[Tensor] = []
+        self.dx: list[Tensor] = []
+        self.gradients: Tensors = {}
+        self.first, self.expected = True, False
+        for chunk in chunks:
+            if chunk.pre_process:
+                chunk.register_forward_pre_hook(self._expect_embedding)
+                chunk.embedding.register_forward_hook(self._keep_dx)
+            if chunk.post_process:
+                chunk.register_forward_hook(self._keep_losses)
+
+    def _expect_embedding(self, _module: Any, _inputs: Any) -> None:
+        self.expected = self.first
+
+    def _keep_dx(self, _module: Any, _inputs: Any, output: Tensor) -> Tensor:
+        # Multi-token prediction embeds its own tokens later.
+        if self.expected:
+            self.expected = False
+            output.requires_grad_(True)
+            output.register_hook(lambda grad: self.dx.append(grad.detach().float()))
+        return output
+
+    def _keep_losses(self, _module: Any, _inputs: Any, output: Tensor) -> None:
+        if self.first:
+            self.losses.append(output.detach().float())
+
+    def on_gradients(self, _step: int) -> None:
+        """Take the gradients of the first step."""
+        if self.first and not self.run.distributed_optimizer:
+            self.gradients = assemble(self.chunks, lambda p: p.main_grad.float())
+        self.first = False
+
+    def whole_losses(self) -> Tensor:
+        """Return the token losses [b, s] of the whole batch."""
+        return self._whole(self.losses, None)
+
+    def whole_dx(self) -> Tensor:
+        """Return dX [b, s, h] of the whole batch, for a loss that is the mean over its tokens."""
+        parts = [x.transpose(0, 1) for x in self.dx]
+        ranks = self.layout.dp * self.layout.cp
+        return self._whole(parts, self.layout.tp if self.layout.sp else None) / ranks
+
+    def _whole(self, parts: list[Tensor], sequence_shards: int | None) -> Tensor:
+        cut = context_parallel_cut(self.layout, self.run)
+        if sequence_shards is not None:
+            cut = cut.chunk(sequence_shards)[parallel_state.get_tensor_model_parallel_rank()]
+        data_rank = 0 if self.run.one_rank else parallel_state.get_data_parallel_rank()
+        everywhere: list[Any] = [None] * dist.get_world_size()
+        dist.all_gather_object(everywhere, (data_rank, cut, torch.cat(parts) if parts else None))
+        found = [entry for entry in everywhere if entry[2] is not None]
+        tail = found[0][2].shape[2:]
+        whole = torch.full((NUM_SEQUENCES, SEQ_LENGTH, *tail), float("nan"))
+        for data_rank, cut, part in found:
+            first = data_rank * part.shape[0]
+            known = whole[first : first + part.shape[0], cut]
+            if not known.isnan().all():
+                torch.testing.assert_close(known, part, rtol=1e-5, atol=1e-7)
+            whole[first : first + part.shape[0], cut] = part
+        assert not whole.isnan().any()
+        return whole
+
+
+def errors(case: Case) -> dict[str, float]:
+    """Run a case and return its largest relative errors by quantity."""
+    layout, fields = case.layout, {**KINDS[case.kind].model, **case.fields}
+    expected = truth(layout.world_size, case.kind, case.dtype)
+    with model_parallel(layout):
+        chunks = build_model(layout, **fields)
+        apply_lora(chunks, lora_config(case.kind, ops=case.ops))
+        start = start_values(chunks)
+        load_adapters(chunks, start)
+        probe = Probe(chunks, layout, case.run)
+        run = dataclasses.replace(
+            case.run, num_steps=NUM_STEPS, lr=LR, adam_eps=EPS, on_gradients=probe.on_gradients
+        )
+        history = train(chunks, layout, run)
+        found = {
+            "start": largest(start, expected.start),
+            "loss": relative(probe.whole_losses(), expected.losses),
+            "dX": relative(probe.whole_dx(), expected.dx),
+            "norm": relative(history[:, 1], torch.tensor(expected.norms)),
+            "weights": largest(assemble(chunks, torch.Tensor.detach), expected.end),
+        }
+        if probe.gradients:
+            found["gradient"] = largest(probe.gradients, expected.gradients)
+        return found
+
+
+def relative(actual: Tensor, expected: Tensor) -> float:
+    """Return |actual - expected| / |expected| in the Euclidean norm."""
+    assert actual.shape == expected.shape, (actual.shape, expected.shape)
+    scale = expected.double().norm()
+    assert scale > 0, "nothing to compare with: the comparison would be vacuous"
+    return float((actual.double() - expected.double()).norm() / scale)
+
+
+def largest(actual: Tensors, expected: Tensors) -> float:
+    """Return the largest relative error of all tensors; both must have the same."""
+    assert actual.keys() == expected.keys(), sorted(actual.keys() ^ expected.keys())
+    return max(relative(actual[key], expected[key]) for key in expected)
