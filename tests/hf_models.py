@@ -74,6 +74,20 @@ def hf_model(family: str, *, tied: bool = False, **changes: object) -> torch.nn.
     return model.float().eval()
 
 
+def hf_model_from(directory: str | os.PathLike[str]) -> torch.nn.Module:
+    """Load a saved model in fp32; whatever does not fit its configuration is an error."""
+    model, info = transformers.AutoModelForCausalLM.from_pretrained(
+        str(directory), dtype=torch.float32, output_loading_info=True, attn_implementation="eager"
+    )
+    problems = {what: names for what, names in info.items() if names}
+    assert not problems, problems
+    # NOTE: in a process with `megalora.cpu` installed, transformers leaves the rotary buffers of a
+    # loaded model uninitialised; those of a model made from its configuration are right.
+    fresh = transformers.AutoModelForCausalLM.from_config(model.config).float()
+    fresh.load_state_dict(model.state_dict())
+    return fresh.eval()
+
+
 def module_sizes(model: torch.nn.Module, *, lm_head: bool = True) -> dict[str, tuple[int, int]]:
     """Return (in, out) of everything that can have an adapter, by its name on disk."""
     sizes: dict[str, tuple[int, int]] = {}

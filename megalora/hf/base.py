@@ -56,7 +56,7 @@ def load_hf_base(
         check_built_for(chunk, config)
         weights = Weights(config, placement(chunk))
         files.check(weights.expected(), tied=weights.shape.tied_embeddings)
-        for name, param, pieces in _parameters(chunk, weights):
+        for name, param, _, pieces in parameters(chunk, weights):
             _check_covered(name, param, pieces)
             jobs.append((name, param, pieces))
     for name, param, pieces in jobs:
@@ -81,8 +81,10 @@ def placement(chunk: Any) -> Placement:
     return Placement(tp, expert_tp, Shard(groups.ep.rank(), groups.ep.size()))
 
 
-def _parameters(chunk: Any, weights: Weights) -> Iterator[tuple[str, Tensor, list[Piece]]]:
-    """Yield every base parameter of a chunk with its pieces."""
+def parameters(
+    chunk: Any, weights: Weights
+) -> Iterator[tuple[str, Tensor, int | None, list[Piece]]]:
+    """Yield every base parameter of a chunk with its global layer from 0 and its pieces."""
     numbers = {
         name: module.layer_number - 1
         for name, module in chunk.named_modules()
@@ -93,7 +95,7 @@ def _parameters(chunk: Any, weights: Weights) -> Iterator[tuple[str, Tensor, lis
             continue
         found = _LAYER.match(name)
         layer = numbers[found.group(0)] if found else None
-        yield name, param, weights.pieces(name, layer, param.shape[0])
+        yield name, param, layer, weights.pieces(name, layer, param.shape[0])
 
 
 def _check_covered(name: str, param: Tensor, pieces: list[Piece]) -> None:

@@ -1,0 +1,185 @@
+"""A Megatron base, on any parallel layout, written as a Hugging Face directory."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from megalora.hf.base import check_built_for, parameters, placement
+from megalora.hf.families import FAMILIES, family_of
+from megalora.hf.files import MODEL, save_tensors, whole_directory, write_json
+from megalora.hf.weights import Piece, Weights
+
+MAX_SHARD_BYTES = 5_000_000_000
+Part = tuple[str, int, tuple[int, int] | None, Tensor]
+
+
+def save_hf_base(
+    model_chunks: Sequence[Any],
+    directory: str | Path,
+    config: Mapping[str, Any],
+    *,
+    dtype: torch.dtype | None = None,
+    max_shard_bytes: int = MAX_SHARD_BYTES,
+    overwrite: bool = False,
+) -> None:
+    """Write the base weights of a model as config.json and safetensors; all ranks must call it.
+
+    config: of a supported family, such as `hf_config` makes; it must describe this model.
+    dtype: of the files, None for the parameters' own.
+    Rank 0 receives the model layer by layer and holds no more than one shard beside it.
+    Raises ValueError where config does not describe the model.
+    """
+    for chunk in model_chunks:
+        check_built_for(chunk, config)
+    layers = _gather_layers(model_chunks, config)
+    if dist.get_rank() != 0:
+        # The other ranks only send.
+        for _ in layers:
+            pass
+        return
+    with whole_directory(directory, overwrite=overwrite) as target:
+        writer = ShardWriter(target, max_shard_bytes)
+        for tensors in layers:
+            for name, tensor in tensors.items():
+                writer.add(name, tensor if dtype is None else tensor.to(dtype))
+        writer.finish()
+        torch_dtype = str(next(iter(writer.dtypes))).removeprefix("torch.")
+        write_json(target / "config.json", {**config, "torch_dtype": torch_dtype})
+
+
+def hf_config(
+    chunk: Any, *, model_type: str, vocab_size: int, max_position_embeddings: int | None = None
+) -> dict[str, Any]:
+    """Return a config.json that describes a Megatron model as one of a family.
+
+    vocab_size: without Megatron's padding.
+    Raises ValueError where the family cannot describe the model.
+    """
+    if model_type not in FAMILIES:
+        raise ValueError(f"model_type is {model_type!r}: must be one of {', '.join(FAMILIES)}")
+    if chunk.rotary_scaling:
+        raise ValueError("the model has rope scaling: give save_hf_base its original config.json")
+    built = chunk.config
+    config: dict[str, Any] = {
+        "model_type": model_type,
+        "architectures": [FAMILIES[model_type].architecture],
+        "vocab_size": vocab_size,
+        "hidden_size": built.hidden_size,
+        "intermediate_size": built.ffn_hidden_size,
+        "num_hidden_layers": built.num_layers,
+        "num_attention_heads": built.num_attention_heads,
+        "num_key_value_heads": built.num_query_groups or built.num_attention_heads,
+        "head_dim": built.kv_channels,
+        "hidden_act": "silu",
+        "max_position_embeddings": max_position_embeddings or chunk.max_sequence_length,
+        "rms_norm_eps": built.layernorm_epsilon,
+        "rope_theta": float(chunk.rotary_base),
+        "tie_word_embeddings": chunk.share_embeddings_and_output_weights,
+        "attention_bias": False,
+    }
+    if FAMILIES[model_type].has_experts:
+        frequency = built.moe_layer_freq
+        pattern = [] if isinstance(frequency, int) else list(frequency)
+        config |= {
+            "num_experts": built.num_moe_experts,
+            "num_experts_per_tok": built.moe_router_topk,
+            "moe_intermediate_size": built.moe_ffn_hidden_size,
+            "norm_topk_prob": not built.moe_router_pre_softmax,
+            "decoder_sparse_step": frequency if isinstance(frequency, int) else 1,
+            "mlp_only_layers": [layer for layer, moe in enumerate(pattern) if not moe],
+        }
+    family_of(config)
+    check_built_for(chunk, config)
+    return config
+
+
+class ShardWriter:
+    """Write tensors to model.safetensors, or to shards with an index where there are too many."""
+
+    def __init__(self, directory: Path, max_bytes: int) -> None:
+        self.directory, self.max_bytes = directory, max_bytes
+        self.dtypes: dict[torch.dtype, None] = {}
+        self._pending: dict[str, Tensor] = {}
+        self._pending_bytes = 0
+        self._shards: list[list[str]] = []
+        self._total = 0
+
+    def add(self, name: str, tensor: Tensor) -> None:
+        """Take a tensor; a shard that would grow too large is written first."""
+        size = tensor.numel() * tensor.element_size()
+        if self._pending and self._pending_bytes + size > self.max_bytes:
+            self._flush()
+        self._pending[name] = tensor
+        self._pending_bytes += size
+        self._total += size
+        self.dtypes[tensor.dtype] = None
+
+    def finish(self) -> None:
+        """Write what is left, name the shards and write their index."""
+        self._flush()
+        count = len(self._shards)
+        if count == 1:
+            self._part(0).rename(self.directory / f"{MODEL}.safetensors")
+            return
+        weight_map: dict[str, str] = {}
+        for number, names in enumerate(self._shards):
+            file_name = f"{MODEL}-{number + 1:05d}-of-{count:05d}.safetensors"
+            self._part(number).rename(self.directory / file_name)
+            weight_map |= dict.fromkeys(names, file_name)
+        index = {"metadata": {"total_size": self._total}, "weight_map": weight_map}
+        write_json(self.directory / f"{MODEL}.safetensors.index.json", index)
+
+    def _part(self, number: int) -> Path:
+        return self.directory / f"part-{number}.safetensors"
+
+    def _flush(self) -> None:
+        save_tensors(self._part(len(self._shards)), self._pending)
+        self._shards.append(list(self._pending))
+        self._pending, self._pending_bytes = {}, 0
+
+
+def _gather_layers(
+    model_chunks: Sequence[Any], config: Mapping[str, Any]
+) -> Iterator[dict[str, Tensor]]:
+    """Yield the whole tensors of the embeddings, then of each layer, on rank 0; {} elsewhere."""
+    own: dict[int | None, list[Part]] = {}
+    for chunk in model_chunks:
+        weights = Weights(config, placement(chunk))
+        for name, param, layer, pieces in parameters(chunk, weights):
+            if _is_sender(chunk, name):
+                own.setdefault(layer, []).extend(_parts(param, pieces))
+    sizes = Weights(config, placement(model_chunks[0])).expected()
+    num_layers = Weights(config, placement(model_chunks[0])).shape.num_layers
+    for layer in (None, *range(num_layers)):
+        received: list[Any] | None = None
+        if dist.get_rank() == 0:
+            received = [None] * dist.get_world_size()
+        dist.gather_object(own.get(layer, []), received, dst=0)
+        yield _assemble(received or [], sizes)
+
+
+def _is_sender(chunk: Any, name: str) -> bool:
+    """Say whether this rank is the first of those that hold the same parameter."""
+    groups = chunk.pg_collection
+    return (groups.expt_dp if ".experts." in name else groups.dp_cp).rank() == 0
+
+
+def _parts(param: Tensor, pieces: list[Piece]) -> Iterator[Part]:
+    for piece in pieces:
+        rows = param.detach()[piece.first : piece.first + piece.count].cpu().clone()
+        yield piece.name, piece.hf_first, piece.columns, rows
+
+
+def _assemble(received: list[list[Part]], sizes: dict[str, tuple[int, ...]]) -> dict[str, Tensor]:
+    whole: dict[str, Tensor] = {}
+    for name, first, columns, rows in (part for parts in received for part in parts):
+        if name not in whole:
+            # NaN would show a part that no rank sent.
+            whole[name] = torch.full(sizes[name], float("nan"), dtype=rows.dtype)
+        target = whole[name][first : first + rows.shape[0]]
+        (target if columns is None else target[:, slice(*columns)]).copy_(rows)
+    return whole

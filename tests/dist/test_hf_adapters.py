@@ -1,0 +1,212 @@
+"""Adapters of real Megatron models: the same logits in Megatron, in PEFT and merged."""
+
+import copy
+import functools
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from peft import LoraConfig, get_peft_model
+
+from megalora.builder import apply_lora
+from megalora.checkpoint import gather_adapters, load_adapters
+from megalora.config import LoRAConfig
+from megalora.hf.adapters import from_hf, to_hf
+from megalora.hf.base_out import hf_config, save_hf_base
+from megalora.hf.factors import LoRAFactors
+from megalora.hf.families import model_shape, read_config
+from megalora.hf.peft import read_adapter, write_adapter
+from tests import hf_models
+from tests.dist import hf
+from tests.dist.layouts import Layout, model_parallel, over
+from tests.dist.test_hf_base import reference
+
+TOLERANCE = 1e-4
+CONFIG = LoRAConfig(rank=8, alpha=16.0, expert_rank=4)
+RANKS = {"experts": (4, 4.0), "": (8, 2.0)}
+
+
+@functools.cache
+def adapted(case: str) -> tuple[dict[str, LoRAFactors], torch.Tensor]:
+    """Return factors for a tiny model and the logits of the model that has them merged."""
+    directory, _ = reference(case)
+    model = hf_models.hf_model_from(directory)
+    factors = hf_models.random_factors(model, RANKS)
+    return factors, hf_models.logits(hf_models.merged(model, factors))
+
+
+def build(layout: Layout, case: str, config: LoRAConfig = CONFIG) -> list[Any]:
+    directory, _ = reference(case)
+    return apply_lora(hf.load(layout, directory), config)
+
+
+def put(chunks: list[Any], case: str, factors: dict[str, LoRAFactors], config: LoRAConfig) -> None:
+    shape = model_shape(read_config(reference(case)[0]))
+    load_adapters(chunks, from_hf(factors, config, shape, padded_vocab_size=hf.PADDED_VOCAB))
+
+
+def shared_directory() -> Path:
+    path: list[Any] = [tempfile.mkdtemp(prefix="megalora-") if dist.get_rank() == 0 else None]
+    dist.broadcast_object_list(path, src=0)
+    return Path(path[0])
+
+
+def assert_exchanges(layout: Layout, case: str) -> None:
+    factors, expected = adapted(case)
+    shape = model_shape(read_config(reference(case)[0]))
+    with model_parallel(layout):
+        chunks = build(layout, case)
+        plain = hf.logits(chunks, hf_models.IDS)[..., : hf_models.VOCAB]
+        put(chunks, case, factors, CONFIG)
+        found = hf.logits(chunks, hf_models.IDS)[..., : hf_models.VOCAB]
+        gathered = gather_adapters(chunks)
+    assert (found - plain).abs().max() > 0.05
+    torch.testing.assert_close(found, expected, atol=TOLERANCE, rtol=TOLERANCE)
+    if dist.get_rank() == 0:
+        exported = to_hf(gathered, CONFIG, shape)
+        assert exported.keys() == factors.keys()
+        for name, module in factors.items():
+            assert torch.equal(exported[name].lora_A, module.lora_A), name
+            assert torch.equal(exported[name].lora_B, module.lora_B), name
+            assert exported[name].scale == module.scale
+
+
+@pytest.mark.parametrize("case", ["llama", "qwen2", "qwen3_moe", "qwen3_moe-mixed"])
+@over(Layout())
+def test_imported_adapters_give_the_logits_of_the_merged_model(layout: Layout, case: str) -> None:
+    assert_exchanges(layout, case)
+
+
+@pytest.mark.parametrize("case", ["qwen2", "qwen3_moe"])
+@over(Layout(tp=2, sp=True), Layout(pp=2))
+def test_dense_sharding_exchanges_the_same_adapters(layout: Layout, case: str) -> None:
+    assert_exchanges(layout, case)
+
+
+@over(Layout(dp=2, ep=2), Layout(tp=2, sp=True, ep=2), Layout(tp=2, sp=True, etp=2))
+def test_expert_sharding_exchanges_the_same_adapters(layout: Layout) -> None:
+    assert_exchanges(layout, "qwen3_moe")
+
+
+@over(Layout(tp=2, sp=True, pp=2, ep=2))
+def test_all_kinds_of_sharding_exchange_the_same_adapters(layout: Layout) -> None:
+    assert_exchanges(layout, "qwen3_moe")
+
+
+@pytest.mark.parametrize("mode", ["per_expert", "shared_outer"])
+@over(Layout())
+def test_a_trained_megatron_adapter_gives_the_same_logits_in_peft(
+    layout: Layout, mode: Any, tmp_path: Path
+) -> None:
+    config = LoRAConfig(rank=6, expert_mode=mode)
+    directory, _ = reference("qwen3_moe")
+    with model_parallel(layout):
+        chunks = build(layout, "qwen3_moe", config)
+        for _ in range(2):
+            sgd_step(chunks[0], [p for p in chunks[0].parameters() if p.requires_grad], lr=0.5)
+        expected = hf.logits(chunks, hf_models.IDS)[..., : hf_models.VOCAB]
+        tensors = gather_adapters(chunks)
+    factors = to_hf(tensors, config, model_shape(read_config(directory)))
+    assert min(m.lora_B.abs().max().item() for n, m in factors.items() if "o_proj" in n) > 1e-4
+    write_adapter(tmp_path / "a", factors, base_model_name=str(directory))
+    model = hf_models.hf_model_from(directory)
+    plain, loaded = hf_models.logits(model), hf_models.peft_model(model, tmp_path / "a")
+    assert (plain - expected).abs().max() > 1e-2
+    torch.testing.assert_close(hf_models.logits(loaded), expected, atol=TOLERANCE, rtol=TOLERANCE)
+
+
+def loss_of(model: Any) -> torch.Tensor:
+    """Return the mean loss of predicting the next token, for both worlds."""
+    ids = hf_models.IDS
+    if hasattr(model, "decoder"):
+        positions = torch.arange(ids.shape[1]).expand(ids.shape[0], -1)
+        found = model(ids, positions, None)[..., : hf_models.VOCAB]
+    else:
+        found = model(ids).logits
+    return torch.nn.functional.cross_entropy(found[:, :-1].flatten(0, 1), ids[:, 1:].flatten())
+
+
+def sgd_step(model: Any, params: list[torch.nn.Parameter], lr: float) -> None:
+    loss_of(model).backward()
+    with torch.no_grad():
+        for param in params:
+            # Megatron's experts without tokens have no gradient.
+            if param.grad is not None:
+                param.sub_(lr * param.grad)
+                param.grad = None
+
+
+@over(Layout())
+def test_training_goes_on_from_an_adapter_that_peft_trained(layout: Layout, tmp_path: Path) -> None:
+    directory, _ = reference("qwen2")
+    torch.manual_seed(3)
+    targets = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+    peft = get_peft_model(
+        copy.deepcopy(hf_models.hf_model_from(directory)),
+        LoraConfig(r=8, lora_alpha=16, target_modules=targets, task_type="CAUSAL_LM"),
+    )
+    params = [p for p in peft.parameters() if p.requires_grad]
+    for _ in range(2):
+        sgd_step(peft, params, lr=1.0)
+    peft.save_pretrained(str(tmp_path))
+    config = LoRAConfig(rank=8, alpha=16.0, targets=("attn", "mlp"))
+    with model_parallel(layout):
+        chunks = build(layout, "qwen2", config)
+        put(chunks, "qwen2", read_adapter(tmp_path), config)
+        own = [p for p in chunks[0].parameters() if p.requires_grad]
+        losses = []
+        for _ in range(3):
+            losses.append((loss_of(peft).item(), loss_of(chunks[0]).item()))
+            sgd_step(peft, params, lr=1.0)
+            sgd_step(chunks[0], own, lr=1.0)
+    theirs, ours = torch.tensor(losses).T
+    assert (theirs[0] - theirs[-1]) > 0.01, "the steps have to change the loss to be compared"
+    torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=1e-5)
+
+
+MODEL_TYPES = {"llama-tied": "llama", "qwen2": "qwen2", "qwen3_moe-mixed": "qwen3_moe"}
+
+
+def assert_saves_base(layout: Layout, case: str, **options: Any) -> None:
+    directory, expected = reference(case)
+    target = shared_directory()
+    with model_parallel(layout):
+        chunks = hf.load(layout, directory)
+        config = hf_config(chunks[0], model_type=MODEL_TYPES[case], vocab_size=hf_models.VOCAB)
+        save_hf_base(chunks, target, config, **options)
+    if dist.get_rank() == 0:
+        saved = hf_models.hf_model_from(target)
+        # A configuration made from the model has no rope scaling.
+        original = hf_models.hf_model_from(directory)
+        weights = original.state_dict()
+        assert all(torch.equal(v, weights[k]) for k, v in saved.state_dict().items())
+        if case != "llama-tied":
+            torch.testing.assert_close(hf_models.logits(saved), expected, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("case", MODEL_TYPES)
+@over(Layout())
+def test_a_saved_base_is_the_model_that_was_loaded(layout: Layout, case: str) -> None:
+    assert_saves_base(layout, case)
+    assert_saves_base(layout, case, max_shard_bytes=20_000)
+
+
+@over(Layout(tp=2, sp=True, ep=2), Layout(pp=2))
+def test_a_sharded_base_is_saved_whole(layout: Layout) -> None:
+    assert_saves_base(layout, "qwen3_moe-mixed")
+
+
+@over(Layout())
+def test_a_configuration_of_another_model_is_refused(layout: Layout, tmp_path: Path) -> None:
+    directory, _ = reference("qwen2")
+    with model_parallel(layout):
+        chunks = hf.load(layout, directory)
+        with pytest.raises(ValueError, match="add_qkv_bias is True, must be False"):
+            hf_config(chunks[0], model_type="llama", vocab_size=hf_models.VOCAB)
+        config = {**read_config(directory), "num_hidden_layers": 3}
+        with pytest.raises(ValueError, match="num_layers is 2, must be 3"):
+            save_hf_base(chunks, tmp_path / "x", config)
+    assert list(tmp_path.iterdir()) == []
