@@ -46,7 +46,7 @@ def main() -> None:
             ModelType.encoder_or_decoder,
             forward_step,
         )
-        lora.export()
+        lora.finish()
 
 
 if __name__ == "__main__":

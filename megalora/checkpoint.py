@@ -29,15 +29,19 @@ DESCRIPTION = "megalora"
 
 def install(chunk: Any, config: LoRAConfig, facts: ModelFacts) -> None:
     """Make a model chunk save and load its adapters, or its base while that is asked for."""
-    description = json.dumps({"config": config.to_dict(), "model": asdict(facts)})
+    chunk.megalora_description = {"config": config.to_dict(), "model": asdict(facts)}
     chunk.hide_loss_modules = functools.partial(_base_only, chunk)
     chunk.sharded_state_dict = functools.partial(
-        _sharded_state_dict, chunk, description, chunk.sharded_state_dict
+        _sharded_state_dict, chunk, chunk.sharded_state_dict
     )
     chunk.state_dict_for_save_checkpoint = functools.partial(_adapter_state_dict, chunk)
-    chunk.load_state_dict = functools.partial(
-        _load_state_dict, chunk, description, chunk.load_state_dict
-    )
+    chunk.load_state_dict = functools.partial(_load_state_dict, chunk, chunk.load_state_dict)
+
+
+def describe_base(model_chunks: Sequence[Any], base: Mapping[str, Any]) -> None:
+    """Store what the base is with every later checkpoint of these chunks' adapters."""
+    for chunk in model_chunks:
+        chunk.megalora_description["base"] = dict(base)
 
 
 def gather_adapters(model_chunks: Sequence[torch.nn.Module]) -> dict[str, Tensor]:
@@ -101,22 +105,39 @@ def read_adapter_checkpoint(
     Raises ValueError where it is no adapter checkpoint.
     """
     path = _iteration_directory(Path(directory))
-    try:
-        common = dist_checkpointing.load_common_state_dict(str(path))
-        metadata = dist_checkpointing.load_tensors_metadata(str(path))
-    except Exception as error:
-        raise ValueError(f"{path} is not a distributed checkpoint: {error}") from error
-    descriptions = [
-        part[DESCRIPTION] for key, part in common.items() if _is_model(key) and DESCRIPTION in part
-    ]
-    if not descriptions:
+    described = read_description(path)
+    if described is None:
         raise ValueError(f"{path} has no adapters: it is not a checkpoint that megalora wrote")
-    described = json.loads(descriptions[0])
+    metadata = dist_checkpointing.load_tensors_metadata(str(path))
     wanted = {key: part for key, part in metadata.items() if key.endswith((".lora_A", ".lora_B"))}
     wanted = {key: part for key, part in wanted.items() if not key.startswith("optimizer")}
-    loaded = cast(dict[str, Tensor], dist_checkpointing.load(wanted, str(path)))
+    loaded = cast(
+        dict[str, Tensor],
+        dist_checkpointing.load(wanted, str(path), validate_access_integrity=False),
+    )
     tensors = {key: _join_gated(key, loaded[key]) for key in sorted(wanted)}
     return tensors, LoRAConfig.from_dict(described["config"]), ModelFacts(**described["model"])
+
+
+def read_description(directory: Path) -> dict[str, Any] | None:
+    """Return what is stored with the adapters in an iteration's directory.
+
+    `config`: LoRAConfig's fields, `model`: ModelFacts', `base`: of `describe_base`, where it was
+    called. None for a checkpoint of a whole model. Raises ValueError where it cannot be read.
+    """
+    if not dist_checkpointing.check_is_distributed_checkpoint(str(directory)):
+        if any(directory.glob("mp_rank_*")) or (directory / ".metadata").is_file():
+            return None
+        raise ValueError(f"{directory} is not a Megatron checkpoint")
+    try:
+        common = dist_checkpointing.load_common_state_dict(str(directory))
+    # Damaged files raise whatever the unpickler runs into.
+    except Exception as error:
+        raise ValueError(f"{directory} cannot be read: {error}") from error
+    for key, part in common.items():
+        if _is_model(key) and DESCRIPTION in part:
+            return json.loads(part[DESCRIPTION])
+    return None
 
 
 def _adapters(model_chunks: Sequence[torch.nn.Module]) -> Iterator[tuple[str, LoRAAdapter]]:
@@ -140,7 +161,7 @@ def _base_only(chunk: Any) -> Iterator[None]:
 
 
 def _sharded_state_dict(
-    chunk: Any, description: str, base: Callable[..., dict], *args: Any, **kwargs: Any
+    chunk: Any, base: Callable[..., dict], *args: Any, **kwargs: Any
 ) -> dict[str, Any]:
     if getattr(chunk, "megalora_base_only", False):
         return base(*args, **kwargs)
@@ -152,7 +173,7 @@ def _sharded_state_dict(
             found |= {
                 f"{local}.{key.rpartition('.')[2]}": tensor for key, tensor in sharded.items()
             }
-    return {**found, DESCRIPTION: description}
+    return {**found, DESCRIPTION: json.dumps(chunk.megalora_description)}
 
 
 def _adapter_state_dict(chunk: Any, *args: Any, **kwargs: Any) -> dict[str, Any]:
@@ -166,7 +187,6 @@ def _is_adapter_key(key: str) -> bool:
 
 def _load_state_dict(
     chunk: Any,
-    description: str,
     load: Callable[..., Any],
     state_dict: Mapping[str, Any],
     strict: bool = True,
@@ -176,7 +196,7 @@ def _load_state_dict(
     state = dict(state_dict)
     stored = state.pop(DESCRIPTION, None)
     if stored is not None:
-        check_same_adapters(json.loads(stored), json.loads(description))
+        check_same_adapters(json.loads(stored), chunk.megalora_description)
     has_adapters = any(_is_adapter_key(key) for key in state)
     result = load(state, strict=False, **kwargs)
     missing = [key for key in result.missing_keys if _is_adapter_key(key) == has_adapters]
@@ -201,7 +221,7 @@ def check_same_adapters(stored: Mapping[str, Any], given: Mapping[str, Any]) -> 
     wrong = [
         f"lora_{name} is {ours[name]!r} but the checkpoint has {theirs[name]!r}"
         for name in fixed
-        if ours[name] != theirs[name]
+        if _unordered(ours[name]) != _unordered(theirs[name])
     ]
     wrong += [
         f"{name} is {given['model'][name]!r} but the checkpoint's model has {value!r}"
@@ -213,6 +233,10 @@ def check_same_adapters(stored: Mapping[str, Any], given: Mapping[str, Any]) -> 
             "; ".join(wrong) + ": resume with the checkpoint's values, or start anew from another "
             "--save directory"
         )
+
+
+def _unordered(value: object) -> object:
+    return set(value) if isinstance(value, list) else value
 
 
 def _unshard(adapter: LoRAAdapter, param: Tensor, dim: int) -> Tensor:

@@ -6,12 +6,16 @@ import os
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 
-from megalora.arguments import lora_config_from_args
+from megalora.arguments import given_lora_fields, lora_config_from_args
 from megalora.config import LoRAConfig
+
+# NOTE: scripts import this before `megalora.cpu.install`: only functions import megatron.
+if TYPE_CHECKING:
+    from megalora.resume import Found
 
 ModelChunks = list[torch.nn.Module]
 Hook = Callable[[ModelChunks], ModelChunks]
@@ -22,9 +26,28 @@ def add_exchange_args(parser: argparse.ArgumentParser) -> argparse.ArgumentParse
     group = parser.add_argument_group("exchange", "with Hugging Face directories")
     add = group.add_argument
     add("--hf-model", help="directory with config.json and safetensors: builds and loads the base")
-    add("--lora-load", help="PEFT directory or adapter checkpoint to start from")
+    add("--lora-load", help="PEFT directory or adapter checkpoint to start from: weights only")
     add("--export-hf", help="directory to write the adapter to after training, in PEFT's format")
     add("--export-format", default="peft", choices=("peft", "uniform", "peft-3d"))
+    group = parser.add_argument_group(
+        "adapter checkpoints", "--save and --load hold adapters and their optimizer, never the base"
+    )
+    add = group.add_argument
+    add(
+        "--save-merged",
+        help="directory to save an ordinary Megatron checkpoint in after training: W + c B A",
+    )
+    add(
+        "--lora-on-corrupt",
+        choices=("previous", "stop"),
+        default="previous",
+        help="a damaged newest checkpoint: go on from the one before (default), or stop",
+    )
+    add(
+        "--lora-allow-other-base",
+        action="store_true",
+        help="warn, instead of stopping, where the base is not the one the adapter was trained on",
+    )
     return parser
 
 
@@ -41,69 +64,207 @@ class LoRARun:
         self.model: ModelChunks = []
         if self.config is not None and args.num_experts:
             self.config.resolve_expert_rank(args.moe_router_topk)
-        for flag in ("lora_load", "export_hf"):
+        for flag in ("lora_load", "export_hf", "save_merged"):
             if self.config is None and getattr(args, flag):
                 raise ValueError(f"{flag} is {getattr(args, flag)!r} without LoRA: set --lora-rank")
         for flag in ("hf_model", "lora_load"):
             path = getattr(args, flag)
             if path and not Path(path).exists():
                 raise ValueError(f"{flag} {path!r} does not exist: give an existing directory")
+        if args.export_hf and not _may_write(Path(args.export_hf)):
+            raise ValueError(
+                f"export_hf {args.export_hf!r} exists and is no adapter: give a new directory"
+            )
+        if args.hf_model and args.pretrained_checkpoint:
+            raise ValueError(
+                f"hf_model {args.hf_model!r} and pretrained_checkpoint "
+                f"{args.pretrained_checkpoint!r} are two bases: leave one of them out"
+            )
         if self.config is not None:
-            install_optimizer_overrides(self.config)
+            _check_checkpoint_flags(args)
+            self._install_optimizer_overrides()
+            from megalora import saving
+
+            saving.install()
 
     def hooks(self) -> list[Hook]:
         """Return the hooks for `GPTModelConfig.pre_wrap_hooks`."""
         return [self.prepare]
 
     def prepare(self, model_chunks: ModelChunks) -> ModelChunks:
-        """Load the base where a directory is given, attach the adapters, load them where given."""
-        if self.args.hf_model:
-            from megalora.hf.base import load_hf_base
+        """Load the base, attach the adapters, load those that --lora-load names.
 
-            load_hf_base(model_chunks, self.args.hf_model)
+        What Megatron itself then loads is an adapter checkpoint in --load, where there is one.
+        """
+        found = self._find_checkpoint()
         if self.config is None:
+            if self.args.hf_model:
+                self._load_hf_base(model_chunks)
             return model_chunks
+        from megalora.base_weights import fingerprint
         from megalora.builder import apply_lora
+        from megalora.checkpoint import describe_base
 
+        description = found.description if found else None
+        self.config = resumed_config(self.args, description)
+        source = self._load_base(model_chunks, found)
+        base = {"source": source, **fingerprint(model_chunks)}
+        if description is not None:
+            self._check_base(description.get("base"), base)
         self.model = apply_lora(model_chunks, self.config)
-        if self.args.lora_load:
-            from megalora.hf.adapters import load_into_model
+        describe_base(self.model, base)
+        if self.args.lora_load and description is None:
+            from megalora.exchange import load_into_model
 
             load_into_model(self.model, self.args.lora_load, self.config)
+        self._leave_adapters_to_megatron(has_adapters=description is not None)
         _report(self.model)
         return self.model
 
-    def export(self) -> None:
-        """Write the trained adapter as a PEFT directory where --export-hf asks for it."""
-        if not self.args.export_hf or not self.model:
+    def finish(self) -> None:
+        """After training, write what --export-hf and --save-merged ask for."""
+        if not self.model or self.config is None:
             return
-        from megalora.hf.adapters import export_model
+        from megalora import exchange
 
-        export_model(
-            self.model,
-            self.args.export_hf,
-            format=self.args.export_format,
-            base_model_name=self.args.hf_model,
+        if self.args.export_hf:
+            exchange.export_model(
+                self.model,
+                self.args.export_hf,
+                config=self.config,
+                format=self.args.export_format,
+                base_model_name=self.args.hf_model or "",
+                vocab_size=self.args.vocab_size,
+            )
+        if self.args.save_merged:
+            exchange.save_merged(self.model, self.args.save_merged)
+
+    def _find_checkpoint(self) -> "Found | None":
+        from megalora.resume import find_on_all_ranks
+
+        args = self.args
+        found = find_on_all_ranks(
+            args.load, step=args.ckpt_step, on_corrupt=args.lora_on_corrupt, warn=_say
         )
+        description = found.description if found else None
+        if description is not None and self.config is None:
+            rank = description["config"]["rank"]
+            raise ValueError(
+                f"load {args.load!r} holds LoRA adapters of rank {rank}: set --lora-rank {rank} to "
+                "go on with them, or give another --load directory"
+            )
+        if description is not None and args.finetune:
+            raise ValueError(
+                f"load {args.load!r} holds adapters, which --finetune cannot start from: give the "
+                "directory by --lora-load, and the base by --pretrained-checkpoint"
+            )
+        if found and description is None and self.config is not None and not args.finetune:
+            raise ValueError(
+                f"load {args.load!r} holds a whole model, which an adapter run cannot resume: give "
+                "the directory by --pretrained-checkpoint, or add --finetune"
+            )
+        return found
+
+    def _load_base(self, model_chunks: ModelChunks, found: "Found | None") -> str | None:
+        """Load the base that the flags name, and return where it is from."""
+        from megalora.base_weights import load_base
+
+        args = self.args
+        whole_model = found is not None and found.description is None
+        if args.hf_model:
+            self._load_hf_base(model_chunks)
+            return str(Path(args.hf_model).resolve())
+        directory = args.load if whole_model else args.pretrained_checkpoint
+        if not directory:
+            return None
+        load_base(model_chunks, directory, args, step=args.ckpt_step if whole_model else None)
+        return str(Path(directory).resolve())
+
+    def _load_hf_base(self, model_chunks: ModelChunks) -> None:
+        from megalora.hf.base import load_hf_base
+
+        load_hf_base(model_chunks, self.args.hf_model)
+
+    def _check_base(self, stored: dict[str, Any] | None, own: dict[str, Any]) -> None:
+        """Raise ValueError where this base is not the one that the adapters were trained on."""
+        from megalora.base_weights import differences
+
+        if stored is None:
+            _say("WARNING: checkpoint does not say which base its adapters were trained on")
+            return
+        wrong = differences(stored, own)
+        if not wrong:
+            return
+        trained_on = stored["source"] or "start values that this model does not have"
+        message = (
+            f"base is {own['source'] or 'not given, so it has random start values'}, but the "
+            f"adapters of load {self.args.load!r} were trained on {trained_on}: "
+            f"{'; '.join(wrong[:3])}{' ...' if len(wrong) > 3 else ''}"
+        )
+        if not self.args.lora_allow_other_base:
+            raise ValueError(
+                f"{message}. Give that base by --pretrained-checkpoint or --hf-model, or set "
+                "--lora-allow-other-base"
+            )
+        _say(f"WARNING: {message}")
+
+    def _leave_adapters_to_megatron(self, *, has_adapters: bool) -> None:
+        """Keep Megatron from loading the base once more, or over the adapters."""
+        args = self.args
+        args.pretrained_checkpoint = None
+        args.finetune = False
+        wants_exit = args.exit_on_missing_checkpoint and args.load
+        if not has_adapters and not wants_exit and args.non_persistent_ckpt_type is None:
+            args.load = None
+
+    def _install_optimizer_overrides(self) -> None:
+        """Give A and B their own learning rate and Adam epsilon, where the configuration asks.
+
+        Megatron reads its optimizer groups from `get_megatron_optimizer_config`: overrides are
+        added to what it returns. A resumed run knows its configuration only once it is called.
+        """
+        from megatron.training import training
+
+        original = training.get_megatron_optimizer_config
+
+        def with_overrides(args: argparse.Namespace) -> tuple[Any, dict | None]:
+            optimizer_config, overrides = cast(tuple[Any, dict | None], original(args))
+            assert self.config is not None
+            added = factor_overrides(self.config, args)
+            return optimizer_config, {**(overrides or {}), **added} if added else overrides
+
+        training.get_megatron_optimizer_config = with_overrides
 
 
-def install_optimizer_overrides(config: LoRAConfig) -> None:
-    """Give A and B their own learning rate and Adam epsilon, where the configuration asks.
+def resumed_config(args: argparse.Namespace, description: dict[str, Any] | None) -> LoRAConfig:
+    """Return the configuration of the flags; those left out come from the checkpoint.
 
-    Megatron reads its optimizer groups from `get_megatron_optimizer_config`: overrides are added
-    to what it returns.
+    description: what the checkpoint stores; None for a new run, whose flags have defaults. Raises
+    ValueError where a flag contradicts the checkpoint, naming it.
     """
-    if config.lr_ratio == 1.0 and config.eps_a is None and config.eps_b is None:
-        return
-    from megatron.training import training
+    given = {**given_lora_fields(args), "rank": args.lora_rank}
+    if description is None:
+        return LoRAConfig(**given)
+    from megalora.checkpoint import check_same_adapters
 
-    original = training.get_megatron_optimizer_config
+    stored = {name: value for name, value in description["config"].items() if name != "ops"}
+    config = LoRAConfig.from_dict({**stored, **given})
+    check_same_adapters(description, {**description, "config": config.to_dict()})
+    return config
 
-    def with_overrides(args: argparse.Namespace) -> tuple[Any, dict]:
-        optimizer_config, overrides = cast(tuple[Any, dict | None], original(args))
-        return optimizer_config, {**(overrides or {}), **factor_overrides(config, args)}
 
-    training.get_megatron_optimizer_config = with_overrides
+def _check_checkpoint_flags(args: argparse.Namespace) -> None:
+    """Ask for what adapter checkpoints need, and for optimizer states of any layout."""
+    if args.save and args.ckpt_format != "torch_dist":
+        raise ValueError(
+            f"ckpt_format is {args.ckpt_format!r}: adapters are saved as torch_dist, which loads "
+            "on any parallel layout; leave --ckpt-format out"
+        )
+    if getattr(args, "init_model_with_meta_device", False):
+        raise ValueError("init_model_with_meta_device is set: LoRA loads the base while building")
+    if args.use_distributed_optimizer and args.non_persistent_ckpt_type != "local":
+        # The states of adapters are small, and Megatron's default cannot change TP or PP.
+        args.dist_ckpt_optim_fully_reshardable = True
 
 
 def factor_overrides(config: LoRAConfig, args: argparse.Namespace) -> dict[Any, Any]:
@@ -139,14 +300,27 @@ def clear_errors() -> Iterator[None]:
         raise SystemExit(message or 1) from None
 
 
-def _report(model_chunks: ModelChunks) -> None:
+def _may_write(directory: Path) -> bool:
+    """Say whether an export may replace a directory: nothing is there, or an earlier export."""
+    if not directory.exists():
+        return True
+    return directory.is_dir() and (
+        (directory / "adapter_config.json").is_file() or not any(directory.iterdir())
+    )
+
+
+def _say(message: str) -> None:
     from megatron.training import print_rank_0
 
+    print_rank_0(message)
+
+
+def _report(model_chunks: ModelChunks) -> None:
     trained = sum(
         p.numel() for chunk in model_chunks for p in chunk.parameters() if p.requires_grad
     )
     frozen = sum(p.numel() for chunk in model_chunks for p in chunk.parameters()) - trained
-    print_rank_0(
+    _say(
         f"> LoRA: {trained:,} trained parameters on this rank beside {frozen:,} frozen ones "
         f"({trained / max(1, trained + frozen):.2%})"
     )

@@ -1,0 +1,68 @@
+"""The command line `megalora`, or `python -m megalora`."""
+
+import argparse
+import importlib
+import importlib.util
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+import megalora
+
+# Modules with parsers of commands, and the function that adds them.
+_PARSERS = (("megalora.recommend", "add_parser"), ("megalora.hf.cli", "add_parsers"))
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command; returns the exit status, 2 where the user's input is wrong."""
+    argv = list(sys.argv[1:] if argv is None else argv)
+    # What follows the script's name is the script's, --help included.
+    rest = argv[2:] if argv[:1] == ["run"] and not argv[1:2] == ["--help"] else []
+    parser = make_parser(argv[0] if argv else "")
+    args = parser.parse_args(argv[: len(argv) - len(rest)])
+    args.rest = rest
+    try:
+        return args.func(args) or 0
+    except (ValueError, FileExistsError, FileNotFoundError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+
+
+def make_parser(command: str) -> argparse.ArgumentParser:
+    """Return the parser of all commands, or of `run` alone, which must start fast."""
+    parser = argparse.ArgumentParser(
+        prog="megalora",
+        description="LoRA for NVIDIA Megatron. Start with `megalora recommend`, which says what to "
+        "train with; then `torchrun ... -m megalora run SCRIPT.py`; then `megalora export`.",
+    )
+    parser.add_argument("--version", action="version", version=megalora.__version__)
+    subparsers = parser.add_subparsers(metavar="COMMAND", required=True)
+    _add_run(subparsers)
+    for module, function in () if command == "run" else _PARSERS:
+        if importlib.util.find_spec(module) is not None:
+            getattr(importlib.import_module(module), function)(subparsers)
+    return parser
+
+
+def _add_run(subparsers: Any) -> None:
+    parser = subparsers.add_parser(
+        "run",
+        help="run an unmodified Megatron launch script with LoRA",
+        usage="megalora run SCRIPT.py <flags of the script> --lora-rank 32 ...",
+        description="Run a Megatron launch script with LoRA, unmodified: under torchrun as "
+        "`torchrun ... -m megalora run pretrain_gpt.py <flags>`. The script's own --help shows the "
+        "LoRA flags. Without a CUDA device, or with --cpu, it runs on the CPU over gloo.",
+    )
+    parser.add_argument("script", metavar="SCRIPT.py")
+    parser.set_defaults(func=_run)
+
+
+def _run(args: argparse.Namespace) -> None:
+    # Imported here: it imports torch, which --help must not wait for.
+    from megalora.run import run_script
+
+    run_script(args.script, args.rest)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

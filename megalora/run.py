@@ -1,0 +1,156 @@
+"""Run an unmodified Megatron launch script with LoRA: `megalora run SCRIPT.py <its flags>`.
+
+Three functions of megatron.training are wrapped, each found by its name in its module, which is how
+Megatron itself calls it: flags are added where it builds its parser, the hook that attaches
+adapters is added where it builds the model. Without --lora-rank the script does what it does
+without megalora.
+"""
+
+import argparse
+import functools
+import inspect
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from megalora import cpu
+from megalora.arguments import add_lora_args
+from megalora.launch import LoRARun, add_exchange_args, clear_errors
+
+_KNOWN = "megalora run knows megatron-core 0.19 and 0.20"
+
+
+def run_script(script: str, argv: Sequence[str]) -> None:
+    """Run a launch script as `python SCRIPT ARGV` does, with LoRA installed in Megatron.
+
+    Raises ValueError where the script does not exist, or has --lora-rank and trains nothing.
+    """
+    path = Path(script).resolve()
+    if not path.is_file():
+        raise ValueError(f"script {script!r} does not exist: give the path of a launch script")
+    sys.argv = [script, *argv]
+    sys.path.insert(0, str(path.parent))
+    cpu.install_if_wanted(argv)
+    with clear_errors():
+        launcher = Launcher()
+        launcher.install()
+        # NOTE: exec in __main__, not runpy: checkpoint writers are spawned and import __main__
+        # again, which must be this light module and not the script.
+        namespace = sys.modules["__main__"].__dict__
+        namespace["__file__"] = str(path)
+        exec(compile(path.read_bytes(), str(path), "exec"), namespace)
+        launcher.finish()
+
+
+class Launcher:
+    """Give whatever script runs in this process the flags and hooks of LoRA."""
+
+    def __init__(self) -> None:
+        self.run: LoRARun | None = None
+
+    def install(self) -> None:
+        """Wrap Megatron's parser and model building; RuntimeError for an unknown Megatron."""
+        from megatron.training import arguments, training
+
+        _wrap(arguments, "add_megatron_arguments", {"parser"}, self._add_arguments)
+        _wrap(
+            training,
+            "setup_model_and_optimizer",
+            {"model_provider_func", "cfg_container"},
+            self._setup,
+        )
+
+    def finish(self) -> None:
+        """Write what was asked for after training; ValueError where nothing was trained."""
+        if self.run is not None:
+            self.run.finish()
+        elif any(arg.split("=")[0] == "--lora-rank" for arg in sys.argv):
+            raise ValueError(
+                "lora_rank is set, but the script built no model through megatron.training.pretrain"
+            )
+
+    def _add_arguments(self, original: Callable[..., Any], parser: Any) -> Any:
+        parser = add_exchange_args(add_lora_args(original(parser)))
+        parser.add_argument("--cpu", action="store_true", help="run on the CPU over gloo")
+        _repair_help(parser)
+        return parser
+
+    def _setup(
+        self,
+        original: Callable[..., Any],
+        model_type: Any,
+        model_provider_func: Callable[..., Any] | None = None,
+        *args: Any,
+        cfg_container: Any = None,
+        **kwargs: Any,
+    ) -> Any:
+        from megatron.training import get_args
+
+        self.run = LoRARun(get_args())  # type: ignore[arg-type]
+        config = getattr(cfg_container, "model", None)
+        if config is not None:
+            if not hasattr(config, "pre_wrap_hooks"):
+                raise RuntimeError(f"{type(config).__name__} has no pre_wrap_hooks: {_KNOWN}")
+            config.pre_wrap_hooks += self.run.hooks()
+        elif model_provider_func is not None:
+            model_provider_func = ProviderHook(model_provider_func, self.run)
+        return original(
+            model_type, model_provider_func, *args, cfg_container=cfg_container, **kwargs
+        )
+
+
+class ProviderHook:
+    """Call a script's model_provider, and prepare the model once its last chunk is built."""
+
+    def __init__(self, provider: Callable[..., Any], run: LoRARun) -> None:
+        self.provider, self.run = provider, run
+        self.chunks: list[Any] = []
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Return one model chunk."""
+        from megatron.training import get_args
+
+        flags: Any = get_args()
+        num_chunks = flags.virtual_pipeline_model_parallel_size or 1
+        self.chunks.append(self.provider(*args, **kwargs))
+        if len(self.chunks) == num_chunks:
+            for chunk in self.chunks:
+                _set_default_attributes(chunk)
+            self.run.prepare(self.chunks)
+        return self.chunks[-1]
+
+
+def _repair_help(parser: argparse.ArgumentParser) -> None:
+    """Let --help print: Megatron 0.19 has help texts such as "10%)", which argparse formats."""
+    for action in parser._actions:
+        try:
+            _ = (action.help or "") % vars(action)
+        except (TypeError, ValueError, KeyError):
+            action.help = (action.help or "").replace("%", "%%")
+
+
+def _set_default_attributes(chunk: Any) -> None:
+    # get_model does so only after the provider, and the base's checkpoint entries read them.
+    from megatron.core.tensor_parallel import (
+        set_defaults_if_not_set_tensor_model_parallel_attributes,
+    )
+
+    for parameter in chunk.parameters():
+        set_defaults_if_not_set_tensor_model_parallel_attributes(parameter)
+
+
+def _wrap(module: Any, name: str, parameters: set[str], wrapper: Callable[..., Any]) -> None:
+    original = getattr(module, name, None)
+    if original is None or not parameters <= set(inspect.signature(original).parameters):
+        raise RuntimeError(
+            f"{module.__name__}.{name} is not what megalora expects: {_KNOWN}, this is "
+            f"{_megatron_version()}; attach adapters by megalora.lora_hook instead"
+        )
+    setattr(module, name, functools.wraps(original)(functools.partial(wrapper, original)))
+
+
+def _megatron_version() -> str:
+    from megatron.core import __version__
+
+    return __version__

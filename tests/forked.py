@@ -1,0 +1,131 @@
+"""Start the ranks of a training run in a second: fork them from a server that has imported Megatron.
+
+Importing torch and Megatron takes each process some ten seconds, and tests of restarts need many.
+"""
+
+import multiprocessing
+import os
+import signal
+import socket
+import sys
+import time
+import types
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+SCRIPT = Path(__file__).parent / "scripts" / "pretrain_tiny.py"
+TIMEOUT_S = 120
+
+
+class Ranks:
+    """The processes of one run of `megalora run SCRIPT`, each with its own log file."""
+
+    def __init__(
+        self,
+        world_size: int,
+        flags: Sequence[object],
+        logs: Path,
+        *,
+        script: Path = SCRIPT,
+        env: Mapping[str, str] | None = None,
+    ) -> None:
+        logs.mkdir(parents=True, exist_ok=True)
+        self.logs = [logs / f"rank{rank}.log" for rank in range(world_size)]
+        common = {
+            "WORLD_SIZE": str(world_size),
+            "LOCAL_WORLD_SIZE": str(world_size),
+            "MASTER_ADDR": "localhost",
+            "MASTER_PORT": str(_free_port()),
+            "MEGALORA_TRACEBACK": "1",
+            **(env or {}),
+        }
+        context = _server()
+        self.processes = []
+        for rank, log in enumerate(self.logs):
+            own = {**common, "RANK": str(rank), "LOCAL_RANK": str(rank)}
+            process = context.Process(
+                target=_run_rank, args=(str(script), [str(flag) for flag in flags], own, str(log))
+            )
+            process.start()
+            self.processes.append(process)
+
+    def kill(self, rank: int) -> None:
+        """End one rank as a lost machine would."""
+        os.kill(self.processes[rank].pid, signal.SIGKILL)
+
+    def terminate(self) -> None:
+        """Ask all ranks to stop, as a scheduler does."""
+        for process in self.processes:
+            os.kill(process.pid, signal.SIGTERM)
+
+    def wait(self, timeout: float = TIMEOUT_S) -> list[int]:
+        """Return the exit codes; once one rank has failed, the others are killed, as torchrun does."""
+        end = time.monotonic() + timeout
+        while any(process.exitcode is None for process in self.processes):
+            late = time.monotonic() > end
+            if late or any(process.exitcode for process in self.processes):
+                # The others may be about to report the same error.
+                time.sleep(0.5)
+                for process in self.processes:
+                    process.kill()
+                    process.join()
+                assert not late, f"no end after {timeout} s\n{self.text()}"
+                break
+            time.sleep(0.02)
+        return [process.exitcode or 0 for process in self.processes]
+
+    def succeed(self) -> "Ranks":
+        """Wait, and fail with the logs unless every rank ends well."""
+        codes = self.wait()
+        assert codes == [0] * len(codes), f"exit codes {codes}\n{self.text()}"
+        return self
+
+    def fail(self) -> str:
+        """Wait for a failure and return the logs."""
+        codes = self.wait()
+        assert any(codes), f"no rank failed\n{self.text()}"
+        return self.text()
+
+    def text(self) -> str:
+        """Return what all ranks wrote."""
+        return "\n".join(log.read_text(errors="replace") for log in self.logs if log.exists())
+
+    def losses(self) -> dict[int, float]:
+        """Return the loss of every iteration that the last rank logged."""
+        found = {}
+        for line in self.logs[-1].read_text(errors="replace").splitlines():
+            if "lm loss:" in line:
+                iteration = int(line.split("iteration")[1].split("/")[0])
+                found[iteration] = float(line.split("lm loss:")[1].split("|")[0])
+        return found
+
+
+def _server() -> Any:
+    context = multiprocessing.get_context("forkserver")
+    # Read by OpenMP when the server imports torch.
+    os.environ.update(OMP_NUM_THREADS="1", MKL_NUM_THREADS="1")
+    context.set_forkserver_preload(["tests.megatron_cpu"])
+    return context
+
+
+def _run_rank(script: str, flags: list[str], env: dict[str, str], log: str) -> None:
+    os.environ.update(env)
+    with open(log, "ab", buffering=0) as file:
+        os.dup2(file.fileno(), 1)
+        os.dup2(file.fileno(), 2)
+    from megalora.__main__ import main
+
+    # As in a process of its own; a forked one has the server's start method and main module.
+    multiprocessing.set_start_method("fork", force=True)
+    sys.modules["__main__"] = types.ModuleType("__main__")
+    status = main(["run", script, *flags])
+    sys.stdout.flush()
+    # Threads of gloo would otherwise be joined by interpreter shutdown.
+    os._exit(status)
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("localhost", 0))
+        return probe.getsockname()[1]
