@@ -34,6 +34,7 @@ class LoRAAdapter(torch.nn.Module):
     lora_B: [o/t, r]; [2, f/t, r] where the base is a gated linear_fc1, of which a rank owns gate_k
     and up_k. Grouped adapters have the local experts as a first dimension, but for a factor that
     is shared over all experts (`shared_outer`), which is split over the dense group.
+    start: the first values of both on the CPU, where the base gave them away (`megalora.pissa`).
     """
 
     base: Base
@@ -56,6 +57,7 @@ class LoRAAdapter(torch.nn.Module):
         self.__dict__["base"] = base
         self.spec, self.config, self.enabled = spec, config, True
         self.ops = ops.backend(config.ops)
+        self.start: tuple[Tensor, Tensor] | None = None
         self.a_group = dense_group if spec.shared_a else base.group
         self.b_group = dense_group if spec.shared_b else base.group
         self.expert_group = expert_group

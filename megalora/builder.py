@@ -11,7 +11,7 @@ from megatron.core.transformer.moe.experts import SequentialMLP
 from megatron.core.transformer.transformer_layer import TransformerLayer
 from torch.distributed import ProcessGroup
 
-from megalora import checkpoint
+from megalora import checkpoint, pissa
 from megalora.adapters import (
     GroupedAdapter,
     LinearAdapter,
@@ -69,6 +69,8 @@ def apply_lora(model_chunks: ModelChunks, config: LoRAConfig) -> ModelChunks:
         checkpoint.install(chunk, config, model_facts(chunk.config))
         _freeze_router_bias(chunk)
         _make_embedding_require_grad(chunk)
+    if config.init == "pissa":
+        pissa.start_from_base(model_chunks)
     return model_chunks
 
 

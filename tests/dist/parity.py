@@ -28,7 +28,7 @@ from tests.dist.training import NUM_SEQUENCES, SEQ_LENGTH, Run, context_parallel
 NUM_STEPS = 5
 LR = 1e-2
 ALPHA = 6.0
-STD_B = 0.05
+STD_B = 0.2
 
 
 @dataclasses.dataclass

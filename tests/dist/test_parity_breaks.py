@@ -1,0 +1,148 @@
+"""Negative controls: each broken rule of the sharding contract is noticed by the matrix."""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+
+import megalora.adapters
+import megalora.init
+import megalora.layers
+from megalora.adapters import LoRAAdapter
+from megalora.bases import Split, State
+from megalora.collectives import Exchange, GatherFactor, group_size, own_shard
+from megalora.layers import ROUTES, Factor
+from tests.dist.cases import EP2, ETP2, TP2, TP2_SP, Case
+from tests.dist.parity import errors, truth
+from tests.dist.test_parity import TOLERANCE, in_its_world
+
+Break = Callable[[pytest.MonkeyPatch], None]
+
+
+def route(split: Split, state: State, **broken: Any) -> Break:
+    changed = dataclasses.replace(ROUTES[split, state], **broken)
+    return lambda patch: patch.setitem(ROUTES, (split, state), changed)
+
+
+def slice_of_another_rank(patch: pytest.MonkeyPatch) -> None:
+    def wrong(full: torch.Tensor, dim: int, group: Any) -> torch.Tensor:
+        size = group_size(group)
+        return full if size == 1 else full.chunk(size, dim)[(group.rank() + 1) % size]
+
+    patch.setattr(megalora.layers, "own_shard", wrong)
+
+
+def swapped_segments(patch: pytest.MonkeyPatch) -> None:
+    right = megalora.adapters.local_segments
+
+    def wrong(segments: tuple[int, ...], *args: Any, **kwargs: Any) -> list[int]:
+        return right(segments[::-1], *args, **kwargs)
+
+    patch.setattr(megalora.adapters, "local_segments", wrong)
+
+
+def scale_off_by_a_thousandth(patch: pytest.MonkeyPatch) -> None:
+    right = megalora.config.LoRAConfig.scale
+    patch.setattr(megalora.config.LoRAConfig, "scale", lambda self, rank: 1.001 * right(self, rank))
+
+
+def gradient_of_a_gathered_factor_not_summed(patch: pytest.MonkeyPatch) -> None:
+    def wrong(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, None, None]:
+        return own_shard(grad, ctx.dim, ctx.group).contiguous(), None, None
+
+    patch.setattr(GatherFactor, "backward", staticmethod(wrong))
+
+
+def experts_reduced_like_dense_layers(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(LoRAAdapter, "_uses_expert_groups", lambda self: False)
+
+
+def shared_factors_reduced_like_experts(patch: pytest.MonkeyPatch) -> None:
+    right = LoRAAdapter._parameter
+
+    def wrong(self: LoRAAdapter, *args: Any) -> torch.nn.Parameter:
+        param = right(self, *args)
+        param.allreduce = not self._uses_expert_groups()  # type: ignore[attr-defined]
+        return param
+
+    patch.setattr(LoRAAdapter, "_parameter", wrong)
+
+
+def shards_counted_as_replicas(patch: pytest.MonkeyPatch) -> None:
+    right = LoRAAdapter._parameter
+
+    def wrong(self: LoRAAdapter, *args: Any) -> torch.nn.Parameter:
+        param = right(self, *args)
+        param.tensor_model_parallel = False  # type: ignore[attr-defined]
+        return param
+
+    patch.setattr(LoRAAdapter, "_parameter", wrong)
+
+
+def start_drawn_from_local_sizes(patch: pytest.MonkeyPatch) -> None:
+    right = megalora.init.draw_uniform
+
+    def wrong(name: str, shape: tuple[int, ...], seed: int) -> torch.Tensor:
+        return right(name, shape, seed) * 2**0.5
+
+    patch.setattr(megalora.init, "draw_uniform", wrong)
+
+
+BREAKS: list[tuple[Case, str, Break]] = [
+    (
+        Case(layout=TP2, note="no all-reduce of ds"),
+        "gradient",
+        route(Split.COLUMN, State.REPLICATED, backward=Exchange.NONE),
+    ),
+    (
+        Case(layout=TP2, note="no all-reduce of s"),
+        "loss",
+        route(Split.ROW, State.REPLICATED, forward=Exchange.NONE),
+    ),
+    (
+        Case(layout=TP2_SP, note="dA sliced, not summed"),
+        "gradient",
+        route(Split.COLUMN, State.TOKEN_SHARD, a=Factor.SLICED),
+    ),
+    (Case(layout=TP2, note="another rank's slice"), "gradient", slice_of_another_rank),
+    (Case(layout=TP2_SP, note="segments swapped"), "gradient", swapped_segments),
+    (Case(layout=TP2_SP, note="scale off by 0.1 %"), "gradient", scale_off_by_a_thousandth),
+    (Case(layout=TP2, note="shards taken for replicas"), "norm", shards_counted_as_replicas),
+    (Case(layout=TP2, note="start of local sizes"), "start", start_drawn_from_local_sizes),
+    (
+        Case(layout=ETP2, kind="experts", note="gathered factor not summed"),
+        "gradient",
+        gradient_of_a_gathered_factor_not_summed,
+    ),
+    (
+        Case(layout=EP2, kind="experts", note="experts reduced as dense"),
+        "gradient",
+        experts_reduced_like_dense_layers,
+    ),
+    (
+        Case(layout=EP2, kind="shared-outer experts", note="shared factors reduced as experts"),
+        "gradient",
+        shared_factors_reduced_like_experts,
+    ),
+]
+
+
+@pytest.mark.parametrize(
+    ("case", "what", "break_it"),
+    [pytest.param(*row, id=str(row[0]), marks=in_its_world(row[0]).marks) for row in BREAKS],
+)
+def test_a_broken_rule_is_noticed(
+    case: Case, what: str, break_it: Break, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    truth(case.layout.world_size, case.kind)  # Unbroken, and kept.
+    break_it(monkeypatch)
+    try:
+        error = errors(case)[what]
+    except AssertionError as replicas:
+        # Ranks that hold the same numbers by contract no longer do.
+        if "differ" not in str(replicas) and "not close" not in str(replicas):
+            raise
+    else:
+        assert error > 10 * TOLERANCE[torch.float32]
