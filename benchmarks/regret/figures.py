@@ -169,7 +169,8 @@ def early_figure(results: Results, scale: Scale) -> Figure:
         y_label=LOSS,
         findings=[
             Finding(
-                article="early in training the curves of all ranks lie on each other",
+                article="early in training the curves of different ranks lie on each other "
+                "(judged here by rank 16 against 64)",
                 here=f"rate {lr:g}: largest distance from rank 64 in {scale.early_steps} steps, "
                 f"mean of 4 starts, {', '.join(f'rank {r} {d:.1%}' for r, d in far.items())}",
                 holds=far[16] < CLOSE,
