@@ -28,7 +28,7 @@ def losses(
     )
     layout = Layout()
     with model_parallel(layout):
-        (model,) = apply_lora(build_model(layout, params_dtype=torch.float64), config)
+        (model,) = apply_lora([*build_model(layout, params_dtype=torch.float64)], config)
         model.double()
         optimizer = adam(model, config, lr, init)
         return torch.stack([step(model, optimizer, number) for number in range(NUM_STEPS)])

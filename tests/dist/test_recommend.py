@@ -72,7 +72,7 @@ def test_counts_are_those_of_the_built_adapters(
 ) -> None:
     config = LoRAConfig(rank=4, ops="reference", **MODES[mode])
     with model_parallel(layout):
-        model = apply_lora(build_model(layout, **fields), config)
+        model = apply_lora([*build_model(layout, **fields)], config)
         assert attached(model) == adapter_parameters(shape_of(fields), config)
 
 
@@ -82,7 +82,7 @@ def test_memory_counts_the_shards_of_a_rank(layout: Layout, mode: str) -> None:
     config = LoRAConfig(rank=4, ops="reference", **MODES[mode])
     gpus = GpuLayout(tp=layout.tp, dp=layout.dp, ep=layout.ep, etp=layout.etp)
     with model_parallel(layout):
-        model = apply_lora(build_model(layout, **WITH_SHARED_EXPERT), config)
+        model = apply_lora([*build_model(layout, **WITH_SHARED_EXPERT)], config)
         trained = sum(p.numel() for p in model[0].parameters() if p.requires_grad)
         held = sum(p.numel() for p in model[0].parameters())
     memory = gpu_memory(shape_of(WITH_SHARED_EXPERT), config, gpus)
