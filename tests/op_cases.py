@@ -50,6 +50,7 @@ CASES = [
     Case(300, 40, (8, 2, 2), 2, rank=16, experts=2),
     Case(80, 80, (64, 70), 1, rank=20, experts=3),
     Case(5, 16, (16,), 1, rank=8, experts=9),
+    Case(40, 24, (6, 0, 3), 2, rank=4),  # a rank that owns no keys
     Case(0, 8, (4, 4), 1, rank=2),
     Case(0, 8, (8,), 1, rank=2, experts=3),
 ]
@@ -101,7 +102,7 @@ def draw(case: Case, dtype: torch.dtype, seed: int = 0) -> Problem:
 
 def run_all(ops: Ops, given: Problem, p: float) -> dict[str, Tensor]:
     """Return the results of every op, those in place on copies."""
-    dropout = {"p": p, "seed": torch.tensor([2**40 + 7])}
+    dropout = {"p": p, "seed": torch.tensor([2**40 + 7], device=given.x.device)}
     offsets, segments = given.offsets, given.segments
     y, dx = given.y.clone(), given.x.clone()
     ops.expand_(y, given.s, given.lora_B, 0.7, offsets, segments)

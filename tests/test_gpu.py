@@ -1,0 +1,66 @@
+"""The ops on a GPU against the reference and against the CPU. benchmarks/gpu_check.py runs these."""
+
+import pytest
+import torch
+from torch import Tensor
+
+from megalora import fused, reference
+from tests.op_cases import CASES, TOLERANCE, Case, Problem, draw, relative_error, run_all
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device"),
+]
+
+# Sizes that fill a GPU: dense, interleaved and gated projections, many experts.
+LARGE = [
+    Case(4096, 2048, (2048,), 1, rank=16),
+    Case(4096, 2048, (512, 128, 128), 4, rank=32),
+    Case(2049, 1032, (776, 776), 1, rank=64),
+    Case(8192, 768, (1024,), 1, rank=4, experts=128),
+    Case(8192, 2048, (768, 768), 1, rank=4, experts=127),
+]
+
+
+def on_gpu(given: Problem) -> Problem:
+    """Return the same problem on the GPU."""
+    return Problem(
+        **{
+            name: value.cuda() if isinstance(value, Tensor) else value
+            for name, value in vars(given).items()
+        }
+    )
+
+
+@pytest.mark.parametrize("p", [0.0, 0.3])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("case", [*CASES, *LARGE], ids=str)
+def test_every_op_on_a_gpu_matches_the_reference(case: Case, dtype: torch.dtype, p: float) -> None:
+    torch.backends.cuda.matmul.allow_tf32 = False
+    given = draw(case, dtype)
+    expected = run_all(reference, given, p)
+    for name, got in run_all(fused, on_gpu(given), p).items():
+        assert relative_error(got.cpu(), expected[name]) < TOLERANCE[dtype], name
+
+
+@pytest.mark.parametrize("case", LARGE, ids=str)
+def test_every_op_on_a_gpu_repeats_itself_bit_for_bit(case: Case) -> None:
+    given = on_gpu(draw(case, torch.bfloat16))
+    first, second = run_all(fused, given, 0.3), run_all(fused, given, 0.3)
+    assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+def test_a_gpu_drops_the_same_elements_as_a_cpu() -> None:
+    x, seed = torch.ones(133, 71), torch.tensor([2**50 + 3])
+    kept = fused.shrink(x.cuda(), torch.eye(71).cuda(), p=0.4, seed=seed.cuda()) != 0
+    assert torch.equal(kept.cpu(), reference.dropout_mask(x.shape, 0.4, seed))
+
+
+def test_grouped_ops_do_not_wait_for_the_gpu() -> None:
+    given = on_gpu(draw(LARGE[-1], torch.bfloat16))
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        fused.shrink(given.x, given.lora_A, given.offsets)
+        fused.expand_backward(given.y, given.s, given.lora_B, 1.0, given.offsets, given.segments)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
