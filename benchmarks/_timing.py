@@ -16,7 +16,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.profiler_util import DeviceType
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 PHASES = ("forward", "backward", "both")
 
@@ -106,7 +108,7 @@ class BytesMoved(TorchDispatchMode):
 
 
 def _tensors(tree: Any) -> list[Tensor]:
-    return [leaf for leaf in torch.utils._pytree.tree_leaves(tree) if isinstance(leaf, Tensor)]
+    return [leaf for leaf in tree_leaves(tree) if isinstance(leaf, Tensor)]
 
 
 def bytes_moved(variant: Variant, x: Tensor, dy: Tensor) -> int:
@@ -140,8 +142,7 @@ def launches(variant: Variant, x: Tensor, dy: Tensor) -> int | None:
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
         variant.forward(x).backward(dy)
         torch.cuda.synchronize()
-    kinds = torch.autograd.DeviceType.CUDA
-    return sum(1 for event in profile.events() or [] if event.device_type == kinds)
+    return sum(1 for event in profile.events() or [] if event.device_type == DeviceType.CUDA)
 
 
 def measure(variants: Sequence[Variant], x: Tensor, dy: Tensor, rounds: int) -> list[dict]:

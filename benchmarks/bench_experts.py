@@ -4,8 +4,8 @@ python benchmarks/bench_experts.py [--rounds 15] [--json FILE]
 
 Shapes are fc1 (gate and up, each with its own A) and fc2 of Qwen3-30B-A3B, 128 experts, top 8,
 with skewed routing; on a CPU the sizes are divided by 4 and fewer tokens are routed. `frozen` is
-the base alone. `eager` is LoRA by a Python loop over the experts, `grouped_mm` by torch's grouped GEMM with
-ranks padded to what it can take (the way of the peers, ours in code), `megalora` this package's.
+the base alone. `eager` is LoRA by a Python loop over the experts, `grouped_mm` by torch's grouped
+GEMM with ranks padded to what it can take (the way of the peers, in our code), `megalora` ours.
 """
 
 import argparse
@@ -125,7 +125,7 @@ def variants_of(
 
 def main() -> None:
     """Measure, print the tables, write JSON where asked."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument("--ranks", type=int, nargs="+", default=RANKS)
     parser.add_argument("--json", type=Path, help="file to write the numbers to")
@@ -135,8 +135,9 @@ def main() -> None:
     dtype = torch.bfloat16 if on_gpu else torch.float32
     num_rows = 8 * (4096 if on_gpu else 512)
     counts, ends = route(num_rows, device)
+    ranks: list[int] = options.ranks
     rows = []
-    for shape, rank in product(shapes(1 if on_gpu else 4), options.ranks):
+    for shape, rank in product(shapes(1 if on_gpu else 4), ranks):
         torch.manual_seed(0)
         weight = torch.randn(NUM_EXPERTS, shape.num_out, shape.num_in, device=device, dtype=dtype)
         weight /= shape.num_in**0.5

@@ -71,7 +71,7 @@ def peft_layer(weight: Tensor, rank: int, p: float) -> Variant | None:
     base.weight = nn.Parameter(weight, requires_grad=False)
     config = LoraConfig(r=rank, lora_alpha=ALPHA, lora_dropout=p, target_modules=["0"])  # type: ignore[arg-type]
     model = get_peft_model(nn.Sequential(base), config)  # type: ignore[arg-type]
-    layer = model.base_model.model[0].to(weight.dtype)
+    layer = model.get_submodule("base_model.model.0").to(weight.dtype)
     return Variant(
         "PEFT layer", layer, [q for q in layer.parameters() if q.requires_grad], [weight]
     )
@@ -131,7 +131,7 @@ def run(grid: list, device: torch.device, dtype: torch.dtype, rounds: int, compi
 
 def main() -> None:
     """Measure, print the tables, write JSON where asked."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--goal", action="store_true", help="only the shape of the stated goal")
     parser.add_argument("--compile", action="store_true", help="also torch.compile of eager LoRA")
     parser.add_argument("--rounds", type=int, default=15)

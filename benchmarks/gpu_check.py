@@ -25,7 +25,7 @@ def run(*command: str) -> bool:
 
 def main() -> int:
     """Run all and return the exit status: 0 if nothing failed, 2 without a GPU."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--rounds", type=int, default=15)
     options = parser.parse_args()
     if not torch.cuda.is_available():
