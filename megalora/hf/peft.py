@@ -3,7 +3,7 @@
 import os
 import re
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -126,13 +126,19 @@ def read_adapter(
 
 
 def read_adapter_directory(
-    directory: str | os.PathLike[str], *, hidden_size: int | None = None
+    directory: str | os.PathLike[str],
+    *,
+    hidden_size: int | None = None,
+    on_problem: Callable[[str], None] | None = None,
 ) -> AdapterDirectory:
-    """Read a PEFT directory with its configuration; see `read_adapter`."""
+    """Read a PEFT directory with its configuration; see `read_adapter`.
+
+    on_problem: told of unknown tensors and of values that are not finite, instead of ValueError.
+    """
     path = Path(directory)
     config = read_json(path / CONFIG_NAME)
     rules = read_rules(config)
-    pairs = _read_pairs(TensorFiles(path, ADAPTER))
+    pairs = _read_pairs(TensorFiles(path, ADAPTER), on_problem)
     stacked = {name: pair for name, pair in pairs.items() if _is_3d(name)}
     dense = {name: pair for name, pair in pairs.items() if name not in stacked}
     ranks = {name: int(a.shape[0]) for name, (a, _) in dense.items()}
@@ -140,11 +146,18 @@ def read_adapter_directory(
     factors = {name: LoRAFactors(a, b, rules.scale(name)) for name, (a, b) in dense.items()}
     if stacked:
         factors |= split_3d(stacked, rules, config, hidden_size or _hidden_size(factors))
-    check_finite(factors)
+    try:
+        check_finite(factors)
+    except ValueError as error:
+        if on_problem is None:
+            raise
+        on_problem(str(error))
     return AdapterDirectory(factors, config, rules)
 
 
-def _read_pairs(files: TensorFiles) -> dict[str, tuple[Tensor, Tensor]]:
+def _read_pairs(
+    files: TensorFiles, on_problem: Callable[[str], None] | None
+) -> dict[str, tuple[Tensor, Tensor]]:
     found: dict[str, dict[str, str]] = {}
     unknown: list[str] = []
     for key in files:
@@ -154,10 +167,13 @@ def _read_pairs(files: TensorFiles) -> dict[str, tuple[Tensor, Tensor]]:
         elif not _BASE_COPIES.fullmatch(key):
             unknown.append(key)
     if unknown:
-        raise ValueError(
+        message = (
             f"{files.directory} has tensors that are no LoRA factors: {summarise(unknown)}: "
             "only `<module>.lora_A.weight` and `<module>.lora_B.weight` can be read"
         )
+        if on_problem is None:
+            raise ValueError(message)
+        on_problem(message)
     alone = [name for name, pair in found.items() if len(pair) != 2]
     if alone:
         raise ValueError(f"{files.directory} has one of lora_A and lora_B of {summarise(alone)}")

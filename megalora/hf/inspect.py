@@ -1,0 +1,170 @@
+"""What an adapter is: targets, ranks, scales, sizes, norms, and what looks wrong."""
+
+import math
+import warnings
+from collections import defaultdict
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from megalora.hf.factors import LoRAFactors, summarise
+from megalora.hf.peft import CONFIG_NAME, read_adapter_directory
+from megalora.hf.peft_config import layer_of, split_expert
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ModuleReport:
+    """One module: Frobenius norms of A, of B, and of the update scale * B @ A."""
+
+    name: str
+    rank: int
+    scale: float
+    in_features: int
+    out_features: int
+    norm_a: float
+    norm_b: float
+    norm_update: float
+
+    @property
+    def num_parameters(self) -> int:
+        """Elements of both factors."""
+        return self.rank * (self.in_features + self.out_features)
+
+
+@dataclass(slots=True, kw_only=True)
+class AdapterReport:
+    """A whole adapter."""
+
+    directory: str
+    kind: str
+    base_model: str
+    modules: list[ModuleReport]
+    warnings: list[str] = field(default_factory=list)
+
+    @property
+    def num_parameters(self) -> int:
+        """Elements of all factors."""
+        return sum(module.num_parameters for module in self.modules)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return everything as JSON-ready values."""
+        return {**asdict(self), "num_parameters": self.num_parameters}
+
+    def table(self) -> str:
+        """Return a table with one line for each kind of module, then the warnings."""
+        head = ("module", "count", "rank", "scale", "parameters", "|A|", "|B|", "|update|")
+        rows = [head, *(_row(kind, group) for kind, group in _by_kind(self.modules).items())]
+        widths = [max(len(row[column]) for row in rows) for column in range(len(head))]
+        lines = [
+            "  ".join(
+                cell.ljust(width) if column == 0 else cell.rjust(width)
+                for column, (cell, width) in enumerate(zip(row, widths, strict=True))
+            )
+            for row in rows
+        ]
+        title = f"{self.directory}: {self.kind}, base {self.base_model or 'not named'}"
+        return "\n".join([title, *lines, *(f"warning: {text}" for text in self.warnings)])
+
+
+def measure(name: str, module: LoRAFactors) -> ModuleReport:
+    """Measure one module; the update is never formed.
+
+    |B A|² = sum((BᵀB) * (A Aᵀ)), two [r, r] products, in fp64.
+    """
+    a, b = module.lora_A.double(), module.lora_B.double()
+    squared = float(((b.T @ b) * (a @ a.T)).sum())
+    # Rounding may leave the square of a zero update slightly negative; NaN must stay.
+    squared = 0.0 if squared < 0 else squared
+    return ModuleReport(
+        name=name,
+        rank=module.rank,
+        scale=module.scale,
+        in_features=a.shape[1],
+        out_features=b.shape[0],
+        norm_a=float(a.norm()),
+        norm_b=float(b.norm()),
+        norm_update=abs(module.scale) * math.sqrt(squared),
+    )
+
+
+def inspect_peft(directory: str | Path) -> AdapterReport:
+    """Describe a PEFT directory; what is wrong with its values becomes a warning."""
+    problems: list[str] = []
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        found = read_adapter_directory(directory, on_problem=problems.append)
+    problems += [str(warning.message) for warning in caught]
+    return describe(
+        found.factors,
+        directory=str(directory),
+        kind="PEFT adapter",
+        base_model=found.config.get("base_model_name_or_path") or "",
+        problems=problems,
+    )
+
+
+def describe(
+    factors: Mapping[str, LoRAFactors],
+    *,
+    directory: str,
+    kind: str,
+    base_model: str = "",
+    problems: list[str] | None = None,
+) -> AdapterReport:
+    """Measure factors and say what is suspicious about them."""
+    modules = [measure(name, module) for name, module in factors.items()]
+    report = AdapterReport(
+        directory=directory,
+        kind=kind,
+        base_model=base_model,
+        modules=modules,
+        warnings=list(problems or []),
+    )
+    zero = [module.name for module in modules if module.norm_b == 0]
+    if zero:
+        report.warnings.append(f"B is zero, so nothing was learned, in {summarise(zero)}")
+    broken = [module.name for module in modules if not math.isfinite(module.norm_update)]
+    if broken and not any("NaN" in text for text in report.warnings):
+        report.warnings.append(f"values are NaN or infinite in {summarise(broken)}")
+    return report
+
+
+def is_peft(directory: str | Path) -> bool:
+    """Say whether a directory is a PEFT adapter."""
+    return (Path(directory) / CONFIG_NAME).is_file()
+
+
+def _by_kind(modules: list[ModuleReport]) -> dict[str, list[ModuleReport]]:
+    groups: dict[str, list[ModuleReport]] = defaultdict(list)
+    for module in modules:
+        expert = split_expert(module.name)
+        name = f"{expert[0]}.*.{expert[2]}" if expert else module.name
+        layer = layer_of(name)
+        groups[name if layer is None else name.replace(f".{layer}.", ".*.", 1)].append(module)
+    return groups
+
+
+def _row(kind: str, group: list[ModuleReport]) -> tuple[str, ...]:
+    def norm(name: str) -> str:
+        squares = torch.tensor([getattr(module, name) for module in group]).double().square()
+        return f"{float(squares.sum().sqrt()):.4g}"
+
+    return (
+        kind,
+        str(len(group)),
+        _values(module.rank for module in group),
+        _values(module.scale for module in group),
+        f"{sum(module.num_parameters for module in group):,}",
+        norm("norm_a"),
+        norm("norm_b"),
+        norm("norm_update"),
+    )
+
+
+def _values(values: Any) -> str:
+    distinct = sorted(set(values))
+    text = [f"{value:g}" for value in distinct]
+    return text[0] if len(text) == 1 else f"{text[0]}..{text[-1]}"

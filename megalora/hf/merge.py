@@ -1,0 +1,139 @@
+"""Merge an adapter into a Hugging Face directory, one shard in memory at a time."""
+
+import os
+import re
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from megalora.hf.checkpoint_files import HFWeights
+from megalora.hf.factors import LoRAFactors, check_finite, summarise
+from megalora.hf.files import (
+    MODEL,
+    copy_other_files,
+    read_json,
+    save_tensors,
+    whole_directory,
+    write_json,
+)
+
+_EMBEDDING, _UNEMBEDDING = "model.embed_tokens.weight", "lm_head.weight"
+_FUSED = re.compile(r"(.+\.experts)\.(gate_up_proj|down_proj)")
+
+
+def merge_adapter(
+    base: str | os.PathLike[str],
+    factors: Mapping[str, LoRAFactors],
+    output: str | os.PathLike[str],
+    *,
+    overwrite: bool = False,
+    progress: Callable[[str], None] | None = None,
+) -> bool:
+    """Write a copy of a model directory with W + scale * B @ A; return whether it was untied.
+
+    Files, tensor names, precisions and the index are those of the base; sums are made in fp32. An
+    adapter of a tied unembedding unties it: lm_head.weight is added, and config.json says so.
+    progress: called with every file's name.
+    Raises ValueError, with nothing written, where the adapter does not belong to the base.
+    """
+    check_finite(factors)
+    source = Path(base)
+    config = read_json(source / "config.json")
+    weights = HFWeights(source)
+    untie = "lm_head" in factors and bool(config.get("tie_word_embeddings"))
+    _check_fits(weights, factors, untie=untie)
+    with whole_directory(output, overwrite=overwrite) as target:
+        total = 0
+        for file_name in weights.files.file_names():
+            tensors = _merged_file(weights, file_name, factors, untie=untie)
+            total += sum(t.numel() * t.element_size() for t in tensors.values())
+            save_tensors(target / file_name, tensors)
+            if progress:
+                progress(file_name)
+        copy_other_files(source, target, skip=_is_rewritten)
+        write_json(
+            target / "config.json", {**config, "tie_word_embeddings": False} if untie else config
+        )
+        if weights.files.index.is_file():
+            _write_index(weights, target, total, untie=untie)
+    return untie
+
+
+def _is_rewritten(name: str) -> bool:
+    return name.endswith((".safetensors", ".bin", ".pth", ".pt")) or name in (
+        "config.json",
+        f"{MODEL}.safetensors.index.json",
+    )
+
+
+def _check_fits(weights: HFWeights, factors: Mapping[str, LoRAFactors], *, untie: bool) -> None:
+    missing, wrong = [], []
+    for name, module in factors.items():
+        key = _EMBEDDING if untie and name == "lm_head" else f"{name}.weight"
+        if key not in weights.shapes:
+            missing.append(name)
+            continue
+        shape = (module.lora_B.shape[0], module.lora_A.shape[1])
+        if weights.shapes[key] != shape:
+            wrong.append(f"{name} {list(shape)} (base {list(weights.shapes[key])})")
+    if missing:
+        raise ValueError(
+            f"{weights.files.directory} has no weights for {summarise(missing)}: the adapter "
+            "belongs to another model"
+        )
+    if wrong:
+        raise ValueError(f"adapter has other sizes than its base: {summarise(wrong)}")
+
+
+def _merged_file(
+    weights: HFWeights, file_name: str, factors: Mapping[str, LoRAFactors], *, untie: bool
+) -> dict[str, Tensor]:
+    """Return the tensors of one file with the updates that belong to them."""
+    names = [name for name, file in weights.files.files.items() if file == file_name]
+    tensors: dict[str, Tensor] = {}
+    for name in names:
+        tensor = weights.files.tensor(name)
+        fused = _FUSED.fullmatch(name)
+        module = factors.get(name.removesuffix(".weight"))
+        if fused:
+            _add_experts(tensor, fused.group(1), fused.group(2), factors)
+        elif module is not None and not (untie and name == _UNEMBEDDING):
+            add_update(tensor, module)
+        if untie and name == _UNEMBEDDING:
+            # A copy that a tied model carries along: the embedding's file writes it anew.
+            continue
+        tensors[name] = tensor
+        if untie and name == _EMBEDDING:
+            tensors[_UNEMBEDDING] = add_update(tensor.clone(), factors["lm_head"])
+    return tensors
+
+
+def _add_experts(
+    tensor: Tensor, prefix: str, kind: str, factors: Mapping[str, LoRAFactors]
+) -> None:
+    """Add the updates of all experts into one stacked tensor [E, out, in]."""
+    parts = ("down_proj",) if kind == "down_proj" else ("gate_proj", "up_proj")
+    for expert, stacked in enumerate(tensor):
+        for part, rows in zip(parts, stacked.chunk(len(parts)), strict=True):
+            module = factors.get(f"{prefix}.{expert}.{part}")
+            if module is not None:
+                add_update(rows, module)
+
+
+@torch.no_grad()
+def add_update(weight: Tensor, module: LoRAFactors) -> Tensor:
+    """Add scale * B @ A into a weight in place, the sum made in fp32; returns the weight."""
+    return weight.copy_(module.delta().add_(weight))
+
+
+def _write_index(weights: HFWeights, target: Path, total: int, *, untie: bool) -> None:
+    index = read_json(weights.files.index)
+    weight_map = dict(index["weight_map"])
+    if untie:
+        weight_map[_UNEMBEDDING] = weight_map[_EMBEDDING]
+    metadata = {**(index.get("metadata") or {}), "total_size": total}
+    write_json(
+        target / weights.files.index.name, {**index, "metadata": metadata, "weight_map": weight_map}
+    )
