@@ -165,7 +165,14 @@ class LoRAAdapter(torch.nn.Module):
             if param.allreduce  # type: ignore[attr-defined]
             else parallel_state.get_expert_data_parallel_rank()
         )
-        return ShardedTensor.from_rank_offsets(key, param, *offsets, replica_id=(0, 0, replica))
+        return ShardedTensor.from_rank_offsets(
+            key,
+            param,
+            *offsets,
+            replica_id=(0, 0, replica),
+            # Megatron pads the vocabulary to a multiple of the tensor-parallel size.
+            allow_shape_mismatch=dim == -2 and self.spec.is_unembedding,
+        )
 
     def _route(self, tensor_state: State) -> Route:
         route = ROUTES[self.base.split, tensor_state]
@@ -285,7 +292,9 @@ class GroupedAdapter(LoRAAdapter):
         """
         if not self.enabled:
             return base_forward(x, m_splits)
-        offsets = torch.as_tensor(m_splits, dtype=torch.int64).to(x.device).cumsum(0)
+        # From pageable memory, too, a copy that blocks nothing is staged before it returns.
+        splits = torch.as_tensor(m_splits, dtype=torch.int64).to(x.device, non_blocking=True)
+        offsets = splits.cumsum(0)
         journey = self._journey(x, offsets)
         return adapt(
             lambda inner: base_forward(inner, m_splits), x, self.lora_A, self.b_rows(), journey

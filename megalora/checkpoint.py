@@ -258,6 +258,8 @@ def _reshard(adapter: LoRAAdapter, param: Tensor, full: Tensor, dim: int, key: s
     flat = shape
     if dim == -2 and adapter.spec.gated:
         flat = [*shape[:-3], shape[-3] * shape[-2], shape[-1]]
+    if dim == -2 and adapter.spec.is_unembedding:
+        full = _fit_vocabulary(full, flat[-2])
     if list(full.shape) != flat:
         raise ValueError(f"{key} has shape {list(full.shape)}, but this model needs {flat}")
     value = full.reshape(shape)
@@ -265,6 +267,14 @@ def _reshard(adapter: LoRAAdapter, param: Tensor, full: Tensor, dim: int, key: s
         value = own_shard(value, -value.dim(), adapter.expert_group)
     group = adapter.a_group if dim == -1 else adapter.b_group
     return own_shard(value, dim, group).to(param)
+
+
+def _fit_vocabulary(lora_B: Tensor, rows: int) -> Tensor:
+    """Trim or fill the rows of padding tokens, whose number follows the tensor-parallel size."""
+    missing = rows - lora_B.shape[0]
+    if missing <= 0:
+        return lora_B[:rows]
+    return torch.cat([lora_B, lora_B.new_zeros(missing, lora_B.shape[1])])
 
 
 def _join_gated(key: str, tensor: Tensor) -> Tensor:

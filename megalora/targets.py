@@ -69,6 +69,11 @@ class AdapterSpec:
         """Global name of the adapter, a sibling of its base."""
         return self.name + "_lora"
 
+    @property
+    def is_unembedding(self) -> bool:
+        """Whether its output columns are the vocabulary, padding included."""
+        return self.name.endswith("output_layer")
+
 
 def matching_target(name: str, targets: Iterable[str]) -> str | None:
     """Return the first target that selects a global module name, None where none does.
