@@ -10,9 +10,9 @@ import argparse
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
-import time
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -31,14 +31,9 @@ MODEL = """
 --moe-aux-loss-coeff 1e-3 --make-vocab-size-divisible-by 64
 --attention-dropout 0 --hidden-dropout 0
 """
-# Megatron's own layers and no kernels that only a GPU has.
-CPU = """
---cpu --transformer-impl local --no-gradient-accumulation-fusion --no-persist-layer-norm
---no-rope-fusion --no-masked-softmax-fusion --no-bias-swiglu-fusion --no-bias-dropout-fusion
-"""
 TRAINING = """
---byte-tokenizer --seq-length 256 --log-interval 10 --eval-iters 4 --eval-interval 1000
---save-interval 100000 --adam-beta2 0.95 --calculate-per-token-loss --distributed-backend gloo
+--cpu --byte-tokenizer --seq-length 256 --log-interval 10 --eval-iters 4 --eval-interval 1000
+--save-interval 100000 --adam-beta2 0.95 --calculate-per-token-loss
 """
 PRETRAIN = """
 --dataset stdlib-text --micro-batch-size 4 --global-batch-size 32 --lr 4e-3 --min-lr 4e-4
@@ -65,29 +60,32 @@ def main() -> None:
     options = parser.parse_args()
     out = options.output.resolve()
     out.mkdir(parents=True, exist_ok=True)
-    base, adapter = out / f"base-{options.pretrain_iters}", out / f"lora-{int(time.time())}"
+    base, checkpoint, adapter = (
+        out / f"base-{options.pretrain_iters}",
+        out / "lora",
+        out / "adapter",
+    )
+    for made_before in (checkpoint, adapter, out / "base-hf"):
+        shutil.rmtree(made_before, ignore_errors=True)
 
     step("1/4  Train the base from scratch: 2 processes, the text of Python's standard library")
     pretrain_log = out / "pretrain.log"
     if not (base / "latest_checkpointed_iteration.txt").exists():
         flags = [*words(PRETRAIN), "--train-iters", options.pretrain_iters, "--save", base]
-        launch(2, [*words(MODEL + CPU + TRAINING), *flags], pretrain_log)
+        launch(2, [*words(MODEL + TRAINING), *flags], pretrain_log)
 
     step("2/4  Fine-tune by LoRA: 4 processes, TP 2 with sequence parallelism, EP 2, DP 2")
     finetune_log = out / "finetune.log"
     flags = [*words(FINETUNE), "--train-iters", options.finetune_iters]
-    flags += ["--pretrained-checkpoint", base, "--save", adapter, "--export-hf", out / "adapter"]
-    launch(4, [*words(MODEL + CPU + TRAINING), *flags], finetune_log)
+    flags += ["--pretrained-checkpoint", base, "--save", checkpoint, "--export-hf", adapter]
+    launch(4, [*words(MODEL + TRAINING), *flags], finetune_log)
 
     step("3/4  Load base and adapter with transformers and peft, compare with Megatron")
     facts = out / "verify.json"
-    run(
-        [sys.executable, VERIFY_SCRIPT, *words(MODEL + CPU + TRAINING)]
-        + ["--micro-batch-size", "1", "--lora-rank", "16", "--pretrained-checkpoint", base]
-        + ["--lora-load", adapter, "--adapter", out / "adapter", "--hf-base", out / "base-hf"]
-        + ["--result", facts],
-        out / "verify.log",
-    )
+    flags = [*words(MODEL + TRAINING), "--micro-batch-size", 1, "--lora-rank", 16]
+    flags += ["--pretrained-checkpoint", base, "--lora-load", checkpoint, "--adapter", adapter]
+    flags += ["--hf-base", out / "base-hf", "--hf-family", "qwen3_moe", "--result", facts]
+    launch(1, flags, out / "verify.log", VERIFY_SCRIPT)
 
     step("4/4  Result")
     report(out, json.loads(facts.read_text()), pretrain_log, finetune_log)
@@ -142,15 +140,19 @@ def curve(log: Path) -> list[tuple[int, float, float]]:
     return [(int(i), float(ms), float(loss)) for i, ms, loss in found]
 
 
-def launch(num_processes: int, flags: Sequence[object], log: Path) -> None:
-    """Run the launch script under torchrun, showing Megatron's log lines as they come."""
+def launch(
+    num_processes: int, flags: Sequence[object], log: Path, script: Path = LAUNCH_SCRIPT
+) -> None:
+    """Run a script under torchrun, showing Megatron's log lines as they come."""
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
-    run([*torchrun, "--nproc-per-node", num_processes, LAUNCH_SCRIPT, *flags], log)
+    run([*torchrun, "--nproc-per-node", num_processes, script, *flags], log)
 
 
 def run(command: Sequence[object], log: Path) -> None:
     """Run a command, write all it says to `log`, show what a person wants to see."""
-    shown = re.compile(r"iteration +\d+/|validation|data:|LoRA|megalora|error|saving|verif", re.I)
+    shown = re.compile(
+        r"iteration +\d+/|validation loss|data: \d|> LoRA|^megalora|error|verified|exported", re.I
+    )
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"}
     words_ = [str(word) for word in command]
     with (

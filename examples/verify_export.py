@@ -1,7 +1,8 @@
 """Check an exported adapter: transformers and peft must give Megatron's logits.
 
-python examples/verify_export.py <Megatron flags> --lora-rank 16 --pretrained-checkpoint BASE
-    --lora-load ADAPTER_CHECKPOINT --adapter PEFT_DIR --hf-base DIR --result FILE.json
+torchrun --nproc-per-node 1 examples/verify_export.py <Megatron flags> --lora-rank 16
+    --pretrained-checkpoint BASE --lora-load ADAPTER_CHECKPOINT
+    --adapter PEFT_DIR --hf-base DIR --hf-family qwen3_moe --result FILE.json
 
 Writes the base as a Hugging Face directory, loads base and adapter with the real transformers and
 peft, compares logits on held-out answers, and negates one lora_B as a negative control. Exit
@@ -40,6 +41,7 @@ def add_args(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
     add("--cpu", action="store_true", help="run on the CPU over gloo")
     add("--adapter", type=Path, required=True, help="PEFT directory to check")
     add("--hf-base", type=Path, required=True, help="directory to write the base to")
+    add("--hf-family", required=True, help="model_type of its config.json, such as qwen3_moe")
     add("--result", type=Path, required=True, help="JSON file to write the numbers to")
     return add_data_args(add_lora_args(launch.add_exchange_args(parser)))
 
@@ -130,9 +132,15 @@ def answer_loss(logits: torch.Tensor, labels: torch.Tensor, loss_mask: torch.Ten
 
 def write_base(model: list[Any], args: Any) -> None:
     """Write the base as a Hugging Face directory."""
-    from megalora.hf.base import save_hf_base
+    from megalora.hf.base_out import hf_config, save_hf_base
 
-    save_hf_base(model, args.hf_base)
+    config = hf_config(
+        model[0],
+        model_type=args.hf_family,
+        vocab_size=args.vocab_size,
+        max_position_embeddings=args.max_position_embeddings,
+    )
+    save_hf_base(model, args.hf_base, config, overwrite=True)
 
 
 def load_peft(base: Path, adapter: Path) -> Any:
