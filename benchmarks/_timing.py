@@ -16,7 +16,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.profiler_util import DeviceType
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -142,7 +141,7 @@ def launches(variant: Variant, x: Tensor, dy: Tensor) -> int | None:
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
         variant.forward(x).backward(dy)
         torch.cuda.synchronize()
-    return sum(1 for event in profile.events() or [] if event.device_type == DeviceType.CUDA)
+    return sum(1 for event in profile.events() or [] if event.device_type.name == "CUDA")
 
 
 def measure(variants: Sequence[Variant], x: Tensor, dy: Tensor, rounds: int) -> list[dict]:

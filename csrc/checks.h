@@ -13,13 +13,13 @@ namespace megalora {
 using at::Tensor;
 using OptionalTensor = std::optional<Tensor>;
 
-inline void check_dtype(const Tensor& got, const char* name, const Tensor& like, const char* like_name) {
-  TORCH_CHECK_VALUE(
-      got.scalar_type() == like.scalar_type(), name, " has dtype ", got.scalar_type(),
-      ", expected that of ", like_name, ", ", like.scalar_type(), ": cast one of them");
-  TORCH_CHECK_VALUE(
-      got.device() == like.device(), name, " is on ", got.device(), ", expected the device of ",
-      like_name, ", ", like.device());
+inline void check_dtype(const Tensor& got, const char* name, const Tensor& like,
+                        const char* like_name) {
+  TORCH_CHECK_VALUE(got.scalar_type() == like.scalar_type(), name, " has dtype ", got.scalar_type(),
+                    ", expected that of ", like_name, ", ", like.scalar_type(),
+                    ": cast one of them");
+  TORCH_CHECK_VALUE(got.device() == like.device(), name, " is on ", got.device(),
+                    ", expected the device of ", like_name, ", ", like.device());
 }
 
 inline void check_size(int64_t got, const char* name, int64_t expected, const char* why) {
@@ -28,46 +28,44 @@ inline void check_size(int64_t got, const char* name, int64_t expected, const ch
 
 inline void check_tokens(const Tensor& tokens, const char* name, const OptionalTensor& offsets) {
   if (offsets) {
-    TORCH_CHECK_VALUE(
-        tokens.dim() == 2, name, " has ", tokens.dim(), " dimensions, expected 2: grouped ops take [tokens, features]");
+    TORCH_CHECK_VALUE(tokens.dim() == 2, name, " has ", tokens.dim(),
+                      " dimensions, expected 2: grouped ops take [tokens, features]");
   } else {
-    TORCH_CHECK_VALUE(
-        tokens.dim() >= 2 && tokens.dim() <= 4, name, " has ", tokens.dim(), " dimensions, expected 2 to 4");
+    TORCH_CHECK_VALUE(tokens.dim() >= 2 && tokens.dim() <= 4, name, " has ", tokens.dim(),
+                      " dimensions, expected 2 to 4");
   }
 }
 
 inline void check_weight(const Tensor& weight, const char* name, const OptionalTensor& offsets) {
   const int64_t expected = offsets ? 3 : 2;
-  TORCH_CHECK_VALUE(
-      weight.dim() == expected, name, " has ", weight.dim(), " dimensions, expected ", expected,
-      offsets ? ": one matrix for each expert where offsets are given" : ": one matrix where no offsets are given");
+  TORCH_CHECK_VALUE(weight.dim() == expected, name, " has ", weight.dim(), " dimensions, expected ",
+                    expected,
+                    offsets ? ": one matrix for each expert where offsets are given"
+                            : ": one matrix where no offsets are given");
   if (offsets) {
     check_size(weight.size(0), name, offsets->numel(), "one matrix for each of the offsets");
   }
 }
 
 inline void check_offsets(const Tensor& offsets, const Tensor& tokens) {
-  TORCH_CHECK_VALUE(
-      offsets.dim() == 1 && offsets.numel() >= 1, "offsets has shape ", offsets.sizes(),
-      ", expected [experts] with at least one expert");
-  TORCH_CHECK_VALUE(
-      offsets.scalar_type() == at::kLong || offsets.scalar_type() == at::kInt, "offsets has dtype ",
-      offsets.scalar_type(), ", expected int32 or int64");
-  TORCH_CHECK_VALUE(
-      offsets.device() == tokens.device(), "offsets is on ", offsets.device(), ", expected the device of the tokens, ",
-      tokens.device());
+  TORCH_CHECK_VALUE(offsets.dim() == 1 && offsets.numel() >= 1, "offsets has shape ",
+                    offsets.sizes(), ", expected [experts] with at least one expert");
+  TORCH_CHECK_VALUE(offsets.scalar_type() == at::kLong || offsets.scalar_type() == at::kInt,
+                    "offsets has dtype ", offsets.scalar_type(), ", expected int32 or int64");
+  TORCH_CHECK_VALUE(offsets.device() == tokens.device(), "offsets is on ", offsets.device(),
+                    ", expected the device of the tokens, ", tokens.device());
 }
 
 inline void check_dropout(double p, const OptionalTensor& seed, const Tensor& tokens) {
   TORCH_CHECK_VALUE(p >= 0.0 && p < 1.0, "p is ", p, ", expected a dropout probability in [0, 1)");
-  TORCH_CHECK_VALUE(p == 0.0 || seed, "seed is missing, expected an int64 tensor [1] because p is ", p);
+  TORCH_CHECK_VALUE(p == 0.0 || seed, "seed is missing, expected an int64 tensor [1] because p is ",
+                    p);
   if (p > 0.0) {
-    TORCH_CHECK_VALUE(
-        seed->scalar_type() == at::kLong && seed->numel() == 1, "seed is ", seed->scalar_type(), " of shape ",
-        seed->sizes(), ", expected int64 of shape [1]");
-    TORCH_CHECK_VALUE(
-        seed->device() == tokens.device(), "seed is on ", seed->device(), ", expected the device of the tokens, ",
-        tokens.device());
+    TORCH_CHECK_VALUE(seed->scalar_type() == at::kLong && seed->numel() == 1, "seed is ",
+                      seed->scalar_type(), " of shape ", seed->sizes(),
+                      ", expected int64 of shape [1]");
+    TORCH_CHECK_VALUE(seed->device() == tokens.device(), "seed is on ", seed->device(),
+                      ", expected the device of the tokens, ", tokens.device());
   }
 }
 
@@ -75,8 +73,8 @@ inline int64_t check_segments(at::IntArrayRef segments, int64_t out_features) {
   if (segments.empty()) {
     return out_features;
   }
-  TORCH_CHECK_VALUE(
-      segments.size() <= kMaxSegments, "segments has ", segments.size(), " entries, expected at most ", kMaxSegments);
+  TORCH_CHECK_VALUE(segments.size() <= kMaxSegments, "segments has ", segments.size(),
+                    " entries, expected at most ", kMaxSegments);
   int64_t period = 0;
   for (const int64_t size : segments) {
     // A rank may own no columns of a projection: fewer query groups than tensor-parallel ranks.
@@ -84,9 +82,8 @@ inline int64_t check_segments(at::IntArrayRef segments, int64_t out_features) {
     period += size;
   }
   TORCH_CHECK_VALUE(period >= 1, "segments is ", segments, ", expected at least 1 column");
-  TORCH_CHECK_VALUE(
-      out_features % period == 0, "segments ", segments, " has period ", period,
-      ", expected a divisor of the output features, ", out_features);
+  TORCH_CHECK_VALUE(out_features % period == 0, "segments ", segments, " has period ", period,
+                    ", expected a divisor of the output features, ", out_features);
   return period;
 }
 

@@ -11,8 +11,8 @@ namespace megalora {
 
 constexpr int kMaxSegments = 8;
 
-// One low-rank factor between a wide token tensor (x, y and their gradients) and a thin one (s, ds).
-// All six ops are three products of it:
+// One low-rank factor between a wide token tensor (x, y and their gradients) and a thin one (s,
+// ds). All six ops are three products of it:
 //   project  thin = scale * wide · W      shrink, expand_dgrad
 //   update   wide += scale * thin · Wᵀ    expand_, shrink_dgrad_
 //   outer    W = scale * wideᵀ · thin     expand_wgrad, shrink_wgrad
@@ -27,7 +27,8 @@ struct Factor {
   int64_t column_stride, rank_stride, expert_stride;
   int64_t tokens, columns, rank, experts;
 
-  // Inclusive cumulative tokens per expert, on the device of the tokens; null where W is one for all.
+  // Inclusive cumulative tokens per expert, on the device of the tokens; null where W is one for
+  // all.
   const void* offsets;
   bool offsets_are_int64;
 

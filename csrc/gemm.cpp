@@ -10,18 +10,23 @@ namespace {
 
 using at::Tensor;
 
-Tensor matrix(const Factor& f, void* data, int64_t rows, int64_t columns, int64_t row_stride, int64_t column_stride) {
+Tensor matrix(const Factor& f, void* data, int64_t rows, int64_t columns, int64_t row_stride,
+              int64_t column_stride) {
   const auto options = at::TensorOptions().dtype(f.dtype).device(f.device);
-  return at::from_blob(data, {rows, columns}, {row_stride, column_stride}, nullptr, options, f.device);
+  return at::from_blob(data, {rows, columns}, {row_stride, column_stride}, nullptr, options,
+                       f.device);
 }
 
 Tensor wide(const Factor& f) { return matrix(f, f.wide, f.tokens, f.columns, f.wide_stride, 1); }
-Tensor thin(const Factor& f) { return matrix(f, f.thin, f.tokens, f.num_segments * f.rank, f.thin_stride, 1); }
+Tensor thin(const Factor& f) {
+  return matrix(f, f.thin, f.tokens, f.num_segments * f.rank, f.thin_stride, 1);
+}
 Tensor weight(const Factor& f) {
   return matrix(f, f.weight, f.columns, f.rank, f.column_stride, f.rank_stride);
 }
 
-// body(columns [start, start + size), first rank column, whether no earlier block has this projection)
+// body(columns [start, start + size), first rank column, whether no earlier block has this
+// projection)
 template <class Body>
 void for_each_block(const Factor& f, Body body) {
   for (int64_t start = 0; start < f.columns;) {
@@ -42,15 +47,16 @@ void multiply(Tensor out, const Tensor& a, const Tensor& b, double beta, double 
 void project(const Factor& f) {
   const Tensor x = wide(f), s = thin(f), w = weight(f);
   for_each_block(f, [&](int64_t start, int64_t size, int64_t rank_start, bool first) {
-    multiply(
-        s.narrow(1, rank_start, f.rank), x.narrow(1, start, size), w.narrow(0, start, size), first ? 0 : 1, f.scale);
+    multiply(s.narrow(1, rank_start, f.rank), x.narrow(1, start, size), w.narrow(0, start, size),
+             first ? 0 : 1, f.scale);
   });
 }
 
 void update(const Factor& f) {
   const Tensor y = wide(f), s = thin(f), w = weight(f);
   for_each_block(f, [&](int64_t start, int64_t size, int64_t rank_start, bool) {
-    multiply(y.narrow(1, start, size), s.narrow(1, rank_start, f.rank), w.narrow(0, start, size).t(), 1, f.scale);
+    multiply(y.narrow(1, start, size), s.narrow(1, rank_start, f.rank),
+             w.narrow(0, start, size).t(), 1, f.scale);
   });
 }
 

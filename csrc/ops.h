@@ -13,8 +13,8 @@
 #include "factor.h"
 #include "schemas.h"
 
-// The seven ops in terms of the three products of factor.h, for any device: Products has static functions
-// project(Factor&), update(Factor&) and outer(Factor&) on rows with unit column stride.
+// The seven ops in terms of the three products of factor.h, for any device: Products has static
+// functions project(Factor&), update(Factor&) and outer(Factor&) on rows with unit column stride.
 namespace megalora {
 
 // [..., c] as [tokens, c] with unit column stride: a view where one exists, a copy where none does.
@@ -85,7 +85,8 @@ struct Call {
   }
 };
 
-// Runs body on rows of target that can be written in place; copies in and out only where no view of rows exists.
+// Runs body on rows of target that can be written in place; copies in and out only where no view of
+// rows exists.
 template <class Body>
 void in_place(const Tensor& target, Body body) {
   Tensor view = rows(target);
@@ -97,8 +98,8 @@ void in_place(const Tensor& target, Body body) {
 
 template <class Products>
 struct Ops {
-  static Tensor shrink(
-      const Tensor& x, const Tensor& lora_A, const OptionalTensor& offsets, double p, const OptionalTensor& seed) {
+  static Tensor shrink(const Tensor& x, const Tensor& lora_A, const OptionalTensor& offsets,
+                       double p, const OptionalTensor& seed) {
     check_tokens(x, "x", offsets);
     check_dtype(lora_A, "lora_A", x, "x");
     check_shared(lora_A, "lora_A", x, offsets);
@@ -115,9 +116,8 @@ struct Ops {
     return s;
   }
 
-  static void expand_(
-      const Tensor& y, const Tensor& s, const Tensor& lora_B, double scale, const OptionalTensor& offsets,
-      at::IntArrayRef segments) {
+  static void expand_(const Tensor& y, const Tensor& s, const Tensor& lora_B, double scale,
+                      const OptionalTensor& offsets, at::IntArrayRef segments) {
     const int64_t period = check_expand(y, "y", lora_B, offsets, segments);
     check_thin(s, "s", y, "y", lora_B.size(-1), segments);
     Call call(offsets);
@@ -132,8 +132,8 @@ struct Ops {
     });
   }
 
-  static Tensor expand_dgrad(
-      const Tensor& dy, const Tensor& lora_B, double scale, const OptionalTensor& offsets, at::IntArrayRef segments) {
+  static Tensor expand_dgrad(const Tensor& dy, const Tensor& lora_B, double scale,
+                             const OptionalTensor& offsets, at::IntArrayRef segments) {
     const int64_t period = check_expand(dy, "dy", lora_B, offsets, segments);
     const int64_t blocks = segments.empty() ? 1 : static_cast<int64_t>(segments.size());
     Tensor ds = at::empty(with_last(dy, blocks * lora_B.size(-1)), dy.options());
@@ -147,9 +147,8 @@ struct Ops {
     return ds;
   }
 
-  static Tensor expand_wgrad(
-      const Tensor& dy, const Tensor& s, const Tensor& lora_B, double scale, const OptionalTensor& offsets,
-      at::IntArrayRef segments) {
+  static Tensor expand_wgrad(const Tensor& dy, const Tensor& s, const Tensor& lora_B, double scale,
+                             const OptionalTensor& offsets, at::IntArrayRef segments) {
     const int64_t period = check_expand(dy, "dy", lora_B, offsets, segments);
     check_thin(s, "s", dy, "dy", lora_B.size(-1), segments);
     Tensor d_b = at::empty(lora_B.sizes(), lora_B.options());
@@ -165,15 +164,16 @@ struct Ops {
     return d_b;
   }
 
-  static std::tuple<Tensor, Tensor> expand_backward(
-      const Tensor& dy, const Tensor& s, const Tensor& lora_B, double scale, const OptionalTensor& offsets,
-      at::IntArrayRef segments) {
-    return {expand_dgrad(dy, lora_B, scale, offsets, segments), expand_wgrad(dy, s, lora_B, scale, offsets, segments)};
+  static std::tuple<Tensor, Tensor> expand_backward(const Tensor& dy, const Tensor& s,
+                                                    const Tensor& lora_B, double scale,
+                                                    const OptionalTensor& offsets,
+                                                    at::IntArrayRef segments) {
+    return {expand_dgrad(dy, lora_B, scale, offsets, segments),
+            expand_wgrad(dy, s, lora_B, scale, offsets, segments)};
   }
 
-  static void shrink_dgrad_(
-      const Tensor& dx, const Tensor& ds, const Tensor& lora_A, const OptionalTensor& offsets, double p,
-      const OptionalTensor& seed) {
+  static void shrink_dgrad_(const Tensor& dx, const Tensor& ds, const Tensor& lora_A,
+                            const OptionalTensor& offsets, double p, const OptionalTensor& seed) {
     check_tokens(dx, "dx", offsets);
     check_dtype(lora_A, "lora_A", dx, "dx");
     check_shared(lora_A, "lora_A", dx, offsets);
@@ -192,8 +192,8 @@ struct Ops {
     });
   }
 
-  static Tensor shrink_wgrad(
-      const Tensor& ds, const Tensor& x, const OptionalTensor& offsets, double p, const OptionalTensor& seed) {
+  static Tensor shrink_wgrad(const Tensor& ds, const Tensor& x, const OptionalTensor& offsets,
+                             double p, const OptionalTensor& seed) {
     check_tokens(x, "x", offsets);
     check_dropout(p, seed, x);
     check_thin(ds, "ds", x, "x", ds.dim() > 0 ? ds.size(-1) : 0, {});
@@ -226,20 +226,19 @@ struct Ops {
     }
   }
 
-  static void check_shared(
-      const Tensor& weight, const char* name, const Tensor& tokens, const OptionalTensor& offsets) {
+  static void check_shared(const Tensor& weight, const char* name, const Tensor& tokens,
+                           const OptionalTensor& offsets) {
     if (offsets) {
       check_offsets(*offsets, tokens);
     }
     check_weight(weight, name, offsets);
-    TORCH_CHECK_VALUE(
-        Products::supports(tokens.scalar_type()), "dtype ", tokens.scalar_type(), " is not supported on ",
-        tokens.device().type(), ", expected one of ", Products::kDtypes);
+    TORCH_CHECK_VALUE(Products::supports(tokens.scalar_type()), "dtype ", tokens.scalar_type(),
+                      " is not supported on ", tokens.device().type(), ", expected one of ",
+                      Products::kDtypes);
   }
 
-  static int64_t check_expand(
-      const Tensor& wide, const char* name, const Tensor& lora_B, const OptionalTensor& offsets,
-      at::IntArrayRef segments) {
+  static int64_t check_expand(const Tensor& wide, const char* name, const Tensor& lora_B,
+                              const OptionalTensor& offsets, at::IntArrayRef segments) {
     check_tokens(wide, name, offsets);
     check_dtype(lora_B, "lora_B", wide, name);
     check_shared(lora_B, "lora_B", wide, offsets);
@@ -247,15 +246,16 @@ struct Ops {
     return check_segments(segments, wide.size(-1));
   }
 
-  static void check_thin(
-      const Tensor& thin, const char* name, const Tensor& wide, const char* wide_name, int64_t rank,
-      at::IntArrayRef segments) {
+  static void check_thin(const Tensor& thin, const char* name, const Tensor& wide,
+                         const char* wide_name, int64_t rank, at::IntArrayRef segments) {
     check_dtype(thin, name, wide, wide_name);
-    TORCH_CHECK_VALUE(
-        thin.dim() == wide.dim() && thin.sizes().slice(0, thin.dim() - 1) == wide.sizes().slice(0, wide.dim() - 1),
-        name, " has shape ", thin.sizes(), ", expected the leading sizes of ", wide_name, ", ", wide.sizes());
+    TORCH_CHECK_VALUE(thin.dim() == wide.dim() && thin.sizes().slice(0, thin.dim() - 1) ==
+                                                      wide.sizes().slice(0, wide.dim() - 1),
+                      name, " has shape ", thin.sizes(), ", expected the leading sizes of ",
+                      wide_name, ", ", wide.sizes());
     const int64_t blocks = segments.empty() ? 1 : static_cast<int64_t>(segments.size());
-    check_size(thin.size(-1), "the last size of s or ds", blocks * rank, "one rank block for each segment");
+    check_size(thin.size(-1), "the last size of s or ds", blocks * rank,
+               "one rank block for each segment");
   }
 };
 

@@ -6,8 +6,9 @@
 
 namespace megalora {
 
-// Philox4x32-10 (Salmon et al., SC 2011) of a 64-bit counter, the upper half of its 128 bits being zero.
-// Lane is uint64_t or a vector of them, each lane holding one 32-bit word: words[i] in [0, 2^32).
+// Philox4x32-10 (Salmon et al., SC 2011) of a 64-bit counter, the upper half of its 128 bits being
+// zero. Lane is uint64_t or a vector of them, each lane holding one 32-bit word: words[i] in [0,
+// 2^32).
 template <class Lane>
 MEGALORA_HOST_DEVICE void philox(Lane counter, uint64_t seed, Lane (&words)[4]) {
   constexpr uint64_t kWord = 0xFFFFFFFFu;

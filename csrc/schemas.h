@@ -4,11 +4,13 @@
 
 namespace megalora {
 
-// Dense without offsets, grouped over experts with them; megalora/reference.py says what each op computes.
+// Dense without offsets, grouped over experts with them; megalora/reference.py says what each op
+// computes.
 inline void define_ops(torch::Library& m) {
   m.def("shrink(Tensor x, Tensor lora_A, Tensor? offsets, float p, Tensor? seed) -> Tensor");
   m.def(
-      "expand_(Tensor(a!) y, Tensor s, Tensor lora_B, float scale, Tensor? offsets, int[] segments) "
+      "expand_(Tensor(a!) y, Tensor s, Tensor lora_B, float scale, Tensor? offsets, int[] "
+      "segments) "
       "-> ()");
   m.def(
       "expand_dgrad(Tensor dy, Tensor lora_B, float scale, Tensor? offsets, int[] segments) "

@@ -344,6 +344,22 @@ def test_gradcheck_notices_a_gradient_of_another_mask(monkeypatch: pytest.Monkey
         )
 
 
+def test_autocast_computes_in_its_dtype_and_returns_gradients_in_the_weights_dtype() -> None:
+    x, weight = torch.randn(6, 8), torch.randn(5, 8)
+    lora_A, lora_B = torch.randn(3, 8, requires_grad=True), torch.randn(5, 3)
+    with torch.autocast("cpu", torch.bfloat16):
+        s = fused.shrink(x, lora_A)
+        y = torch.nn.functional.linear(x, weight)
+        fused.expand_(y, s.detach(), lora_B, 0.5)
+    assert (s.dtype, y.dtype) == (torch.bfloat16, torch.bfloat16)
+    torch.testing.assert_close(s.float(), x @ lora_A.T, rtol=2e-2, atol=5e-2)
+    expected = x @ weight.T + 0.5 * s.detach().float() @ lora_B.T
+    torch.testing.assert_close(y.float(), expected, rtol=2e-2, atol=5e-2)
+    s.sum().backward()
+    assert lora_A.grad is not None
+    torch.testing.assert_close(lora_A.grad, x.sum(0).expand(3, 8), rtol=2e-2, atol=5e-2)
+
+
 @pytest.mark.parametrize("experts", [0, 3])
 def test_a_lora_linear_compiles_to_one_graph(experts: int) -> None:
     given = draw(Case(12, 8, (4, 2), 2, rank=3, experts=experts), torch.float32)

@@ -5,8 +5,9 @@
 
 #include "../philox.h"
 
-// Register-blocked loops over vectors of L accumulators (float or double), in the compiler's own vector types so that
-// one source serves every instruction set. All are inlined into a function that names its target (see table.cpp).
+// Register-blocked loops over vectors of L accumulators (float or double), in the compiler's own
+// vector types so that one source serves every instruction set. All are inlined into a function
+// that names its target (see table.cpp).
 namespace megalora::micro {
 
 #define MEGALORA_INLINE inline __attribute__((always_inline))
@@ -43,8 +44,8 @@ MEGALORA_INLINE T horizontal_sum(const Vector<T, L>& v) {
 
 // out[m, n] += sum_k a[m, k] * b[n, k] for an M x N block, k contiguous in both.
 template <class T, int L, int M, int N>
-MEGALORA_INLINE void dot_block(
-    const T* a, int64_t a_row, const T* b, int64_t b_row, int64_t depth, T* out, int64_t out_row) {
+MEGALORA_INLINE void dot_block(const T* a, int64_t a_row, const T* b, int64_t b_row, int64_t depth,
+                               T* out, int64_t out_row) {
   using V = Vector<T, L>;
   V sums[M][N] = {};
   int64_t k = 0;
@@ -77,8 +78,8 @@ MEGALORA_INLINE void dot_block(
 }
 
 template <class T, int L, int M>
-MEGALORA_INLINE void dot_rows(
-    const T* a, int64_t a_row, const T* b, int64_t b_row, int64_t n_end, int64_t depth, T* out, int64_t out_row) {
+MEGALORA_INLINE void dot_rows(const T* a, int64_t a_row, const T* b, int64_t b_row, int64_t n_end,
+                              int64_t depth, T* out, int64_t out_row) {
   int64_t n = 0;
   for (; n + 4 <= n_end; n += 4) {
     dot_block<T, L, M, 4>(a, a_row, b + n * b_row, b_row, depth, out + n, out_row);
@@ -92,9 +93,8 @@ MEGALORA_INLINE void dot_rows(
 }
 
 template <class T, int L>
-MEGALORA_INLINE void dot(
-    const T* a, int64_t a_row, const T* b, int64_t b_row, int64_t m_end, int64_t n_end, int64_t depth, T* out,
-    int64_t out_row) {
+MEGALORA_INLINE void dot(const T* a, int64_t a_row, const T* b, int64_t b_row, int64_t m_end,
+                         int64_t n_end, int64_t depth, T* out, int64_t out_row) {
   int64_t m = 0;
   for (; m + 4 <= m_end; m += 4) {
     dot_rows<T, L, 4>(a + m * a_row, a_row, b, b_row, n_end, depth, out + m * out_row, out_row);
@@ -104,10 +104,11 @@ MEGALORA_INLINE void dot(
   }
 }
 
-// out[m, c] += sum_k a[m, k] * b[k, c] for M rows and N vectors of columns, c contiguous in b and out.
+// out[m, c] += sum_k a[m, k] * b[k, c] for M rows and N vectors of columns, c contiguous in b and
+// out.
 template <class T, int L, int M, int N>
-MEGALORA_INLINE void axpy_block(
-    const T* a, int64_t a_row, int64_t a_step, const T* b, int64_t b_row, int64_t depth, T* out, int64_t out_row) {
+MEGALORA_INLINE void axpy_block(const T* a, int64_t a_row, int64_t a_step, const T* b,
+                                int64_t b_row, int64_t depth, T* out, int64_t out_row) {
   using V = Vector<T, L>;
   V sums[M][N];
 #pragma GCC unroll 4
@@ -142,9 +143,8 @@ MEGALORA_INLINE void axpy_block(
 }
 
 template <class T, int L, int M>
-MEGALORA_INLINE void axpy_rows(
-    const T* a, int64_t a_row, int64_t a_step, const T* b, int64_t b_row, int64_t columns, int64_t depth, T* out,
-    int64_t out_row) {
+MEGALORA_INLINE void axpy_rows(const T* a, int64_t a_row, int64_t a_step, const T* b, int64_t b_row,
+                               int64_t columns, int64_t depth, T* out, int64_t out_row) {
   int64_t c = 0;
   for (; c + 4 * L <= columns; c += 4 * L) {
     axpy_block<T, L, M, 4>(a, a_row, a_step, b + c, b_row, depth, out + c, out_row);
@@ -164,21 +164,23 @@ MEGALORA_INLINE void axpy_rows(
 }
 
 template <class T, int L>
-MEGALORA_INLINE void axpy(
-    const T* a, int64_t a_row, int64_t a_step, const T* b, int64_t b_row, int64_t m_end, int64_t columns, int64_t depth,
-    T* out, int64_t out_row) {
+MEGALORA_INLINE void axpy(const T* a, int64_t a_row, int64_t a_step, const T* b, int64_t b_row,
+                          int64_t m_end, int64_t columns, int64_t depth, T* out, int64_t out_row) {
   int64_t m = 0;
   for (; m + 4 <= m_end; m += 4) {
-    axpy_rows<T, L, 4>(a + m * a_row, a_row, a_step, b, b_row, columns, depth, out + m * out_row, out_row);
+    axpy_rows<T, L, 4>(a + m * a_row, a_row, a_step, b, b_row, columns, depth, out + m * out_row,
+                       out_row);
   }
   for (; m < m_end; ++m) {
-    axpy_rows<T, L, 1>(a + m * a_row, a_row, a_step, b, b_row, columns, depth, out + m * out_row, out_row);
+    axpy_rows<T, L, 1>(a + m * a_row, a_row, a_step, b, b_row, columns, depth, out + m * out_row,
+                       out_row);
   }
 }
 
 // Zeroes the dropped ones of count values whose row-major index starts at first.
 template <class T, int L>
-MEGALORA_INLINE void drop(T* values, int64_t first, int64_t count, uint64_t seed, uint32_t threshold) {
+MEGALORA_INLINE void drop(T* values, int64_t first, int64_t count, uint64_t seed,
+                          uint32_t threshold) {
   using Lane = Vector<uint64_t, L>;
   Lane lane_index;
   for (int lane = 0; lane < L; ++lane) {

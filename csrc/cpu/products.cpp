@@ -40,9 +40,9 @@ std::vector<Span> expert_rows(const Factor& f) {
   for (int64_t e = 0; e < f.experts; ++e) {
     const int64_t end = f.offsets_are_int64 ? static_cast<const int64_t*>(f.offsets)[e]
                                             : static_cast<const int32_t*>(f.offsets)[e];
-    TORCH_CHECK_VALUE(
-        end >= begin && end <= f.tokens, "offsets[", e, "] is ", end, ", expected ", begin, " to ", f.tokens,
-        ": the inclusive cumulative sum of tokens per expert");
+    TORCH_CHECK_VALUE(end >= begin && end <= f.tokens, "offsets[", e, "] is ", end, ", expected ",
+                      begin, " to ", f.tokens,
+                      ": the inclusive cumulative sum of tokens per expert");
     spans.push_back({begin, end});
     begin = end;
   }
@@ -107,13 +107,17 @@ struct View {
   const Factor& f;
   const Table<Acc>& loops = table<Acc>();
 
-  T* wide(int64_t row, int64_t column) const { return static_cast<T*>(f.wide) + row * f.wide_stride + column; }
+  T* wide(int64_t row, int64_t column) const {
+    return static_cast<T*>(f.wide) + row * f.wide_stride + column;
+  }
   T* thin(int64_t row) const { return static_cast<T*>(f.thin) + row * f.thin_stride; }
   T* weight(int64_t expert, int64_t column, int64_t j) const {
-    return static_cast<T*>(f.weight) + expert * f.expert_stride + column * f.column_stride + j * f.rank_stride;
+    return static_cast<T*>(f.weight) + expert * f.expert_stride + column * f.column_stride +
+           j * f.rank_stride;
   }
 
-  // A tile of wide with its dropped elements zero: wide itself where that is the same, else a copy in buffer.
+  // A tile of wide with its dropped elements zero: wide itself where that is the same, else a copy
+  // in buffer.
   Matrix<Acc> read_wide(Span rows, Span columns, Acc* buffer) const {
     if (std::is_same_v<T, Acc> && !f.drops()) {
       return {reinterpret_cast<Acc*>(wide(rows.begin, columns.begin)), f.wide_stride};
@@ -132,7 +136,8 @@ struct View {
     }
     for (int64_t i = 0; i < rows.size(); ++i) {
       const int64_t first = (rows.begin + i) * f.columns + columns.begin;
-      loops.drop(buffer + i * columns.size(), first, columns.size(), static_cast<uint64_t>(*f.seed), f.threshold);
+      loops.drop(buffer + i * columns.size(), first, columns.size(), static_cast<uint64_t>(*f.seed),
+                 f.threshold);
     }
   }
 
@@ -188,7 +193,8 @@ void project(const View<T>& view) {
     std::fill_n(view.thin(row), width, T(0));
   }
   at::parallel_for(0, items.size(), 1, [&](int64_t first, int64_t last) {
-    const Buffer<Acc> tile(kTileRows * kTileColumns), packed(f.rank * f.columns), sums(kTileRows * width);
+    const Buffer<Acc> tile(kTileRows * kTileColumns), packed(f.rank * f.columns),
+        sums(kTileRows * width);
     for (int64_t i = first; i < last; ++i) {
       const Matrix<Acc> weight = view.pack_weight(items[i].expert, packed.get());
       for (int64_t row = items[i].rows.begin; row < items[i].rows.end; row += kTileRows) {
@@ -196,13 +202,14 @@ void project(const View<T>& view) {
         std::fill_n(sums.get(), rows.size() * width, Acc(0));
         for (const Block& block : blocks) {
           const Matrix<Acc> wide = view.read_wide(rows, block.columns, tile.get());
-          view.loops.dot(
-              wide.data, wide.stride, weight.data + block.columns.begin, weight.stride, rows.size(), f.rank,
-              block.columns.size(), sums.get() + block.projection * f.rank, width);
+          view.loops.dot(wide.data, wide.stride, weight.data + block.columns.begin, weight.stride,
+                         rows.size(), f.rank, block.columns.size(),
+                         sums.get() + block.projection * f.rank, width);
         }
         for (int64_t r = 0; r < rows.size(); ++r) {
           for (int64_t j = 0; j < width; ++j) {
-            view.thin(rows.begin + r)[j] = static_cast<T>(static_cast<Acc>(f.scale) * sums.get()[r * width + j]);
+            view.thin(rows.begin + r)[j] =
+                static_cast<T>(static_cast<Acc>(f.scale) * sums.get()[r * width + j]);
           }
         }
       }
@@ -230,7 +237,8 @@ void update(const View<T>& view) {
   const int64_t width = view.thin_columns();
   const bool in_place = std::is_same_v<T, Acc> && !f.drops();
   at::parallel_for(0, items.size(), 1, [&](int64_t first, int64_t last) {
-    const Buffer<Acc> tile(kTileRows * kTileColumns), packed(f.rank * f.columns), thin(kTileRows * width);
+    const Buffer<Acc> tile(kTileRows * kTileColumns), packed(f.rank * f.columns),
+        thin(kTileRows * width);
     for (int64_t i = first; i < last; ++i) {
       const Matrix<Acc> weight = view.pack_weight(items[i].expert, packed.get());
       for (int64_t row = items[i].rows.begin; row < items[i].rows.end; row += kTileRows) {
@@ -239,13 +247,14 @@ void update(const View<T>& view) {
         for (const Block& block : blocks) {
           Matrix<Acc> sums{tile.get(), block.columns.size()};
           if (in_place) {
-            sums = {reinterpret_cast<Acc*>(view.wide(rows.begin, block.columns.begin)), f.wide_stride};
+            sums = {reinterpret_cast<Acc*>(view.wide(rows.begin, block.columns.begin)),
+                    f.wide_stride};
           } else {
             std::fill_n(tile.get(), rows.size() * block.columns.size(), Acc(0));
           }
-          view.loops.axpy(
-              thin.get() + block.projection * f.rank, width, 1, weight.data + block.columns.begin, weight.stride,
-              rows.size(), block.columns.size(), f.rank, sums.data, sums.stride);
+          view.loops.axpy(thin.get() + block.projection * f.rank, width, 1,
+                          weight.data + block.columns.begin, weight.stride, rows.size(),
+                          block.columns.size(), f.rank, sums.data, sums.stride);
           if (!in_place) {
             view.drop(rows, block.columns, tile.get());
             add_tile(view, rows, block.columns, tile.get());
@@ -265,7 +274,8 @@ void outer(const View<T>& view) {
   const int64_t width = view.thin_columns();
   const int64_t num_blocks = static_cast<int64_t>(blocks.size());
   at::parallel_for(0, f.experts * num_blocks, 1, [&](int64_t first, int64_t last) {
-    const Buffer<Acc> tile(kOuterRows * kOuterColumns), thin(kOuterRows * width), sums(f.rank * kOuterColumns);
+    const Buffer<Acc> tile(kOuterRows * kOuterColumns), thin(kOuterRows * width),
+        sums(f.rank * kOuterColumns);
     for (int64_t i = first; i < last; ++i) {
       const Span& all_rows = experts[i / num_blocks];
       const Block& block = blocks[i % num_blocks];
@@ -275,17 +285,17 @@ void outer(const View<T>& view) {
         const Span rows{row, std::min(row + kOuterRows, all_rows.end)};
         view.read_thin(rows, thin.get());
         const Matrix<Acc> wide = view.read_wide(rows, block.columns, tile.get());
-        view.loops.axpy(
-            thin.get() + block.projection * f.rank, 1, width, wide.data, wide.stride, f.rank, columns, rows.size(),
-            sums.get(), columns);
+        view.loops.axpy(thin.get() + block.projection * f.rank, 1, width, wide.data, wide.stride,
+                        f.rank, columns, rows.size(), sums.get(), columns);
       }
       view.write_weight(i / num_blocks, block.columns, sums.get());
     }
   });
 }
 
-// Up to rank 128 our loops take half the time of MKL's sgemm on AMD and a tenth at rank 4, but they multiply in fp32
-// where oneDNN has bf16 and fp16 instructions. Those would round thin once per period.
+// Up to rank 128 our loops take half the time of MKL's sgemm on AMD and a tenth at rank 4, but they
+// multiply in fp32 where oneDNN has bf16 and fp16 instructions. Those would round thin once per
+// period.
 bool gemm_is_faster(const Factor& f) {
   if (f.offsets != nullptr || f.drops()) {
     return false;
@@ -296,8 +306,8 @@ bool gemm_is_faster(const Factor& f) {
 
 template <class Body>
 void with_dtype(const Factor& f, Body body) {
-  AT_DISPATCH_FLOATING_TYPES_AND2(
-      at::kBFloat16, at::kHalf, f.dtype, "megalora", [&] { body(View<scalar_t>{f}); });
+  AT_DISPATCH_FLOATING_TYPES_AND2(at::kBFloat16, at::kHalf, f.dtype, "megalora",
+                                  [&] { body(View<scalar_t>{f}); });
 }
 
 }  // namespace

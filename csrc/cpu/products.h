@@ -9,7 +9,8 @@ namespace megalora::cpu {
 struct Products {
   static constexpr const char* kDtypes = "float64, float32, bfloat16, float16";
   static bool supports(at::ScalarType dtype) {
-    return dtype == at::kDouble || dtype == at::kFloat || dtype == at::kBFloat16 || dtype == at::kHalf;
+    return dtype == at::kDouble || dtype == at::kFloat || dtype == at::kBFloat16 ||
+           dtype == at::kHalf;
   }
   static void project(const Factor& factor);
   static void update(const Factor& factor);

@@ -4,17 +4,16 @@
 
 namespace megalora {
 
-// The inner loops for one accumulator type, compiled for the instruction set that the table was picked for.
+// The inner loops for one accumulator type, compiled for the instruction set that the table was
+// picked for.
 template <class T>
 struct Table {
   // out[m, n] += sum_k a[m, k] * b[n, k]
-  void (*dot)(
-      const T* a, int64_t a_row, const T* b, int64_t b_row, int64_t m_end, int64_t n_end, int64_t depth, T* out,
-      int64_t out_row);
+  void (*dot)(const T* a, int64_t a_row, const T* b, int64_t b_row, int64_t m_end, int64_t n_end,
+              int64_t depth, T* out, int64_t out_row);
   // out[m, c] += sum_k a[m * a_row + k * a_step] * b[k, c]
-  void (*axpy)(
-      const T* a, int64_t a_row, int64_t a_step, const T* b, int64_t b_row, int64_t m_end, int64_t columns,
-      int64_t depth, T* out, int64_t out_row);
+  void (*axpy)(const T* a, int64_t a_row, int64_t a_step, const T* b, int64_t b_row, int64_t m_end,
+               int64_t columns, int64_t depth, T* out, int64_t out_row);
   // Zeroes the dropped ones of count values whose row-major index starts at first.
   void (*drop)(T* values, int64_t first, int64_t count, uint64_t seed, uint32_t threshold);
 };

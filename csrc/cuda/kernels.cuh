@@ -14,7 +14,8 @@ void project(const Factor& factor, Stream stream);
 // wide += scale * thin · Wᵀ
 void update(const Factor& factor, Stream stream);
 
-// W = scale * wideᵀ · thin. workspace: fp32 [outer_splits(factor), columns, rank], unused for one split.
+// W = scale * wideᵀ · thin. workspace: fp32 [outer_splits(factor), columns, rank], unused for one
+// split.
 int64_t outer_splits(const Factor& factor);
 void outer(const Factor& factor, float* workspace, Stream stream);
 

@@ -10,9 +10,11 @@
 namespace megalora::cuda {
 namespace {
 
-// cuBLAS with beta = 1 for what it can do in one call per projection; our kernels for experts, dropout and
-// projections that are interleaved by query group.
-bool gemm_is_faster(const Factor& f) { return f.offsets == nullptr && !f.drops() && f.columns == f.period; }
+// cuBLAS with beta = 1 for what it can do in one call per projection; our kernels for experts,
+// dropout and projections that are interleaved by query group.
+bool gemm_is_faster(const Factor& f) {
+  return f.offsets == nullptr && !f.drops() && f.columns == f.period;
+}
 
 struct Products {
   static constexpr const char* kDtypes = "float32, bfloat16, float16";
@@ -47,8 +49,8 @@ struct Products {
       return;
     }
     const int64_t splits = outer_splits(f);
-    const Tensor workspace = at::empty(
-        {splits > 1 ? splits * f.columns * f.rank : 0}, at::TensorOptions().dtype(at::kFloat).device(f.device));
+    const Tensor workspace = at::empty({splits > 1 ? splits * f.columns * f.rank : 0},
+                                       at::TensorOptions().dtype(at::kFloat).device(f.device));
     cuda::outer(f, workspace.data_ptr<float>(), c10::cuda::getCurrentCUDAStream());
     C10_CUDA_KERNEL_LAUNCH_CHECK();
   }

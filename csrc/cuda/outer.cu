@@ -4,15 +4,16 @@
 namespace megalora::cuda {
 namespace {
 
-// Blocks that fill the largest GPUs; tokens that are worth a split of their own. Constants, so that the order of
-// summation, and with it every bit of the result, depends on the shapes alone.
+// Blocks that fill the largest GPUs; tokens that are worth a split of their own. Constants, so that
+// the order of summation, and with it every bit of the result, depends on the shapes alone.
 constexpr int64_t kWantedBlocks = 264;
 constexpr int64_t kTokensPerSplit = 512;
 
-// One block: 64 columns of one projection, RANK ranks, the tokens of one expert or of one split of a dense factor,
-// in stages of kDepth tokens. grid: (column tiles, rank tiles, experts or splits).
+// One block: 64 columns of one projection, RANK ranks, the tokens of one expert or of one split of
+// a dense factor, in stages of kDepth tokens. grid: (column tiles, rank tiles, experts or splits).
 template <class T, int RANK>
-__global__ void __launch_bounds__(kThreads) outer_kernel(const __grid_constant__ Factor f, int64_t splits, float* workspace) {
+__global__ void __launch_bounds__(kThreads)
+    outer_kernel(const __grid_constant__ Factor f, int64_t splits, float* workspace) {
   constexpr int kStages = stages<RANK>;
   constexpr int kWidePitch = kTileColumns + kVector<T>;
   constexpr int kThinPitch = RANK + kVector<T>;
@@ -34,10 +35,11 @@ __global__ void __launch_bounds__(kThreads) outer_kernel(const __grid_constant__
     if (step < steps) {
       const int64_t token = begin + step * kDepth<T>;
       const int rows = clamp_to(end - token, kDepth<T>);
-      load_tile<kDepth<T>, kTileColumns>(
-          wide[step % kStages], wide_at<T>(f, token, columns.begin), f.wide_stride, rows, columns.columns);
-      load_tile<kDepth<T>, RANK>(
-          thin[step % kStages], thin_at<T>(f, token, columns.projection, first_rank), f.thin_stride, rows, ranks);
+      load_tile<kDepth<T>, kTileColumns>(wide[step % kStages], wide_at<T>(f, token, columns.begin),
+                                         f.wide_stride, rows, columns.columns);
+      load_tile<kDepth<T>, RANK>(thin[step % kStages],
+                                 thin_at<T>(f, token, columns.projection, first_rank),
+                                 f.thin_stride, rows, ranks);
     }
     commit_copies();
   };
@@ -56,7 +58,8 @@ __global__ void __launch_bounds__(kThreads) outer_kernel(const __grid_constant__
       drop_tile<kDepth<T>, kTileColumns>(tile, f, begin + step * kDepth<T>, columns.begin);
       __syncthreads();
     }
-    multiply<true, true, kDepth<T>, RANK>(sums, tile + warp_column, kWidePitch, thin[step % kStages], kThinPitch);
+    multiply<true, true, kDepth<T>, RANK>(sums, tile + warp_column, kWidePitch,
+                                          thin[step % kStages], kThinPitch);
   }
 
 #pragma unroll
@@ -69,7 +72,8 @@ __global__ void __launch_bounds__(kThreads) outer_kernel(const __grid_constant__
         continue;
       }
       if (splits > 1) {
-        workspace[(part * f.columns + columns.begin + column) * f.rank + first_rank + rank] = sums[n][i];
+        workspace[(part * f.columns + columns.begin + column) * f.rank + first_rank + rank] =
+            sums[n][i];
       } else {
         *weight_at<T>(f, expert, columns.begin + column, first_rank + rank) =
             static_cast<T>(sums[n][i] * static_cast<float>(f.scale));
@@ -80,7 +84,8 @@ __global__ void __launch_bounds__(kThreads) outer_kernel(const __grid_constant__
 
 // W = scale * the sum of the splits, always in the same order.
 template <class T>
-__global__ void __launch_bounds__(kThreads) add_splits_kernel(const __grid_constant__ Factor f, int64_t splits, const float* workspace) {
+__global__ void __launch_bounds__(kThreads)
+    add_splits_kernel(const __grid_constant__ Factor f, int64_t splits, const float* workspace) {
   const int64_t count = f.columns * f.rank;
   const int64_t index = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x;
   if (index >= count) {
@@ -90,7 +95,8 @@ __global__ void __launch_bounds__(kThreads) add_splits_kernel(const __grid_const
   for (int64_t split = 0; split < splits; ++split) {
     sum += workspace[split * count + index];
   }
-  *weight_at<T>(f, 0, index / f.rank, index % f.rank) = static_cast<T>(sum * static_cast<float>(f.scale));
+  *weight_at<T>(f, 0, index / f.rank, index % f.rank) =
+      static_cast<T>(sum * static_cast<float>(f.scale));
 }
 
 }  // namespace
@@ -108,7 +114,8 @@ int64_t outer_splits(const Factor& f) {
 void outer(const Factor& f, float* workspace, Stream stream) {
   const int64_t splits = outer_splits(f);
   with_rank_tile(f, [&]<class T, int RANK>() {
-    const dim3 grid(column_tiles(f), (f.rank + RANK - 1) / RANK, f.offsets != nullptr ? f.experts : splits);
+    const dim3 grid(column_tiles(f), (f.rank + RANK - 1) / RANK,
+                    f.offsets != nullptr ? f.experts : splits);
     launch(outer_kernel<T, RANK>, grid, stream, f, splits, workspace);
     if (splits > 1) {
       const dim3 blocks((f.columns * f.rank + kThreads - 1) / kThreads);

@@ -4,8 +4,8 @@
 namespace megalora::cuda {
 namespace {
 
-// One block: 64 tokens of one expert, one projection, RANK ranks. It reads only the columns of that projection, in
-// stages of kDepth columns. grid: (token slots, projections * rank tiles).
+// One block: 64 tokens of one expert, one projection, RANK ranks. It reads only the columns of that
+// projection, in stages of kDepth columns. grid: (token slots, projections * rank tiles).
 template <class T, int RANK, bool RANK_FIRST>
 __global__ void __launch_bounds__(kThreads) project_kernel(const __grid_constant__ Factor f) {
   constexpr int kStages = stages<RANK>;
@@ -41,11 +41,12 @@ __global__ void __launch_bounds__(kThreads) project_kernel(const __grid_constant
     if (step < steps) {
       const int64_t column = column_of(step);
       const int columns = clamp_to(size - step % steps_per_block * kDepth<T>, kDepth<T>);
-      load_tile<kTileTokens, kDepth<T>>(
-          wide[step % kStages], wide_at<T>(f, tokens.begin, column), f.wide_stride, rows, columns);
+      load_tile<kTileTokens, kDepth<T>>(wide[step % kStages], wide_at<T>(f, tokens.begin, column),
+                                        f.wide_stride, rows, columns);
       load_tile<kWeightRows, kWeightColumns>(
           weight[step % kStages], weight_at<T>(f, tokens.expert, column, first_rank),
-          RANK_FIRST ? f.rank_stride : f.column_stride, RANK_FIRST ? ranks : columns, RANK_FIRST ? columns : ranks);
+          RANK_FIRST ? f.rank_stride : f.column_stride, RANK_FIRST ? ranks : columns,
+          RANK_FIRST ? columns : ranks);
     }
     commit_copies();
   };
@@ -64,8 +65,8 @@ __global__ void __launch_bounds__(kThreads) project_kernel(const __grid_constant
       drop_tile<kTileTokens, kDepth<T>>(tile, f, tokens.begin, column_of(step));
       __syncthreads();
     }
-    multiply<false, !RANK_FIRST, kDepth<T>, RANK>(
-        sums, tile + warp_row * kWidePitch, kWidePitch, weight[step % kStages], kWeightPitch);
+    multiply<false, !RANK_FIRST, kDepth<T>, RANK>(sums, tile + warp_row * kWidePitch, kWidePitch,
+                                                  weight[step % kStages], kWeightPitch);
   }
 
 #pragma unroll
@@ -75,7 +76,8 @@ __global__ void __launch_bounds__(kThreads) project_kernel(const __grid_constant
       const int64_t token = tokens.begin + warp_row + sum_row(i);
       const int rank = n * 8 + sum_column(i);
       if (token < tokens.result_end && rank < ranks) {
-        *thin_at<T>(f, token, projection, first_rank + rank) = static_cast<T>(sums[n][i] * static_cast<float>(f.scale));
+        *thin_at<T>(f, token, projection, first_rank + rank) =
+            static_cast<T>(sums[n][i] * static_cast<float>(f.scale));
       }
     }
   }
@@ -87,8 +89,8 @@ void project(const Factor& f, Stream stream) {
   with_rank_tile(f, [&]<class T, int RANK>() {
     const int64_t rank_tiles = (f.rank + RANK - 1) / RANK;
     const dim3 grid(token_slots(f), f.num_segments * rank_tiles);
-    launch(
-        f.column_stride == 1 ? project_kernel<T, RANK, true> : project_kernel<T, RANK, false>, grid, stream, f);
+    launch(f.column_stride == 1 ? project_kernel<T, RANK, true> : project_kernel<T, RANK, false>,
+           grid, stream, f);
   });
 }
 

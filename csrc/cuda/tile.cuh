@@ -4,13 +4,15 @@
 #include "../philox.h"
 #include "device.cuh"
 
-// What the three kernels share: tiles of tokens, of columns and of ranks in shared memory, and their product.
+// What the three kernels share: tiles of tokens, of columns and of ranks in shared memory, and
+// their product.
 namespace megalora::cuda {
 
 constexpr int kTileTokens = 64;
 constexpr int kTileColumns = 64;
 
-// Elements of T in a 16-byte copy; also the padding that keeps the rows of a tile off each other's banks.
+// Elements of T in a 16-byte copy; also the padding that keeps the rows of a tile off each other's
+// banks.
 template <class T>
 constexpr int kVector = 16 / sizeof(T);
 
@@ -20,13 +22,16 @@ constexpr int kDepth = 128 / sizeof(T);
 
 // Pipeline stages, so many as keep a block below the 48 KiB of static shared memory.
 template <int RANK_TILE>
-constexpr int stages = RANK_TILE <= 16 ? 4 : RANK_TILE <= 32 ? 3 : 2;
+constexpr int stages = RANK_TILE <= 16   ? 4
+                       : RANK_TILE <= 32 ? 3
+                                         : 2;
 
 struct TokenTile {
   int64_t expert;
   int64_t begin;
-  int64_t end;         // of the tokens that belong to the expert
-  int64_t result_end;  // of the rows that this tile writes: beyond end where no expert owns the rest
+  int64_t end;  // of the tokens that belong to the expert
+  int64_t
+      result_end;  // of the rows that this tile writes: beyond end where no expert owns the rest
 };
 
 __device__ __forceinline__ int64_t expert_end(const Factor& f, int64_t expert) {
@@ -39,11 +44,13 @@ __device__ __forceinline__ int64_t expert_end(const Factor& f, int64_t expert) {
 
 // Number of tile slots that the host launches without knowing the offsets.
 inline int64_t token_slots(const Factor& f) {
-  return f.offsets == nullptr ? (f.tokens + kTileTokens - 1) / kTileTokens : f.tokens / kTileTokens + f.experts;
+  return f.offsets == nullptr ? (f.tokens + kTileTokens - 1) / kTileTokens
+                              : f.tokens / kTileTokens + f.experts;
 }
 
-// The tile of a slot. Expert e, whose first token is s, has the slots from s / kTileTokens + e on: they suffice,
-// because ceil((end - s) / n) <= end / n - s / n + 1, and they increase with e, so a binary search finds e.
+// The tile of a slot. Expert e, whose first token is s, has the slots from s / kTileTokens + e on:
+// they suffice, because ceil((end - s) / n) <= end / n - s / n + 1, and they increase with e, so a
+// binary search finds e.
 __device__ __forceinline__ TokenTile token_tile(const Factor& f, int64_t slot) {
   if (f.offsets == nullptr) {
     const int64_t begin = slot * kTileTokens;
@@ -63,7 +70,8 @@ __device__ __forceinline__ TokenTile token_tile(const Factor& f, int64_t slot) {
   const int64_t first_token = expert_end(f, low - 1);
   const int64_t begin = first_token + (slot - first_token / kTileTokens - low) * kTileTokens;
   const int64_t owned = low + 1 == f.experts ? f.tokens : expert_end(f, low);
-  return {low, begin, min(begin + kTileTokens, expert_end(f, low)), min(begin + kTileTokens, owned)};
+  return {low, begin, min(begin + kTileTokens, expert_end(f, low)),
+          min(begin + kTileTokens, owned)};
 }
 
 struct ColumnTile {
@@ -72,7 +80,9 @@ struct ColumnTile {
   int projection;
 };
 
-__host__ __device__ __forceinline__ int64_t tiles_of(int64_t size) { return (size + kTileColumns - 1) / kTileColumns; }
+__host__ __device__ __forceinline__ int64_t tiles_of(int64_t size) {
+  return (size + kTileColumns - 1) / kTileColumns;
+}
 
 __host__ __device__ __forceinline__ int64_t tiles_per_period(const Factor& f) {
   int64_t tiles = 0;
@@ -94,7 +104,8 @@ __device__ __forceinline__ ColumnTile column_tile(const Factor& f, int64_t index
     tile -= tiles_of(f.segment[p]);
     begin += f.segment[p];
   }
-  const int64_t columns = min(f.segment[p] - tile * kTileColumns, static_cast<int64_t>(kTileColumns));
+  const int64_t columns =
+      min(f.segment[p] - tile * kTileColumns, static_cast<int64_t>(kTileColumns));
   return {begin + tile * kTileColumns, static_cast<int>(columns), p};
 }
 
@@ -102,13 +113,15 @@ __device__ __forceinline__ int clamp_to(int64_t size, int limit) {
   return static_cast<int>(max(int64_t{0}, min(size, static_cast<int64_t>(limit))));
 }
 
-// Copies rows x columns elements to a [ROWS, COLUMNS] tile of shared memory and zeroes the rest of it.
-// The copies of whole vectors are asynchronous: commit_copies and wait_copies order them.
+// Copies rows x columns elements to a [ROWS, COLUMNS] tile of shared memory and zeroes the rest of
+// it. The copies of whole vectors are asynchronous: commit_copies and wait_copies order them.
 template <int ROWS, int COLUMNS, class T>
-__device__ __forceinline__ void load_tile(T* tile, const T* from, int64_t stride, int rows, int columns) {
+__device__ __forceinline__ void load_tile(T* tile, const T* from, int64_t stride, int rows,
+                                          int columns) {
   constexpr int kPerRow = COLUMNS / kVector<T>;
   constexpr int kPitch = COLUMNS + kVector<T>;
-  const bool aligned = (reinterpret_cast<uintptr_t>(from) | static_cast<uint64_t>(stride) * sizeof(T)) % 16 == 0;
+  const bool aligned =
+      (reinterpret_cast<uintptr_t>(from) | static_cast<uint64_t>(stride) * sizeof(T)) % 16 == 0;
   for (int i = threadIdx.x; i < ROWS * kPerRow; i += kThreads) {
     const int row = i / kPerRow;
     const int column = i % kPerRow * kVector<T>;
@@ -158,14 +171,21 @@ __device__ __forceinline__ void drop_tile(T* tile, const Factor& f, int64_t row,
   }
 }
 
-// Row and column of accumulator i of this lane in a 16 x 8 product (PTX ISA, mma.m16n8k16, fragment C).
-__device__ __forceinline__ int sum_row(int i) { return static_cast<int>(threadIdx.x) % 32 / 4 + i / 2 * 8; }
-__device__ __forceinline__ int sum_column(int i) { return static_cast<int>(threadIdx.x) % 4 * 2 + i % 2; }
+// Row and column of accumulator i of this lane in a 16 x 8 product (PTX ISA, mma.m16n8k16, fragment
+// C).
+__device__ __forceinline__ int sum_row(int i) {
+  return static_cast<int>(threadIdx.x) % 32 / 4 + i / 2 * 8;
+}
+__device__ __forceinline__ int sum_column(int i) {
+  return static_cast<int>(threadIdx.x) % 4 * 2 + i % 2;
+}
 
-// sums[16, N] += a[16, DEPTH] b[DEPTH, N] of one warp. In shared memory a is [16, DEPTH], or [DEPTH, 16] where
-// A_BY_DEPTH, and b is [N, DEPTH], or [DEPTH, N] where B_BY_DEPTH, rows at the given pitches.
+// sums[16, N] += a[16, DEPTH] b[DEPTH, N] of one warp. In shared memory a is [16, DEPTH], or
+// [DEPTH, 16] where A_BY_DEPTH, and b is [N, DEPTH], or [DEPTH, N] where B_BY_DEPTH, rows at the
+// given pitches.
 template <bool A_BY_DEPTH, bool B_BY_DEPTH, int DEPTH, int N, class T>
-__device__ __forceinline__ void multiply(float (&sums)[N / 8][4], const T* a, int a_pitch, const T* b, int b_pitch) {
+__device__ __forceinline__ void multiply(float (&sums)[N / 8][4], const T* a, int a_pitch,
+                                         const T* b, int b_pitch) {
   if constexpr (sizeof(T) == 2) {
     const int lane = static_cast<int>(threadIdx.x) % 32;
     const int row = lane % 8;
@@ -173,13 +193,13 @@ __device__ __forceinline__ void multiply(float (&sums)[N / 8][4], const T* a, in
     const int upper = lane / 16 * 8;
     for (int k = 0; k < DEPTH; k += 16) {
       uint32_t left[4];
-      load_matrices<A_BY_DEPTH>(
-          left, A_BY_DEPTH ? a + (k + upper + row) * a_pitch + half : a + (half + row) * a_pitch + k + upper);
+      load_matrices<A_BY_DEPTH>(left, A_BY_DEPTH ? a + (k + upper + row) * a_pitch + half
+                                                 : a + (half + row) * a_pitch + k + upper);
 #pragma unroll
       for (int n = 0; n < N / 8; ++n) {
         uint32_t right[2];
-        load_matrices<B_BY_DEPTH>(
-            right, B_BY_DEPTH ? b + (k + half + row) * b_pitch + n * 8 : b + (n * 8 + row) * b_pitch + k + half);
+        load_matrices<B_BY_DEPTH>(right, B_BY_DEPTH ? b + (k + half + row) * b_pitch + n * 8
+                                                    : b + (n * 8 + row) * b_pitch + k + half);
         tensor_core(T{}, sums[n], left, right);
       }
     }
@@ -200,8 +220,10 @@ __device__ __forceinline__ void multiply(float (&sums)[N / 8][4], const T* a, in
 }
 
 template <class T>
-__device__ __forceinline__ T* weight_at(const Factor& f, int64_t expert, int64_t column, int64_t rank) {
-  return static_cast<T*>(f.weight) + expert * f.expert_stride + column * f.column_stride + rank * f.rank_stride;
+__device__ __forceinline__ T* weight_at(const Factor& f, int64_t expert, int64_t column,
+                                        int64_t rank) {
+  return static_cast<T*>(f.weight) + expert * f.expert_stride + column * f.column_stride +
+         rank * f.rank_stride;
 }
 
 template <class T>
@@ -210,7 +232,8 @@ __device__ __forceinline__ T* wide_at(const Factor& f, int64_t token, int64_t co
 }
 
 template <class T>
-__device__ __forceinline__ T* thin_at(const Factor& f, int64_t token, int projection, int64_t rank) {
+__device__ __forceinline__ T* thin_at(const Factor& f, int64_t token, int projection,
+                                      int64_t rank) {
   return static_cast<T*>(f.thin) + token * f.thin_stride + projection * f.rank + rank;
 }
 

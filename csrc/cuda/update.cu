@@ -12,8 +12,9 @@ struct alignas(16) Pack {
   T element[kVector<T>];
 };
 
-// One block: 64 tokens of one expert, 64 columns of one projection. wide is read before the product, so that its
-// latency passes meanwhile, and written once. grid: (token slots, column tiles).
+// One block: 64 tokens of one expert, 64 columns of one projection. wide is read before the
+// product, so that its latency passes meanwhile, and written once. grid: (token slots, column
+// tiles).
 template <class T, bool RANK_FIRST>
 __global__ void __launch_bounds__(kThreads) update_kernel(const __grid_constant__ Factor f) {
   constexpr int kThinPitch = kRankDepth + kVector<T>;
@@ -35,7 +36,9 @@ __global__ void __launch_bounds__(kThreads) update_kernel(const __grid_constant_
 
   const T* corner = wide_at<T>(f, tokens.begin, columns.begin);
   const bool aligned =
-      (reinterpret_cast<uintptr_t>(corner) | static_cast<uint64_t>(f.wide_stride) * sizeof(T)) % 16 == 0;
+      (reinterpret_cast<uintptr_t>(corner) | static_cast<uint64_t>(f.wide_stride) * sizeof(T)) %
+          16 ==
+      0;
   Pack<T> packs[kPacks];
 #pragma unroll
   for (int i = 0; i < kPacks; ++i) {
@@ -57,8 +60,9 @@ __global__ void __launch_bounds__(kThreads) update_kernel(const __grid_constant_
   for (int64_t first_rank = 0; first_rank < f.rank; first_rank += kRankDepth) {
     const int ranks = clamp_to(f.rank - first_rank, kRankDepth);
     __syncthreads();
-    load_tile<kTileTokens, kRankDepth>(
-        thin, thin_at<T>(f, tokens.begin, columns.projection, first_rank), f.thin_stride, rows, ranks);
+    load_tile<kTileTokens, kRankDepth>(thin,
+                                       thin_at<T>(f, tokens.begin, columns.projection, first_rank),
+                                       f.thin_stride, rows, ranks);
     load_tile<kWeightRows, kWeightColumns>(
         weight, weight_at<T>(f, tokens.expert, columns.begin, first_rank),
         RANK_FIRST ? f.rank_stride : f.column_stride, RANK_FIRST ? ranks : columns.columns,
@@ -66,14 +70,15 @@ __global__ void __launch_bounds__(kThreads) update_kernel(const __grid_constant_
     commit_copies();
     wait_copies<0>();
     __syncthreads();
-    multiply<false, RANK_FIRST, kRankDepth, kTileColumns>(
-        sums, thin + warp_row * kThinPitch, kThinPitch, weight, kWeightPitch);
+    multiply<false, RANK_FIRST, kRankDepth, kTileColumns>(sums, thin + warp_row * kThinPitch,
+                                                          kThinPitch, weight, kWeightPitch);
   }
 #pragma unroll
   for (int n = 0; n < kTileColumns / 8; ++n) {
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
-      delta[(warp_row + sum_row(i)) * kDeltaPitch + n * 8 + sum_column(i)] = sums[n][i] * static_cast<float>(f.scale);
+      delta[(warp_row + sum_row(i)) * kDeltaPitch + n * 8 + sum_column(i)] =
+          sums[n][i] * static_cast<float>(f.scale);
     }
   }
   __syncthreads();
@@ -94,7 +99,8 @@ __global__ void __launch_bounds__(kThreads) update_kernel(const __grid_constant_
 #pragma unroll
       for (int j = 0; j < 4; ++j) {
         const float added = kept >> j & 1u ? delta[row * kDeltaPitch + column + k + j] : 0.0f;
-        packs[i].element[k + j] = static_cast<T>(static_cast<float>(packs[i].element[k + j]) + added);
+        packs[i].element[k + j] =
+            static_cast<T>(static_cast<float>(packs[i].element[k + j]) + added);
       }
     }
     T* to = wide_at<T>(f, tokens.begin + row, columns.begin + column);

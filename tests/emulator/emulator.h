@@ -1,8 +1,9 @@
 #pragma once
 
-// The CUDA of csrc/cuda on a CPU: the kernels compile as C++ and run one block after another, each thread of a block as
-// a fiber that gives way at barriers. The warp instructions follow the tables of the PTX ISA, not the kernels' comments,
-// so that a wrong fragment layout, a missing barrier or a wrong index shows without a GPU. Nothing here tells speed.
+// The CUDA of csrc/cuda on a CPU: the kernels compile as C++ and run one block after another, each
+// thread of a block as a fiber that gives way at barriers. The warp instructions follow the tables
+// of the PTX ISA, not the kernels' comments, so that a wrong fragment layout, a missing barrier or
+// a wrong index shows without a GPU. Nothing here tells speed.
 
 #include <ucontext.h>
 
@@ -106,7 +107,8 @@ inline void check_alignment(const void* address) {
   }
 }
 
-// The source is read now, shared memory is written at the wait: whoever reads without waiting sees old data.
+// The source is read now, shared memory is written at the wait: whoever reads without waiting sees
+// old data.
 inline void copy_async(void* shared, const void* global) {
   check_alignment(shared);
   check_alignment(global);
@@ -131,8 +133,8 @@ void wait_copies() {
   }
 }
 
-// ldmatrix (PTX ISA): thread t holds elements 2 (t % 4) and 2 (t % 4) + 1 of row t / 4 of each matrix, of its
-// transpose with .trans; lane 8 i + j gives the address of row j of matrix i.
+// ldmatrix (PTX ISA): thread t holds elements 2 (t % 4) and 2 (t % 4) + 1 of row t / 4 of each
+// matrix, of its transpose with .trans; lane 8 i + j gives the address of row j of matrix i.
 template <bool TRANSPOSED, int MATRICES>
 void load_matrices(uint32_t (&to)[MATRICES], const void* row) {
   check_alignment(row);
@@ -146,7 +148,8 @@ void load_matrices(uint32_t (&to)[MATRICES], const void* row) {
       const int second = lane % 4 * 2 + k;
       const int matrix_row = TRANSPOSED ? second : first;
       const int matrix_column = TRANSPOSED ? first : second;
-      pair[k] = static_cast<const uint16_t*>(lane_of_warp(8 * i + matrix_row).address)[matrix_column];
+      pair[k] =
+          static_cast<const uint16_t*>(lane_of_warp(8 * i + matrix_row).address)[matrix_column];
     }
     std::memcpy(&to[i], pair, sizeof(pair));
   }
@@ -161,8 +164,9 @@ float half_of(uint32_t registers, int half) {
 }
 
 // mma.m16n8k16 (PTX ISA): a_i is at row groupID + 8 for i in {2, 3, 6, 7} else groupID, at column
-// 2 threadID_in_group + (i & 1), + 8 for i >= 4; b_i is at row 2 threadID_in_group + (i & 1), + 8 for i >= 2, column
-// groupID; c_i is at row groupID, + 8 for i >= 2, column 2 threadID_in_group + (i & 1).
+// 2 threadID_in_group + (i & 1), + 8 for i >= 4; b_i is at row 2 threadID_in_group + (i & 1), + 8
+// for i >= 2, column groupID; c_i is at row groupID, + 8 for i >= 2, column 2 threadID_in_group +
+// (i & 1).
 template <class T>
 void tensor_core(T, float (&sums)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
   std::memcpy(own_lane().a, a, sizeof(a));
@@ -178,7 +182,8 @@ void tensor_core(T, float (&sums)[4], const uint32_t (&a)[4], const uint32_t (&b
       const int b_index = (k & 1) + (k >= 8 ? 2 : 0);
       const Lane& a_lane = lane_of_warp(row % 8 * 4 + k % 8 / 2);
       const Lane& b_lane = lane_of_warp(column * 4 + k % 8 / 2);
-      sums[c] += half_of<T>(a_lane.a[a_index / 2], a_index % 2) * half_of<T>(b_lane.b[b_index / 2], b_index % 2);
+      sums[c] += half_of<T>(a_lane.a[a_index / 2], a_index % 2) *
+                 half_of<T>(b_lane.b[b_index / 2], b_index % 2);
     }
   }
   wait_for_warp();
@@ -219,7 +224,8 @@ inline void run_block() {
       running += block.finished[thread] ? 0 : 1;
     }
     if (running > 0 && !block.progressed) {
-      std::fprintf(stderr, "emulator: %d threads wait at barriers that the others do not reach\n", running);
+      std::fprintf(stderr, "emulator: %d threads wait at barriers that the others do not reach\n",
+                   running);
       std::abort();
     }
   }
@@ -240,4 +246,6 @@ void launch(void (*kernel)(Parameters...), dim3 grid, cudaStream_t, Arguments...
 
 }  // namespace megalora::cuda
 
-inline void __syncthreads() { megalora::cuda::wait_at(megalora::cuda::block.block_barrier, megalora::cuda::kThreads); }
+inline void __syncthreads() {
+  megalora::cuda::wait_at(megalora::cuda::block.block_barrier, megalora::cuda::kThreads);
+}
