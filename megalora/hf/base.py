@@ -39,7 +39,7 @@ def load_hf_base(
     model_chunks: Sequence[Any],
     directory: str | Path,
     *,
-    progress: Callable[[str], None] | None = None,
+    progress: Callable[[str], object] | None = None,
 ) -> None:
     """Load a Hugging Face directory into model chunks, on any parallel layout.
 

@@ -29,7 +29,7 @@ def merge_adapter(
     output: str | os.PathLike[str],
     *,
     overwrite: bool = False,
-    progress: Callable[[str], None] | None = None,
+    progress: Callable[[str], object] | None = None,
 ) -> bool:
     """Write a copy of a model directory with W + scale * B @ A; return whether it was untied.
 
