@@ -12,6 +12,7 @@ import torch.distributed as dist
 from safetensors.torch import load_file, save_file
 
 from megalora.hf.base import load_hf_base
+from megalora.hf.families import megatron_args, megatron_flags, read_config
 from tests import hf_models
 from tests.dist import hf
 from tests.dist.layouts import Layout, model_parallel, over
@@ -102,6 +103,20 @@ def test_fewer_query_groups_than_ranks_keep_the_logits(layout: Layout) -> None:
 @over(Layout(tp=2, sp=True, pp=2, ep=2))
 def test_all_kinds_of_sharding_at_once_keep_the_logits(layout: Layout) -> None:
     assert_same_logits(layout, "qwen3_moe")
+
+
+@pytest.mark.parametrize("case", CASES)
+@over(ONE)
+def test_megatron_reads_the_printed_flags_as_they_are_meant(
+    layout: Layout, case: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from megatron.training.arguments import parse_args
+
+    config = read_config(reference(case)[0])
+    monkeypatch.setattr("sys.argv", ["script", *megatron_flags(config)])
+    args = parse_args()
+    for name, value in megatron_args(config).items():
+        assert getattr(args, name) in (value, [value]), name
 
 
 def broken_copy(case: str, tmp_path: Path, **config: Any) -> Path:
