@@ -119,7 +119,7 @@ def _where(shard: ShardedTensor) -> tuple[slice, ...]:
 
 def _flat(key: str, tensor: Tensor) -> Tensor:
     """Give a gated lora_B [(E,) 2, f, r] its output dimension back."""
-    is_grouped = ".experts." in key
+    is_grouped = ".experts." in f".{key}"
     gated = key.endswith("linear_fc1_lora.lora_B") and tensor.dim() == (4 if is_grouped else 3)
     return tensor.flatten(-3, -2) if gated else tensor
 

@@ -1,0 +1,154 @@
+"""TransformerEngine's real Python layers on the CPU: torch stands in for its C++ kernels.
+
+Only what LoRA's tests call: GEMM, grouped GEMM, RMSNorm, the workspace, and the check that tensors
+are on a GPU. Install it (no GPU needed) as README says.
+"""
+
+import contextlib
+from collections.abc import Iterator
+from typing import Any
+from unittest import mock
+
+import torch
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
+
+
+class _EverythingIsOnTheGPU(TorchFunctionMode):
+    """Answer True where TransformerEngine asks a tensor whether it is on a GPU."""
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        if getattr(func, "__self__", None) is torch.Tensor.is_cuda:
+            return True
+        return func(*args, **(kwargs or {}))
+
+
+@contextlib.contextmanager
+def kernels_of_torch() -> Iterator[None]:
+    """Run TransformerEngine's layers on CPU tensors inside this context."""
+    import transformer_engine.pytorch.cpp_extensions as extensions
+    import transformer_engine.pytorch.cpp_extensions.gemm as gemm_module
+    import transformer_engine_torch as tex
+
+    with contextlib.ExitStack() as stack:
+        for module in (tex, extensions):
+            stack.enter_context(mock.patch.object(module, "rmsnorm_fwd", _rmsnorm_forward))
+            stack.enter_context(mock.patch.object(module, "rmsnorm_bwd", _rmsnorm_backward))
+        stack.enter_context(mock.patch.object(tex, "generic_gemm", _gemm))
+        stack.enter_context(mock.patch.object(tex, "te_general_grouped_gemm", _grouped_gemm))
+        stack.enter_context(mock.patch.object(gemm_module, "get_cublas_workspace", _workspace))
+        for module, name, answer in (
+            (gemm_module, "get_sm_count", 1),
+            (torch.cuda, "is_current_stream_capturing", False),
+            (torch.cuda, "is_available", True),
+        ):
+            stack.enter_context(mock.patch.object(module, name, return_value=answer))
+        stack.enter_context(_EverythingIsOnTheGPU())
+        yield
+
+
+def _workspace(device: Any, ub: bool, grouped_gemm: bool) -> Any:
+    empty = torch.empty(1, dtype=torch.uint8)
+    return [empty] if grouped_gemm else empty
+
+
+def _dtypes() -> dict[Any, torch.dtype]:
+    from transformer_engine.pytorch.constants import TE_DType
+
+    return {te: torch_dtype for torch_dtype, te in TE_DType.items()}
+
+
+def _product(left: Tensor, transpose_left: bool, right: Tensor, transpose_right: bool) -> Tensor:
+    """Return op(right) op(left): cuBLAS multiplies column-major."""
+    a, b = (t.reshape(-1, t.shape[-1]).float() for t in (left, right))
+    return (b.t() if transpose_right else b) @ (a.t() if transpose_left else a)
+
+
+def _gemm(
+    left: Tensor,
+    transpose_left: bool,
+    right: Tensor,
+    transpose_right: bool,
+    out: Tensor | None,
+    _quantizer: Any,
+    out_dtype: Any,
+    bias: Tensor | None,
+    _bias_dtype: Any,
+    gelu: bool,
+    _gelu_in: Any,
+    grad: bool,
+    _workspace: Any,
+    _workspace_size: int,
+    accumulate: bool,
+    _split_accumulator: bool,
+    **kwargs: Any,
+) -> tuple[Tensor, Tensor | None, None, Any]:
+    assert not gelu
+    assert kwargs["alpha"] == 1.0
+    result = _product(left, transpose_left, right, transpose_right)
+    bias_gradient = None
+    if bias is not None and grad:
+        bias_gradient = right.reshape(-1, right.shape[-1]).float().sum(0).to(bias.dtype)
+    elif bias is not None:
+        result = result + bias.float()
+    if out is None:
+        dtype = left.dtype if out_dtype is None else _dtypes()[out_dtype]
+        rows = (right.shape[-1],) if transpose_right else right.shape[:-1]
+        out = result.to(dtype).reshape(*rows, result.shape[-1])
+    else:
+        out.copy_(result.view(out.shape) + (out.float() if accumulate else 0.0))
+    return out, bias_gradient, None, kwargs.get("extra_output")
+
+
+def _grouped_gemm(
+    left: list[Tensor],
+    transpose_left: bool,
+    right: list[Tensor],
+    transpose_right: bool,
+    out: list[Tensor],
+    _out_dtype: Any,
+    m_splits: list[int],
+    bias: list[Tensor],
+    _bias_dtype: Any,
+    single_output: bool,
+    _gelu_in: Any,
+    grad: bool,
+    _workspaces: Any,
+    _workspace_size: int,
+    accumulate: bool,
+    *_rest: Any,
+) -> list[Tensor]:
+    assert not any(b.numel() for b in bias), "no biases in these tests"
+    outs = out[0].split(m_splits) if single_output else out
+    for a, b, target in zip(left, right, outs, strict=True):
+        result = _product(a, transpose_left, b, transpose_right)
+        target.copy_(result + (target.float() if accumulate else 0.0))
+    return bias
+
+
+def _rmsnorm_forward(
+    x: Tensor,
+    weight: Tensor,
+    eps: float,
+    out: Tensor | None,
+    _quantizer: Any,
+    _dtype: Any,
+    _margin: int,
+    zero_centered: bool,
+) -> tuple[Tensor, None, Tensor]:
+    rsigma = torch.rsqrt(x.float().square().mean(-1) + eps)
+    y = x.float() * rsigma[:, None] * (weight.float() + float(zero_centered))
+    if out is None:
+        return y.to(x.dtype), None, rsigma
+    return out.copy_(y), None, rsigma
+
+
+def _rmsnorm_backward(
+    dy: Tensor, x: Tensor, rsigma: Tensor, weight: Tensor, _margin: int, zero_centered: bool
+) -> tuple[Tensor, Tensor]:
+    normed = x.float() * rsigma[:, None]
+    scaled = dy.float() * (weight.float() + float(zero_centered))
+    dx = rsigma[:, None] * (scaled - normed * (scaled * normed).mean(-1, keepdim=True))
+    return dx.to(x.dtype), (dy.float() * normed).sum(0).to(weight.dtype)
