@@ -42,6 +42,8 @@ assert torch.empty is empty
 assert torch.compile is compile_
 assert torch.empty(2, device="cuda").device.type == "cpu"
 assert torch.ones(2).to("cuda:0").cuda().device.type == "cpu"
+with torch.device("meta"):
+    assert torch.arange(2).device.type == "meta"
 
 @torch.compile(backend="aot_eager", fullgraph=True)
 def double(x):

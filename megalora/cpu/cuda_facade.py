@@ -15,6 +15,7 @@ import torch
 # Dynamo reads torch.cuda.Stream and others when it is imported: let it see the real ones, so that
 # torch.compile keeps working for user code.
 import torch._dynamo
+from torch.utils._device import _device_constructors
 
 CPU = torch.device("cpu")
 _MEMORY = 16 << 30
@@ -191,6 +192,9 @@ def _with_cpu_device(function: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _redirect_devices() -> None:
+    # torch.device("meta") as a context knows the factories by identity, from a set that it caches:
+    # filled after the patches, it would miss them, and transformers would load garbage buffers.
+    _device_constructors()
     for name in _FACTORIES:
         setattr(torch, name, _with_cpu_device(getattr(torch, name)))
     tensor: Any = torch.Tensor
