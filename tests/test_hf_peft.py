@@ -10,6 +10,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from peft import LoraConfig, get_peft_model
+from peft.utils.other import get_pattern_key
 from safetensors.torch import load_file, save_file
 
 from megalora.hf.factors import LoRAFactors
@@ -289,3 +290,26 @@ def test_target_modules_select_what_has_an_adapter_and_nothing_else(names):
     targets = target_modules(sorted(names), num_layers=3)
     selected = {n for n in DENSE_NAMES if any(n == t or n.endswith("." + t) for t in targets)}
     assert selected == names
+
+
+PARTS = st.sampled_from(
+    [
+        "q_proj",
+        "k_proj",
+        r"self_attn\.q_proj",
+        r"layers\.1\.",
+        ".*",
+        "_proj",
+        "q",
+        r"[qk]_proj",
+        "1",
+    ]
+)
+PATTERNS = st.lists(PARTS, min_size=1, max_size=2).map("".join)
+
+
+@settings(max_examples=300, deadline=None)
+@given(st.dictionaries(PATTERNS, st.integers(2, 9), max_size=4), st.sampled_from(NAMES))
+def test_any_pattern_means_what_it_means_to_peft(patterns, name):
+    rules = PeftRules(r=1, lora_alpha=1, rank_pattern=patterns)
+    assert rules.rank(name) == patterns.get(get_pattern_key(patterns.keys(), name), 1)

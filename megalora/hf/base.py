@@ -166,3 +166,5 @@ def _set_rotary_frequencies(chunk: Any, config: Mapping[str, Any]) -> None:
     if wanted.factor != 1.0:
         fresh = embedding._apply_scaling(fresh, factor=wanted.factor)
     embedding.inv_freq = fresh.to(frequencies)
+    # The embedding of a length is cached over calls, with the frequencies that it was made of.
+    type(embedding).forward.cache_clear()

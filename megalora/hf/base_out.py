@@ -82,19 +82,23 @@ def hf_config(
         "attention_bias": False,
     }
     if FAMILIES[model_type].has_experts:
-        frequency = built.moe_layer_freq
-        pattern = [] if isinstance(frequency, int) else list(frequency)
-        config |= {
-            "num_experts": built.num_moe_experts,
-            "num_experts_per_tok": built.moe_router_topk,
-            "moe_intermediate_size": built.moe_ffn_hidden_size,
-            "norm_topk_prob": not built.moe_router_pre_softmax,
-            "decoder_sparse_step": frequency if isinstance(frequency, int) else 1,
-            "mlp_only_layers": [layer for layer, moe in enumerate(pattern) if not moe],
-        }
+        config |= _expert_fields(built)
     family_of(config)
     check_built_for(chunk, config)
     return config
+
+
+def _expert_fields(built: Any) -> dict[str, Any]:
+    frequency = built.moe_layer_freq
+    pattern = [] if isinstance(frequency, int) else list(frequency)
+    return {
+        "num_experts": built.num_moe_experts,
+        "num_experts_per_tok": built.moe_router_topk,
+        "moe_intermediate_size": built.moe_ffn_hidden_size,
+        "norm_topk_prob": not built.moe_router_pre_softmax,
+        "decoder_sparse_step": frequency if isinstance(frequency, int) else 1,
+        "mlp_only_layers": [layer for layer, moe in enumerate(pattern) if not moe],
+    }
 
 
 class ShardWriter:

@@ -9,7 +9,6 @@ from contextlib import contextmanager
 from pathlib import Path, PurePath
 from typing import Any
 
-import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
@@ -67,21 +66,9 @@ class TensorFiles:
         """Read one tensor."""
         return self._handle(self._file(name)).get_tensor(name)
 
-    def rows(self, name: str, start: int, stop: int) -> Tensor:
-        """Read rows start:stop of one tensor, nothing else."""
-        return self._slice(name)[start:stop]
-
     def part(self, name: str, index: tuple[slice, ...]) -> Tensor:
         """Read a slice of one tensor, nothing else."""
         return self._slice(name)[index]
-
-    def metadata(self, file_name: str) -> dict[str, str]:
-        """Return the metadata of one file's header."""
-        return dict(self._handle(file_name).metadata() or {})
-
-    def close(self) -> None:
-        """Let go of the files."""
-        self._open.clear()
 
     def _file(self, name: str) -> str:
         if name not in self.files:
@@ -204,10 +191,3 @@ def copy_other_files(source: Path, target: Path, skip: Callable[[str], bool]) ->
     for file in sorted(source.iterdir()):
         if file.is_file() and not skip(file.name):
             shutil.copy2(file, target / file.name)
-
-
-DTYPES: dict[str, torch.dtype] = {
-    "float32": torch.float32,
-    "bfloat16": torch.bfloat16,
-    "float16": torch.float16,
-}

@@ -44,6 +44,18 @@ Format = Literal["peft", "uniform", "peft-3d"]
 FORMATS: tuple[str, ...] = get_args(Format)
 CONFIG_NAME = "adapter_config.json"
 _PREFIX = "base_model.model."
+_CONSTANT_FIELDS: dict[str, Any] = {
+    "peft_type": "LORA",
+    "task_type": "CAUSAL_LM",
+    "lora_dropout": 0.0,
+    "bias": "none",
+    "fan_in_fan_out": False,
+    "inference_mode": True,
+    "init_lora_weights": True,
+    "modules_to_save": None,
+    "use_rslora": False,
+    "use_dora": False,
+}
 _KEY = re.compile(r"base_model\.model\.([A-Za-z_]\w*(?:\.\w+)*)\.lora_([AB])\.weight")
 # PEFT saves the frozen base of a targeted unembedding along with its adapter.
 _BASE_COPIES = re.compile(r"base_model\.model\.(.*\.)?(lm_head|embed_tokens)\.base_layer\.weight")
@@ -219,13 +231,9 @@ def _config(
         default = most_common(wanted.values())
     rank_pattern, alpha_pattern = choose_patterns(wanted, default)
     targets = target_modules(dense, num_layers)
-    if experts and any(name.endswith(PROJECTIONS) for name in dense):
-        warnings.warn(
-            "adapter has dense MLPs beside experts: PEFT with transformers 5 takes their names for "
-            "experts and leaves them out; vLLM and SGLang read them",
-            stacklevel=3,
-        )
     parameters: list[str] | None = None
+    if experts:
+        _warn_of_dense_mlps(dense)
     if experts and format == "peft-3d":
         infix = experts.prefixes[0].split(".", 3)[3]
         parameters = [f"{infix}.{GATE_UP}", f"{infix}.{DOWN}"]
@@ -235,8 +243,7 @@ def _config(
     elif experts:
         targets += [name for name in PROJECTIONS if name not in targets]
     return {
-        "peft_type": "LORA",
-        "task_type": "CAUSAL_LM",
+        **_CONSTANT_FIELDS,
         "base_model_name_or_path": base_model_name,
         "r": default[0],
         "lora_alpha": default[1],
@@ -244,15 +251,16 @@ def _config(
         "alpha_pattern": alpha_pattern,
         "target_modules": sorted(targets),
         "target_parameters": parameters,
-        "lora_dropout": 0.0,
-        "bias": "none",
-        "fan_in_fan_out": False,
-        "inference_mode": True,
-        "init_lora_weights": True,
-        "modules_to_save": None,
-        "use_rslora": False,
-        "use_dora": False,
     }
+
+
+def _warn_of_dense_mlps(dense: Mapping[str, LoRAFactors]) -> None:
+    if any(name.endswith(PROJECTIONS) for name in dense):
+        warnings.warn(
+            "adapter has dense MLPs beside experts: PEFT with transformers 5 takes their names for "
+            "experts and leaves them out; vLLM and SGLang read them",
+            stacklevel=4,
+        )
 
 
 def _alpha(module: LoRAFactors) -> float:
