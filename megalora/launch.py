@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, cast
 import torch
 
 from megalora.arguments import given_lora_fields, lora_config_from_args
+from megalora.auto_lr import add_auto_lr_args, set_auto_lr
 from megalora.config import LoRAConfig
 
 # NOTE: scripts import this before `megalora.cpu.install`: only functions import megatron.
@@ -48,6 +49,7 @@ def add_exchange_args(parser: argparse.ArgumentParser) -> argparse.ArgumentParse
         action="store_true",
         help="warn, instead of stopping, where the base is not the one the adapter was trained on",
     )
+    add_auto_lr_args(parser)
     return parser
 
 
@@ -80,6 +82,7 @@ class LoRARun:
                 f"hf_model {args.hf_model!r} and pretrained_checkpoint "
                 f"{args.pretrained_checkpoint!r} are two bases: leave one of them out"
             )
+        set_auto_lr(args, self.config)
         if self.config is not None:
             _check_checkpoint_flags(args)
             self._install_optimizer_overrides()

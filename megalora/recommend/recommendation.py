@@ -60,10 +60,11 @@ class Recommendation:
         """Return the LoRA learning rate; ValueError where the family is unknown."""
         if not self.rates.known:
             low, high = self.rates.lora
+            known = " and ".join(EXPONENTS)
             raise ValueError(
-                f"lr is auto, but the family {self.rates.family or 'of this model'!r} is not one "
-                f"of {', '.join(EXPONENTS)} that the rule was fitted to: sweep --lr around "
-                f"{low:.2e} to {high:.2e}"
+                f"lr is auto, but the rule was fitted to {known}, and the model's family is "
+                f"{self.rates.family or 'unknown'}: name the one that it is built like by "
+                f"--lora-family, or sweep --lr around {low:.2e} to {high:.2e}"
             )
         return self.rates.lora[0]
 
