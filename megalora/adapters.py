@@ -12,10 +12,7 @@ from typing import Any
 import torch
 from megatron.core import parallel_state
 from megatron.core.dist_checkpointing import ShardedTensor
-from megatron.core.tensor_parallel import (
-    gather_from_tensor_model_parallel_region,
-    get_cuda_rng_tracker,
-)
+from megatron.core.tensor_parallel import gather_from_tensor_model_parallel_region
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
@@ -183,17 +180,17 @@ class LoRAAdapter(torch.nn.Module):
         return Route(a, b, route.forward, route.backward)
 
     def _seed(self, tensor_state: State, device: torch.device) -> Tensor | None:
-        """Draw the dropout seed: equal where x is replicated, different where it is a shard.
+        """Draw the dropout seed: different where x is a shard, equal where it is replicated.
 
-        Megatron restores its random states for recomputation, which gives the same seed again.
+        NOTE: from the current generator, which recomputation restores. Megatron's tracker must not
+        be forked here: under sequence parallelism a block runs inside a fork (and ranks differ
+        already), a recomputed block does not, and a nested fork would draw other numbers.
         """
         if self.config.dropout == 0.0 or not self.training:
             return None
+        seed = torch.randint(2**62, (1,), device=device)
         distinct = self.base.split is Split.ROW or tensor_state is State.TOKEN_SHARD
-        if distinct and group_size(self.base.group) > 1:
-            with get_cuda_rng_tracker().fork():  # type: ignore[union-attr]
-                return torch.randint(2**62, (1,), device=device)
-        return torch.randint(2**62, (1,), device=device)
+        return seed + self.base.tp_rank if distinct else seed
 
     def _journey(self, x: Tensor, offsets: Tensor | None = None) -> Journey:
         tensor_state = state(self.base)
@@ -216,12 +213,11 @@ class LoRAAdapter(torch.nn.Module):
         """Return the segments of the output columns that this rank's B covers when it is used."""
         # Only a column linear's B is used as the shard it is.
         size = self.base.tp_size if self.base.split is Split.COLUMN else 1
-        tp_rank = self.base.group.rank() if size > 1 and self.base.group is not None else 0
         return local_segments(
             self.spec.segments,
             self.base.out_features,
             gated=self.spec.gated,
-            tp_rank=tp_rank,
+            tp_rank=self.base.tp_rank if size > 1 else 0,
             tp_size=size,
         )
 

@@ -64,6 +64,11 @@ class Base:
         """Number of ranks that share the weight."""
         return group_size(self.group)
 
+    @property
+    def tp_rank(self) -> int:
+        """Number of this rank among them."""
+        return 0 if self.group is None else self.group.rank()
+
     def weights(self) -> list[torch.Tensor]:
         """Return the local weights: one, or one for each local expert."""
         if self.num_experts == 0:
