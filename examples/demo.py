@@ -82,7 +82,8 @@ def main() -> None:
 
     step("3/4  Load base and adapter with transformers and peft, compare with Megatron")
     facts = out / "verify.json"
-    flags = [*words(MODEL + TRAINING), "--micro-batch-size", 1, "--lora-rank", 16]
+    flags = [*words(MODEL + TRAINING), "--dataset", "stdlib-docstrings"]
+    flags += ["--micro-batch-size", 1, "--lora-rank", 16]
     flags += ["--pretrained-checkpoint", base, "--lora-load", checkpoint, "--adapter", adapter]
     flags += ["--hf-base", out / "base-hf", "--hf-family", "qwen3_moe", "--result", facts]
     launch(1, flags, out / "verify.log", VERIFY_SCRIPT)
