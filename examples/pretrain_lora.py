@@ -35,6 +35,7 @@ def add_args(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
 def main() -> None:
     """Build the model with its adapters, train it, export the adapter where that is asked for."""
     with launch.clear_errors():
+        sys.argv[1:] = launch.with_hf_flags(sys.argv[1:])
         args = parse_and_validate_args(extra_args_provider=add_args)
         lora = launch.LoRARun(args)
         check_data_args(args)

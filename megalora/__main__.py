@@ -17,7 +17,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit status, 2 where the user's input is wrong."""
     argv = list(sys.argv[1:] if argv is None else argv)
     # What follows the script's name is the script's, --help included.
-    rest = argv[2:] if argv[:1] == ["run"] and not argv[1:2] == ["--help"] else []
+    rest = argv[2:] if argv[:1] == ["run"] and argv[1:2] != ["--help"] else []
     parser = make_parser(argv[0] if argv else "")
     args = parser.parse_args(argv[: len(argv) - len(rest)])
     args.rest = rest

@@ -11,12 +11,15 @@ import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from megatron.core import dist_checkpointing, parallel_state
 from torch import Tensor
+from torch.distributed.checkpoint.filesystem import FileSystemReader
+from torch.distributed.checkpoint.metadata import TensorStorageMetadata
+from torch.distributed.checkpoint.state_dict_loader import load
 
 from megalora.adapters import LoRAAdapter
 from megalora.collectives import group_size, own_shard, start_gather
@@ -108,15 +111,22 @@ def read_adapter_checkpoint(
     described = read_description(path)
     if described is None:
         raise ValueError(f"{path} has no adapters: it is not a checkpoint that megalora wrote")
-    metadata = dist_checkpointing.load_tensors_metadata(str(path))
-    wanted = {key: part for key, part in metadata.items() if key.endswith((".lora_A", ".lora_B"))}
-    wanted = {key: part for key, part in wanted.items() if not key.startswith("optimizer")}
-    loaded = cast(
-        dict[str, Tensor],
-        dist_checkpointing.load(wanted, str(path), validate_access_integrity=False),
-    )
-    tensors = {key: _join_gated(key, loaded[key]) for key in sorted(wanted)}
+    loaded = read_tensors(path, lambda key: _is_adapter_key(key) and _is_weight(key))
+    tensors = {key: _join_gated(key, loaded[key]) for key in sorted(loaded)}
     return tensors, LoRAConfig.from_dict(described["config"]), ModelFacts(**described["model"])
+
+
+def read_tensors(directory: Path, wanted: Callable[[str], bool]) -> dict[str, Tensor]:
+    """Read whole tensors of an iteration's directory by key, without any process group."""
+    reader = FileSystemReader(str(directory))
+    stored = reader.read_metadata().state_dict_metadata
+    tensors: dict[str, Any] = {
+        key: torch.empty(entry.size, dtype=entry.properties.dtype)
+        for key, entry in stored.items()
+        if isinstance(entry, TensorStorageMetadata) and wanted(key)
+    }
+    load(tensors, storage_reader=reader, no_dist=True)
+    return tensors
 
 
 def read_description(directory: Path) -> dict[str, Any] | None:
@@ -181,13 +191,18 @@ def _adapter_state_dict(chunk: Any, *args: Any, **kwargs: Any) -> dict[str, Any]
     return {key: value for key, value in state.items() if _is_adapter_key(key)}
 
 
+def _is_weight(key: str) -> bool:
+    """Tell a weight from its optimizer states."""
+    return not key.startswith("optimizer")
+
+
 def _is_adapter_key(key: str) -> bool:
     return key.endswith(("_lora.lora_A", "_lora.lora_B"))
 
 
 def _load_state_dict(
     chunk: Any,
-    load: Callable[..., Any],
+    load_module: Callable[..., Any],
     state_dict: Mapping[str, Any],
     strict: bool = True,
     **kwargs: Any,
@@ -198,7 +213,7 @@ def _load_state_dict(
     if stored is not None:
         check_same_adapters(json.loads(stored), chunk.megalora_description)
     has_adapters = any(_is_adapter_key(key) for key in state)
-    result = load(state, strict=False, **kwargs)
+    result = load_module(state, strict=False, **kwargs)
     missing = [key for key in result.missing_keys if _is_adapter_key(key) == has_adapters]
     missing = [key for key in missing if not key.endswith("_extra_state")]
     unexpected = [key for key in result.unexpected_keys if not key.endswith("_extra_state")]

@@ -4,7 +4,7 @@ import argparse
 import contextlib
 import os
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
@@ -51,6 +51,22 @@ def add_exchange_args(parser: argparse.ArgumentParser) -> argparse.ArgumentParse
     )
     add_auto_lr_args(parser)
     return parser
+
+
+def with_hf_flags(argv: Sequence[str]) -> list[str]:
+    """Return a command line with the Megatron flags of --hf-model's config.json before the user's.
+
+    A flag that the user gives too keeps the user's value; where the model then has other sizes
+    than config.json, loading its weights raises ValueError.
+    """
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    parser.add_argument("--hf-model")
+    directory = parser.parse_known_args(argv)[0].hf_model
+    if directory is None:
+        return list(argv)
+    from megalora.hf.families import megatron_flags, read_config
+
+    return [*megatron_flags(read_config(directory)), *argv]
 
 
 class LoRARun:

@@ -8,6 +8,7 @@ without megalora.
 
 import argparse
 import functools
+import importlib.util
 import inspect
 import sys
 from collections.abc import Callable, Sequence
@@ -16,7 +17,7 @@ from typing import Any
 
 from megalora import cpu
 from megalora.arguments import add_lora_args
-from megalora.launch import LoRARun, add_exchange_args, clear_errors
+from megalora.launch import LoRARun, add_exchange_args, clear_errors, with_hf_flags
 
 _KNOWN = "megalora run knows megatron-core 0.19 and 0.20"
 
@@ -29,16 +30,17 @@ def run_script(script: str, argv: Sequence[str]) -> None:
     path = Path(script).resolve()
     if not path.is_file():
         raise ValueError(f"script {script!r} does not exist: give the path of a launch script")
-    sys.argv = [script, *argv]
     sys.path.insert(0, str(path.parent))
     cpu.install_if_wanted(argv)
     with clear_errors():
+        sys.argv = [script, *with_hf_flags(argv)]
         launcher = Launcher()
         launcher.install()
-        # NOTE: exec in __main__, not runpy: checkpoint writers are spawned and import __main__
-        # again, which must be this light module and not the script.
+        # NOTE: exec in __main__, not runpy: Megatron's checkpoint writers are spawned and import
+        # __main__ again by its spec, which must be our light module and not the script.
         namespace = sys.modules["__main__"].__dict__
         namespace["__file__"] = str(path)
+        namespace["__spec__"] = importlib.util.find_spec("megalora.__main__")
         exec(compile(path.read_bytes(), str(path), "exec"), namespace)
         launcher.finish()
 

@@ -1,16 +1,18 @@
-"""Start the ranks of a training run in a second: fork them from a server that has imported Megatron.
+"""Start the ranks of a run in a second: fork them from a server that has imported Megatron.
 
 Importing torch and Megatron takes each process some ten seconds, and tests of restarts need many.
 """
 
+import contextlib
 import multiprocessing
 import os
+import resource
 import signal
 import socket
 import sys
 import time
 import types
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +21,10 @@ TIMEOUT_S = 120
 
 
 class Ranks:
-    """The processes of one run of `megalora run SCRIPT`, each with its own log file."""
+    """The processes of one run, each with its own log file.
+
+    by_megalora: run `megalora run SCRIPT`; else the script itself, which brings LoRA of its own.
+    """
 
     def __init__(
         self,
@@ -28,6 +33,7 @@ class Ranks:
         logs: Path,
         *,
         script: Path = SCRIPT,
+        by_megalora: bool = True,
         env: Mapping[str, str] | None = None,
     ) -> None:
         logs.mkdir(parents=True, exist_ok=True)
@@ -44,9 +50,8 @@ class Ranks:
         self.processes = []
         for rank, log in enumerate(self.logs):
             own = {**common, "RANK": str(rank), "LOCAL_RANK": str(rank)}
-            process = context.Process(
-                target=_run_rank, args=(str(script), [str(flag) for flag in flags], own, str(log))
-            )
+            words = [str(script), *(str(flag) for flag in flags)]
+            process = context.Process(target=_run_rank, args=(words, by_megalora, own, str(log)))
             process.start()
             self.processes.append(process)
 
@@ -60,7 +65,7 @@ class Ranks:
             os.kill(process.pid, signal.SIGTERM)
 
     def wait(self, timeout: float = TIMEOUT_S) -> list[int]:
-        """Return the exit codes; once one rank has failed, the others are killed, as torchrun does."""
+        """Return the exit codes; once one rank has failed, kill the others, as torchrun does."""
         end = time.monotonic() + timeout
         while any(process.exitcode is None for process in self.processes):
             late = time.monotonic() > end
@@ -73,6 +78,9 @@ class Ranks:
                 assert not late, f"no end after {timeout} s\n{self.text()}"
                 break
             time.sleep(0.02)
+        for process in self.processes:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
         return [process.exitcode or 0 for process in self.processes]
 
     def succeed(self) -> "Ranks":
@@ -101,6 +109,22 @@ class Ranks:
         return found
 
 
+def call(function: Callable[..., Any], *args: Any) -> Any:
+    """Return what a function returns in a forked process, which has Megatron imported."""
+    receiver, sender = _server().Pipe(duplex=False)
+    process = _server().Process(target=_call, args=(sender, function, args))
+    process.start()
+    sender.close()
+    try:
+        return receiver.recv()
+    finally:
+        process.join()
+
+
+def _call(sender: Any, function: Callable[..., Any], args: tuple[Any, ...]) -> None:
+    sender.send(function(*args))
+
+
 def _server() -> Any:
     context = multiprocessing.get_context("forkserver")
     # Read by OpenMP when the server imports torch.
@@ -109,20 +133,25 @@ def _server() -> Any:
     return context
 
 
-def _run_rank(script: str, flags: list[str], env: dict[str, str], log: str) -> None:
+def _run_rank(words: list[str], by_megalora: bool, env: dict[str, str], log: str) -> None:
     os.environ.update(env)
+    # What Megatron's writers spawn is in this group, and outlives a killed rank.
+    os.setpgrp()
     with open(log, "ab", buffering=0) as file:
         os.dup2(file.fileno(), 1)
         os.dup2(file.fileno(), 2)
+    if limit := int(env.get("FILE_LIMIT", 0)):
+        # Writing beyond it is an OSError, as on a full disk.
+        resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
     from megalora.__main__ import main
 
     # As in a process of its own; a forked one has the server's start method and main module.
     multiprocessing.set_start_method("fork", force=True)
     sys.modules["__main__"] = types.ModuleType("__main__")
-    status = main(["run", script, *flags])
-    sys.stdout.flush()
-    # Threads of gloo would otherwise be joined by interpreter shutdown.
-    os._exit(status)
+    if by_megalora:
+        sys.exit(main(["run", *words]))
+    sys.argv = words
+    runpy.run_path(words[0], run_name="__main__")
 
 
 def _free_port() -> int:

@@ -13,4 +13,4 @@ import megalora.base_weights  # noqa: E402
 import megalora.builder  # noqa: E402
 import megalora.exchange  # noqa: E402
 import megalora.run  # noqa: E402
-import megalora.saving  # noqa: E402, F401
+import megalora.saving  # noqa: E402

@@ -1,0 +1,170 @@
+"""Real runs that are killed, stopped, run out of disk, or are given the wrong thing."""
+
+import random
+import time
+from pathlib import Path
+
+import pytest
+
+from tests.forked import Ranks, call
+from tests.tiny import LORA, MODEL, back_to, flags, read_all, same_tensors, train
+
+NUM_KILLS = 10
+ITERATIONS = 12
+LAYOUT = flags("tp2 do")
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    directory = tmp_path_factory.mktemp("base") / "base"
+    train(1, directory, "--no-save-optim", iters=1).succeed()
+    return directory
+
+
+@pytest.fixture(scope="module")
+def adapter(base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Checkpoints of iterations 3 and 6 of one rank."""
+    directory = tmp_path_factory.mktemp("adapter") / "run"
+    train(1, directory, *LORA, "--pretrained-checkpoint", base).succeed()
+    return directory
+
+
+def start_killed(base: Path, directory: Path) -> Ranks:
+    more = [*LORA, *LAYOUT, "--pretrained-checkpoint", base, "--save-interval", 1]
+    return train(4, directory, *more, iters=ITERATIONS)
+
+
+def test_ten_kills_at_any_moment_change_no_bit(base: Path, tmp_path: Path) -> None:
+    whole = time.monotonic()
+    start_killed(base, tmp_path / "whole").succeed()
+    whole = time.monotonic() - whole
+    moments = random.Random(0)
+    killed = 0
+    for _ in range(4 * NUM_KILLS):
+        run = start_killed(base, tmp_path / "killed")
+        # The latter half of a run is saving and training, every iteration of which is saved.
+        end = time.monotonic() + moments.uniform(0.3, 1.0) * whole
+        while time.monotonic() < end and all(p.exitcode is None for p in run.processes):
+            time.sleep(0.01)
+        if killed < NUM_KILLS:
+            run.kill(moments.randrange(4))
+        if any(run.wait()):
+            killed += 1
+            assert killed <= NUM_KILLS, run.text()
+        elif killed == NUM_KILLS:
+            break
+        # A run that ended before it could be killed starts over.
+    assert killed == NUM_KILLS
+    assert call(same_tensors, tmp_path / "whole", tmp_path / "killed", ITERATIONS)
+
+
+def test_a_flipped_bit_in_a_real_checkpoint_is_survived(
+    base: Path, adapter: Path, tmp_path: Path
+) -> None:
+    directory = back_to(adapter, tmp_path / "run", 3)
+    back_to(adapter, tmp_path / "newest", 6)
+    (tmp_path / "newest" / "iter_0000006").rename(directory / "iter_0000006")
+    (directory / "latest_checkpointed_iteration.txt").write_text("6")
+    file = directory / "iter_0000006" / "__0_0.distcp"
+    data = bytearray(file.read_bytes())
+    data[len(data) // 2] ^= 1
+    file.write_bytes(data)
+    run = train(1, directory, *LORA, "--pretrained-checkpoint", base).succeed()
+    assert "__0_0.distcp does not match its checksum" in run.text()
+    assert sorted(run.losses()) == [4, 5, 6]
+    assert call(same_tensors, adapter, directory, 6)
+
+
+def test_a_full_disk_is_reported_and_leaves_the_checkpoint_before(
+    base: Path, adapter: Path, tmp_path: Path
+) -> None:
+    directory = back_to(adapter, tmp_path / "run", 3)
+    # Logs stay below 100 KB, the tensors of a checkpoint do not.
+    run = train(1, directory, *LORA, "--pretrained-checkpoint", base, env={"FILE_LIMIT": "200000"})
+    text = run.fail()
+    assert "error: checkpoint of iteration 6 was not saved" in text
+    assert "File too large" in text
+    assert "What is left there is iteration 3, intact" in text
+    train(1, directory, *LORA, "--pretrained-checkpoint", base).succeed()
+    assert call(same_tensors, adapter, directory, 6)
+
+
+def test_a_request_to_stop_saves_first(base: Path, tmp_path: Path) -> None:
+    directory = tmp_path / "run"
+    more = [*LORA, "--pretrained-checkpoint", base, "--exit-signal-handler"]
+    run = train(1, directory, *more, "--save-interval", 1000, iters=1000)
+    while not run.losses():
+        time.sleep(0.05)
+    run.terminate()
+    run.succeed()
+    iteration = int((directory / "latest_checkpointed_iteration.txt").read_text())
+    assert 0 < iteration < 1000
+    assert call(read_all, directory, iteration)
+
+
+def test_asynchronous_saves_are_the_same(base: Path, adapter: Path, tmp_path: Path) -> None:
+    more = ["--async-save", "--async-strategy", "mcore", "--use-persistent-ckpt-worker"]
+    directory = tmp_path / "run"
+    train(1, directory, *LORA, "--pretrained-checkpoint", base, *more).succeed()
+    assert (directory / "iter_0000006" / "integrity.json").is_file()
+    assert call(same_tensors, adapter, directory, 6)
+
+
+REFUSED = {
+    "no base": ([], "was trained on"),
+    "other rank": (["--lora-rank", "4"], "lora_rank is 4 but the checkpoint has 8"),
+    "other targets": (["--lora-targets", "attn"], "lora_targets is ['attn'] but the checkpoint"),
+    "other alpha": (["--lora-alpha", "16"], "lora_alpha is 16.0 but the checkpoint has 32.0"),
+    "finetune": (["--finetune"], "--lora-load"),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_a_resume_that_contradicts_its_checkpoint_is_refused(
+    base: Path, adapter: Path, tmp_path: Path, case: str
+) -> None:
+    more, message = REFUSED[case]
+    directory = back_to(adapter, tmp_path / "run", 3)
+    if case != "no base":
+        more = [*more, "--pretrained-checkpoint", str(base)]
+    assert message in train(1, directory, *LORA, *more).fail()
+
+
+def test_another_base_is_named_and_can_be_allowed(
+    base: Path, adapter: Path, tmp_path: Path
+) -> None:
+    other = tmp_path / "other"
+    train(1, other, "--no-save-optim", "--seed", 5, iters=1).succeed()
+    directory = back_to(adapter, tmp_path / "run", 3)
+    more = [*LORA, "--pretrained-checkpoint", other]
+    text = train(1, directory, *more).fail()
+    assert str(other) in text
+    assert str(base) in text
+    assert "linear_proj.weight has norm" in text
+    run = train(1, directory, *more, "--lora-allow-other-base").succeed()
+    assert "WARNING: base is" in run.text()
+
+
+def test_a_base_of_another_shape_is_refused(base: Path, tmp_path: Path) -> None:
+    wide = ["--ffn-hidden-size" if flag == "--ffn-hidden-size" else flag for flag in MODEL]
+    wide[wide.index("--ffn-hidden-size") + 1] = "128"
+    more = [*LORA, "--pretrained-checkpoint", base]
+    text = train(1, tmp_path / "run", *more, model=wide).fail()
+    assert "does not fit the model" in text
+    assert "linear_fc" in text
+
+
+def test_adapters_without_lora_rank_say_what_to_do(
+    base: Path, adapter: Path, tmp_path: Path
+) -> None:
+    directory = back_to(adapter, tmp_path / "run", 3)
+    assert "set --lora-rank 8" in train(1, directory).fail()
+
+
+def test_flags_left_out_come_from_the_checkpoint(base: Path, tmp_path: Path) -> None:
+    given = [*LORA, "--pretrained-checkpoint", base]
+    some = ["--lora-alpha", 16, "--lora-targets", "attn", "--lora-lr-ratio", 4]
+    train(1, tmp_path / "whole", *given, *some).succeed()
+    back_to(tmp_path / "whole", tmp_path / "run", 3)
+    train(1, tmp_path / "run", *given).succeed()
+    assert call(same_tensors, tmp_path / "whole", tmp_path / "run", 6)
