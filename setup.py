@@ -4,7 +4,9 @@ MEGALORA_CUDA=0 leaves CUDA out, MEGALORA_CUDA=1 makes a missing nvcc an error.
 """
 
 import os
+import re
 import shutil
+import subprocess
 from pathlib import Path
 
 from setuptools import find_packages, setup
@@ -41,6 +43,13 @@ def cuda_home() -> Path | None:
     return None
 
 
+def nvcc_major(home: Path) -> str:
+    """Return the major version that nvcc says it has, as in "release 13.0"."""
+    said = subprocess.run([home / "bin/nvcc", "--version"], capture_output=True, text=True).stdout
+    release = re.search(r"release (\d+)", said)
+    return release[1] if release else "unknown"
+
+
 def wanted_cuda() -> Path | None:
     """Return the CUDA toolkit to build with, None to build for the CPU only."""
     wish = os.environ.get("MEGALORA_CUDA", "")
@@ -63,6 +72,13 @@ def wanted_cuda() -> Path | None:
         raise SystemExit("MEGALORA_CUDA=1 but no nvcc with headers was found: set CUDA_HOME")
     if home is None:
         notice("CPU ops only: no nvcc with headers was found (set CUDA_HOME to build CUDA ops)")
+        return None
+    if home is not None and (found := nvcc_major(home)) != torch.version.cuda.split(".")[0]:
+        mismatch = f"{home} has CUDA {found}, this torch is built with CUDA {torch.version.cuda}"
+        if wish == "1":
+            raise SystemExit(f"MEGALORA_CUDA=1 but {mismatch}: set CUDA_HOME to one that matches")
+        notice(f"CPU ops only: {mismatch} (set CUDA_HOME to one that matches)")
+        return None
     return home
 
 

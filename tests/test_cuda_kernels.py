@@ -117,6 +117,12 @@ def test_the_kernels_use_tensor_cores(cuobjdump: str, architecture: str) -> None
     assert len(re.findall(rf"\.{architecture}\.cubin", elfs)) == 3, "project, update, outer"
     if architecture == "sm_90a":  # one listing stands for all: it takes seconds
         listing = dump(cuobjdump, "-sass", "-arch", architecture)
-        for instruction in ("HMMA.16816.F32.BF16", "HMMA.16816.F32 ", "LDSM", "LDGSTS.E"):
+        for instruction in (
+            "HMMA.16816.F32.BF16",
+            "HMMA.16816.F32 ",
+            "LDSM",
+            "LDGSTS.E",
+            "STG.E.128",
+        ):
             assert instruction in listing
         assert not re.search(r"\b(RED|ATOM)\b", listing), "an atomic operation is not deterministic"

@@ -84,6 +84,19 @@ __device__ __forceinline__ void tensor_core(c10::Half, float (&sums)[4], const u
       : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
 }
 
+// Reads or writes 16 bytes of global memory at a multiple of 16.
+__device__ __forceinline__ void load_vector(void* to, const void* global) {
+  *static_cast<uint4*>(to) = *static_cast<const uint4*>(global);
+}
+
+// NOTE: in assembly, because nvcc 13.0 splits the plain store into four.
+__device__ __forceinline__ void store_vector(void* global, const void* from) {
+  const uint4 words = *static_cast<const uint4*>(from);
+  asm volatile("st.global.v4.b32 [%0], {%1,%2,%3,%4};" ::"l"(__cvta_generic_to_global(global)),
+               "r"(words.x), "r"(words.y), "r"(words.z), "r"(words.w)
+               : "memory");
+}
+
 // Starts kernel on grid blocks of kThreads threads.
 template <class... Parameters, class... Arguments>
 void launch(void (*kernel)(Parameters...), dim3 grid, cudaStream_t stream, Arguments... arguments) {

@@ -46,7 +46,7 @@ __global__ void __launch_bounds__(kThreads) update_kernel(const __grid_constant_
     const int column = (static_cast<int>(threadIdx.x) + i * kThreads) % kPacksPerRow * kVector<T>;
     const T* from = corner + row * f.wide_stride + column;
     if (aligned && row < rows && column + kVector<T> <= columns.columns) {
-      packs[i] = *reinterpret_cast<const Pack<T>*>(from);
+      load_vector(&packs[i], from);
       continue;
     }
 #pragma unroll
@@ -105,7 +105,7 @@ __global__ void __launch_bounds__(kThreads) update_kernel(const __grid_constant_
     }
     T* to = wide_at<T>(f, tokens.begin + row, columns.begin + column);
     if (aligned && column + kVector<T> <= columns.columns) {
-      *reinterpret_cast<Pack<T>*>(to) = packs[i];
+      store_vector(to, &packs[i]);
       continue;
     }
 #pragma unroll

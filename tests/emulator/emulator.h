@@ -117,6 +117,16 @@ inline void copy_async(void* shared, const void* global) {
   block.open_group[threadIdx.x].push_back(copy);
 }
 
+inline void load_vector(void* to, const void* global) {
+  check_alignment(global);
+  std::memcpy(to, global, 16);
+}
+
+inline void store_vector(void* global, const void* from) {
+  check_alignment(global);
+  std::memcpy(global, from, 16);
+}
+
 inline void commit_copies() {
   block.groups[threadIdx.x].push_back(std::move(block.open_group[threadIdx.x]));
   block.open_group[threadIdx.x].clear();
