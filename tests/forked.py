@@ -7,6 +7,7 @@ import contextlib
 import multiprocessing
 import os
 import resource
+import runpy
 import signal
 import socket
 import sys
