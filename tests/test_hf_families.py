@@ -11,7 +11,6 @@ from megalora.hf.families import (
     model_shape,
     read_config,
     rope,
-    with_model_flags,
 )
 from megalora.hf.weights import Piece, Placement, Shard, Weights
 
@@ -135,16 +134,6 @@ def test_flags_carry_switches_values_and_lists():
     assert "--use-rope-scaling" in scaled
     assert "--rope-scaling-factor 32.0" in scaled
     assert "--untie" not in scaled
-
-
-@pytest.mark.parametrize("joined", [False, True])
-def test_a_command_line_gets_the_flags_of_its_model_before_its_own(joined, tmp_path):
-    (tmp_path / "config.json").write_text(json.dumps(LLAMA_32_1B))
-    named = [f"--hf-model={tmp_path}"] if joined else ["--hf-model", str(tmp_path)]
-    argv = ["script.py", "--num-layers", "4", *named]
-    flags = megatron_flags(LLAMA_32_1B)
-    assert with_model_flags(argv) == ["script.py", *flags, *argv[1:]]
-    assert with_model_flags(["script.py", "--hf-models", "x"]) == ["script.py", "--hf-models", "x"]
 
 
 def test_both_spellings_of_the_rotary_embedding_are_read():

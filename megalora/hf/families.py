@@ -1,8 +1,7 @@
 """Model families: what a config.json means in Megatron's words, one table each."""
 
-import argparse
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -219,18 +218,6 @@ def megatron_flags(config: Mapping[str, Any]) -> list[str]:
         else:
             flags += [_flag(name), str(value)]
     return flags
-
-
-def with_model_flags(argv: Sequence[str]) -> list[str]:
-    """Return a command line with the flags of its --hf-model put first, where it has one.
-
-    argv: with the script's name. Flags that the user gives follow, so they override.
-    """
-    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    parser.add_argument("--hf-model")
-    directory = parser.parse_known_args(list(argv[1:]))[0].hf_model
-    flags = megatron_flags(read_config(directory)) if directory else []
-    return [*argv[:1], *flags, *argv[1:]]
 
 
 def _flag(name: str) -> str:
