@@ -58,7 +58,7 @@ def dense_do(base: Path, tmp_path_factory: pytest.TempPathFactory) -> Trained:
 
 @pytest.fixture(scope="module")
 def moe(moe_base: Path, tmp_path_factory: pytest.TempPathFactory) -> Trained:
-    return Trained(moe_base, tmp_path_factory.mktemp("m") / "run", "tp2 ep2 etp1 do", MOE)
+    return Trained(moe_base, tmp_path_factory.mktemp("m") / "run", "tp2 sp ep2 etp1 do", MOE)
 
 
 def check_continued(losses: dict[int, float], trained: Trained) -> None:

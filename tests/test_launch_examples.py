@@ -1,0 +1,55 @@
+"""The example scripts run as they are, at toy size on the CPU."""
+
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.forked import SCRIPT
+from tests.tiny import LORA, MODEL, TRAIN
+
+ROOT = Path(__file__).parent.parent
+EXAMPLES = ROOT / "examples"
+
+
+def run(script: str, *flags: str, **env: str) -> str:
+    finished = subprocess.run(
+        ["bash", str(EXAMPLES / script), *flags],
+        env={
+            **os.environ,
+            "PYTHON": sys.executable,
+            "PYTHONPATH": str(ROOT),
+            "CPU": "1",
+            "OMP_NUM_THREADS": "1",
+            "MAX_RESTARTS": "0",
+            **env,
+        },
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    output = finished.stdout + finished.stderr
+    assert finished.returncode == 0, output[-5000:]
+    return output
+
+
+@pytest.mark.parametrize("script", ["train_qwen3_30b_a3b.sh", "train_llama3_8b.sh"])
+def test_an_example_trains_and_saves(tmp_path: Path, script: str) -> None:
+    output = run(script, OUT=str(tmp_path / "out"))
+    assert "> LoRA: " in output
+    assert "lm loss" in output
+    assert (tmp_path / "out" / "latest_checkpointed_iteration.txt").read_text() == "2"
+
+
+def test_the_slurm_script_launches_any_script(tmp_path: Path) -> None:
+    with socket.socket() as probe:
+        probe.bind(("localhost", 0))
+        port = probe.getsockname()[1]
+    saved = ["--save", str(tmp_path / "out"), "--train-iters", "3"]
+    flags = [*MODEL, *TRAIN, *LORA, *saved, "--pipeline-model-parallel-size", "2"]
+    output = run("slurm_multinode.sbatch", str(SCRIPT), *flags, NPROC="2", PORT=str(port))
+    assert "> LoRA: " in output
+    assert (tmp_path / "out" / "iter_0000003" / "integrity.json").is_file()
