@@ -143,12 +143,14 @@ def state(base: Base) -> State:
 
 
 def refusal(module: Any) -> str | None:
-    """Say why a module would silently bypass the adapters inside it; None where it would not."""
+    """Say why adapters inside a module would be bypassed or misplaced; None where not."""
     kind = type(module).__name__
     if kind == "TEFusedMLP":
         return "TEFusedMLP runs its linears as one fused operation: leave out --use-te-op-fuser"
     if isinstance(module, TEGroupedMLP) and module.config.use_transformer_engine_op_fuser:
         return "TEGroupedMLP with the op fuser runs its linears as one operation: turn it off"
+    if isinstance(module, TEGroupedMLP) and module.config.moe_mlp_glu_interleave_size is not None:
+        return "TEGroupedMLP interleaves gate and up: leave out --moe-mlp-glu-interleave-size"
     if kind == "FusedSharedExpertMLP":
         return "FusedSharedExpertMLP runs its linears as one operation: turn grouped GEMM off"
     if kind.startswith("Inference"):
@@ -167,7 +169,7 @@ def _describe_megatron(module: Any) -> Base:
         module,
         Split.COLUMN if column else Split.ROW,
         Style.LINEAR,
-        module.tp_group,
+        cast(Any, module.tp_group),
         module.input_size,
         module.output_size,
         is_expert=module.is_expert,

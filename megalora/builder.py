@@ -12,17 +12,11 @@ from megatron.core.transformer.transformer_layer import TransformerLayer
 from torch.distributed import ProcessGroup
 
 from megalora import checkpoint, pissa
-from megalora.adapters import (
-    GroupedAdapter,
-    LinearAdapter,
-    LoRAAdapter,
-    SequentialAdapter,
-    bind,
-    bind_sequential,
-)
+from megalora.adapters import LinearAdapter, LoRAAdapter, bind
 from megalora.bases import Base, Style, describe, describe_sequential, refusal
 from megalora.collectives import group_size
 from megalora.config import LoRAConfig
+from megalora.experts import GroupedAdapter, SequentialAdapter, bind_sequential
 from megalora.init import reset_parameters
 from megalora.targets import (
     ModelFacts,
@@ -49,8 +43,8 @@ def apply_lora(model_chunks: ModelChunks, config: LoRAConfig) -> ModelChunks:
     """Attach adapters to unwrapped model chunks, freeze everything else, return the chunks.
 
     Call it after building (and loading) the model and before DDP wraps it. All ranks must call it.
-    Raises ValueError where a target matches nothing in the whole model, where a module would bypass
-    its adapter, or where sizes cannot be sharded.
+    Raises ValueError, before the model is changed, where a target matches nothing in the whole
+    model, where a module would bypass its adapter, or where sizes cannot be sharded.
     """
     check_targets(config.targets)
     for chunk in model_chunks:
@@ -63,9 +57,10 @@ def apply_lora(model_chunks: ModelChunks, config: LoRAConfig) -> ModelChunks:
         if (target := matching_target(candidate.name, config.targets))
     }
     check_all_matched(config.targets, _union_over_ranks(matched))
-    for chunk, candidates in found:
+    made = [_make_adapters(chunk, candidates, config) for chunk, candidates in found]
+    for chunk, pairs in zip(model_chunks, made, strict=True):
         chunk.requires_grad_(False)
-        _attach(chunk, candidates, config)
+        _attach(pairs)
         checkpoint.install(chunk, config, model_facts(chunk.config))
         _freeze_router_bias(chunk)
         _make_embedding_require_grad(chunk)
@@ -140,22 +135,28 @@ def _candidates(chunk: torch.nn.Module) -> Iterator[_Candidate]:
             yield _Candidate(whole, base, modules[name.rpartition(".")[0]])
 
 
-def _attach(chunk: Any, candidates: list[_Candidate], config: LoRAConfig) -> None:
+def _make_adapters(
+    chunk: Any, candidates: list[_Candidate], config: LoRAConfig
+) -> list[tuple[_Candidate, LoRAAdapter]]:
+    """Make a chunk's adapters without touching it, so that a refusal leaves it as it was."""
     facts = model_facts(chunk.config)
-    sequential: dict[torch.nn.Module, dict[str, SequentialAdapter]] = {}
     chosen = [c for c in candidates if matching_target(c.name, config.targets)]
     if chosen:
         _refuse_bypasses(chunk, chosen)
-    for candidate in chosen:
-        adapter = _make_adapter(candidate, config, facts, chunk.config)
+    return [(c, _make_adapter(c, config, facts, chunk.config)) for c in chosen]
+
+
+def _attach(pairs: list[tuple[_Candidate, LoRAAdapter]]) -> None:
+    sequential: dict[torch.nn.Module, dict[str, SequentialAdapter]] = {}
+    for candidate, adapter in pairs:
         reset_parameters(adapter)
         candidate.parent.add_module(candidate.leaf + "_lora", adapter)
         if isinstance(adapter, SequentialAdapter):
             sequential.setdefault(candidate.parent, {})[candidate.leaf] = adapter
-        elif isinstance(adapter, LinearAdapter | GroupedAdapter):
+        else:
             bind(adapter)
-    for pair in sequential.values():
-        bind_sequential(pair)
+    for adapters_of_experts in sequential.values():
+        bind_sequential(adapters_of_experts)
 
 
 def _make_adapter(
@@ -189,10 +190,10 @@ def _process_group(group: Any) -> ProcessGroup | None:
 
 
 def _refuse_bypasses(chunk: torch.nn.Module, chosen: list[_Candidate]) -> None:
+    bases = {candidate.base.module for candidate in chosen}
     for name, module in chunk.named_modules():
         reason = refusal(module)
-        inside = any(c.name.startswith(name) or c.base.module is module for c in chosen)
-        if reason is not None and inside:
+        if reason is not None and not bases.isdisjoint(module.modules()):
             raise ValueError(f"lora_targets select linears of {name}: {reason}")
 
 

@@ -178,17 +178,10 @@ def test_te_grouped_experts_equal_the_merged_weights(
     w1, w2 = draw("w1", EXPERTS, 2 * FFN, IN), draw("w2", EXPERTS, IN, FFN)
     x, r = draw("x", sum(SPLITS), IN), draw("r", sum(SPLITS), IN)
     with model_parallel(layout):
-        fields = {**MOE, "moe_grouped_gemm": True, "hidden_size": IN, "moe_ffn_hidden_size": FFN}
-        config = build_config(layout, **{**fields, "num_attention_heads": 4, "kv_channels": 6})
         num_local = EXPERTS // layout.ep
         first = parallel_state.get_expert_model_parallel_rank() * num_local
         local = range(first, first + num_local)
-        experts = TEGroupedMLP(
-            num_local,
-            config,
-            GroupedMLPSubmodules(te.TEColumnParallelGroupedLinear, te.TERowParallelGroupedLinear),
-            pg_collection=ProcessGroupCollection.use_mpu_process_groups(),
-        )
+        experts, config = _grouped_mlp(layout, num_local)
         _copy_expert_weights(experts, w1, w2, local)
         lora = LoRAConfig(rank=6, alpha=4.0, targets=("mlp",), expert_mode=mode, ops=backend)
         chunks = apply_lora([Holder(config, experts=experts)], lora)
@@ -210,6 +203,18 @@ def test_te_grouped_experts_equal_the_merged_weights(
         if mode == "per_expert":
             empty = SPLITS.index(0)
             assert all(not gradient[empty].any() for gradient in gradients.values())
+
+
+def _grouped_mlp(layout: Layout, num_local: int) -> tuple[Any, Any]:
+    fields = {**MOE, "moe_grouped_gemm": True, "hidden_size": IN, "moe_ffn_hidden_size": FFN}
+    config = build_config(layout, **{**fields, "num_attention_heads": 4, "kv_channels": 6})
+    experts = TEGroupedMLP(
+        num_local,
+        config,
+        GroupedMLPSubmodules(te.TEColumnParallelGroupedLinear, te.TERowParallelGroupedLinear),
+        pg_collection=ProcessGroupCollection.use_mpu_process_groups(),
+    )
+    return experts, config
 
 
 def _copy_expert_weights(experts: Any, w1: Tensor, w2: Tensor, local: range) -> None:
@@ -271,14 +276,7 @@ def _per_expert(factor: Tensor) -> Tensor:
 def test_te_grouped_mlp_runs_with_adapters(layout: Layout) -> None:
     """Megatron's own caller: what it hands to the grouped linears."""
     with model_parallel(layout):
-        fields = {**MOE, "moe_grouped_gemm": True, "hidden_size": IN, "moe_ffn_hidden_size": FFN}
-        config = build_config(layout, **{**fields, "num_attention_heads": 4, "kv_channels": 6})
-        experts = TEGroupedMLP(
-            EXPERTS,
-            config,
-            GroupedMLPSubmodules(te.TEColumnParallelGroupedLinear, te.TERowParallelGroupedLinear),
-            pg_collection=ProcessGroupCollection.use_mpu_process_groups(),
-        )
+        experts, config = _grouped_mlp(layout, EXPERTS)
         w1, w2 = draw("w1", EXPERTS, 2 * FFN, IN), draw("w2", EXPERTS, IN, FFN)
         _copy_expert_weights(experts, w1, w2, range(EXPERTS))
         lora = LoRAConfig(rank=6, alpha=4.0, targets=("mlp",))
@@ -288,3 +286,12 @@ def test_te_grouped_mlp_runs_with_adapters(layout: Layout) -> None:
         y, _ = experts(x, splits, torch.ones(sum(SPLITS)))
         expected, _ = _run_experts(experts, x, splits)
     torch.testing.assert_close(y, expected)
+
+
+@over(Layout())
+def test_interleaved_gate_and_up_are_refused(layout: Layout) -> None:
+    with model_parallel(layout):
+        experts, config = _grouped_mlp(layout, EXPERTS)
+        config.moe_mlp_glu_interleave_size = 4
+        with pytest.raises(ValueError, match="leave out --moe-mlp-glu-interleave-size"):
+            apply_lora([Holder(config, experts=experts)], LoRAConfig(rank=6, targets=("mlp",)))

@@ -1,0 +1,95 @@
+"""What apply_lora refuses on real models, before it changes anything; and gradients in fp64."""
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from megalora.builder import adapters, apply_lora
+from megalora.config import LoRAConfig
+from tests.dist.cases import KINDS
+from tests.dist.layouts import Layout, model_parallel, over
+from tests.dist.models import build_model
+from tests.dist.parity import draw_b, lora_config
+
+
+class _Wrapped(torch.nn.Module):
+    def __init__(self, module: torch.nn.Module) -> None:
+        super().__init__()
+        self.module = module
+
+
+class TEFusedMLP(torch.nn.Module):
+    """Named as the module that runs its linears without calling them."""
+
+    def __init__(self, mlp: Any) -> None:
+        super().__init__()
+        self.linear_fc1, self.linear_fc2 = mlp.linear_fc1, mlp.linear_fc2
+
+
+def refused(chunks: list[Any], message: str, **fields: Any) -> None:
+    names = [name for name, _ in chunks[0].named_parameters()]
+    with pytest.raises(ValueError, match=message):
+        apply_lora(chunks, LoRAConfig(**{"rank": 4, **fields}))
+    assert [name for name, _ in chunks[0].named_parameters()] == names
+    assert all(parameter.requires_grad for parameter in chunks[0].parameters())
+
+
+@over(Layout())
+def test_mistakes_are_refused_before_anything_changes(layout: Layout) -> None:
+    with model_parallel(layout):
+        dense = build_model(layout, num_layers=1)
+        refused(dense, r"lora_targets \['router'\] match no module", targets=("all", "router"))
+        refused(dense, "'q_proj', which has no adapter", targets=("q_proj",))
+        refused([_Wrapped(dense[0])], "is a _Wrapped, which is wrapped already")
+        experts = build_model(layout, **KINDS["experts"].model)
+        refused(experts, "lora_rank 5 is not divisible by moe_router_topk 2: use 2, 4, 6", rank=5)
+
+
+@over(Layout())
+def test_modules_that_bypass_their_linears_are_refused(layout: Layout) -> None:
+    with model_parallel(layout):
+        chunks: list[Any] = build_model(layout, num_layers=1)
+        layer = chunks[0].decoder.layers[0]
+        layer.mlp = TEFusedMLP(layer.mlp)
+        refused(chunks, "TEFusedMLP runs its linears as one fused operation: leave out --use-te-op")
+        # Its attention can still have adapters.
+        apply_lora(chunks, LoRAConfig(rank=4, targets=("attn",)))
+
+
+@over(Layout())
+def test_adapters_are_attached_once(layout: Layout) -> None:
+    with model_parallel(layout):
+        chunks = apply_lora(build_model(layout, num_layers=1), LoRAConfig(rank=4))
+        with pytest.raises(ValueError, match="has adapters already: call apply_lora once"):
+            apply_lora(chunks, LoRAConfig(rank=4))
+
+
+@over(Layout(tp=2))
+def test_widths_that_cannot_be_sharded_are_refused(layout: Layout) -> None:
+    # The hidden size shards linear_proj's B, and 2 ranks cannot halve 33.
+    sizes = {"hidden_size": 33, "num_attention_heads": 2, "num_query_groups": 2, "kv_channels": 8}
+    with model_parallel(layout):
+        chunks = build_model(layout, num_layers=1, **sizes)
+        with pytest.raises(ValueError, match=r"33 features to shard.*tensor-parallel size 2"):
+            apply_lora(chunks, LoRAConfig(rank=4, targets=("linear_proj",)))
+
+
+@pytest.mark.parametrize("name", ["self_attention.linear_qkv", "mlp.linear_fc2"])
+@pytest.mark.parametrize("backend", ["fused", "reference"])
+@over(Layout())
+def test_a_whole_adapted_linear_passes_gradcheck(layout: Layout, name: str, backend: Any) -> None:
+    with model_parallel(layout):
+        model = {"num_layers": 1, "params_dtype": torch.float64}
+        (chunk,) = apply_lora(build_model(layout, **model), lora_config("dense", ops=backend))
+        linear = chunk.get_submodule(f"decoder.layers.0.{name}")
+        adapter = dict(adapters([chunk]))[f"decoder.layers.0.{name}_lora"]
+        adapter.lora_B.data.copy_(draw_b(name, adapter.lora_B))
+        x = draw_b("x", torch.empty(2, 1, adapter.base.in_features, dtype=torch.float64))
+
+        def forward(x: Tensor, _a: Tensor, _b: Tensor) -> Tensor:
+            return linear(x)[0]
+
+        inputs = (x.requires_grad_(), adapter.lora_A, adapter.lora_B)
+        assert torch.autograd.gradcheck(forward, inputs, fast_mode=True)
