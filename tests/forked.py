@@ -17,7 +17,8 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-SCRIPT = Path(__file__).parent / "scripts" / "pretrain_tiny.py"
+ROOT = Path(__file__).parent.parent
+SCRIPT = ROOT / "tests" / "scripts" / "pretrain_tiny.py"
 TIMEOUT_S = 120
 
 
@@ -43,7 +44,7 @@ class Ranks:
             "WORLD_SIZE": str(world_size),
             "LOCAL_WORLD_SIZE": str(world_size),
             "MASTER_ADDR": "localhost",
-            "MASTER_PORT": str(_free_port()),
+            "MASTER_PORT": str(free_port()),
             "MEGALORA_TRACEBACK": "1",
             **(env or {}),
         }
@@ -155,7 +156,8 @@ def _run_rank(words: list[str], by_megalora: bool, env: dict[str, str], log: str
     runpy.run_path(words[0], run_name="__main__")
 
 
-def _free_port() -> int:
+def free_port() -> int:
+    """Return a port that nothing listens on."""
     with socket.socket() as probe:
         probe.bind(("localhost", 0))
         return probe.getsockname()[1]

@@ -1,17 +1,15 @@
 """The example scripts run as they are, at toy size on the CPU."""
 
 import os
-import socket
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
-from tests.forked import SCRIPT
+from tests.forked import ROOT, SCRIPT, free_port
 from tests.tiny import LORA, MODEL, TRAIN
 
-ROOT = Path(__file__).parent.parent
 EXAMPLES = ROOT / "examples"
 
 
@@ -45,11 +43,8 @@ def test_an_example_trains_and_saves(tmp_path: Path, script: str) -> None:
 
 
 def test_the_slurm_script_launches_any_script(tmp_path: Path) -> None:
-    with socket.socket() as probe:
-        probe.bind(("localhost", 0))
-        port = probe.getsockname()[1]
     saved = ["--save", str(tmp_path / "out"), "--train-iters", "3"]
     flags = [*MODEL, *TRAIN, *LORA, *saved, "--pipeline-model-parallel-size", "2"]
-    output = run("slurm_multinode.sbatch", str(SCRIPT), *flags, NPROC="2", PORT=str(port))
+    output = run("slurm_multinode.sbatch", str(SCRIPT), *flags, NPROC="2", PORT=str(free_port()))
     assert "> LoRA: " in output
     assert (tmp_path / "out" / "iter_0000003" / "integrity.json").is_file()

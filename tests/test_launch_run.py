@@ -1,0 +1,106 @@
+"""`megalora run` brings LoRA into launch scripts that know nothing of it."""
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.forked import ROOT, SCRIPT, Ranks, free_port
+from tests.tiny import LORA, MODEL, TRAIN, flags, train
+
+PROVIDER_SCRIPT = SCRIPT.with_name("pretrain_provider.py")
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    directory = tmp_path_factory.mktemp("base") / "base"
+    train(1, directory, "--no-save-optim", iters=1).succeed()
+    return directory
+
+
+@pytest.fixture(scope="module")
+def adapter(base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A finished run, and its merged weights beside it."""
+    directory = tmp_path_factory.mktemp("adapter") / "run"
+    more = ["--pretrained-checkpoint", base, "--save-merged", directory.parent / "merged"]
+    train(1, directory, *LORA, *more, "--lora-alpha", 8).succeed()
+    return directory
+
+
+def start(base: Path, logs: Path, *more: object, script: Path = SCRIPT, ranks: int = 1) -> Ranks:
+    given = [*MODEL, *TRAIN, "--pretrained-checkpoint", base, "--train-iters", 2]
+    return Ranks(ranks, [*given, *more], logs, script=script)
+
+
+def test_without_lora_rank_the_script_does_what_it_did(base: Path, tmp_path: Path) -> None:
+    ours = start(base, tmp_path / "ours").succeed().losses()
+    command = [sys.executable, "-c", PLAIN, str(SCRIPT), *MODEL, *TRAIN]
+    command += ["--pretrained-checkpoint", str(base), "--train-iters", "2"]
+    alone = {"MASTER_ADDR": "localhost", "MASTER_PORT": str(free_port())}
+    env = {**os.environ, **alone, "PYTHONPATH": str(ROOT)}
+    plain = subprocess.run(command, env=env, capture_output=True, text=True, timeout=300)
+    assert plain.returncode == 0, plain.stderr[-3000:]
+    assert len(ours) == 2
+    for loss in ours.values():
+        assert f"lm loss: {loss:E}" in plain.stdout
+
+
+# What `python SCRIPT` does where there is no GPU to run it on.
+PLAIN = """
+import runpy, sys
+import megalora.cpu
+megalora.cpu.install()
+sys.argv = sys.argv[1:]
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
+
+
+def test_help_of_a_script_shows_the_lora_flags(tmp_path: Path) -> None:
+    text = Ranks(1, ["--help"], tmp_path / "logs").succeed().text()
+    assert "--lora-rank" in text
+    assert "--lora-on-corrupt" in text
+    assert "--num-layers" in text
+
+
+def test_a_script_with_a_model_provider_trains_the_same(base: Path, tmp_path: Path) -> None:
+    more = [*LORA, *flags("pp2 vpp1")]
+    builder = start(base, tmp_path / "one", *more, ranks=2).succeed().losses()
+    provider = start(base, tmp_path / "two", *more, ranks=2, script=PROVIDER_SCRIPT).succeed()
+    assert provider.losses() == builder
+    assert "> LoRA: " in provider.text()
+
+
+def test_a_script_that_trains_nothing_says_so(tmp_path: Path) -> None:
+    script = tmp_path / "nothing.py"
+    script.write_text("print('nothing to do')\n")
+    text = Ranks(1, LORA, tmp_path / "logs", script=script).fail()
+    assert "the script built no model" in text
+
+
+def test_merged_weights_start_a_plain_run_where_the_adapter_ended(
+    base: Path, adapter: Path, tmp_path: Path
+) -> None:
+    merged = adapter.parent / "merged"
+    going_on = ["--lora-load", adapter, "--lora-alpha", 8]
+    with_adapter = start(base, tmp_path / "one", *LORA, *going_on).succeed().losses()
+    plain = start(merged, tmp_path / "two").succeed().losses()
+    without = start(base, tmp_path / "three").succeed().losses()
+    assert plain[1] == pytest.approx(with_adapter[1], rel=1e-5)
+    assert abs(without[1] - plain[1]) > 1e-2
+
+
+def test_loading_another_scale_is_refused(base: Path, adapter: Path, tmp_path: Path) -> None:
+    text = start(base, tmp_path / "logs", *LORA, "--lora-load", adapter).fail()
+    assert "set --lora-alpha 8" in text
+
+
+def test_a_base_in_load_needs_finetune(base: Path, tmp_path: Path) -> None:
+    directory = tmp_path / "run"
+    shutil.copytree(base, directory)
+    assert "add --finetune" in train(1, directory, *LORA).fail()
+    found = train(1, directory, *LORA, "--finetune", iters=2).succeed()
+    expected = start(base, tmp_path / "logs", *LORA).succeed().losses()
+    assert found.losses() == expected
