@@ -100,8 +100,12 @@ def _selective(*modules: str) -> dict[str, Any]:
     return {"note": f"recompute of {' and '.join(modules)}", "fields": fields}
 
 
-def _with(note: str = "", **fields: Any) -> dict[str, Any]:
-    return {"note": note or ", ".join(fields), "fields": fields}
+def _with(note: str, **fields: Any) -> dict[str, Any]:
+    return {"note": note, "fields": fields}
+
+
+ALLGATHER = _with("allgather dispatcher", moe_token_dispatcher_type="allgather")
+OVERLAPPED_SHARED = _with("overlapped", moe_shared_expert_overlap=True)
 
 
 DENSE = [
@@ -162,13 +166,12 @@ EXPERTS = [
     Case(layout=ETP2, kind="ungated experts"),
     Case(layout=Layout(pp=2, vpp=2), kind="experts in 4 layers"),
     Case(layout=Layout(cp=2), kind="experts"),
-    Case(layout=EP2, kind="experts", **_with(moe_token_dispatcher_type="allgather")),
-    Case(layout=ETP2, kind="experts", **_with(moe_token_dispatcher_type="allgather")),
-    Case(layout=EP2, kind="experts", **_with(moe_permute_fusion=True)),
+    Case(layout=EP2, kind="experts", **ALLGATHER),
+    Case(layout=ETP2, kind="experts", **ALLGATHER),
     Case(layout=EP2, kind="experts", **OVERLAPPED),
     Case(layout=EP2, kind="shared-outer experts", **OVERLAPPED),
-    Case(layout=EP2, kind="shared experts", **_with(moe_shared_expert_overlap=True)),
-    Case(layout=TP2_EP2, kind="shared experts", **_with(moe_shared_expert_overlap=True)),
+    Case(layout=EP2, kind="shared experts", **OVERLAPPED_SHARED),
+    Case(layout=TP2_EP2, kind="shared experts", **OVERLAPPED_SHARED),
     Case(layout=TP2_EP2, kind="experts", **_selective("moe")),
     Case(
         layout=EP2,
