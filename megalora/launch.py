@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 import torch
 
+from megalora import cpu
 from megalora.arguments import given_lora_fields, lora_config_from_args
 from megalora.auto_lr import add_auto_lr_args, set_auto_lr
 from megalora.config import LoRAConfig
@@ -279,6 +280,8 @@ def _check_checkpoint_flags(args: argparse.Namespace) -> None:
             f"ckpt_format is {args.ckpt_format!r}: adapters are saved as torch_dist, which loads "
             "on any parallel layout; leave --ckpt-format out"
         )
+    if args.async_save and cpu.installed():
+        raise ValueError("async_save is set: Megatron's writing process needs a CUDA device")
     if getattr(args, "init_model_with_meta_device", False):
         raise ValueError("init_model_with_meta_device is set: LoRA loads the base while building")
     if args.use_distributed_optimizer and args.non_persistent_ckpt_type != "local":

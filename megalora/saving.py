@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch.distributed as dist
+from torch.distributed.checkpoint.api import CheckpointException
 
 from megalora.resume import iteration_directory, read_iteration
 
@@ -47,7 +48,8 @@ def save(original: Callable[..., None], iteration: int, *args: Any, **kwargs: An
     verify, run.verify_integrity = run.verify_integrity, True
     try:
         original(iteration, *args, **kwargs)
-    except Exception as error:
+    # torch's CheckpointException, of what a writing process ran into, is no Exception.
+    except (Exception, CheckpointException) as error:
         previous = read_iteration(Path(run.save))
         left = "no earlier checkpoint" if previous is None else f"iteration {previous}, intact"
         print(
@@ -71,7 +73,8 @@ def _remove_stale(root: Path, iteration: int) -> None:
 
 
 def _cause(error: BaseException) -> str:
-    """Return the innermost reason: Megatron and torch wrap the OSError of the writing process."""
+    """Return the innermost reason: Megatron and torch wrap the OSError of a writing process."""
     while (inner := error.__cause__ or error.__context__) is not None:
         error = inner
-    return f"{type(error).__name__}: {error}".strip().splitlines()[0]
+    lines = str(error).strip().splitlines()
+    return lines[-1] if lines else type(error).__name__

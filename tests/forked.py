@@ -57,6 +57,10 @@ class Ranks:
             process.start()
             self.processes.append(process)
 
+    def is_alive(self) -> bool:
+        """Say whether every rank runs."""
+        return all(process.exitcode is None for process in self.processes)
+
     def kill(self, rank: int) -> None:
         """End one rank as a lost machine would."""
         os.kill(self.processes[rank].pid, signal.SIGKILL)
@@ -104,6 +108,8 @@ class Ranks:
     def losses(self) -> dict[int, float]:
         """Return the loss of every iteration that the last rank logged."""
         found = {}
+        if not self.logs[-1].exists():
+            return found
         for line in self.logs[-1].read_text(errors="replace").splitlines():
             if "lm loss:" in line:
                 iteration = int(line.split("iteration")[1].split("/")[0])
