@@ -110,7 +110,9 @@ class Ranks:
         found = {}
         if not self.logs[-1].exists():
             return found
-        for line in self.logs[-1].read_text(errors="replace").splitlines():
+        text = self.logs[-1].read_text(errors="replace")
+        # The last line may be half written.
+        for line in text[: text.rfind("\n") + 1].splitlines():
             if "lm loss:" in line:
                 iteration = int(line.split("iteration")[1].split("/")[0])
                 found[iteration] = float(line.split("lm loss:")[1].split("|")[0])
