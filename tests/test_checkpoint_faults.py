@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from tests.forked import Ranks, call
-from tests.tiny import LORA, MODEL, back_to, flags, read_all, same_tensors, train
+from tests.tiny import LORA, MODEL, back_to, flags, same_tensors, train
 
 NUM_KILLS = 10
 ITERATIONS = 30
@@ -94,7 +94,7 @@ def test_a_request_to_stop_saves_first(base: Path, tmp_path: Path) -> None:
     run.succeed()
     iteration = int((directory / "latest_checkpointed_iteration.txt").read_text())
     assert 0 < iteration < 1000
-    assert call(read_all, directory, iteration)
+    assert call(same_tensors, directory, directory, iteration)
 
 
 REFUSED = {
