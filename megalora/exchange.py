@@ -17,6 +17,7 @@ from megalora.hf.peft import CONFIG_NAME, read_adapter, write_adapter
 from megalora.hf.shape import ModelShape
 from megalora.init import draw_uniform
 from megalora.merge import merge
+from megalora.pissa import at_start
 
 OUTPUT_B = "output_layer_lora.lora_B"
 
@@ -67,12 +68,16 @@ def export_model(
     vocab_size: rows of the Hugging Face vocabulary; None keeps Megatron's padded ones.
     """
     tensors = gather_adapters(model_chunks)
+    initial = None
+    if config.init == "pissa":
+        with at_start(model_chunks):
+            initial = gather_adapters(model_chunks)
     if dist.get_rank() == 0:
         rows = tensors[OUTPUT_B].shape[0] if OUTPUT_B in tensors else 0
         shape = model_shape(model_chunks, vocab_size=vocab_size or rows)
         write_adapter(
             directory,
-            to_hf(tensors, config, shape),
+            to_hf(tensors, config, shape, initial=initial),
             base_model_name=base_model_name,
             format=format,
             num_layers=shape.num_layers,

@@ -14,7 +14,8 @@ from megalora.adapters import LoRAAdapter
 from megalora.bases import Split, State
 from megalora.collectives import Exchange, GatherFactor, group_size, own_shard
 from megalora.layers import ROUTES, Factor
-from tests.dist.cases import EP2, ETP2, TP2, TP2_SP, Case
+from tests.dist.cases import EP2, ETP2, OVERLAPPED, TP2, TP2_SP, Case
+from tests.dist.layouts import Layout
 from tests.dist.parity import errors, truth
 from tests.dist.test_parity import TOLERANCE, in_its_world
 
@@ -90,6 +91,13 @@ def start_drawn_from_local_sizes(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(megalora.init, "draw_uniform", wrong)
 
 
+def adapters_called_without_their_hooks(patch: pytest.MonkeyPatch) -> None:
+    def call(self: LoRAAdapter, *args: Any, **kwargs: Any) -> Any:
+        return self.forward(*args, **kwargs)
+
+    patch.setattr(LoRAAdapter, "__call__", call)
+
+
 BREAKS: list[tuple[Case, str, Break]] = [
     (
         Case(layout=TP2, note="no all-reduce of ds"),
@@ -111,6 +119,12 @@ BREAKS: list[tuple[Case, str, Break]] = [
     (Case(layout=TP2_SP, note="scale off by 0.1 %"), "gradient", scale_off_by_a_thousandth),
     (Case(layout=TP2, note="shards taken for replicas"), "norm", shards_counted_as_replicas),
     (Case(layout=TP2, note="start of local sizes"), "start", start_drawn_from_local_sizes),
+    (
+        # Megatron gathers a module's parameters in a hook before its call.
+        Case(layout=Layout(dp=2), **{**OVERLAPPED, "note": "no hooks before adapters"}),
+        "weights",
+        adapters_called_without_their_hooks,
+    ),
     (
         Case(layout=ETP2, kind="experts", note="gathered factor not summed"),
         "gradient",

@@ -93,3 +93,25 @@ def test_a_whole_adapted_linear_passes_gradcheck(layout: Layout, name: str, back
 
         inputs = (x.requires_grad_(), adapter.lora_A, adapter.lora_B)
         assert torch.autograd.gradcheck(forward, inputs, fast_mode=True)
+
+
+@over(Layout())
+def test_a_compiled_linear_computes_the_same(layout: Layout) -> None:
+    """torch.compile leaves the adapter's travel between two calls to Python, and must not mind."""
+    with model_parallel(layout):
+        (chunk,) = apply_lora(build_model(layout, num_layers=1), lora_config("dense"))
+        adapter = chunk.decoder.layers[0].mlp.linear_fc1_lora
+        adapter.lora_B.data.copy_(draw_b("b", adapter.lora_B))
+        linear = chunk.decoder.layers[0].mlp.linear_fc1
+
+        def results(function: Any) -> list[Tensor]:
+            adapter.zero_grad()
+            x = draw_b("x", torch.empty(4, 1, 32)).requires_grad_()
+            y, _ = function(x)
+            y.square().sum().backward()
+            return [y.detach(), x.grad, adapter.lora_A.grad, adapter.lora_B.grad]
+
+        plain = results(linear)
+        compiled = results(torch.compile(lambda x: linear(x), backend="aot_eager"))
+        for one, other in zip(compiled, plain, strict=True):
+            torch.testing.assert_close(one, other)

@@ -101,3 +101,22 @@ def test_a_rank_beyond_the_singular_values_is_refused(layout: Layout) -> None:
             apply_lora(chunks, LoRAConfig(rank=17, init="pissa"))
         for name, weight in before.items():
             torch.testing.assert_close(chunks[0].get_parameter(name), weight, rtol=0, atol=0)
+
+
+@over(Layout())
+def test_the_difference_from_the_start_is_an_adapter_of_the_original_base(layout: Layout) -> None:
+    name = "decoder.layers.0.self_attention.linear_proj"
+    with model_parallel(layout):
+        original = _build(layout, "dense")[0].get_submodule(name).weight.detach()
+        chunks = apply_lora(_build(layout, "dense"), CONFIG)
+        train(chunks, layout, ONE_STEP)
+        trained = _gathered(chunks)
+        with at_start(chunks):
+            first = _gathered(chunks)
+        merge(chunks)
+        merged = chunks[0].get_submodule(name).weight.detach()
+    keys = [f"{name}_lora.lora_{factor}" for factor in "AB"]
+    (a, b), (a0, b0) = ([tensors[key] for key in keys] for tensors in (trained, first))
+    # Of rank 2 r, as it is exported.
+    update = torch.cat([b, -b0], 1) @ torch.cat([a, a0])
+    assert relative(merged - original, CONFIG.alpha / CONFIG.rank * update) < 1e-5
