@@ -7,6 +7,7 @@ import argparse
 import os
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -47,7 +48,7 @@ def main() -> None:
     if unknown := set(chosen) - set(EXPERIMENTS):
         parser.error(f"figures {sorted(unknown)} do not exist: choose of {' '.join(EXPERIMENTS)}")
     done = run_figures(chosen, Scale(), args.work, args.workers)
-    report.write(done, args.output / "figures", args.output / "regret.md")
+    report.write(done, args.output / "regret", args.output / "regret.md")
 
 
 def run_figures(chosen: list[str], scale: Scale, work: Path, workers: int) -> list[Figure]:
@@ -59,8 +60,9 @@ def run_figures(chosen: list[str], scale: Scale, work: Path, workers: int) -> li
     done = []
     for name in chosen:
         jobs_of, figure_of = EXPERIMENTS[name]
-        results |= run_all(jobs_of(results, scale), work, workers)
-        figure = figure_of(results, scale)
+        jobs = jobs_of(results, scale)
+        results |= run_all(jobs, work, workers)
+        figure = replace(figure_of(results, scale), scale=experiments.scale_of(jobs))
         for found in figure.findings:
             print(f"{figure.name}, {found.verdict}: the article: {found.article};")
             print(f"    here: {found.here}", flush=True)

@@ -2,19 +2,16 @@
 
 import argparse
 import json
-import os
-import runpy
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from megalora import LoRAConfig, auto_lr
+from tests.examples import run_example
 from tests.forked import Ranks, call
 from tests.tiny import EXPERTS, LORA, MODEL, TRAIN
 
-EXAMPLE = Path(__file__).parent.parent / "examples" / "pretrain_lora.py"
 SHORT = ["--train-iters", "2", "--lr", "auto"]
 # 5e-5 * 15 (fewer than 100 steps) * (2000 / 64) ** 0.0775: FACTS' rule at hidden size 64.
 QWEN_RATE = 9.7933e-4
@@ -29,20 +26,6 @@ def logged_rates(text: str) -> list[float]:
 def run(directory: Path, *flags: str) -> Ranks:
     """Start `megalora run` of a script that knows nothing of megalora."""
     return Ranks(1, [*MODEL, *TRAIN, *SHORT, *flags], directory)
-
-
-def run_example(flags: list[str], log: str) -> int:
-    """Run examples/pretrain_lora.py in this process and return its exit status."""
-    os.environ.update(MASTER_ADDR="localhost", MASTER_PORT="0", RANK="0", WORLD_SIZE="1")
-    sys.argv = [str(EXAMPLE), *flags]
-    with open(log, "w") as file:
-        sys.stdout = sys.stderr = file
-        try:
-            runpy.run_path(str(EXAMPLE), run_name="__main__")
-        except SystemExit as end:
-            print(end.code, file=file, flush=True)
-            return 1
-    return 0
 
 
 @pytest.mark.parametrize(
@@ -70,11 +53,10 @@ def test_the_example_trains_at_the_rate_of_the_rule(tmp_path: Path) -> None:
     model = [*MODEL, *EXPERTS, "--byte-tokenizer", "--dataset", str(data), "--cpu"]
     vocabulary = model.index("--vocab-size")
     del model[vocabulary : vocabulary + 2]
-    log = tmp_path / "log"
     flags = [*model, *TRAIN, *SHORT, *LORA, "--lora-family", "llama"]
-    assert call(run_example, flags, str(log)) == 0, log.read_text()
+    text = run_example("pretrain_lora.py", flags, tmp_path / "logs")
     # 5e-5 * 15 * (2000 / 64) ** 0.781
-    assert logged_rates(log.read_text()) == pytest.approx([1.10291e-2] * 2, rel=1e-4)
+    assert logged_rates(text) == pytest.approx([1.10291e-2] * 2, rel=1e-4)
 
 
 def test_a_model_of_unknown_family_is_told_what_to_do(tmp_path: Path) -> None:

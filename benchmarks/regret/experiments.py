@@ -4,6 +4,7 @@ An experiment is a function of the results so far that returns the runs it needs
 of some depends on the best learning rates of a sweep.
 """
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from statistics import mean
@@ -24,7 +25,7 @@ class Scale:
 
     sweep_steps: int = 300
     long_steps: int = 1500
-    placement_steps: int = 800
+    placement_steps: int = 400
     rl_steps: int = 200
     early_steps: int = 20
     pretrain_steps: int = 1500
@@ -60,7 +61,10 @@ class Finding:
 
 @dataclass(frozen=True, kw_only=True)
 class Figure:
-    """One of the article's figures at toy size, with its findings and the numbers behind them."""
+    """One of the article's figures at toy size, with its findings and the numbers behind them.
+
+    scale: how many runs it took, and how long they were.
+    """
 
     name: str
     title: str
@@ -69,6 +73,7 @@ class Figure:
     findings: list[Finding]
     curves: list[Curve]
     log_x: bool = False
+    scale: str = ""
     numbers: dict[str, Any] = field(default_factory=dict)
 
 
@@ -91,6 +96,32 @@ def sweep_jobs(scale: Scale) -> list[Job]:
 def best_rate(results: Results, like: Job, scale: Scale) -> float:
     """Return the rate with the least mean final loss of runs that differ in rate and seed only."""
     return min(scale.sweep_rates, key=lambda lr: mean(finals(results, replace(like, lr=lr), scale)))
+
+
+def interpolated_rate(results: Results, like: Job, scale: Scale) -> float:
+    """Return the lowest point of the parabola, over log rate, through the best and its neighbours.
+
+    At either end of the grid that is the best rate itself.
+    """
+    best = best_rate(results, like, scale)
+    near = _around(best, scale)
+    if len(near) < 3:
+        return best
+    x = [math.log(lr) for lr in near]
+    y = [mean(finals(results, replace(like, lr=lr), scale)) for lr in near]
+    left, right = (y[1] - y[0]) / (x[1] - x[0]), (y[2] - y[1]) / (x[2] - x[1])
+    if left == right:
+        return best
+    # The slope is `left` halfway to the best from below and `right` halfway above it.
+    return math.exp((x[0] + x[1]) / 2 - left * (x[2] - x[0]) / 2 / (right - left))
+
+
+def scale_of(jobs: Sequence[Job]) -> str:
+    """Say how many runs there are and how long they are."""
+    steps = sorted({job.steps for job in jobs})
+    length = str(steps[0]) if len(steps) == 1 else f"{steps[0]} to {steps[-1]}"
+    seeds = len({job.seed for job in jobs})
+    return f"{len(set(jobs))} runs of {length} steps, {seeds} seeds"
 
 
 def finals(results: Results, like: Job, scale: Scale) -> list[float]:

@@ -1,6 +1,6 @@
 """From results to figures: the curves to draw and a verdict by a criterion that can fail."""
 
-from statistics import mean
+from statistics import geometric_mean, mean
 
 from benchmarks.regret.experiments import (
     Curve,
@@ -10,10 +10,10 @@ from benchmarks.regret.experiments import (
     Scale,
     batch_jobs,
     best_of,
-    best_rate,
     early_jobs,
     grouped,
     how,
+    interpolated_rate,
     long_jobs,
     placement_jobs,
     rl_jobs,
@@ -39,6 +39,7 @@ def capacity_figure(results: Results, scale: Scale) -> Figure:
         title="Loss by rank, each at its best rate",
         x_label="step",
         y_label=LOSS,
+        log_x=True,
         findings=[
             Finding(
                 article="high ranks learn like full fine-tuning; low ones fall off when full",
@@ -58,10 +59,13 @@ def rate_figure(results: Results, scale: Scale) -> Figure:
     for job, seeds in groups.items():
         by_rank.setdefault(job.rank, {})[job.lr] = seeds
     best = {
-        job.rank: best_rate(results, job, scale) for job in groups if job.lr == scale.sweep_rates[0]
+        job.rank: interpolated_rate(results, job, scale)
+        for job in groups
+        if job.lr == scale.sweep_rates[0]
     }
-    lora = [rate for rank, rate in best.items() if rank]
-    spread, ratio = max(lora) / min(lora), mean(lora) / best[0]
+    ranks = [rank for rank in best if rank >= 4]
+    lora = [best[rank] for rank in ranks]
+    spread, ratio = max(lora) / min(lora), geometric_mean(lora) / best[0]
     return Figure(
         name="figure-2",
         title=f"Held-out loss by learning rate, {scale.sweep_steps} steps",
@@ -71,7 +75,8 @@ def rate_figure(results: Results, scale: Scale) -> Figure:
         findings=[
             Finding(
                 article="the best rate moves less than 2 x from rank 4 to 512",
-                here=f"best rates {_listed(best)} on a grid of half decades",
+                here=f"it moves {spread:.2g} x from rank {min(ranks)} to {max(ranks)}; best rates "
+                f"{_listed(best)}, interpolated on a grid of half decades",
                 holds=spread < 2,
             ),
             Finding(
@@ -130,6 +135,7 @@ def placement_figure(base: Base, results: Results, scale: Scale) -> Figure:
     runs = best_of(placement_jobs(base, results, scale), results)
     loss = {_where(job): _final(seeds) for job, seeds in runs.items()}
     size = {_where(job): seeds[0].trainable for job, seeds in runs.items()}
+    gain = loss["MLP"] - loss["all"]
     described = ", ".join(f"{name} {loss[name]:.3f} ({size[name]:,} parameters)" for name in loss)
     return Figure(
         name="figure-5" if base == "moe" else "figure-4",
@@ -145,8 +151,8 @@ def placement_figure(base: Base, results: Results, scale: Scale) -> Figure:
             ),
             Finding(
                 article="both together are hardly better than the MLP alone",
-                here=f"{loss['MLP'] - loss['all']:.3f} nats better",
-                holds=loss["MLP"] - loss["all"] < VISIBLE,
+                here=f"{abs(gain):.3f} nats {'better' if gain > 0 else 'worse'}",
+                holds=gain < VISIBLE,
             ),
         ],
         curves=[_curve(_where(job), seeds, SMOOTHING) for job, seeds in runs.items()],
@@ -164,7 +170,7 @@ def early_figure(results: Results, scale: Scale) -> Figure:
         apart[lr][rank] = max(abs(a - b) / b for a, b in pairs)
     return Figure(
         name="figure-9",
-        title="The first steps of all ranks",
+        title="The first steps of all ranks, at two rates",
         x_label="step",
         y_label=LOSS,
         findings=[
@@ -237,6 +243,8 @@ def _smoothed(values: list[float], window: int) -> list[float]:
 
 def _listed(values: dict[int, float], noun: str = "rank") -> str:
     return ", ".join(
-        f"full {value:.3g}" if noun == "rank" and key == 0 else f"{noun} {key} {value:.3g}"
+        f"full fine-tuning {value:.3g}"
+        if noun == "rank" and key == 0
+        else f"{noun} {key} {value:.3g}"
         for key, value in values.items()
     )

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import logging
 import os
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -70,6 +71,7 @@ def run_all(jobs: Sequence[Job], folder: Path, workers: int) -> dict[Job, Result
 
 
 def _start_worker() -> None:
+    logging.disable(logging.INFO)
     import torch
 
     from megalora import cpu
@@ -95,7 +97,7 @@ def _pretrain(folder: Path, base: Base, steps: int) -> None:
     for step in range(steps):
         trainer.set_lr(PRETRAIN_LR * min(1.0, (steps - step) / (steps * PRETRAIN_DECAY)))
         tokens = task.sequences(tables, PRETRAIN_BATCH_SIZE, generator)
-        trainer.step(token_loss(trainer.logits(tokens[:, :-1]), tokens))
+        trainer.step([token_loss(trainer.logits(tokens[:, :-1]), tokens)])
     path = _base_file(folder, base, steps)
     torch.save(model.state_dict(), path.with_suffix(".tmp"))
     path.with_suffix(".tmp").replace(path)
@@ -139,7 +141,7 @@ def _fine_tune(trainer: Any, job: Job) -> list[float]:
         tokens = task.sequences(tables, job.batch_size, generator)
         loss = token_loss(trainer.logits(tokens[:, :-1]), tokens)
         curve.append(loss.item())
-        trainer.step(loss)
+        trainer.step([loss])
     return curve
 
 

@@ -1,5 +1,6 @@
 """The toy models, built by Megatron, adapted by megalora and trained by Megatron's optimizer."""
 
+from collections.abc import Iterable
 from typing import Any, Literal, cast
 
 import torch
@@ -115,11 +116,12 @@ class Trainer:
         positions = torch.arange(tokens.shape[1]).expand_as(tokens)
         return self.model(tokens, positions, None)
 
-    def step(self, loss: Tensor) -> None:
-        """Update by the gradient of a loss."""
+    def step(self, losses: Iterable[Tensor]) -> None:
+        """Update by the gradient of the sum of losses."""
         self.model.zero_grad_buffer()
         self.optimizer.zero_grad()
-        loss.backward()
+        for loss in losses:
+            loss.backward()
         self.model.finish_grad_sync()
         self.optimizer.step()
 

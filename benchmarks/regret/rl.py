@@ -1,71 +1,64 @@
-"""Policy gradient on answers that can be checked, sampled from the policy that is trained.
+"""The loop of examples/rl_lora.py on a base that speaks two languages and is rewarded for one.
 
 The base has learned two rival languages at once and continues a prompt by either. An answer of two
 tokens is right where both follow the second language.
 """
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from benchmarks.regret import task
-from megalora.losses import group_advantages, policy_gradient_loss, vocab_parallel_logprobs
+from examples.rl_lora import Policy, collect, learn
+from megalora.losses import group_advantages
 
 if TYPE_CHECKING:
     from benchmarks.regret.jobs import Job
 
-PROMPT_LENGTH, ANSWER_LENGTH = 6, 2
 GROUP_SIZE = 8
-# Updates on one batch of samples: all but the first are off policy, which the ratio corrects.
-UPDATES = 2
+# Updates on one batch of answers: all but the first are off policy, which the ratio corrects.
+NUM_UPDATES = 2
+MAX_STEPS = 1_000_000
 
 
-def reinforce(trainer: Any, job: "Job") -> list[float]:
+class RivalLanguage:
+    """Continue a prompt by the second language."""
+
+    prompt_length, answer_length, vocab_size = 6, 2, task.VOCAB_SIZE
+
+    def __init__(self) -> None:
+        self.rules = task.rival_table()
+        self.tables = [task.base_table(), self.rules]
+
+    def prompts(self, num: int, generator: torch.Generator) -> Tensor:
+        """Draw prompts [num, prompt_length] in which both languages are mixed."""
+        return task.sequences(self.tables, num, generator)[:, : self.prompt_length]
+
+    def rewards(self, tokens: Tensor) -> Tensor:
+        """Return 1 for each row whose whole answer follows the second language, else 0."""
+        right = [
+            self.rules[tokens[:, t - 2], tokens[:, t - 1]] == tokens[:, t]
+            for t in range(self.prompt_length, tokens.shape[1])
+        ]
+        return torch.stack(right).all(0).float()
+
+
+def reinforce(policy: Policy, job: "Job") -> list[float]:
     """Train by reinforcement and return the share of right answers at each step.
 
     job.batch_size: prompts of a step, each answered GROUP_SIZE times.
     """
-    generator = torch.Generator().manual_seed(job.seed)
-    tables = [task.base_table(), task.rival_table()]
     curve = []
-    for _ in range(job.steps):
-        prompts = task.sequences(tables, job.batch_size, generator)[:, :PROMPT_LENGTH]
-        tokens = sample(trainer, prompts.repeat_interleave(GROUP_SIZE, 0), generator)
-        with torch.no_grad():
-            sampler_logprobs = answer_logprobs(trainer, tokens)
-        rewards = is_right(tokens).float()
-        curve.append(rewards.mean().item())
-        advantages = group_advantages(rewards, GROUP_SIZE)
-        for part in torch.arange(len(tokens)).chunk(UPDATES):
-            logprobs = answer_logprobs(trainer, tokens[part])
-            loss = policy_gradient_loss(
-                logprobs, sampler_logprobs[:, part], advantages[part], torch.ones_like(logprobs)
-            )
-            trainer.step(loss / len(part))
+    for step in range(job.steps):
+        seed = job.seed * MAX_STEPS + step
+        batch = collect(policy, RivalLanguage(), job.batch_size, GROUP_SIZE, seed)
+        curve.append(batch.rewards.mean().item())
+        learn(
+            policy,
+            batch,
+            group_advantages(batch.rewards, GROUP_SIZE),
+            num_updates=NUM_UPDATES,
+            micro_batch_size=len(batch.tokens),
+        )
     return curve
-
-
-@torch.no_grad()
-def sample(trainer: Any, tokens: Tensor, generator: torch.Generator) -> Tensor:
-    """Return tokens [b, s] with ANSWER_LENGTH sampled ones after them."""
-    for _ in range(ANSWER_LENGTH):
-        probabilities = trainer.logits(tokens)[:, -1].softmax(-1)
-        tokens = torch.cat([tokens, probabilities.multinomial(1, generator=generator)], dim=1)
-    return tokens
-
-
-def answer_logprobs(trainer: Any, tokens: Tensor) -> Tensor:
-    """Return the log probabilities of the answers, [ANSWER_LENGTH, b]."""
-    logits = trainer.logits(tokens[:, :-1])[:, -ANSWER_LENGTH:].transpose(0, 1).contiguous()
-    return vocab_parallel_logprobs(logits, tokens[:, -ANSWER_LENGTH:].T.contiguous())
-
-
-def is_right(tokens: Tensor) -> Tensor:
-    """Say for each row whether all its answer follows the rival language."""
-    rules = task.rival_table()
-    right = [
-        rules[tokens[:, t - 2], tokens[:, t - 1]] == tokens[:, t]
-        for t in range(PROMPT_LENGTH, PROMPT_LENGTH + ANSWER_LENGTH)
-    ]
-    return torch.stack(right).all(0)
