@@ -40,6 +40,8 @@ def main() -> None:
         lora = launch.LoRARun(args)
         check_data_args(args)
         model_config = gpt_config_from_args(args)
+        # gpt_config_from_args leaves this flag out: Llama 3.2 needs 32, the default is 8.
+        model_config.rope_scaling_factor = args.rope_scaling_factor
         model_config.pre_wrap_hooks += lora.hooks()
         pretrain(
             pretrain_cfg_container_from_args(args, model_config),

@@ -145,6 +145,8 @@ class LoRARun:
         """After training, write what --export-hf and --save-merged ask for."""
         if not self.model or self.config is None:
             return
+        from megatron.training import get_tokenizer
+
         from megalora import exchange
 
         if self.args.export_hf:
@@ -154,7 +156,8 @@ class LoRARun:
                 config=self.config,
                 format=self.args.export_format,
                 base_model_name=self.args.hf_model or "",
-                vocab_size=self.args.vocab_size,
+                # What --hf-model's config.json or --vocab-size says, without Megatron's padding.
+                vocab_size=self.args.vocab_size or get_tokenizer().vocab_size,
             )
         if self.args.save_merged:
             exchange.save_merged(self.model, self.args.save_merged)
