@@ -31,7 +31,10 @@ EXPERIMENTS: dict[str, Experiment] = {
         lambda results, scale: experiments.placement_jobs("moe", results, scale),
         lambda results, scale: figures.placement_figure("moe", results, scale),
     ),
-    "6": (lambda _results, scale: experiments.rl_jobs(scale), figures.rl_figure),
+    "6": (
+        lambda _results, scale: experiments.rl_jobs(scale) + experiments.rl_fact_jobs(scale),
+        figures.rl_figure,
+    ),
     "9": (experiments.early_jobs, figures.early_figure),
 }
 

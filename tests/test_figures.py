@@ -1,5 +1,6 @@
 """The experiments of the article at toy size: the runs are real, the verdicts can fail."""
 
+import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -99,15 +100,26 @@ def test_placement_needs_attention_to_be_worse_and_both_to_be_no_better(
 
 
 @pytest.mark.parametrize(
-    ("full", "rank_1", "expected"), [(0.9, 0.9, True), (0.9, 0.6, False), (0.25, 0.25, None)]
+    ("full", "rank_1", "expected"),
+    [(0.9, 0.9, [True, False]), (0.9, 0.6, [False, True]), (0.25, 0.25, [None, None])],
 )
 def test_reinforcement_says_nothing_where_full_fine_tuning_learned_nothing(
-    full: float, rank_1: float, expected: bool | None
+    full: float, rank_1: float, expected: list[bool | None]
 ) -> None:
-    jobs = experiments.rl_jobs(SCALE)
+    jobs = experiments.rl_jobs(SCALE) + experiments.rl_fact_jobs(SCALE)
     share = {0: full, 1: rank_1, 8: full}
     results = made_up(jobs, lambda job: share[job.rank], start=0.2)
-    assert holds(figures.rl_figure(results, SCALE)) == [expected]
+    assert holds(figures.rl_figure(results, SCALE)) == expected
+
+
+def test_the_best_rate_is_read_between_the_rates_of_the_grid() -> None:
+    def bowl(job: Job) -> float:
+        return 1 + math.log(job.lr / 2e-2) ** 2
+
+    jobs = experiments.sweep_jobs(SCALE)
+    results = made_up(jobs, bowl)
+    assert experiments.best_rate(results, jobs[0], SCALE) == 1e-2
+    assert experiments.interpolated_rate(results, jobs[0], SCALE) == pytest.approx(2e-2)
 
 
 @pytest.fixture(scope="module")

@@ -17,6 +17,7 @@ Results = dict[Job, Result]
 RANKS = (1, 4, 16, 64)
 SEEDS = (0, 1)
 RL_RANKS = (0, 1, 8)
+RL_RATES = (3e-4, 1e-3, 3e-3)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -26,7 +27,8 @@ class Scale:
     sweep_steps: int = 300
     long_steps: int = 1500
     placement_steps: int = 400
-    rl_steps: int = 200
+    rl_steps: int = 100
+    rl_fact_steps: int = 200
     early_steps: int = 20
     pretrain_steps: int = 1500
     sweep_rates: tuple[float, ...] = (3e-4, 1e-3, 3e-3, 1e-2, 3e-2)
@@ -198,19 +200,28 @@ def early_jobs(results: Results, scale: Scale) -> list[Job]:
 
 
 def rl_jobs(scale: Scale) -> list[Job]:
-    """Return the reinforcement learning runs, full fine-tuning at rates ten times lower."""
+    """Return the runs that are rewarded for the language that is easily told from the other."""
+    return _rl_jobs("halves", scale.rl_steps, scale)
+
+
+def rl_fact_jobs(scale: Scale) -> list[Job]:
+    """Return the runs that have to learn for each pair of tokens which language is rewarded."""
+    return _rl_jobs("ambiguous", scale.rl_fact_steps, scale)
+
+
+def _rl_jobs(base: Base, steps: int, scale: Scale) -> list[Job]:
     return [
         Job(
-            base="ambiguous",
+            base=base,
             is_rl=True,
             rank=rank,
-            lr=lr if rank else lr / 10,
+            lr=lr,
             seed=seed,
-            steps=scale.rl_steps,
+            steps=steps,
             pretrain_steps=scale.pretrain_steps,
         )
         for rank in RL_RANKS
-        for lr in (1e-3, 3e-3, 1e-2)
+        for lr in RL_RATES
         for seed in scale.seeds
     ]
 

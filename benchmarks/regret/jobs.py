@@ -10,12 +10,14 @@ from multiprocessing import get_context
 from pathlib import Path
 from typing import Any, Literal
 
-Base = Literal["dense", "moe", "ambiguous"]
+Base = Literal["dense", "moe", "ambiguous", "halves"]
 
 PRETRAIN_LR = 4e-3
 PRETRAIN_BATCH_SIZE = 32
 # The last part of pretraining in which the rate falls to zero.
 PRETRAIN_DECAY = 0.3
+# Answers to each prompt of reinforcement learning.
+GROUP_SIZE = 8
 HELD_OUT_SEED, HELD_OUT_SEQUENCES = 999, 128
 
 
@@ -87,12 +89,12 @@ def _start_worker() -> None:
 def _pretrain(folder: Path, base: Base, steps: int) -> None:
     import torch
 
-    from benchmarks.regret import task
+    from benchmarks.regret import rl, task
     from benchmarks.regret.model import Trainer, build, token_loss
 
     model = build("moe" if base == "moe" else "dense")
     trainer = Trainer(model, None, PRETRAIN_LR, adam_eps=1e-8, train_embedding=True)
-    tables = [task.base_table()] + ([task.rival_table()] if base == "ambiguous" else [])
+    tables = [task.base_table()] if base in ("dense", "moe") else rl.languages(base)
     generator = torch.Generator().manual_seed(task.BASE_SEED)
     for step in range(steps):
         trainer.set_lr(PRETRAIN_LR * min(1.0, (steps - step) / (steps * PRETRAIN_DECAY)))

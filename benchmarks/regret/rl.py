@@ -4,19 +4,14 @@ The base has learned two rival languages at once and continues a prompt by eithe
 tokens is right where both follow the second language.
 """
 
-from typing import TYPE_CHECKING
-
 import torch
 from torch import Tensor
 
 from benchmarks.regret import task
+from benchmarks.regret.jobs import GROUP_SIZE, Base, Job
 from examples.rl_lora import Policy, collect, learn
 from megalora.losses import group_advantages
 
-if TYPE_CHECKING:
-    from benchmarks.regret.jobs import Job
-
-GROUP_SIZE = 8
 # Updates on one batch of answers: all but the first are off policy, which the ratio corrects.
 NUM_UPDATES = 2
 MAX_STEPS = 1_000_000
@@ -27,9 +22,9 @@ class RivalLanguage:
 
     prompt_length, answer_length, vocab_size = 6, 2, task.VOCAB_SIZE
 
-    def __init__(self) -> None:
-        self.rules = task.rival_table()
-        self.tables = [task.base_table(), self.rules]
+    def __init__(self, base: Base) -> None:
+        self.tables = languages(base)
+        self.rules = self.tables[1]
 
     def prompts(self, num: int, generator: torch.Generator) -> Tensor:
         """Draw prompts [num, prompt_length] in which both languages are mixed."""
@@ -44,15 +39,24 @@ class RivalLanguage:
         return torch.stack(right).all(0).float()
 
 
-def reinforce(policy: Policy, job: "Job") -> list[float]:
+def languages(base: Base) -> list[Tensor]:
+    """Return the two languages of a base.
+
+    Of `halves`, the second is known by its half of the vocabulary: there is little to learn. Of
+    `ambiguous`, it has to be learned for each pair of tokens which of the two is the second's.
+    """
+    return task.halved_tables() if base == "halves" else [task.base_table(), task.rival_table()]
+
+
+def reinforce(policy: Policy, job: Job) -> list[float]:
     """Train by reinforcement and return the share of right answers at each step.
 
     job.batch_size: prompts of a step, each answered GROUP_SIZE times.
     """
-    curve = []
+    rival, curve = RivalLanguage(job.base), []
     for step in range(job.steps):
         seed = job.seed * MAX_STEPS + step
-        batch = collect(policy, RivalLanguage(), job.batch_size, GROUP_SIZE, seed)
+        batch = collect(policy, rival, job.batch_size, GROUP_SIZE, seed)
         curve.append(batch.rewards.mean().item())
         learn(
             policy,

@@ -36,6 +36,12 @@ def rival_table() -> Tensor:
     return torch.randint(0, VOCAB_SIZE, (VOCAB_SIZE, VOCAB_SIZE), generator=generator)
 
 
+def halved_tables() -> list[Tensor]:
+    """Return two languages that can be told apart: each has its own half of the vocabulary."""
+    half = VOCAB_SIZE // 2
+    return [base_table() % half, rival_table() % half + half]
+
+
 def sequences(tables: list[Tensor], num: int, generator: torch.Generator) -> Tensor:
     """Draw [num, SEQ_LENGTH + 1] tokens; each follows one of the tables, chosen anew by chance."""
     shape = (num, SEQ_LENGTH + 1)
