@@ -17,25 +17,37 @@ from benchmarks.regret import experiments, figures, report  # noqa: E402
 from benchmarks.regret.experiments import Figure, Results, Scale  # noqa: E402
 from benchmarks.regret.jobs import Job, run_all  # noqa: E402
 
-Experiment = tuple[Callable[[Results, Scale], list[Job]], Callable[[Results, Scale], Figure]]
+# A sweep of rates, the runs that follow from its best ones, and the figure of these.
+Experiment = tuple[
+    Callable[[Scale], list[Job]],
+    Callable[[Results, Scale], list[Job]],
+    Callable[[Results, Scale], Figure],
+]
+SWEEP = experiments.sweep_jobs
 
 EXPERIMENTS: dict[str, Experiment] = {
-    "1": (experiments.long_jobs, figures.capacity_figure),
-    "2": (lambda _results, scale: experiments.sweep_jobs(scale), figures.rate_figure),
-    "3": (experiments.batch_jobs, figures.batch_figure),
+    "1": (SWEEP, experiments.long_jobs, figures.capacity_figure),
+    "2": (SWEEP, lambda _results, scale: SWEEP(scale), figures.rate_figure),
+    "3": (SWEEP, experiments.batch_jobs, figures.batch_figure),
     "4": (
+        SWEEP,
         lambda results, scale: experiments.placement_jobs("dense", results, scale),
         lambda results, scale: figures.placement_figure("dense", results, scale),
     ),
     "5": (
+        SWEEP,
         lambda results, scale: experiments.placement_jobs("moe", results, scale),
         lambda results, scale: figures.placement_figure("moe", results, scale),
     ),
     "6": (
-        lambda _results, scale: experiments.rl_jobs(scale) + experiments.rl_fact_jobs(scale),
+        experiments.rl_sweep_jobs,
+        lambda results, scale: [
+            *experiments.rl_jobs(results, scale),
+            *experiments.rl_fact_jobs(scale),
+        ],
         figures.rl_figure,
     ),
-    "9": (experiments.early_jobs, figures.early_figure),
+    "9": (SWEEP, experiments.early_jobs, figures.early_figure),
 }
 
 
@@ -57,12 +69,10 @@ def main() -> None:
 def run_figures(chosen: list[str], scale: Scale, work: Path, workers: int) -> list[Figure]:
     """Run the experiments behind the figures and return these, each with its verdict printed."""
     results: Results = {}
-    if set(chosen) - {"6"}:
-        # All but reinforcement learning take their rates from the sweep.
-        results |= run_all(experiments.sweep_jobs(scale), work, workers)
     done = []
     for name in chosen:
-        jobs_of, figure_of = EXPERIMENTS[name]
+        sweep_of, jobs_of, figure_of = EXPERIMENTS[name]
+        results |= run_all(sweep_of(scale), work, workers)
         jobs = jobs_of(results, scale)
         results |= run_all(jobs, work, workers)
         figure = replace(figure_of(results, scale), scale=experiments.scale_of(jobs))

@@ -100,15 +100,24 @@ def test_placement_needs_attention_to_be_worse_and_both_to_be_no_better(
 
 
 @pytest.mark.parametrize(
-    ("full", "rank_1", "expected"),
-    [(0.9, 0.9, [True, False]), (0.9, 0.6, [False, True]), (0.25, 0.25, [None, None])],
+    ("full", "rank_1", "rank_1_facts", "expected"),
+    [
+        (0.9, 0.9, 0.6, [True, True]),
+        (0.9, 0.9, 0.9, [True, False]),
+        (0.9, 0.6, 0.6, [False, None]),
+        (0.25, 0.25, 0.2, [None, None]),
+    ],
 )
-def test_reinforcement_says_nothing_where_full_fine_tuning_learned_nothing(
-    full: float, rank_1: float, expected: list[bool | None]
+def test_reinforcement_says_nothing_where_nothing_was_learned_or_capacity_is_not_the_reason(
+    full: float, rank_1: float, rank_1_facts: float, expected: list[bool | None]
 ) -> None:
-    jobs = experiments.rl_jobs(SCALE) + experiments.rl_fact_jobs(SCALE)
-    share = {0: full, 1: rank_1, 8: full}
-    results = made_up(jobs, lambda job: share[job.rank], start=0.2)
+    def right(jobs: list[Job], rank_1: float) -> Results:
+        share = {0: full, 1: rank_1, 8: full}
+        return made_up(jobs, lambda job: share[job.rank], start=0.2)
+
+    results = right(experiments.rl_sweep_jobs(SCALE), rank_1)
+    results |= right(experiments.rl_jobs(results, SCALE), rank_1)
+    results |= right(experiments.rl_fact_jobs(SCALE), rank_1_facts)
     assert holds(figures.rl_figure(results, SCALE)) == expected
 
 

@@ -28,6 +28,7 @@ class Scale:
     long_steps: int = 1500
     placement_steps: int = 400
     rl_steps: int = 100
+    rl_long_steps: int = 400
     rl_fact_steps: int = 200
     early_steps: int = 20
     pretrain_steps: int = 1500
@@ -199,9 +200,17 @@ def early_jobs(results: Results, scale: Scale) -> list[Job]:
     ]
 
 
-def rl_jobs(scale: Scale) -> list[Job]:
-    """Return the runs that are rewarded for the language that is easily told from the other."""
+def rl_sweep_jobs(scale: Scale) -> list[Job]:
+    """Return short runs that are rewarded for the language that is easily told from the other."""
     return _rl_jobs("halves", scale.rl_steps, scale)
+
+
+def rl_jobs(results: Results, scale: Scale) -> list[Job]:
+    """Return longer runs of the same, each method at the rate that its sweep found best."""
+    best = best_of(rl_sweep_jobs(scale), results)
+    return [
+        replace(job, steps=scale.rl_long_steps, seed=seed) for job in best for seed in scale.seeds
+    ]
 
 
 def rl_fact_jobs(scale: Scale) -> list[Job]:

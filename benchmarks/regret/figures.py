@@ -192,10 +192,12 @@ def early_figure(results: Results, scale: Scale) -> Figure:
 
 def rl_figure(results: Results, scale: Scale) -> Figure:
     """Figure 6: in reinforcement learning small ranks do what full fine-tuning does."""
-    runs = best_of(rl_jobs(scale), results)
+    runs = grouped(rl_jobs(results, scale), results)
     facts = best_of(rl_fact_jobs(scale), results)
     right, fact_right = _by_rank(runs), _by_rank(facts)
     start, fact_start = _start(runs), _start(facts)
+    # Where full fine-tuning has not learned, equality says nothing.
+    as_well = (right[1] > right[0] - 0.05) if right[0] - start > 0.2 else None
     parameters = next(seeds[0].trainable for job, seeds in runs.items() if job.rank == 1)
     episodes = scale.rl_fact_steps * next(iter(facts)).batch_size * GROUP_SIZE
     return Figure(
@@ -208,8 +210,7 @@ def rl_figure(results: Results, scale: Scale) -> Figure:
                 article="rank 1 learns as well as full fine-tuning",
                 here="the rewarded language is the one of the upper half of the vocabulary; share "
                 f"of right answers at the end: {_listed(right)}; {start:.2f} at the start",
-                # Where full fine-tuning has not learned, equality says nothing.
-                holds=(right[1] > right[0] - 0.05) if right[0] - start > 0.2 else None,
+                holds=as_well,
             ),
             Finding(
                 article="its reason, about 1 bit an episode against 2 a parameter, means that "
@@ -217,8 +218,9 @@ def rl_figure(results: Results, scale: Scale) -> Figure:
                 here="which language is rewarded has to be learned for each of 4,096 pairs of "
                 f"tokens, {episodes:,} episodes for the {parameters:,} parameters of rank 1; share "
                 f"at the end: {_listed(fact_right)}; {fact_start:.2f} at the start",
+                # Where rank 1 falls behind anyway, this is not for want of capacity.
                 holds=(fact_right[1] < fact_right[0] - 0.05)
-                if fact_right[0] - fact_start > 0.2
+                if as_well and fact_right[0] - fact_start > 0.2
                 else None,
             ),
         ],
