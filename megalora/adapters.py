@@ -132,19 +132,11 @@ class LoRAAdapter(torch.nn.Module):
         param.tensor_model_parallel = True  # type: ignore[attr-defined]
         param.partition_dim = len(local) + dim  # type: ignore[attr-defined]
         param.partition_stride = 1  # type: ignore[attr-defined]
-        # Expert parameters are reduced over expert data parallel ranks, as their base's are.
-        param.allreduce = shared or not self._uses_expert_groups()  # type: ignore[attr-defined]
+        # Experts are reduced over expert data parallel ranks, even where these are all of them
+        # (EP 1): the optimizer's state then has the same parts on every topology.
+        param.allreduce = shared or not self.base.is_expert  # type: ignore[attr-defined]
         param.lora_factor = factor  # type: ignore[attr-defined]
         return param
-
-    def _uses_expert_groups(self) -> bool:
-        if not self.base.is_expert:
-            return False
-        config = self.base.module.config
-        return (
-            config.expert_model_parallel_size > 1
-            or config.expert_tensor_parallel_size != config.tensor_model_parallel_size
-        )
 
     def _sharded(
         self, key: str, param: torch.nn.Parameter, dim: int, group: ProcessGroup | None

@@ -57,15 +57,19 @@ def gradient_of_a_gathered_factor_not_summed(patch: pytest.MonkeyPatch) -> None:
 
 
 def experts_reduced_like_dense_layers(patch: pytest.MonkeyPatch) -> None:
-    patch.setattr(LoRAAdapter, "_uses_expert_groups", lambda self: False)
+    _reduce(patch, lambda adapter: True)
 
 
 def shared_factors_reduced_like_experts(patch: pytest.MonkeyPatch) -> None:
+    _reduce(patch, lambda adapter: not adapter.base.is_expert)
+
+
+def _reduce(patch: pytest.MonkeyPatch, like_dense: Callable[[LoRAAdapter], bool]) -> None:
     right = LoRAAdapter._parameter
 
     def wrong(self: LoRAAdapter, *args: Any) -> torch.nn.Parameter:
         param = right(self, *args)
-        param.allreduce = not self._uses_expert_groups()  # type: ignore[attr-defined]
+        param.allreduce = like_dense(self)  # type: ignore[attr-defined]
         return param
 
     patch.setattr(LoRAAdapter, "_parameter", wrong)
