@@ -157,7 +157,7 @@ class LoRARun:
                 format=self.args.export_format,
                 base_model_name=self.args.hf_model or "",
                 # What --hf-model's config.json or --vocab-size says, without Megatron's padding.
-                vocab_size=self.args.vocab_size or get_tokenizer().vocab_size,
+                vocab_size=self.args.vocab_size or cast(Any, get_tokenizer()).vocab_size,
             )
         if self.args.save_merged:
             exchange.save_merged(self.model, self.args.save_merged)
