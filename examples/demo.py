@@ -47,7 +47,7 @@ FINETUNE = """
 --expert-tensor-parallel-size 1
 """
 LOSS = re.compile(
-    r"iteration +(\d+)/.*?elapsed time per iteration \(ms\): ([\d.]+).*?lm loss: (\S+)"
+    r"iteration +(\d+)/ *(\d+) .*?elapsed time per iteration \(ms\): ([\d.]+).*?lm loss: (\S+)"
 )
 
 
@@ -138,7 +138,7 @@ def draw(curves: dict[str, list[tuple[int, float, float]]], path: Path) -> None:
 def curve(log: Path) -> list[tuple[int, float, float]]:
     """Return (iteration, milliseconds per iteration, loss) of every logged interval."""
     found = LOSS.findall(log.read_text()) if log.exists() else []
-    return [(int(i), float(ms), float(loss)) for i, ms, loss in found]
+    return [(int(i), float(ms), float(loss)) for i, _, ms, loss in found]
 
 
 def launch(
@@ -182,9 +182,10 @@ def shorten(line: str) -> str:
     found = LOSS.search(line)
     if not found:
         return line.strip()[:150]
-    iteration = line.split("iteration", 1)[1].split("|")[0].strip()
-    iteration = re.sub(r" +", " ", iteration)
-    return f"iteration {iteration:>9}   loss {float(found[3]):.3f}   {float(found[2]):.0f} ms"
+    iteration, total, milliseconds, loss = found.groups()
+    return (
+        f"iteration {iteration:>4}/{total}   loss {float(loss):.3f}   {float(milliseconds):.0f} ms"
+    )
 
 
 def step(title: str) -> None:
