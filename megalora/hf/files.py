@@ -141,6 +141,10 @@ def save_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
         whole[name] = tensor.clone() if partial or pointer in seen else tensor
         seen.add(whole[name].untyped_storage().data_ptr())
     save_file(whole, path, metadata={"format": "pt"})
+    # safetensors makes files that only their owner can read: give them the permissions of others.
+    mask = os.umask(0)
+    os.umask(mask)
+    os.chmod(path, 0o666 & ~mask)
 
 
 @contextmanager
