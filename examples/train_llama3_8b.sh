@@ -16,6 +16,8 @@ cd "$(dirname "$0")/.."
 OUT=${OUT:-out/llama3-8b}
 DATASET=${DATASET:-stdlib-docstrings}
 export CUDA_DEVICE_MAX_CONNECTIONS=1 OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
+# A restart must not find the addresses of dead ranks in the store that torchrun shares.
+export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1
 
 FLAGS=(
   --tensor-model-parallel-size 2 --sequence-parallel

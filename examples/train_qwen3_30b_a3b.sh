@@ -20,6 +20,8 @@ cd "$(dirname "$0")/.."
 OUT=${OUT:-out/qwen3-30b-a3b}
 DATASET=${DATASET:-stdlib-docstrings}
 export CUDA_DEVICE_MAX_CONNECTIONS=1 OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
+# A restart must not find the addresses of dead ranks in the store that torchrun shares.
+export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1
 
 FLAGS=(
   --expert-tensor-parallel-size 1 --sequence-parallel
