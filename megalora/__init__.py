@@ -7,14 +7,13 @@ from megalora.arguments import add_lora_args, lora_config_from_args
 from megalora.config import LoRAConfig
 
 if TYPE_CHECKING:
-    from megalora.builder import adapters, apply_lora, lora_hook, set_enabled
-    from megalora.merge import merge, unmerge
+    from megalora.builder import apply_lora, lora_hook, set_enabled
+    from megalora.merging import merge, unmerge
 
 __version__ = "0.1.0"
 
 __all__ = [
     "LoRAConfig",
-    "adapters",
     "add_lora_args",
     "apply_lora",
     "lora_config_from_args",
@@ -25,13 +24,13 @@ __all__ = [
 ]
 
 # Loaded on first use: `megalora.cpu.install` has to run before megatron is imported.
+# NOTE: no name may be that of a module here, which would take the function's place once imported.
 _LAZY = {
-    "adapters": "builder",
     "apply_lora": "builder",
     "lora_hook": "builder",
     "set_enabled": "builder",
-    "merge": "merge",
-    "unmerge": "merge",
+    "merge": "merging",
+    "unmerge": "merging",
 }
 
 

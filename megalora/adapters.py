@@ -6,7 +6,7 @@ parameter gathering, which hooks module calls, sees it.
 """
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -267,6 +267,14 @@ class LinearAdapter(LoRAAdapter):
         update = x.new_zeros(*x.shape[:-1], self.base.out_features)
         update = add_update(x, update, self.lora_A, self.b_rows(), self._journey(x))
         return logits + update.to(logits.dtype)
+
+
+def adapters(model_chunks: Sequence[torch.nn.Module]) -> Iterator[tuple[str, LoRAAdapter]]:
+    """Yield the adapters of model chunks, wrapped or not, with their global names."""
+    for chunk in model_chunks:
+        for module in chunk.modules():
+            if isinstance(module, LoRAAdapter):
+                yield module.spec.adapter_name, module
 
 
 def bind(adapter: LoRAAdapter) -> None:

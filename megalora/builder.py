@@ -12,7 +12,7 @@ from megatron.core.transformer.transformer_layer import TransformerLayer
 from torch.distributed import ProcessGroup
 
 from megalora import checkpoint, pissa
-from megalora.adapters import LinearAdapter, LoRAAdapter, bind
+from megalora.adapters import LinearAdapter, LoRAAdapter, adapters, bind
 from megalora.bases import Base, Style, describe, describe_sequential, refusal
 from megalora.collectives import group_size
 from megalora.config import LoRAConfig
@@ -67,14 +67,6 @@ def apply_lora(model_chunks: ModelChunks, config: LoRAConfig) -> ModelChunks:
     if config.init == "pissa":
         pissa.start_from_base(model_chunks)
     return model_chunks
-
-
-def adapters(model_chunks: Sequence[torch.nn.Module]) -> Iterator[tuple[str, LoRAAdapter]]:
-    """Yield the adapters of model chunks, wrapped or not, with their global names."""
-    for chunk in model_chunks:
-        for module in chunk.modules():
-            if isinstance(module, LoRAAdapter):
-                yield module.spec.adapter_name, module
 
 
 def set_enabled(model_chunks: Sequence[torch.nn.Module], enabled: bool) -> None:

@@ -21,7 +21,7 @@ from torch.distributed.checkpoint.filesystem import FileSystemReader
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from torch.distributed.checkpoint.state_dict_loader import load
 
-from megalora.adapters import LoRAAdapter
+from megalora.adapters import LoRAAdapter, adapters
 from megalora.collectives import group_size, own_shard, start_gather
 from megalora.config import LoRAConfig
 from megalora.targets import ModelFacts
@@ -54,7 +54,7 @@ def gather_adapters(model_chunks: Sequence[torch.nn.Module]) -> dict[str, Tensor
     [2 f, r], gate before up; experts come first, [E, ...]. On the CPU. All ranks must call it.
     """
     own: dict[str, Tensor] = {}
-    for name, adapter in _adapters(model_chunks):
+    for name, adapter in adapters(model_chunks):
         own[f"{name}.lora_A"] = _unshard(adapter, adapter.lora_A, -1)
         own[f"{name}.lora_B"] = _unshard(adapter, adapter.lora_B, -2)
     stages = parallel_state.get_pipeline_model_parallel_group()
@@ -83,7 +83,7 @@ def load_adapters(
     allow_missing) or has another shape.
     """
     missing, writes = [], []
-    for name, adapter in _adapters(model_chunks):
+    for name, adapter in adapters(model_chunks):
         for factor, dim in (("lora_A", -1), ("lora_B", -2)):
             key = f"{name}.{factor}"
             if key not in tensors:
@@ -148,13 +148,6 @@ def read_description(directory: Path) -> dict[str, Any] | None:
         if _is_model(key) and DESCRIPTION in part:
             return json.loads(part[DESCRIPTION])
     return None
-
-
-def _adapters(model_chunks: Sequence[torch.nn.Module]) -> Iterator[tuple[str, LoRAAdapter]]:
-    for chunk in model_chunks:
-        for module in chunk.modules():
-            if isinstance(module, LoRAAdapter):
-                yield module.spec.adapter_name, module
 
 
 def _is_model(key: object) -> bool:

@@ -16,7 +16,7 @@ from megalora.hf.adapters import from_hf, to_hf
 from megalora.hf.peft import CONFIG_NAME, read_adapter, write_adapter
 from megalora.hf.shape import ModelShape
 from megalora.init import draw_uniform
-from megalora.merge import merge
+from megalora.merging import merge
 from megalora.pissa import at_start
 
 OUTPUT_B = "output_layer_lora.lora_B"

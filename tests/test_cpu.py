@@ -77,3 +77,15 @@ def test_cpu_is_wanted_where_asked_for_or_without_a_gpu(monkeypatch: pytest.Monk
     assert not cpu.installed()
     monkeypatch.setattr("torch.cuda.is_available", lambda: False)
     assert cpu.wanted([])
+
+
+def test_public_names_stay_functions_once_their_modules_are_loaded() -> None:
+    code = """
+import megalora.cpu
+megalora.cpu.install()
+for _ in range(2):
+    for name in megalora.__all__:
+        assert callable(getattr(megalora, name)), name
+"""
+    finished = run_python(code)
+    assert finished.returncode == 0, finished.stderr
