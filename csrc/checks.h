@@ -22,6 +22,16 @@ inline void check_dtype(const Tensor& got, const char* name, const Tensor& like,
                     ", expected the device of ", like_name, ", ", like.device());
 }
 
+// A gradient that is added to: of the tokens' dtype, or fp32 where that is narrower.
+inline void check_gradient(const Tensor& got, const char* name, const Tensor& like,
+                           const char* like_name) {
+  if (got.scalar_type() != at::kFloat || like.scalar_type() == at::kDouble) {
+    check_dtype(got, name, like, like_name);
+  }
+  TORCH_CHECK_VALUE(got.device() == like.device(), name, " is on ", got.device(),
+                    ", expected the device of ", like_name, ", ", like.device());
+}
+
 inline void check_size(int64_t got, const char* name, int64_t expected, const char* why) {
   TORCH_CHECK_VALUE(got == expected, name, " is ", got, ", expected ", expected, ", ", why);
 }

@@ -12,10 +12,11 @@ namespace megalora {
 constexpr int kMaxSegments = 8;
 
 // One low-rank factor between a wide token tensor (x, y and their gradients) and a thin one (s,
-// ds). All six ops are three products of it:
+// ds). All ops are three products of it, the last of them written or added:
 //   project  thin = scale * wide · W      shrink, expand_dgrad
 //   update   wide += scale * thin · Wᵀ    expand_, shrink_dgrad_
 //   outer    W = scale * wideᵀ · thin     expand_wgrad, shrink_wgrad
+//            W += scale * wideᵀ · thin    expand_wgrad_, shrink_wgrad_
 // W is lora_A read as [columns, rank] or lora_B as it is: its strides say which.
 struct Factor {
   c10::ScalarType dtype;
@@ -38,6 +39,10 @@ struct Factor {
   int64_t period;
 
   double scale;
+
+  // Of outer: W is added to; W is fp32 although the tokens are not.
+  bool accumulates;
+  bool weight_is_fp32;
 
   // Dropout of wide: element e of its row-major order is kept where its Philox word >= threshold.
   uint32_t threshold;

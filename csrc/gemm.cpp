@@ -65,13 +65,14 @@ void outer(const Factor& f) {
   for_each_block(f, [&](int64_t start, int64_t size, int64_t rank_start, bool) {
     const Tensor x_block = x.narrow(1, start, size), s_block = s.narrow(1, rank_start, f.rank);
     if (!f.device.is_cpu()) {
-      multiply(d_w.narrow(0, start, size), x_block.t(), s_block, 0, f.scale);
+      multiply(d_w.narrow(0, start, size), x_block.t(), s_block, f.accumulates ? 1 : 0, f.scale);
       return;
     }
     // thinᵀ wide, then a transposing copy: up to five times as fast in MKL as wideᵀ thin.
     const Tensor product = at::empty({f.rank, size}, x.options());
     multiply(product, s_block.t(), x_block, 0, f.scale);
-    d_w.narrow(0, start, size).copy_(product.t());
+    Tensor block = d_w.narrow(0, start, size);
+    f.accumulates ? block.add_(product.t()) : block.copy_(product.t());
   });
 }
 

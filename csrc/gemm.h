@@ -2,8 +2,8 @@
 
 #include "factor.h"
 
-// The three products by the BLAS of torch, block by block: for dense factors without dropout, on
-// any device.
+// The three products by the BLAS of torch, block by block: for dense factors without dropout whose
+// weight has the dtype of the tokens, on any device.
 namespace megalora::gemm {
 
 void project(const Factor& factor);

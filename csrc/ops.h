@@ -13,8 +13,9 @@
 #include "factor.h"
 #include "schemas.h"
 
-// The seven ops in terms of the three products of factor.h, for any device: Products has static
-// functions project(Factor&), update(Factor&) and outer(Factor&) on rows with unit column stride.
+// The ops in terms of the three products of factor.h, for any device: Products has static functions
+// project(Factor&), update(Factor&) and outer(Factor&) on rows with unit column stride, and
+// backward(Factor&, Factor&), which is project of the first and outer of the second on one wide.
 namespace megalora {
 
 // [..., c] as [tokens, c] with unit column stride: a view where one exists, a copy where none does.
@@ -78,6 +79,20 @@ struct Call {
     factor.scale = scale;
   }
 
+  void expand(const Tensor& wide, const Tensor& thin, const Tensor& lora_B, at::IntArrayRef sizes,
+              int64_t period, double scale) {
+    weight(lora_B, Layout::column_first);
+    tokens(wide, thin);
+    segments(sizes, period, scale);
+  }
+
+  // The weight is a gradient, contiguous, to be written or added to.
+  void gradient(const Tensor& d_weight, bool accumulates) {
+    factor.accumulates = accumulates;
+    factor.weight_is_fp32 =
+        d_weight.scalar_type() == at::kFloat && factor.dtype != c10::ScalarType::Float;
+  }
+
   void dropout(double p, const OptionalTensor& seed) {
     segments({}, factor.columns, 1.0 / (1.0 - p));
     factor.threshold = static_cast<uint32_t>(p * 4294967296.0);
@@ -93,6 +108,16 @@ void in_place(const Tensor& target, Body body) {
   body(view);
   if (view.data_ptr() != target.data_ptr()) {
     target.copy_(view.view(target.sizes()));
+  }
+}
+
+// Runs body on a contiguous form of a gradient that is added to.
+template <class Body>
+void in_place_weight(const Tensor& target, Body body) {
+  const Tensor contiguous = target.contiguous();
+  body(contiguous);
+  if (!contiguous.is_same(target)) {
+    target.copy_(contiguous);
   }
 }
 
@@ -118,14 +143,13 @@ struct Ops {
 
   static void expand_(const Tensor& y, const Tensor& s, const Tensor& lora_B, double scale,
                       const OptionalTensor& offsets, at::IntArrayRef segments) {
-    const int64_t period = check_expand(y, "y", lora_B, offsets, segments);
+    check_dtype(lora_B, "lora_B", y, "y");
+    const int64_t period = check_expand(y, "y", lora_B, "lora_B", offsets, segments);
     check_thin(s, "s", y, "y", lora_B.size(-1), segments);
     Call call(offsets);
-    call.weight(lora_B, Layout::column_first);
     const Tensor thin = rows(s);
     in_place(y, [&](const Tensor& wide) {
-      call.tokens(wide, thin);
-      call.segments(segments, period, scale);
+      call.expand(wide, thin, lora_B, segments, period, scale);
       if (wide.numel() > 0 && thin.numel() > 0) {
         Products::update(call.factor);
       }
@@ -134,42 +158,53 @@ struct Ops {
 
   static Tensor expand_dgrad(const Tensor& dy, const Tensor& lora_B, double scale,
                              const OptionalTensor& offsets, at::IntArrayRef segments) {
-    const int64_t period = check_expand(dy, "dy", lora_B, offsets, segments);
-    const int64_t blocks = segments.empty() ? 1 : static_cast<int64_t>(segments.size());
-    Tensor ds = at::empty(with_last(dy, blocks * lora_B.size(-1)), dy.options());
+    check_dtype(lora_B, "lora_B", dy, "dy");
+    const int64_t period = check_expand(dy, "dy", lora_B, "lora_B", offsets, segments);
+    const Tensor ds = like_s(dy, lora_B, segments);
     Call call(offsets);
-    call.weight(lora_B, Layout::column_first);
     const Tensor wide = rows(dy);
     const Tensor thin = rows(ds);
-    call.tokens(wide, thin);
-    call.segments(segments, period, scale);
+    call.expand(wide, thin, lora_B, segments, period, scale);
     project(call.factor, wide, thin);
     return ds;
   }
 
   static Tensor expand_wgrad(const Tensor& dy, const Tensor& s, const Tensor& lora_B, double scale,
                              const OptionalTensor& offsets, at::IntArrayRef segments) {
-    const int64_t period = check_expand(dy, "dy", lora_B, offsets, segments);
-    check_thin(s, "s", dy, "dy", lora_B.size(-1), segments);
+    check_dtype(lora_B, "lora_B", dy, "dy");
     Tensor d_b = at::empty(lora_B.sizes(), lora_B.options());
-    Call call(offsets);
-    call.weight(d_b, Layout::column_first);
-    const Tensor wide = rows(dy);
-    const Tensor thin = rows(s);
-    call.tokens(wide, thin);
-    call.segments(segments, period, scale);
-    if (d_b.numel() > 0) {
-      Products::outer(call.factor);
-    }
+    expand_outer(d_b, "lora_B", dy, s, scale, offsets, segments, false);
     return d_b;
+  }
+
+  static void expand_wgrad_(const Tensor& d_b, const Tensor& dy, const Tensor& s, double scale,
+                            const OptionalTensor& offsets, at::IntArrayRef segments) {
+    check_gradient(d_b, "d_b", dy, "dy");
+    in_place_weight(d_b, [&](const Tensor& target) {
+      expand_outer(target, "d_b", dy, s, scale, offsets, segments, true);
+    });
   }
 
   static std::tuple<Tensor, Tensor> expand_backward(const Tensor& dy, const Tensor& s,
                                                     const Tensor& lora_B, double scale,
                                                     const OptionalTensor& offsets,
                                                     at::IntArrayRef segments) {
-    return {expand_dgrad(dy, lora_B, scale, offsets, segments),
-            expand_wgrad(dy, s, lora_B, scale, offsets, segments)};
+    Tensor d_b = at::empty(lora_B.sizes(), lora_B.options());
+    Tensor ds = both(d_b, dy, s, lora_B, scale, offsets, segments, false);
+    return {ds, d_b};
+  }
+
+  static Tensor expand_backward_(const Tensor& d_b, const Tensor& dy, const Tensor& s,
+                                 const Tensor& lora_B, double scale, const OptionalTensor& offsets,
+                                 at::IntArrayRef segments) {
+    check_gradient(d_b, "d_b", dy, "dy");
+    TORCH_CHECK_VALUE(d_b.sizes() == lora_B.sizes(), "d_b has shape ", d_b.sizes(),
+                      ", expected that of lora_B, ", lora_B.sizes());
+    Tensor ds;
+    in_place_weight(d_b, [&](const Tensor& target) {
+      ds = both(target, dy, s, lora_B, scale, offsets, segments, true);
+    });
+    return ds;
   }
 
   static void shrink_dgrad_(const Tensor& dx, const Tensor& ds, const Tensor& lora_A,
@@ -194,30 +229,96 @@ struct Ops {
 
   static Tensor shrink_wgrad(const Tensor& ds, const Tensor& x, const OptionalTensor& offsets,
                              double p, const OptionalTensor& seed) {
-    check_tokens(x, "x", offsets);
-    check_dropout(p, seed, x);
-    check_thin(ds, "ds", x, "x", ds.dim() > 0 ? ds.size(-1) : 0, {});
     if (offsets) {
       check_offsets(*offsets, x);
     }
+    check_tokens(x, "x", offsets);
+    check_tokens(ds, "ds", offsets);
     std::vector<int64_t> shape{ds.size(-1), x.size(-1)};
     if (offsets) {
       shape.insert(shape.begin(), offsets->numel());
     }
     Tensor d_a = at::empty(shape, x.options());
+    shrink_outer(d_a, ds, x, offsets, p, seed, false);
+    return d_a;
+  }
+
+  static void shrink_wgrad_(const Tensor& d_a, const Tensor& ds, const Tensor& x,
+                            const OptionalTensor& offsets, double p, const OptionalTensor& seed) {
+    check_gradient(d_a, "d_a", x, "x");
+    in_place_weight(
+        d_a, [&](const Tensor& target) { shrink_outer(target, ds, x, offsets, p, seed, true); });
+  }
+
+ private:
+  static Tensor like_s(const Tensor& dy, const Tensor& lora_B, at::IntArrayRef segments) {
+    const int64_t blocks = segments.empty() ? 1 : static_cast<int64_t>(segments.size());
+    return at::empty(with_last(dy, blocks * lora_B.size(-1)), dy.options());
+  }
+
+  // d_b = (or +=) scale * dyᵀ s.
+  static void expand_outer(const Tensor& d_b, const char* name, const Tensor& dy, const Tensor& s,
+                           double scale, const OptionalTensor& offsets, at::IntArrayRef segments,
+                           bool accumulates) {
+    const int64_t period = check_expand(dy, "dy", d_b, name, offsets, segments);
+    check_thin(s, "s", dy, "dy", d_b.size(-1), segments);
+    Call call(offsets);
+    const Tensor wide = rows(dy);
+    const Tensor thin = rows(s);
+    call.expand(wide, thin, d_b, segments, period, scale);
+    call.gradient(d_b, accumulates);
+    if (d_b.numel() > 0) {
+      Products::outer(call.factor);
+    }
+  }
+
+  // ds = scale * dy B, and d_b = (or +=) scale * dyᵀ s.
+  static Tensor both(const Tensor& d_b, const Tensor& dy, const Tensor& s, const Tensor& lora_B,
+                     double scale, const OptionalTensor& offsets, at::IntArrayRef segments,
+                     bool accumulates) {
+    check_dtype(lora_B, "lora_B", dy, "dy");
+    const int64_t period = check_expand(dy, "dy", lora_B, "lora_B", offsets, segments);
+    check_thin(s, "s", dy, "dy", lora_B.size(-1), segments);
+    Tensor ds = like_s(dy, lora_B, segments);
+    const Tensor wide = rows(dy);
+    const Tensor thin = rows(s);
+    const Tensor d_thin = rows(ds);
+    Call dgrad(offsets), wgrad(offsets);
+    dgrad.expand(wide, d_thin, lora_B, segments, period, scale);
+    wgrad.expand(wide, thin, d_b, segments, period, scale);
+    wgrad.gradient(d_b, accumulates);
+    if (wide.numel() > 0 && thin.numel() > 0) {
+      Products::backward(dgrad.factor, wgrad.factor);
+      return ds;
+    }
+    ds.zero_();
+    if (!accumulates) {
+      d_b.zero_();
+    }
+    return ds;
+  }
+
+  // d_a = (or +=) dsᵀ dropout(x).
+  static void shrink_outer(const Tensor& d_a, const Tensor& ds, const Tensor& x,
+                           const OptionalTensor& offsets, double p, const OptionalTensor& seed,
+                           bool accumulates) {
+    check_tokens(x, "x", offsets);
+    check_shared(d_a, "d_a", x, offsets);
+    check_dropout(p, seed, x);
+    check_size(d_a.size(-1), "d_a's last size", x.size(-1), "that of x");
+    check_thin(ds, "ds", x, "x", d_a.size(-2), {});
     Call call(offsets);
     call.weight(d_a, Layout::rank_first);
     const Tensor wide = rows(x);
     const Tensor thin = rows(ds);
     call.tokens(wide, thin);
     call.dropout(p, seed);
+    call.gradient(d_a, accumulates);
     if (d_a.numel() > 0) {
       Products::outer(call.factor);
     }
-    return d_a;
   }
 
- private:
   static void project(const Factor& factor, const Tensor& wide, const Tensor& thin) {
     if (wide.numel() == 0) {
       thin.zero_();
@@ -237,12 +338,12 @@ struct Ops {
                       Products::kDtypes);
   }
 
-  static int64_t check_expand(const Tensor& wide, const char* name, const Tensor& lora_B,
-                              const OptionalTensor& offsets, at::IntArrayRef segments) {
+  static int64_t check_expand(const Tensor& wide, const char* name, const Tensor& weight,
+                              const char* weight_name, const OptionalTensor& offsets,
+                              at::IntArrayRef segments) {
     check_tokens(wide, name, offsets);
-    check_dtype(lora_B, "lora_B", wide, name);
-    check_shared(lora_B, "lora_B", wide, offsets);
-    check_size(lora_B.size(-2), "lora_B's number of rows", wide.size(-1), "the output features");
+    check_shared(weight, weight_name, wide, offsets);
+    check_size(weight.size(-2), "lora_B's number of rows", wide.size(-1), "the output features");
     return check_segments(segments, wide.size(-1));
   }
 
@@ -268,6 +369,9 @@ void implement(torch::Library& m) {
   m.impl("expand_backward", &Ops<Products>::expand_backward);
   m.impl("shrink_dgrad_", &Ops<Products>::shrink_dgrad_);
   m.impl("shrink_wgrad", &Ops<Products>::shrink_wgrad);
+  m.impl("expand_wgrad_", &Ops<Products>::expand_wgrad_);
+  m.impl("expand_backward_", &Ops<Products>::expand_backward_);
+  m.impl("shrink_wgrad_", &Ops<Products>::shrink_wgrad_);
 }
 
 }  // namespace megalora

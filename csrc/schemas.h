@@ -25,6 +25,15 @@ inline void define_ops(torch::Library& m) {
       "shrink_dgrad_(Tensor(a!) dx, Tensor ds, Tensor lora_A, Tensor? offsets, float p, "
       "Tensor? seed) -> ()");
   m.def("shrink_wgrad(Tensor ds, Tensor x, Tensor? offsets, float p, Tensor? seed) -> Tensor");
+  m.def(
+      "expand_wgrad_(Tensor(a!) d_b, Tensor dy, Tensor s, float scale, Tensor? offsets, "
+      "int[] segments) -> ()");
+  m.def(
+      "expand_backward_(Tensor(a!) d_b, Tensor dy, Tensor s, Tensor lora_B, float scale, "
+      "Tensor? offsets, int[] segments) -> Tensor");
+  m.def(
+      "shrink_wgrad_(Tensor(a!) d_a, Tensor ds, Tensor x, Tensor? offsets, float p, "
+      "Tensor? seed) -> ()");
 }
 
 }  // namespace megalora

@@ -199,7 +199,14 @@ class LoRAAdapter(torch.nn.Module):
             b_offsets=offsets if self.b_experts else None,
             dropout=self.config.dropout if seed is not None else 0.0,
             seed=seed,
+            a_param=self._fused(self.lora_A),
+            b_param=self._fused(self.lora_B),
         )
+
+    def _fused(self, param: torch.nn.Parameter) -> torch.nn.Parameter | None:
+        """Return the parameter where Megatron asks that backward adds to its main_grad."""
+        fuses = getattr(self.base.module.config, "gradient_accumulation_fusion", False)
+        return param if fuses and getattr(param, "main_grad", None) is not None else None
 
     def segments(self) -> list[int]:
         """Return the segments of the output columns that this rank's B covers when it is used."""

@@ -108,6 +108,44 @@ def shrink_wgrad(
     return _ops.shrink_wgrad(ds, x, offsets, p, seed)
 
 
+def expand_wgrad_(
+    d_b: Tensor,
+    dy: Tensor,
+    s: Tensor,
+    scale: float,
+    offsets: Tensor | None = None,
+    segments: Sequence[int] = (),
+) -> None:
+    """Add scale * dyᵀ s to d_b in place."""
+    _ops.expand_wgrad_(d_b, dy, s, scale, offsets, segments)
+
+
+def expand_backward_(
+    d_b: Tensor,
+    dy: Tensor,
+    s: Tensor,
+    lora_B: Tensor,
+    scale: float,
+    offsets: Tensor | None = None,
+    segments: Sequence[int] = (),
+) -> Tensor:
+    """Return ds and add dB to d_b in place: `expand_dgrad` and `expand_wgrad_` in one call."""
+    return _ops.expand_backward_(d_b, dy, s, lora_B, scale, offsets, segments)
+
+
+def shrink_wgrad_(
+    d_a: Tensor,
+    ds: Tensor,
+    x: Tensor,
+    offsets: Tensor | None = None,
+    *,
+    p: float = 0.0,
+    seed: Tensor | None = None,
+) -> None:
+    """Add dsᵀ dropout(x) to d_a in place."""
+    _ops.shrink_wgrad_(d_a, ds, x, offsets, p, seed)
+
+
 # === Shapes, for torch.compile and FakeTensor ===
 
 
@@ -146,6 +184,21 @@ def _(dx, ds, lora_A, offsets, p, seed):
 def _(ds, x, offsets, p, seed):
     experts = () if offsets is None else (offsets.shape[0],)
     return x.new_empty(*experts, ds.shape[-1], x.shape[-1])
+
+
+@torch.library.register_fake("megalora::expand_wgrad_")
+def _(d_b, dy, s, scale, offsets, segments):
+    return None
+
+
+@torch.library.register_fake("megalora::expand_backward_")
+def _(d_b, dy, s, lora_B, scale, offsets, segments):
+    return dy.new_empty(*dy.shape[:-1], max(1, len(segments)) * lora_B.shape[-1])
+
+
+@torch.library.register_fake("megalora::shrink_wgrad_")
+def _(d_a, ds, x, offsets, p, seed):
+    return None
 
 
 # === Autograd of shrink, the one op that layers may differentiate through ===

@@ -10,6 +10,7 @@ computes its own dX, then Depart finishes the travel and adds ds A in place into
 collective but the two named in `Route` hides behind the base's GEMM.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import Enum
 from typing import Any
@@ -84,6 +85,8 @@ class Journey:
     and lora_B are sharded. a_offsets, b_offsets: token offsets [E] of a grouped factor, None where
     the factor is one for all tokens. segments: of the columns of y that lora_B (gathered where the
     route says so) covers. seed: int64 [1] of the dropout mask, None without dropout.
+    a_param, b_param: the factors' parameters where their gradients are added to Megatron's main_grad
+    in backward (gradient accumulation fusion), None where autograd gets them.
     """
 
     ops: Any
@@ -97,6 +100,8 @@ class Journey:
     b_offsets: Tensor | None = None
     dropout: float = 0.0
     seed: Tensor | None = None
+    a_param: torch.nn.Parameter | None = None
+    b_param: torch.nn.Parameter | None = None
 
 
 class _Luggage:
@@ -125,7 +130,7 @@ class Depart(torch.autograd.Function):
     def forward(  # type: ignore[override]
         ctx, x: Tensor, lora_A: Tensor, lora_B: Tensor, journey: Journey, luggage: _Luggage
     ) -> tuple[Tensor, Tensor]:
-        ctx.journey, ctx.luggage = journey, luggage
+        ctx.journey, ctx.luggage, ctx.b_shape = journey, luggage, lora_B.shape
         ctx.save_for_backward(x, lora_A)
         ctx.set_materialize_grads(False)
         _start_forward(x, lora_A, lora_B, journey, luggage)
@@ -140,7 +145,7 @@ class Depart(torch.autograd.Function):
         x, lora_A = ctx.saved_tensors
         assert luggage.ds is not None
         ds = luggage.ds.wait()
-        d_a = _start_a_grad(ds, x, journey) if ctx.needs_input_grad[1] else None
+        d_a = _start_a_grad(ds, x, journey)
         if ctx.needs_input_grad[0]:
             if dx is None:
                 dx = torch.zeros_like(x)
@@ -148,9 +153,10 @@ class Depart(torch.autograd.Function):
             journey.ops.shrink_dgrad_(
                 dx, ds, full_a, journey.a_offsets, p=journey.dropout, seed=journey.seed
             )
-        d_b = luggage.d_b
+        d_a = _deliver(d_a, journey.a_param, lora_A.shape)
+        d_b = _deliver(luggage.d_b, journey.b_param, ctx.b_shape)
         luggage.ds = luggage.d_a_factor = luggage.d_b = None
-        return dx, d_a and d_a.wait(), d_b and d_b.wait(), None, None
+        return dx, d_a, d_b, None, None
 
 
 class Land(torch.autograd.Function):
@@ -239,32 +245,72 @@ def _start_backward(
         luggage.d_a_factor = start_gather(lora_A, -1, journey.a_group)
     segments = journey.segments
     how = (journey.scale, journey.b_offsets, segments)
-    if route.b is Factor.LOCAL and route.backward is Exchange.NONE:
-        ds, d_b = ops.expand_backward(dy, s, full_b, *how)
-        luggage.ds, luggage.d_b = done(ds), done(d_b)
+    if route.b is Factor.SLICED:
+        ds = ops.expand_dgrad(dy, full_b, *how)
+        luggage.ds = start_exchange(ds, route.backward, journey.group)
+        luggage.d_b = _sliced_b_grad(dy, s, full_b, journey)
         return
-    ds = ops.expand_dgrad(dy, full_b, *how)
+    if route.b is Factor.LOCAL and journey.b_param is not None:
+        d_b = None
+        ds = ops.expand_backward_(_main_grad(journey.b_param, full_b.shape), dy, s, full_b, *how)
+    else:
+        ds, d_b = ops.expand_backward(dy, s, full_b, *how)
     luggage.ds = start_exchange(ds, route.backward, journey.group)
-    if route.b is Factor.SLICED and not segments:
-        dy = own_shard(dy, -1, journey.b_group)
-        full_b = own_shard(full_b, -2, journey.b_group)
-    d_b = ops.expand_wgrad(dy, s, full_b, *how)
     if route.b is Factor.SUMMED:
         luggage.d_b = start_reduce_scatter(d_b, -2, journey.b_group)
-    elif route.b is Factor.SLICED and segments:
-        luggage.d_b = done(own_shard(d_b, -2, journey.b_group))
     else:
-        luggage.d_b = done(d_b)
+        luggage.d_b = d_b if d_b is None else done(d_b)
 
 
-def _start_a_grad(ds: Tensor, x: Tensor, journey: Journey) -> Pending:
-    route = journey.route
-    if route.a is Factor.SLICED and journey.dropout == 0.0:
-        x = own_shard(x, -1, journey.a_group)
-    d_a = journey.ops.shrink_wgrad(ds, x, journey.a_offsets, p=journey.dropout, seed=journey.seed)
-    if route.a is Factor.SUMMED:
-        return start_reduce_scatter(d_a, -1, journey.a_group)
+def _sliced_b_grad(dy: Tensor, s: Tensor, full_b: Tensor, journey: Journey) -> Pending | None:
+    how = (journey.scale, journey.b_offsets, journey.segments)
+    if journey.segments:
+        # A shard may begin within a period of columns: slice the gradient, not dy.
+        d_b = journey.ops.expand_wgrad(dy, s, full_b, *how)
+        return done(own_shard(d_b, -2, journey.b_group))
+    dy = own_shard(dy, -1, journey.b_group)
+    shard = own_shard(full_b, -2, journey.b_group)
+    if journey.b_param is not None:
+        journey.ops.expand_wgrad_(_main_grad(journey.b_param, shard.shape), dy, s, *how)
+        return None
+    return done(journey.ops.expand_wgrad(dy, s, shard, *how))
+
+
+def _start_a_grad(ds: Tensor, x: Tensor, journey: Journey) -> Pending | None:
+    route, how = journey.route, {"p": journey.dropout, "seed": journey.seed}
     if route.a is Factor.SLICED and journey.dropout > 0.0:
         # The mask counts elements of the whole x: slice the gradient, not x.
+        d_a = journey.ops.shrink_wgrad(ds, x, journey.a_offsets, **how)
         return done(own_shard(d_a, -1, journey.a_group).contiguous())
+    if route.a is Factor.SLICED:
+        x = own_shard(x, -1, journey.a_group)
+    if route.a is not Factor.SUMMED and journey.a_param is not None:
+        experts = () if journey.a_offsets is None else journey.a_offsets.shape
+        main_grad = _main_grad(journey.a_param, (*experts, ds.shape[-1], x.shape[-1]))
+        journey.ops.shrink_wgrad_(main_grad, ds, x, journey.a_offsets, **how)
+        return None
+    d_a = journey.ops.shrink_wgrad(ds, x, journey.a_offsets, **how)
+    if route.a is Factor.SUMMED:
+        return start_reduce_scatter(d_a, -1, journey.a_group)
     return done(d_a)
+
+
+def _main_grad(param: torch.nn.Parameter, shape: Sequence[int]) -> Tensor:
+    """Return Megatron's gradient buffer of a parameter in the shape of the factor's rows."""
+    return param.main_grad.view(shape)  # type: ignore[attr-defined]
+
+
+def _deliver(
+    gradient: Pending | None, param: torch.nn.Parameter | None, shape: Sequence[int]
+) -> Tensor | None:
+    """Return what autograd gets: the gradient, or a stand-in where main_grad has it already.
+
+    DDP's hook, which starts the reduction, runs only where autograd has something to accumulate,
+    and drops it where grad_added_to_main_grad is set.
+    """
+    if param is None:
+        return gradient and gradient.wait()
+    if gradient is not None:
+        _main_grad(param, shape).add_(gradient.wait())
+    param.grad_added_to_main_grad = True  # type: ignore[attr-defined]
+    return param.new_empty(shape)

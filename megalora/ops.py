@@ -1,6 +1,6 @@
 """Choose the implementation of the LoRA ops: `fused` (C++ and CUDA) or `reference` (plain torch).
 
-Both have the same seven functions, dense without `offsets` and grouped over experts with them.
+Both have the same functions, dense without `offsets` and grouped over experts with them.
 `offsets`: int32 or int64 [E], the inclusive cumulative sum of tokens per expert, on x's device.
 `segments`: the sizes of one period of output columns; block p of every period belongs to
 projection p and reads rank block p of s. `()` means that all columns belong to one projection.
@@ -100,6 +100,44 @@ class Ops(Protocol):
         seed: Tensor | None = None,
     ) -> Tensor:
         """Return dA = dsᵀ dropout(x)."""
+        ...
+
+    def expand_wgrad_(
+        self,
+        d_b: Tensor,
+        dy: Tensor,
+        s: Tensor,
+        scale: float,
+        offsets: Tensor | None = None,
+        segments: Sequence[int] = (),
+    ) -> None:
+        """Add scale * dyᵀ s to d_b in place, which is fp32 or of dy's dtype."""
+        ...
+
+    def expand_backward_(
+        self,
+        d_b: Tensor,
+        dy: Tensor,
+        s: Tensor,
+        lora_B: Tensor,
+        scale: float,
+        offsets: Tensor | None = None,
+        segments: Sequence[int] = (),
+    ) -> Tensor:
+        """Return ds and add dB to d_b in place, reading dy once where that is faster."""
+        ...
+
+    def shrink_wgrad_(
+        self,
+        d_a: Tensor,
+        ds: Tensor,
+        x: Tensor,
+        offsets: Tensor | None = None,
+        *,
+        p: float = 0.0,
+        seed: Tensor | None = None,
+    ) -> None:
+        """Add dsᵀ dropout(x) to d_a in place, which is fp32 or of x's dtype."""
         ...
 
 

@@ -1,8 +1,9 @@
 """Say in plain torch what every op of `megalora::` must compute.
 
-x, dx: [..., in], y, dy: [..., out], s, ds: [..., P*r], lora_A: [P*r, in] or [E, P*r, in],
-lora_B: [out, r] or [E, out, r]. Everything is computed in fp32 (fp64 for fp64 inputs) and rounded
-once to the dtype of the result. Rows past the last offset are zero in results, untouched in place.
+x, dx: [..., in], y, dy: [..., out], s, ds: [..., P*r], lora_A, d_a: [P*r, in] or [E, P*r, in],
+lora_B, d_b: [out, r] or [E, out, r]. Everything is computed in fp32 (fp64 for fp64 inputs) and
+rounded once to the dtype of the result; d_a and d_b, which are added to, may be fp32 beside
+narrower tokens. Rows past the last offset are zero in results, untouched in place.
 """
 
 from collections.abc import Iterator, Sequence
@@ -112,8 +113,7 @@ def expand_wgrad(
     segments: Sequence[int] = (),
 ) -> Tensor:
     """Return dB = scale * dyᵀ s in the shape of lora_B."""
-    full = scale * _outer(_rows(_accumulated(dy)), _rows(_accumulated(s)), offsets)
-    return gather(full, segments).to(dy.dtype)
+    return _d_b(dy, s, scale, offsets, segments).to(dy.dtype)
 
 
 def expand_backward(
@@ -155,7 +155,46 @@ def shrink_wgrad(
     seed: Tensor | None = None,
 ) -> Tensor:
     """Return dA = dsᵀ dropout(x), [P*r, in] or [E, P*r, in]."""
-    return _outer(_rows(_accumulated(ds)), _rows(dropped(x, p, seed)), offsets).to(x.dtype)
+    return _d_a(ds, x, offsets, p, seed).to(x.dtype)
+
+
+def expand_wgrad_(
+    d_b: Tensor,
+    dy: Tensor,
+    s: Tensor,
+    scale: float,
+    offsets: Tensor | None = None,
+    segments: Sequence[int] = (),
+) -> None:
+    """Add scale * dyᵀ s to d_b in place."""
+    d_b.copy_(_accumulated(d_b) + _d_b(dy, s, scale, offsets, segments))
+
+
+def expand_backward_(
+    d_b: Tensor,
+    dy: Tensor,
+    s: Tensor,
+    lora_B: Tensor,
+    scale: float,
+    offsets: Tensor | None = None,
+    segments: Sequence[int] = (),
+) -> Tensor:
+    """Return ds and add dB to d_b in place: `expand_dgrad` and `expand_wgrad_` in one call."""
+    expand_wgrad_(d_b, dy, s, scale, offsets, segments)
+    return expand_dgrad(dy, lora_B, scale, offsets, segments)
+
+
+def shrink_wgrad_(
+    d_a: Tensor,
+    ds: Tensor,
+    x: Tensor,
+    offsets: Tensor | None = None,
+    *,
+    p: float = 0.0,
+    seed: Tensor | None = None,
+) -> None:
+    """Add dsᵀ dropout(x) to d_a in place."""
+    d_a.copy_(_accumulated(d_a) + _d_a(ds, x, offsets, p, seed))
 
 
 def owners(segments: Sequence[int], num_columns: int, device: torch.device) -> Tensor:
@@ -182,6 +221,17 @@ def gather(full: Tensor, segments: Sequence[int]) -> Tensor:
     owner = owners(segments, num_columns, full.device)
     blocks = full.unflatten(-1, (max(1, len(segments)), -1))
     return blocks[..., torch.arange(num_columns, device=full.device), owner, :]
+
+
+def _d_b(
+    dy: Tensor, s: Tensor, scale: float, offsets: Tensor | None, segments: Sequence[int]
+) -> Tensor:
+    full = scale * _outer(_rows(_accumulated(dy)), _rows(_accumulated(s)), offsets)
+    return gather(full, segments)
+
+
+def _d_a(ds: Tensor, x: Tensor, offsets: Tensor | None, p: float, seed: Tensor | None) -> Tensor:
+    return _outer(_rows(_accumulated(ds)), _rows(dropped(x, p, seed)), offsets)
 
 
 def _outer(left: Tensor, right: Tensor, offsets: Tensor | None) -> Tensor:

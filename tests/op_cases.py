@@ -100,6 +100,12 @@ def draw(case: Case, dtype: torch.dtype, seed: int = 0) -> Problem:
     )
 
 
+def accumulators(weight: Tensor) -> list[Tensor]:
+    """Return gradients to add to, not zero: of the weight's dtype, and fp32 where it is narrower."""
+    copies = [weight.clone()]
+    return copies if weight.dtype.itemsize >= 4 else [*copies, weight.float()]
+
+
 def run_all(ops: Ops, given: Problem, p: float) -> dict[str, Tensor]:
     """Return the results of every op, those in place on copies."""
     dropout = {"p": p, "seed": torch.tensor([2**40 + 7], device=given.x.device)}
@@ -108,7 +114,21 @@ def run_all(ops: Ops, given: Problem, p: float) -> dict[str, Tensor]:
     ops.expand_(y, given.s, given.lora_B, 0.7, offsets, segments)
     ops.shrink_dgrad_(dx, given.s, given.lora_A, offsets, **dropout)
     ds, d_b = ops.expand_backward(given.y, given.s, given.lora_B, 0.7, offsets, segments)
+    added: dict[str, Tensor] = {}
+    for d_b_sum in accumulators(given.lora_B):
+        ops.expand_wgrad_(d_b_sum, given.y, given.s, 0.7, offsets, segments)
+        added[f"expand_wgrad_ in {d_b_sum.dtype}"] = d_b_sum
+    for d_b_sum in accumulators(given.lora_B):
+        how = (given.lora_B, 0.7, offsets, segments)
+        added[f"expand_backward_ ds in {d_b_sum.dtype}"] = ops.expand_backward_(
+            d_b_sum, given.y, given.s, *how
+        )
+        added[f"expand_backward_ dB in {d_b_sum.dtype}"] = d_b_sum
+    for d_a_sum in accumulators(given.lora_A):
+        ops.shrink_wgrad_(d_a_sum, given.s, given.x, offsets, **dropout)
+        added[f"shrink_wgrad_ in {d_a_sum.dtype}"] = d_a_sum
     return {
+        **added,
         "shrink": ops.shrink(given.x, given.lora_A, offsets, **dropout),
         "expand_": y,
         "expand_dgrad": ops.expand_dgrad(given.y, given.lora_B, 0.7, offsets, segments),
@@ -135,4 +155,4 @@ def assert_matches_reference(ops: Ops, case: Case, dtype: torch.dtype, p: float)
     for name, got in run_all(ops, given, p).items():
         assert got.shape == expected[name].shape, name
         assert got.dtype == expected[name].dtype, name
-        assert relative_error(got, expected[name]) < TOLERANCE[dtype], name
+        assert relative_error(got, expected[name]) < TOLERANCE[got.dtype], name

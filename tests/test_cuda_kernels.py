@@ -65,6 +65,19 @@ def test_splitting_the_tokens_of_a_dense_gradient_changes_little(emulated: Ops) 
     assert_matches_reference(emulated, Case(1100, 8, (8,), 1, rank=1), torch.float32, 0.3)
 
 
+@pytest.mark.parametrize(
+    "case",
+    [
+        Case(200, 8, (600, 70), 2, rank=12),  # several groups of column tiles for one projection
+        Case(300, 8, (300,), 1, rank=30),
+        Case(400, 8, (130, 600), 1, rank=3, experts=3),  # experts of several blocks
+    ],
+    ids=str,
+)
+def test_one_read_of_dy_gives_both_gradients(emulated: Ops, case: Case) -> None:
+    assert_matches_reference(emulated, case, torch.bfloat16, 0.0)
+
+
 def test_the_kernels_repeat_themselves_bit_for_bit(emulated: Ops) -> None:
     given = draw(CASES[7], torch.bfloat16)
     arguments = (given.y, given.s, given.lora_B, 1.0, given.offsets, given.segments)
@@ -114,7 +127,7 @@ def test_no_kernel_spills_registers(cuobjdump: str) -> None:
 @pytest.mark.parametrize("architecture", ["sm_80", "sm_90a", "sm_100a"])
 def test_the_kernels_use_tensor_cores(cuobjdump: str, architecture: str) -> None:
     elfs = dump(cuobjdump, "-lelf")
-    assert len(re.findall(rf"\.{architecture}\.cubin", elfs)) == 3, "project, update, outer"
+    assert len(re.findall(rf"\.{architecture}\.cubin", elfs)) == 4, "project, update, outer, backward"
     if architecture == "sm_90a":  # one listing stands for all: it takes seconds
         listing = dump(cuobjdump, "-sass", "-arch", architecture)
         for instruction in (

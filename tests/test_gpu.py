@@ -40,7 +40,7 @@ def test_every_op_on_a_gpu_matches_the_reference(case: Case, dtype: torch.dtype,
     given = draw(case, dtype)
     expected = run_all(reference, given, p)
     for name, got in run_all(fused, on_gpu(given), p).items():
-        assert relative_error(got.cpu(), expected[name]) < TOLERANCE[dtype], name
+        assert relative_error(got.cpu(), expected[name]) < TOLERANCE[got.dtype], name
 
 
 @pytest.mark.parametrize("case", LARGE, ids=str)

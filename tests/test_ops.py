@@ -172,6 +172,23 @@ def test_forward_and_both_gradients_use_the_same_mask() -> None:
     assert torch.equal(d_a != 0, kept)
 
 
+def test_a_strided_gradient_is_added_to_in_place() -> None:
+    d_b = torch.randn(2, 7).T
+    dy, s, before = torch.randn(5, 7), torch.randn(5, 2), d_b.clone()
+    fused.expand_wgrad_(d_b, dy, s, 0.5)
+    torch.testing.assert_close(d_b, before + 0.5 * dy.T @ s)
+
+
+def test_many_small_gradients_add_up_in_fp32_beside_bf16_tokens() -> None:
+    """Control: in bf16 the sum stops growing at 256, where one more rounds away."""
+    ones = torch.ones(1, 1, dtype=torch.bfloat16)
+    sums = [torch.zeros(1, 1), torch.zeros(1, 1, dtype=torch.bfloat16)]
+    for _ in range(400):
+        for total in sums:
+            fused.shrink_wgrad_(total, ones, ones)
+    assert [total.item() for total in sums] == [400.0, 256.0]
+
+
 def test_the_number_of_threads_changes_no_bit() -> None:
     problem = draw(Case(300, 600, (300, 300), 1, rank=16), torch.float32)
     before = torch.get_num_threads()
@@ -236,6 +253,18 @@ MISUSES = {
         lambda: fused.shrink(X, A, ENDS.float()),
         "offsets has dtype Float, expected int32 or int64",
     ),
+    "gradient dtype": (
+        lambda: fused.expand_wgrad_(B.double(), Y, S, 1.0),
+        "d_b has dtype Double, expected that of dy, Float",
+    ),
+    "narrower gradient": (
+        lambda: fused.shrink_wgrad_(A, S.double(), X.double()),
+        "d_a has dtype Float, expected that of x, Double",
+    ),
+    "gradient shape": (
+        lambda: fused.expand_backward_(B[:7], Y, S, B, 1.0),
+        r"d_b has shape \[7, 2\], expected that of lora_B, \[8, 2\]",
+    ),
     "one dimension": (lambda: fused.shrink(X[0], A), "x has 1 dimensions, expected 2 to 4"),
     "integers": (lambda: fused.shrink(X.int(), A.int()), "dtype Int is not supported on cpu"),
 }
@@ -279,6 +308,9 @@ def test_opcheck_accepts_every_op(case: Case) -> None:
         ops.expand_backward: (given.y, given.s, *b_call),
         ops.shrink_dgrad_: (given.x, given.s, given.lora_A, offsets, 0.25, SEED),
         ops.shrink_wgrad: (given.s, given.x, offsets, 0.25, SEED),
+        ops.expand_wgrad_: (given.lora_B.clone(), given.y, given.s, *b_call[1:]),
+        ops.expand_backward_: (given.lora_B.clone(), given.y, given.s, *b_call),
+        ops.shrink_wgrad_: (given.lora_A.clone(), given.s, given.x, offsets, 0.25, SEED),
     }
     for op, arguments in calls.items():
         torch.library.opcheck(op.default, arguments)

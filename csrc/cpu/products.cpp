@@ -155,8 +155,11 @@ struct View {
     return {buffer, f.columns};
   }
 
-  // An expert's weights of some columns from [rank, columns], in the order in which they lie.
+  // Writes, or adds to, an expert's weights of some columns from [rank, columns], in the order in
+  // which they lie.
+  template <class W>
   void write_weight(int64_t expert, Span columns, const Acc* from) const {
+    W* const to = static_cast<W*>(f.weight) + expert * f.expert_stride;
     const bool column_last = f.column_stride == 1;
     const int64_t outer_end = column_last ? f.rank : columns.size();
     const int64_t inner_end = column_last ? columns.size() : f.rank;
@@ -164,7 +167,9 @@ struct View {
       for (int64_t inner = 0; inner < inner_end; ++inner) {
         const int64_t j = column_last ? outer : inner;
         const int64_t c = column_last ? inner : outer;
-        *weight(expert, columns.begin + c, j) = static_cast<T>(from[j * columns.size() + c]);
+        W& w = to[(columns.begin + c) * f.column_stride + j * f.rank_stride];
+        const Acc before = f.accumulates ? static_cast<Acc>(w) : Acc(0);
+        w = static_cast<W>(before + from[j * columns.size() + c]);
       }
     }
   }
@@ -288,19 +293,23 @@ void outer(const View<T>& view) {
         view.loops.axpy(thin.get() + block.projection * f.rank, 1, width, wide.data, wide.stride,
                         f.rank, columns, rows.size(), sums.get(), columns);
       }
-      view.write_weight(i / num_blocks, block.columns, sums.get());
+      if (f.weight_is_fp32) {
+        view.template write_weight<float>(i / num_blocks, block.columns, sums.get());
+      } else {
+        view.template write_weight<T>(i / num_blocks, block.columns, sums.get());
+      }
     }
   });
 }
 
 // Up to rank 128 our loops take half the time of MKL's sgemm on AMD and a tenth at rank 4, but they
 // multiply in fp32 where oneDNN has bf16 and fp16 instructions. Those would round thin once per
-// period.
+// period, and a sum before it is added to.
 bool gemm_is_faster(const Factor& f) {
-  if (f.offsets != nullptr || f.drops()) {
+  const bool narrow = f.dtype == at::kBFloat16 || f.dtype == at::kHalf;
+  if (f.offsets != nullptr || f.drops() || (narrow && f.accumulates)) {
     return false;
   }
-  const bool narrow = f.dtype == at::kBFloat16 || f.dtype == at::kHalf;
   return narrow ? f.columns == f.period : f.rank > 128;
 }
 
@@ -334,6 +343,12 @@ void Products::outer(const Factor& factor) {
     return;
   }
   with_dtype(factor, [](const auto& view) { cpu::outer(view); });
+}
+
+// Reading dY once saves nothing here: against the base's product its second reading is not seen.
+void Products::backward(const Factor& dgrad, const Factor& wgrad) {
+  project(dgrad);
+  outer(wgrad);
 }
 
 }  // namespace megalora::cpu

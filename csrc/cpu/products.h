@@ -15,6 +15,7 @@ struct Products {
   static void project(const Factor& factor);
   static void update(const Factor& factor);
   static void outer(const Factor& factor);
+  static void backward(const Factor& dgrad, const Factor& wgrad);
 };
 
 }  // namespace megalora::cpu

@@ -11,9 +11,9 @@ namespace megalora::cuda {
 namespace {
 
 // cuBLAS with beta = 1 for what it can do in one call per projection; our kernels for experts,
-// dropout and projections that are interleaved by query group.
+// dropout, projections that are interleaved by query group, and sums into fp32.
 bool gemm_is_faster(const Factor& f) {
-  return f.offsets == nullptr && !f.drops() && f.columns == f.period;
+  return f.offsets == nullptr && !f.drops() && f.columns == f.period && !f.weight_is_fp32;
 }
 
 struct Products {
@@ -52,6 +52,19 @@ struct Products {
     const Tensor workspace = at::empty({splits > 1 ? splits * f.columns * f.rank : 0},
                                        at::TensorOptions().dtype(at::kFloat).device(f.device));
     cuda::outer(f, workspace.data_ptr<float>(), c10::cuda::getCurrentCUDAStream());
+    C10_CUDA_KERNEL_LAUNCH_CHECK();
+  }
+
+  static void backward(const Factor& dgrad, const Factor& wgrad) {
+    if (!one_read_is_faster(dgrad)) {
+      project(dgrad);
+      outer(wgrad);
+      return;
+    }
+    const c10::cuda::CUDAGuard guard(dgrad.device);
+    const Tensor workspace = at::empty({backward_workspace(dgrad)},
+                                       at::TensorOptions().dtype(at::kFloat).device(dgrad.device));
+    cuda::backward(dgrad, wgrad, workspace.data_ptr<float>(), c10::cuda::getCurrentCUDAStream());
     C10_CUDA_KERNEL_LAUNCH_CHECK();
   }
 };

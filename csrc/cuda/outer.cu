@@ -75,14 +75,14 @@ __global__ void __launch_bounds__(kThreads)
         workspace[(part * f.columns + columns.begin + column) * f.rank + first_rank + rank] =
             sums[n][i];
       } else {
-        *weight_at<T>(f, expert, columns.begin + column, first_rank + rank) =
-            static_cast<T>(sums[n][i] * static_cast<float>(f.scale));
+        store_weight<T>(f, expert, columns.begin + column, first_rank + rank,
+                        sums[n][i] * static_cast<float>(f.scale));
       }
     }
   }
 }
 
-// W = scale * the sum of the splits, always in the same order.
+// W = (or +=) scale * the sum of the splits, always in the same order.
 template <class T>
 __global__ void __launch_bounds__(kThreads)
     add_splits_kernel(const __grid_constant__ Factor f, int64_t splits, const float* workspace) {
@@ -95,8 +95,7 @@ __global__ void __launch_bounds__(kThreads)
   for (int64_t split = 0; split < splits; ++split) {
     sum += workspace[split * count + index];
   }
-  *weight_at<T>(f, 0, index / f.rank, index % f.rank) =
-      static_cast<T>(sum * static_cast<float>(f.scale));
+  store_weight<T>(f, 0, index / f.rank, index % f.rank, sum * static_cast<float>(f.scale));
 }
 
 }  // namespace

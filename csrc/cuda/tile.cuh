@@ -42,36 +42,35 @@ __device__ __forceinline__ int64_t expert_end(const Factor& f, int64_t expert) {
                              : static_cast<int64_t>(static_cast<const int32_t*>(f.offsets)[expert]);
 }
 
-// Number of tile slots that the host launches without knowing the offsets.
-inline int64_t token_slots(const Factor& f) {
-  return f.offsets == nullptr ? (f.tokens + kTileTokens - 1) / kTileTokens
-                              : f.tokens / kTileTokens + f.experts;
+// Number of slots of `size` tokens that the host launches without knowing the offsets.
+inline int64_t token_slots(const Factor& f, int64_t size = kTileTokens) {
+  return f.offsets == nullptr ? (f.tokens + size - 1) / size : f.tokens / size + f.experts;
 }
 
-// The tile of a slot. Expert e, whose first token is s, has the slots from s / kTileTokens + e on:
-// they suffice, because ceil((end - s) / n) <= end / n - s / n + 1, and they increase with e, so a
+// The tile of a slot. Expert e, whose first token is s, has the slots from s / size + e on: they
+// suffice, because ceil((end - s) / n) <= end / n - s / n + 1, and they increase with e, so a
 // binary search finds e.
-__device__ __forceinline__ TokenTile token_tile(const Factor& f, int64_t slot) {
+__device__ __forceinline__ TokenTile token_tile(const Factor& f, int64_t slot,
+                                                int64_t size = kTileTokens) {
   if (f.offsets == nullptr) {
-    const int64_t begin = slot * kTileTokens;
-    const int64_t end = min(begin + kTileTokens, f.tokens);
+    const int64_t begin = slot * size;
+    const int64_t end = min(begin + size, f.tokens);
     return {0, begin, end, end};
   }
   int64_t low = 0;
   int64_t high = f.experts;
   while (high - low > 1) {
     const int64_t middle = (low + high) / 2;
-    if (expert_end(f, middle - 1) / kTileTokens + middle <= slot) {
+    if (expert_end(f, middle - 1) / size + middle <= slot) {
       low = middle;
     } else {
       high = middle;
     }
   }
   const int64_t first_token = expert_end(f, low - 1);
-  const int64_t begin = first_token + (slot - first_token / kTileTokens - low) * kTileTokens;
+  const int64_t begin = first_token + (slot - first_token / size - low) * size;
   const int64_t owned = low + 1 == f.experts ? f.tokens : expert_end(f, low);
-  return {low, begin, min(begin + kTileTokens, expert_end(f, low)),
-          min(begin + kTileTokens, owned)};
+  return {low, begin, min(begin + size, expert_end(f, low)), min(begin + size, owned)};
 }
 
 struct ColumnTile {
@@ -224,6 +223,19 @@ __device__ __forceinline__ T* weight_at(const Factor& f, int64_t expert, int64_t
                                         int64_t rank) {
   return static_cast<T*>(f.weight) + expert * f.expert_stride + column * f.column_stride +
          rank * f.rank_stride;
+}
+
+// W = sum, or W += sum, in the dtype of W.
+template <class T>
+__device__ __forceinline__ void store_weight(const Factor& f, int64_t expert, int64_t column,
+                                             int64_t rank, float sum) {
+  if (f.weight_is_fp32) {
+    float* const w = weight_at<float>(f, expert, column, rank);
+    *w = f.accumulates ? *w + sum : sum;
+  } else {
+    T* const w = weight_at<T>(f, expert, column, rank);
+    *w = static_cast<T>(f.accumulates ? static_cast<float>(*w) + sum : sum);
+  }
 }
 
 template <class T>

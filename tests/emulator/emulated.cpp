@@ -1,5 +1,6 @@
 // The kernels of csrc/cuda as ordinary ops of a namespace of their own, on CPU tensors.
 
+#include "../../csrc/cuda/backward.cu"
 #include "../../csrc/cuda/outer.cu"
 #include "../../csrc/cuda/project.cu"
 #include "../../csrc/cuda/update.cu"
@@ -20,6 +21,15 @@ struct Emulated {
     const std::vector<float> filled(cuda::outer_splits(f) * f.columns * f.rank, 1e30f);
     std::vector<float> workspace = filled;
     cuda::outer(f, workspace.data(), nullptr);
+  }
+  static void backward(const Factor& dgrad, const Factor& wgrad) {
+    if (!cuda::one_read_is_faster(dgrad)) {
+      project(dgrad);
+      outer(wgrad);
+      return;
+    }
+    std::vector<float> workspace(cuda::backward_workspace(dgrad), 1e30f);
+    cuda::backward(dgrad, wgrad, workspace.data(), nullptr);
   }
 };
 
