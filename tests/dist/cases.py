@@ -104,6 +104,7 @@ def _with(note: str, **fields: Any) -> dict[str, Any]:
     return {"note": note, "fields": fields}
 
 
+FUSED = _with("fused accumulation", gradient_accumulation_fusion=True)
 ALLGATHER = _with("allgather dispatcher", moe_token_dispatcher_type="allgather")
 OVERLAPPED_SHARED = _with("overlapped", moe_shared_expert_overlap=True)
 
@@ -131,7 +132,8 @@ DENSE = [
     Case(layout=TP2_SP, ops="reference", note="reference ops"),
     Case(layout=TP2_SP, **RECOMPUTED),
     Case(layout=TP2_SP, **_selective("core_attn", "mlp")),
-    Case(layout=TP2_SP, **_with("fused accumulation", gradient_accumulation_fusion=True)),
+    Case(layout=TP2_SP, **FUSED),
+    Case(layout=TP2, kind="latent attention", **FUSED),
     Case(layout=TP2_SP, **_with("bf16", bf16=True)),
     Case(layout=Layout(pp=2)),
     Case(layout=Layout(pp=2), **RECOMPUTED),
@@ -149,6 +151,7 @@ DENSE = [
     Case(layout=TP4_SP, kind="latent attention"),
     Case(layout=TP2_DP2, **OVERLAPPED),
     Case(layout=TP2_DP2, **{**OVERLAPPED, "note": "bf16", "fields": {"bf16": True}}),
+    Case(layout=TP2_DP2, **{**OVERLAPPED, **FUSED}),
     Case(layout=Layout(tp=2, sp=True, pp=2), kind="tied embeddings"),
     Case(layout=Layout(tp=2, sp=True, cp=2)),
 ]
@@ -173,11 +176,7 @@ EXPERTS = [
     Case(layout=EP2, kind="shared experts", **OVERLAPPED_SHARED),
     Case(layout=TP2_EP2, kind="shared experts", **OVERLAPPED_SHARED),
     Case(layout=TP2_EP2, kind="experts", **_selective("moe")),
-    Case(
-        layout=EP2,
-        kind="shared-outer experts",
-        **_with("fused accumulation", gradient_accumulation_fusion=True),
-    ),
+    Case(layout=EP2, kind="shared-outer experts", **FUSED),
     Case(layout=Layout(dp=4, ep=4), kind="experts"),
     Case(layout=Layout(dp=4, ep=2), kind="shared-outer experts"),
     Case(layout=EP2_ETP2, kind="experts"),
