@@ -11,6 +11,7 @@ import statistics
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 PHASES = ("forward", "backward", "both")
+_QUEUEING_CYCLES = 6_000_000  # 3 ms at 2 GHz
 
 
 @dataclass(frozen=True)
@@ -38,6 +40,21 @@ class Timing:
 
     milliseconds: dict[str, float]
     overhead: dict[str, float]
+
+
+def that_run(variants: Sequence[Variant], x: Tensor, dy: Tensor) -> tuple[list[Variant], list[str]]:
+    """Return the variants that run at this shape, and the errors of those that do not."""
+    found, failed = [], []
+    for variant in variants:
+        try:
+            variant.forward(x).backward(dy)
+        except Exception as error:
+            if variant.name in ("frozen", "eager", "megalora"):
+                raise
+            failed.append(f"{variant.name}: {str(error).splitlines()[0][:100]}")
+            continue
+        found.append(variant)
+    return found, failed
 
 
 def paired(variants: Sequence[Variant], x: Tensor, dy: Tensor, rounds: int) -> dict[str, Timing]:
@@ -67,6 +84,9 @@ def paired(variants: Sequence[Variant], x: Tensor, dy: Tensor, rounds: int) -> d
 def _timed_step(variant: Variant, x: Tensor, dy: Tensor) -> dict[str, float]:
     for leaf in (x, *variant.parameters):
         leaf.grad = None
+    if x.device.type == "cuda":
+        # The GPU waits while the host queues the work: what is timed is the GPU's, without gaps.
+        torch.cuda._sleep(_QUEUEING_CYCLES)
     marks = [_mark(x.device)]
     y = variant.forward(x)
     marks.append(_mark(x.device))
@@ -181,6 +201,7 @@ def machine(device: torch.device) -> dict[str, Any]:
     """Return what the numbers were measured on."""
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor()
     return {
+        "date": datetime.now(UTC).date().isoformat(),
         "device": name or platform.machine(),
         "torch": torch.__version__,
         "threads": torch.get_num_threads(),

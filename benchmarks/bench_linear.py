@@ -2,32 +2,35 @@
 
 python benchmarks/bench_linear.py [--goal] [--compile] [--rounds 15] [--json FILE]
 
-`frozen` computes y and dX of the base alone. `eager` is LoRA in plain torch, `beta=1 addmm` our own
-autograd function that lets the BLAS add in place (what hand-tuned peers do), `PEFT layer` the real
-one, `megalora` the layer of this package. `--goal` measures only the shape of the stated goal.
+`frozen` computes y and dX of the base alone. `eager` is LoRA in plain torch, `addmm` lets the BLAS
+add in place (what hand-tuned code does), `megalora` is the layer of this package; the others are in
+_peers.py. `--goal` measures only the shapes of the stated goals.
 """
 
 import argparse
-import importlib.util
 from itertools import product
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from _timing import Variant, assert_agreement, machine, measure, print_rows, write_json
-from torch import Tensor, nn
+from _peers import peers
+from _timing import (
+    Variant,
+    assert_agreement,
+    machine,
+    measure,
+    print_rows,
+    that_run,
+    write_json,
+)
+from torch import Tensor
 
 from megalora.layers import LOCAL_ROUTE, Journey, adapt
 from megalora.ops import backend
 
 ALPHA = 32.0
-# Not measured here; each would need its own installation on a GPU.
-PEERS = {
-    "LoRAFusion": "lorafusion",
-    "Unsloth": "unsloth",
-    "Megatron-Bridge": "megatron.bridge",
-}
-GOAL = [((2048, 2048), 1024, 16, 0.0)]
+CPU_GOAL = [((2048, 2048), 1024, 16, 0.0)]
+CUDA_GOAL = [((4096, 4096), 8192, rank, 0.0) for rank in (16, 32, 64)]
 # (in, out), tokens, rank, dropout; out x in of Llama-3.1-8B's qkv, fc1 and fc2, and a half shard.
 CPU_GRID = [
     *product([(2048, 2048)], [256, 1024], [4, 16, 64], [0.0, 0.1]),
@@ -40,45 +43,10 @@ CUDA_GRID = [
 ]
 
 
-class AddmmLinear(torch.autograd.Function):
-    """LoRA by BLAS calls with beta = 1: no copy of x or y, no fused kernel, no dropout."""
-
-    @staticmethod
-    def forward(ctx, x: Tensor, weight: Tensor, lora_A: Tensor, lora_B: Tensor, scale: float):
-        """Return x Wᵀ + scale * x Aᵀ Bᵀ."""
-        s = x @ lora_A.T
-        y = (x @ weight.T).addmm_(s, lora_B.T, alpha=scale)
-        ctx.save_for_backward(x, weight, lora_A, lora_B, s)
-        ctx.scale = scale
-        return y
-
-    @staticmethod
-    def backward(ctx, dy: Tensor):  # type: ignore[override]
-        """dgrad: dx = dy W + ds A. wgrad: dA = dsᵀ x, dB = scale * dyᵀ s."""
-        x, weight, lora_A, lora_B, s = ctx.saved_tensors
-        ds = ctx.scale * (dy @ lora_B)
-        dx = (dy @ weight).addmm_(ds, lora_A)
-        return dx, None, ds.T @ x, ctx.scale * (dy.T @ s), None
-
-
-def peft_layer(weight: Tensor, rank: int, p: float) -> Variant | None:
-    """Return the linear layer of the installed peft, None where there is none."""
-    if importlib.util.find_spec("peft") is None:
-        return None
-    from peft import LoraConfig, get_peft_model
-
-    base = nn.Linear(weight.shape[1], weight.shape[0], bias=False, device="meta")
-    base.weight = nn.Parameter(weight, requires_grad=False)
-    config = LoraConfig(r=rank, lora_alpha=ALPHA, lora_dropout=p, target_modules=["0"])  # type: ignore[arg-type]
-    model = get_peft_model(nn.Sequential(base), config)  # type: ignore[arg-type]
-    layer = model.get_submodule("base_model.model.0").to(weight.dtype)
-    return Variant(
-        "PEFT layer", layer, [q for q in layer.parameters() if q.requires_grad], [weight]
-    )
-
-
-def variants_of(weight: Tensor, rank: int, p: float, compiled: bool) -> list[Variant]:
-    """Return the frozen base and everything that adds LoRA to it."""
+def variants_of(
+    weight: Tensor, rank: int, p: float, compiled: bool
+) -> tuple[list[Variant], list[str]]:
+    """Return the frozen base and everything that adds LoRA to it, and which peers are absent."""
     num_out, num_in = weight.shape
     options = {"device": weight.device, "dtype": weight.dtype}
     lora_A = (torch.randn(rank, num_in, **options) / num_in**0.5).requires_grad_()
@@ -100,39 +68,45 @@ def variants_of(weight: Tensor, rank: int, p: float, compiled: bool) -> list[Var
         return adapt(lambda x: (F.linear(x, weight), None), x, lora_A, lora_B, journey)[0]
 
     trained = [lora_A, lora_B]
-    found = [Variant("frozen", frozen, [], [weight]), Variant("eager", eager, trained, [weight])]
-    if (peft := peft_layer(weight, rank, p)) is not None:
-        found.append(peft)
-    if p == 0.0:
-        addmm = lambda x: AddmmLinear.apply(x, weight, lora_A, lora_B, scale)  # noqa: E731
-        found.append(Variant("beta=1 addmm", addmm, trained, [weight]))
+    others, absent = peers((weight, lora_A, lora_B), scale=scale, alpha=ALPHA, p=p)
     if compiled:
-        found.append(Variant("torch.compile eager", torch.compile(eager), trained, [weight]))
-    return [*found, Variant("megalora", megalora, trained, [weight])]
+        others.append(Variant("torch.compile", torch.compile(eager), trained, [weight]))
+    own = Variant("megalora", megalora, trained, [weight])
+    frozen_and_eager = [
+        Variant("frozen", frozen, [], [weight]),
+        Variant("eager", eager, trained, [weight]),
+    ]
+    return [*frozen_and_eager, *others, own], absent
 
 
-def run(grid: list, device: torch.device, dtype: torch.dtype, rounds: int, compiled: bool) -> list:
-    """Measure a grid of shapes and print a table for each."""
-    rows = []
+def run(
+    grid: list, device: torch.device, dtype: torch.dtype, rounds: int, compiled: bool
+) -> tuple[list[dict], list[str]]:
+    """Measure a grid of shapes, print a table for each; return rows and what was not measured."""
+    rows, missing = [], []
     for (num_in, num_out), tokens, rank, p in grid:
         torch.manual_seed(0)
+        torch.compiler.reset()
         weight = torch.randn(num_out, num_in, device=device, dtype=dtype) / num_in**0.5
         x = torch.randn(tokens, num_in, device=device, dtype=dtype, requires_grad=True)
         dy = torch.randn(tokens, num_out, device=device, dtype=dtype)
-        variants = variants_of(weight, rank, p, compiled)
+        variants, absent = variants_of(weight, rank, p, compiled)
+        title = f"{num_in} -> {num_out}, {tokens} tokens, rank {rank}, dropout {p}"
+        variants, failed = that_run(variants, x, dy)
+        missing += [*absent, *(f"{failure} ({title})" for failure in failed)]
         if p == 0.0:
             assert_agreement(variants, x)
         shape = {"in": num_in, "out": num_out, "tokens": tokens, "rank": rank, "p": p}
         found = measure(variants, x, dy, rounds)
-        print_rows(f"{num_in} -> {num_out}, {tokens} tokens, rank {rank}, dropout {p}", found)
+        print_rows(title, found)
         rows += [shape | row for row in found]
-    return rows
+    return rows, sorted(set(missing))
 
 
 def main() -> None:
     """Measure, print the tables, write JSON where asked."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--goal", action="store_true", help="only the shape of the stated goal")
+    parser.add_argument("--goal", action="store_true", help="only the shapes of the stated goals")
     parser.add_argument("--compile", action="store_true", help="also torch.compile of eager LoRA")
     parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument("--json", type=Path, help="file to write the numbers to")
@@ -140,20 +114,13 @@ def main() -> None:
     on_gpu = torch.cuda.is_available()
     device = torch.device("cuda" if on_gpu else "cpu")
     dtype = torch.bfloat16 if on_gpu else torch.float32
-    grid = GOAL if options.goal else CUDA_GRID if on_gpu else CPU_GRID
-    rows = run(grid, device, dtype, options.rounds, options.compile or on_gpu)
-    absent = [name for name, module in PEERS.items() if _absent(module)]
-    print(f"\nnot measured, because not installed: {', '.join(absent) or 'none'}")
+    goal, whole = (CUDA_GOAL, CUDA_GRID) if on_gpu else (CPU_GOAL, CPU_GRID)
+    grid = goal if options.goal else whole
+    rows, missing = run(grid, device, dtype, options.rounds, options.compile)
+    print(f"\nnot measured: {'; '.join(missing) or 'nothing'}")
     if options.json:
-        content = {"machine": machine(device), "dtype": str(dtype), "absent": absent, "rows": rows}
-        write_json(options.json, content)
-
-
-def _absent(module: str) -> bool:
-    try:
-        return importlib.util.find_spec(module) is None
-    except ModuleNotFoundError:
-        return True
+        content = {"machine": machine(device), "dtype": str(dtype), "missing": missing}
+        write_json(options.json, {**content, "rows": rows})
 
 
 if __name__ == "__main__":

@@ -10,7 +10,6 @@ table has medians of the rounds and medians of the ratios inside a round. The ar
 
 import argparse
 import gc
-import json
 import statistics
 import time
 from collections.abc import Callable
@@ -18,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from _timing import machine, write_json
 
 from megalora import cpu
 
@@ -26,6 +26,7 @@ if not torch.cuda.is_available():
 
 import torch.distributed as dist
 from megatron.core import parallel_state, tensor_parallel
+from megatron.core.extensions import transformer_engine as te
 from megatron.core.models.gpt.gpt_layer_specs import get_gpt_decoder_block_spec
 from megatron.core.models.gpt.gpt_model import GPTModel
 from megatron.core.transformer.transformer_config import TransformerConfig
@@ -62,7 +63,8 @@ def main() -> None:
     rows = [row(name, rounds, models[name], steps[name], sizes, device) for name in KINDS]
     print(table(rows, options, device))
     if options.json:
-        options.json.write_text(json.dumps({"device": device, "rows": rows}, indent=1))
+        kind = {"kind": options.kind, "rank": options.rank}
+        write_json(options.json, {"machine": machine(torch.device(device)), **kind, "rows": rows})
     dist.destroy_process_group()
 
 
@@ -100,7 +102,7 @@ def build(name: str, options: argparse.Namespace, sizes: dict[str, int], device:
     )
     model = GPTModel(
         config,
-        get_gpt_decoder_block_spec(config, use_transformer_engine=device == "cuda"),
+        layer_spec(config),
         vocab_size=VOCAB_SIZE,
         max_sequence_length=sizes["seq_length"],
         position_embedding_type="rope",
@@ -113,17 +115,28 @@ def build(name: str, options: argparse.Namespace, sizes: dict[str, int], device:
     return model
 
 
+def layer_spec(config: TransformerConfig) -> Any:
+    """Return TransformerEngine's layers, or Megatron's own with torch's fused attention."""
+    if te.HAVE_TE and not cpu.installed():
+        return get_gpt_decoder_block_spec(config, use_transformer_engine=True)
+    from megalora.cpu.attention import CpuCoreAttention
+
+    block = get_gpt_decoder_block_spec(config, use_transformer_engine=False)
+    for layer in block.layer_specs:
+        layer.submodules.self_attention.submodules.core_attention = CpuCoreAttention
+    return block
+
+
 def make_step(model: GPTModel, sizes: dict[str, int], device: str) -> Callable[[], None]:
     """Return one forward and backward pass over fixed random tokens."""
     generator = torch.Generator().manual_seed(0)
     length = sizes["seq_length"]
     tokens = torch.randint(VOCAB_SIZE, (1, length), generator=generator).to(device)
     positions = torch.arange(length, device=device)[None]
-    mask = torch.ones(1, 1, length, length, dtype=torch.bool, device=device).triu(1)
 
     def step() -> None:
         model.zero_grad(set_to_none=True)
-        model(tokens, positions, mask, labels=tokens.roll(-1, 1)).mean().backward()
+        model(tokens, positions, None, labels=tokens.roll(-1, 1)).mean().backward()
 
     return step
 

@@ -85,8 +85,8 @@ class Journey:
     and lora_B are sharded. a_offsets, b_offsets: token offsets [E] of a grouped factor, None where
     the factor is one for all tokens. segments: of the columns of y that lora_B (gathered where the
     route says so) covers. seed: int64 [1] of the dropout mask, None without dropout.
-    a_param, b_param: the factors' parameters where their gradients are added to Megatron's main_grad
-    in backward (gradient accumulation fusion), None where autograd gets them.
+    a_param, b_param: the factors' parameters where backward adds their gradients to Megatron's
+    main_grad (gradient accumulation fusion), None where autograd gets them.
     """
 
     ops: Any
@@ -251,15 +251,14 @@ def _start_backward(
         luggage.d_b = _sliced_b_grad(dy, s, full_b, journey)
         return
     if route.b is Factor.LOCAL and journey.b_param is not None:
-        d_b = None
-        ds = ops.expand_backward_(_main_grad(journey.b_param, full_b.shape), dy, s, full_b, *how)
-    else:
-        ds, d_b = ops.expand_backward(dy, s, full_b, *how)
+        main_grad = _main_grad(journey.b_param, full_b.shape)
+        ds = ops.expand_backward_(main_grad, dy, s, full_b, *how)
+        luggage.ds = start_exchange(ds, route.backward, journey.group)
+        return
+    ds, d_b = ops.expand_backward(dy, s, full_b, *how)
     luggage.ds = start_exchange(ds, route.backward, journey.group)
-    if route.b is Factor.SUMMED:
-        luggage.d_b = start_reduce_scatter(d_b, -2, journey.b_group)
-    else:
-        luggage.d_b = d_b if d_b is None else done(d_b)
+    is_summed = route.b is Factor.SUMMED
+    luggage.d_b = start_reduce_scatter(d_b, -2, journey.b_group) if is_summed else done(d_b)
 
 
 def _sliced_b_grad(dy: Tensor, s: Tensor, full_b: Tensor, journey: Journey) -> Pending | None:

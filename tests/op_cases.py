@@ -101,7 +101,7 @@ def draw(case: Case, dtype: torch.dtype, seed: int = 0) -> Problem:
 
 
 def accumulators(weight: Tensor) -> list[Tensor]:
-    """Return gradients to add to, not zero: of the weight's dtype, and fp32 where it is narrower."""
+    """Return gradients to add to, not zero: of the weight's dtype, and fp32 beside a narrow one."""
     copies = [weight.clone()]
     return copies if weight.dtype.itemsize >= 4 else [*copies, weight.float()]
 

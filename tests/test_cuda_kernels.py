@@ -127,7 +127,9 @@ def test_no_kernel_spills_registers(cuobjdump: str) -> None:
 @pytest.mark.parametrize("architecture", ["sm_80", "sm_90a", "sm_100a"])
 def test_the_kernels_use_tensor_cores(cuobjdump: str, architecture: str) -> None:
     elfs = dump(cuobjdump, "-lelf")
-    assert len(re.findall(rf"\.{architecture}\.cubin", elfs)) == 4, "project, update, outer, backward"
+    assert len(re.findall(rf"\.{architecture}\.cubin", elfs)) == 4, (
+        "project, update, outer, backward"
+    )
     if architecture == "sm_90a":  # one listing stands for all: it takes seconds
         listing = dump(cuobjdump, "-sass", "-arch", architecture)
         for instruction in (
