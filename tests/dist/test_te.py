@@ -168,13 +168,14 @@ def _splits(form: str, splits: list[int]) -> Any:
     return splits if form == "list" else torch.tensor(splits, dtype=torch.int64)
 
 
-@pytest.mark.parametrize("form", ["list", "tensor"])
+@pytest.mark.parametrize(("form", "where"), [("list", "grad"), ("tensor", "main_grad")])
 @pytest.mark.parametrize("backend", ["fused", "reference"])
 @pytest.mark.parametrize("mode", ["per_expert", "shared_outer"])
 @over(*GROUPED_LAYOUTS)
 def test_te_grouped_experts_equal_the_merged_weights(
-    layout: Layout, mode: Any, backend: Any, form: str
+    layout: Layout, mode: Any, backend: Any, form: str, where: str
 ) -> None:
+    """where: what backward adds the gradients to, main_grad if gradient accumulation is fused."""
     w1, w2 = draw("w1", EXPERTS, 2 * FFN, IN), draw("w2", EXPERTS, IN, FFN)
     x, r = draw("x", sum(SPLITS), IN), draw("r", sum(SPLITS), IN)
     with model_parallel(layout):
@@ -182,11 +183,14 @@ def test_te_grouped_experts_equal_the_merged_weights(
         first = parallel_state.get_expert_model_parallel_rank() * num_local
         local = range(first, first + num_local)
         experts, config = _grouped_mlp(layout, num_local)
+        config.gradient_accumulation_fusion = where == "main_grad"
         _copy_expert_weights(experts, w1, w2, local)
         lora = LoRAConfig(rank=6, alpha=4.0, targets=("mlp",), expert_mode=mode, ops=backend)
         chunks = apply_lora([Holder(config, experts=experts)], lora)
         factors = _factors(chunks)
         load_adapters(chunks, factors)
+        for parameter in chunks[0].parameters():
+            parameter.main_grad = torch.zeros_like(parameter)  # type: ignore[attr-defined]
         starts = torch.tensor([0, *SPLITS]).cumsum(0)
         rows = slice(int(starts[first]), int(starts[first + num_local]))
         local_x = x[rows].clone().requires_grad_()
@@ -194,8 +198,8 @@ def test_te_grouped_experts_equal_the_merged_weights(
         (y * r[rows]).sum().backward()
         # Partial sums over expert-tensor-parallel ranks: the dispatcher adds them in both ways.
         whole_y, dx = _sum_over_etp(y.detach()), _sum_over_etp(local_x.grad)
-        _sum_shared_over_ep(chunks, layout)
-        gradients = assemble(chunks, lambda parameter: parameter.grad)
+        _sum_shared_over_ep(chunks, layout, where)
+        gradients = assemble(chunks, lambda parameter: getattr(parameter, where))
         expected = _expected_experts(w1, w2, x, r, factors, lora)
         assert relative(whole_y, expected["y"][rows]) < TOLERANCE
         assert relative(dx, expected["x"][rows]) < TOLERANCE
@@ -239,11 +243,11 @@ def _sum_over_etp(partial: Tensor | None) -> Tensor:
     return partial
 
 
-def _sum_shared_over_ep(chunks: list[Any], layout: Layout) -> None:
+def _sum_shared_over_ep(chunks: list[Any], layout: Layout, where: str) -> None:
     """Sum the gradients of shared factors as data parallelism does: ranks have other tokens."""
     for parameter in chunks[0].parameters():
         if parameter.requires_grad and parameter.dim() == 2 and layout.ep > 1:
-            dist.all_reduce(parameter.grad)
+            dist.all_reduce(getattr(parameter, where))
 
 
 def _expected_experts(
