@@ -180,6 +180,7 @@ def row(
         "trained_parameters": trained,
         "weights_and_training_state_mib": (weights + training_state) / 2**20,
         "saved_activations_mib": saved_bytes(step) / 2**20,
+        **({"step_peak_mib": peak_bytes(step) / 2**20} if device == "cuda" else {}),
     }
 
 
@@ -196,6 +197,14 @@ def saved_bytes(step: Callable[[], None]) -> int:
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
         step()
     return sum(seen.values())
+
+
+def peak_bytes(step: Callable[[], None]) -> int:
+    """Return the most that a step has allocated on the GPU beyond what was there before it."""
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    step()
+    return torch.cuda.max_memory_allocated() - before
 
 
 def table(rows: list[dict[str, Any]], options: argparse.Namespace, device: str) -> str:

@@ -84,6 +84,9 @@ __device__ __forceinline__ void tensor_core(c10::Half, float (&sums)[4], const u
       : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
 }
 
+// The sum of value over the lanes of a warp, in each of them.
+__device__ __forceinline__ int warp_sum(int value) { return __reduce_add_sync(0xFFFFFFFFu, value); }
+
 // Reads or writes 16 bytes of global memory at a multiple of 16.
 __device__ __forceinline__ void load_vector(void* to, const void* global) {
   *static_cast<uint4*>(to) = *static_cast<const uint4*>(global);

@@ -48,8 +48,10 @@ inline int64_t token_slots(const Factor& f, int64_t size = kTileTokens) {
 }
 
 // The tile of a slot. Expert e, whose first token is s, has the slots from s / size + e on: they
-// suffice, because ceil((end - s) / n) <= end / n - s / n + 1, and they increase with e, so a
-// binary search finds e.
+// suffice, because ceil((end - s) / n) <= end / n - s / n + 1. They increase with e, so the expert
+// is the last of those that begin at or before the slot, which the lanes of a warp count together:
+// their loads depend on nothing, where those of a binary search would wait for each other.
+// Every thread of the block must call it.
 __device__ __forceinline__ TokenTile token_tile(const Factor& f, int64_t slot,
                                                 int64_t size = kTileTokens) {
   if (f.offsets == nullptr) {
@@ -57,20 +59,15 @@ __device__ __forceinline__ TokenTile token_tile(const Factor& f, int64_t slot,
     const int64_t end = min(begin + size, f.tokens);
     return {0, begin, end, end};
   }
-  int64_t low = 0;
-  int64_t high = f.experts;
-  while (high - low > 1) {
-    const int64_t middle = (low + high) / 2;
-    if (expert_end(f, middle - 1) / size + middle <= slot) {
-      low = middle;
-    } else {
-      high = middle;
-    }
+  int begun = 0;
+  for (int64_t e = threadIdx.x % 32; e < f.experts; e += 32) {
+    begun += expert_end(f, e - 1) / size + e <= slot ? 1 : 0;
   }
-  const int64_t first_token = expert_end(f, low - 1);
-  const int64_t begin = first_token + (slot - first_token / size - low) * size;
-  const int64_t owned = low + 1 == f.experts ? f.tokens : expert_end(f, low);
-  return {low, begin, min(begin + size, expert_end(f, low)), min(begin + size, owned)};
+  const int64_t expert = warp_sum(begun) - 1;
+  const int64_t first_token = expert_end(f, expert - 1);
+  const int64_t begin = first_token + (slot - first_token / size - expert) * size;
+  const int64_t owned = expert + 1 == f.experts ? f.tokens : expert_end(f, expert);
+  return {expert, begin, min(begin + size, expert_end(f, expert)), min(begin + size, owned)};
 }
 
 struct ColumnTile {

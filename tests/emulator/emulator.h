@@ -57,6 +57,7 @@ struct PendingCopy {
 struct Lane {
   const void* address;
   uint32_t a[4], b[2];
+  int value;
 };
 
 struct Block {
@@ -197,6 +198,17 @@ void tensor_core(T, float (&sums)[4], const uint32_t (&a)[4], const uint32_t (&b
     }
   }
   wait_for_warp();
+}
+
+inline int warp_sum(int value) {
+  own_lane().value = value;
+  wait_for_warp();
+  int sum = 0;
+  for (int lane = 0; lane < kWarp; ++lane) {
+    sum += lane_of_warp(lane).value;
+  }
+  wait_for_warp();
+  return sum;
 }
 
 inline void run_fiber() {
