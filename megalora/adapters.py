@@ -205,8 +205,11 @@ class LoRAAdapter(torch.nn.Module):
 
     def _fused(self, param: torch.nn.Parameter) -> torch.nn.Parameter | None:
         """Return the parameter where Megatron asks that backward adds to its main_grad."""
-        fuses = getattr(self.base.module.config, "gradient_accumulation_fusion", False)
-        return param if fuses and getattr(param, "main_grad", None) is not None else None
+        asked = getattr(self.base.module.config, "gradient_accumulation_fusion", False)
+        # NOTE: Megatron FSDP wants its buffer overwritten: what is in it is stale.
+        added_to = getattr(param, "main_grad", None) is not None
+        is_fsdp = hasattr(param, "__fsdp_param__") or getattr(param, "overwrite_main_grad", False)
+        return param if asked and added_to and not is_fsdp else None
 
     def segments(self) -> list[int]:
         """Return the segments of the output columns that this rank's B covers when it is used."""

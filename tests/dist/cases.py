@@ -177,6 +177,7 @@ EXPERTS = [
     Case(layout=TP2_EP2, kind="shared experts", **OVERLAPPED_SHARED),
     Case(layout=TP2_EP2, kind="experts", **_selective("moe")),
     Case(layout=EP2, kind="shared-outer experts", **FUSED),
+    Case(layout=TP2_EP2, kind="experts", **FUSED),
     Case(layout=Layout(dp=4, ep=4), kind="experts"),
     Case(layout=Layout(dp=4, ep=2), kind="shared-outer experts"),
     Case(layout=EP2_ETP2, kind="experts"),
