@@ -18,7 +18,8 @@ import torch.nn.functional as F
 from _timing import Variant, assert_agreement, machine, measure, print_rows, write_json
 from torch import Tensor
 
-from megalora.layers import LOCAL_ROUTE, Journey, adapt
+from megalora.contract import LOCAL_ROUTE
+from megalora.layers import Journey, adapt
 from megalora.ops import backend
 
 NUM_EXPERTS = 128

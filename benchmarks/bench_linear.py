@@ -25,7 +25,8 @@ from _timing import (
 )
 from torch import Tensor
 
-from megalora.layers import LOCAL_ROUTE, Journey, adapt
+from megalora.contract import LOCAL_ROUTE
+from megalora.layers import Journey, adapt
 from megalora.ops import backend
 
 ALPHA = 32.0

@@ -15,7 +15,8 @@ sys.path.insert(0, str(ROOT))
 
 from benchmarks.regret import experiments, figures, report  # noqa: E402
 from benchmarks.regret.experiments import Figure, Results, Scale  # noqa: E402
-from benchmarks.regret.jobs import Job, run_all  # noqa: E402
+from benchmarks.regret.job import Job  # noqa: E402
+from benchmarks.regret.workers import run_all  # noqa: E402
 
 # A sweep of rates, the runs that follow from its best ones, and the figure of these.
 Experiment = tuple[

@@ -20,7 +20,8 @@ from megalora import ops
 from megalora.bases import Base, Split, State, Style, state
 from megalora.collectives import group_size, start_gather
 from megalora.config import LoRAConfig
-from megalora.layers import ROUTES, Factor, Journey, Route, adapt, add_update
+from megalora.contract import ROUTES, Factor, Route
+from megalora.layers import Journey, adapt, add_update
 from megalora.targets import AdapterSpec, local_segments
 
 

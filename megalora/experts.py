@@ -10,7 +10,8 @@ from torch import Tensor
 from megalora.adapters import LoRAAdapter
 from megalora.bases import Split, state
 from megalora.collectives import GatherFactor
-from megalora.layers import LOCAL_ROUTE, Journey, adapt
+from megalora.contract import LOCAL_ROUTE
+from megalora.layers import Journey, adapt
 
 
 class GroupedAdapter(LoRAAdapter):

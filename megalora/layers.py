@@ -1,25 +1,22 @@
-"""LoRA around a base linear: the sharding contract, implemented once for dense and expert layers.
+"""LoRA around a base linear: the routes of `megalora.contract`, for dense and expert layers alike.
 
-t tensor-parallel size, n tokens, i/o in/out features, r rank, c scale. Every `lora_A` [r, i] is
-sharded along its input and every `lora_B` [o, r] along its output; nothing is replicated.
+t tensor-parallel size, n tokens, i/o in/out features, r rank, c scale.
 
 The adapter sandwiches its base. `Depart` runs before the base: it computes s = x Aᵀ as far as
 possible and starts what must travel. `Land` runs after the base: it finishes the travel and adds
 c s Bᵀ in place. In backward the order is reversed: Land computes ds and starts its travel, the base
 computes its own dX, then Depart finishes the travel and adds ds A in place into that dX. So every
-collective but the two named in `Route` hides behind the base's GEMM.
+collective but the two named beside the routes hides behind the base's GEMM.
 """
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from enum import Enum
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
-from megalora.bases import Split, State
 from megalora.collectives import (
     Exchange,
     Pending,
@@ -30,51 +27,7 @@ from megalora.collectives import (
     start_gather,
     start_reduce_scatter,
 )
-
-
-class Factor(Enum):
-    """What a rank does with its shard of lora_A or lora_B."""
-
-    LOCAL = "used as it is"
-    SUMMED = "gathered; its gradient is reduce-scattered"
-    SLICED = "gathered; its gradient is computed for the own shard only"
-
-
-@dataclass(frozen=True, slots=True)
-class Route:
-    """One row of the sharding contract."""
-
-    a: Factor
-    b: Factor
-    forward: Exchange
-    backward: Exchange
-
-
-# NOTE: two collectives are not hidden: the gather of A where s itself must travel (column, token
-# shard), and what is left of the reduce-scatter of dA behind the update of dX.
-ROUTES: dict[tuple[Split, State], Route] = {
-    (Split.COLUMN, State.TOKEN_SHARD): Route(
-        Factor.SUMMED, Factor.LOCAL, Exchange.ALL_GATHER, Exchange.REDUCE_SCATTER
-    ),
-    (Split.COLUMN, State.REPLICATED): Route(
-        Factor.SLICED, Factor.LOCAL, Exchange.NONE, Exchange.ALL_REDUCE
-    ),
-    (Split.COLUMN, State.PARTIAL): Route(Factor.SUMMED, Factor.LOCAL, Exchange.NONE, Exchange.NONE),
-    (Split.ROW, State.TOKEN_SHARD): Route(
-        Factor.LOCAL, Factor.SUMMED, Exchange.REDUCE_SCATTER, Exchange.ALL_GATHER
-    ),
-    (Split.ROW, State.REPLICATED): Route(
-        Factor.LOCAL, Factor.SLICED, Exchange.ALL_REDUCE, Exchange.NONE
-    ),
-    (Split.ROW, State.PARTIAL): Route(Factor.LOCAL, Factor.SUMMED, Exchange.NONE, Exchange.NONE),
-    (Split.DUPLICATED, State.TOKEN_SHARD): Route(
-        Factor.SUMMED, Factor.SUMMED, Exchange.NONE, Exchange.NONE
-    ),
-    (Split.DUPLICATED, State.REPLICATED): Route(
-        Factor.SLICED, Factor.SLICED, Exchange.NONE, Exchange.NONE
-    ),
-}
-LOCAL_ROUTE = Route(Factor.LOCAL, Factor.LOCAL, Exchange.NONE, Exchange.NONE)
+from megalora.contract import Factor, Route
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

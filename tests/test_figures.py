@@ -8,7 +8,8 @@ import pytest
 
 from benchmarks.regret import experiments, figures, report
 from benchmarks.regret.experiments import Figure, Results, Scale
-from benchmarks.regret.jobs import Base, Job, Result, run_all
+from benchmarks.regret.job import Base, Job, Result
+from benchmarks.regret.workers import run_all
 
 SCALE = Scale(sweep_rates=(1e-3, 1e-2, 1e-1), sweep_steps=32, long_steps=50, rl_steps=50)
 

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field, replace
 from statistics import mean
 from typing import Any
 
-from benchmarks.regret.jobs import Base, Job, Result
+from benchmarks.regret.job import Base, Job, Result
 
 Results = dict[Job, Result]
 

@@ -20,7 +20,7 @@ from benchmarks.regret.experiments import (
     rl_jobs,
     sweep_jobs,
 )
-from benchmarks.regret.jobs import GROUP_SIZE, Base, Job, Result
+from benchmarks.regret.job import GROUP_SIZE, Base, Job, Result
 
 SMOOTHING = 25
 RL_SMOOTHING = 5

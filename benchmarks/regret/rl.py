@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.regret import task
-from benchmarks.regret.jobs import GROUP_SIZE, Base, Job
+from benchmarks.regret.job import GROUP_SIZE, Base, Job
 from examples.rl_lora import Policy, collect, learn
 from megalora.losses import group_advantages
 

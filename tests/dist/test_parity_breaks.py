@@ -13,7 +13,7 @@ import megalora.layers
 from megalora.adapters import LoRAAdapter
 from megalora.bases import Split, State
 from megalora.collectives import Exchange, GatherFactor, group_size, own_shard
-from megalora.layers import ROUTES, Factor
+from megalora.contract import ROUTES, Factor
 from tests.dist.cases import EP2, ETP2, OVERLAPPED, TP2, TP2_SP, Case
 from tests.dist.layouts import Layout
 from tests.dist.parity import errors, truth

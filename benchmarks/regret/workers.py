@@ -1,58 +1,21 @@
-"""One training run of an experiment: described, run in a worker process, kept on disk."""
+"""Run the experiments' jobs in worker processes, and keep their results on disk."""
 
-import hashlib
 import json
 import logging
 import os
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from multiprocessing import get_context
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
-Base = Literal["dense", "moe", "ambiguous", "halves"]
+from benchmarks.regret.job import Base, Job, Result
 
 PRETRAIN_LR = 4e-3
 PRETRAIN_BATCH_SIZE = 32
 # The last part of pretraining in which the rate falls to zero.
 PRETRAIN_DECAY = 0.3
-# Answers to each prompt of reinforcement learning.
-GROUP_SIZE = 8
 HELD_OUT_SEED, HELD_OUT_SEQUENCES = 999, 128
-
-
-@dataclass(frozen=True, kw_only=True)
-class Job:
-    """A fine-tuning run. rank 0 means full fine-tuning."""
-
-    lr: float
-    seed: int
-    rank: int = 0
-    targets: tuple[str, ...] = ("all",)
-    base: Base = "dense"
-    steps: int = 400
-    batch_size: int = 32
-    is_rl: bool = False
-    pretrain_steps: int = 1500
-
-    @property
-    def key(self) -> str:
-        """Name the run's file by everything that decides its result."""
-        text = json.dumps(asdict(self), sort_keys=True)
-        return hashlib.sha256(text.encode()).hexdigest()[:16]
-
-
-@dataclass(frozen=True, kw_only=True)
-class Result:
-    """What a run gives: a value for each step, and one at the end.
-
-    curve: training loss in nats, or the share of right answers. final: held-out loss, or that
-    share over the last tenth of the run. trainable: trained parameters.
-    """
-
-    curve: list[float]
-    final: float
-    trainable: int
 
 
 def run_all(jobs: Sequence[Job], folder: Path, workers: int) -> dict[Job, Result]:
