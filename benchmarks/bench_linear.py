@@ -3,13 +3,16 @@
 python benchmarks/bench_linear.py [--goal] [--compile] [--rounds 15] [--json FILE]
 
 `frozen` computes y and dX of the base alone. `eager` is LoRA in plain torch, `addmm` lets the BLAS
-add in place (what hand-tuned code does), `megalora` is the layer of this package; the others are in
-_peers.py. `--goal` measures only the shapes of the stated goals.
+add in place (what hand-tuned code does), `megalora` is the layer of this package, on a GPU also with
+two reads of dY where its kernel makes do with one; the others are in _peers.py. `--goal` measures
+only the shapes of the stated goals.
 """
 
 import argparse
+import functools
 from itertools import product
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -44,6 +47,20 @@ CUDA_GRID = [
 ]
 
 
+class TwoReads:
+    """Our ops, but for the gradients of B's side, made in two reads of dY as peers do."""
+
+    def __getattr__(self, name: str) -> Any:
+        """Return one of our ops."""
+        return getattr(backend("fused"), name)
+
+    def expand_backward(
+        self, dy: Tensor, s: Tensor, lora_B: Tensor, *how: Any
+    ) -> tuple[Tensor, Tensor]:
+        """Return ds and dB."""
+        return self.expand_dgrad(dy, lora_B, *how), self.expand_wgrad(dy, s, lora_B, *how)
+
+
 def variants_of(
     weight: Tensor, rank: int, p: float, compiled: bool
 ) -> tuple[list[Variant], list[str]]:
@@ -62,9 +79,9 @@ def variants_of(
         dropped = F.dropout(x, p) if p else x
         return F.linear(x, weight) + scale * F.linear(F.linear(dropped, lora_A), lora_B)
 
-    def megalora(x: Tensor) -> Tensor:
+    def megalora(x: Tensor, ops: Any = backend("fused")) -> Tensor:
         journey = Journey(
-            ops=backend("fused"), route=LOCAL_ROUTE, scale=scale, segments=[], dropout=p, seed=seed
+            ops=ops, route=LOCAL_ROUTE, scale=scale, segments=[], dropout=p, seed=seed
         )
         return adapt(lambda x: (F.linear(x, weight), None), x, lora_A, lora_B, journey)[0]
 
@@ -72,6 +89,9 @@ def variants_of(
     others, absent = peers((weight, lora_A, lora_B), scale=scale, alpha=ALPHA, p=p)
     if compiled:
         others.append(Variant("torch.compile", torch.compile(eager), trained, [weight]))
+    if weight.is_cuda:
+        two_reads = functools.partial(megalora, ops=TwoReads())
+        others.append(Variant("megalora, 2 reads", two_reads, trained, [weight]))
     own = Variant("megalora", megalora, trained, [weight])
     frozen_and_eager = [
         Variant("frozen", frozen, [], [weight]),
