@@ -3,9 +3,9 @@
 python benchmarks/bench_linear.py [--goal] [--compile] [--rounds 15] [--json FILE]
 
 `frozen` computes y and dX of the base alone. `eager` is LoRA in plain torch, `addmm` lets the BLAS
-add in place (what hand-tuned code does), `megalora` is the layer of this package, on a GPU also with
-two reads of dY where its kernel makes do with one; the others are in _peers.py. `--goal` measures
-only the shapes of the stated goals.
+add in place (what hand-tuned code does), `megalora` is the layer of this package, on a GPU also
+with two reads of dY where its kernel makes do with one; the others are in _peers.py. `--goal`
+measures only the shapes of the stated goals.
 """
 
 import argparse
@@ -71,6 +71,7 @@ def variants_of(
     lora_B = (torch.randn(num_out, rank, **options) / rank**0.5).requires_grad_()
     scale = ALPHA / rank
     seed = torch.tensor([1], device=weight.device)
+    fused = backend("fused")
 
     def frozen(x: Tensor) -> Tensor:
         return F.linear(x, weight)
@@ -79,7 +80,7 @@ def variants_of(
         dropped = F.dropout(x, p) if p else x
         return F.linear(x, weight) + scale * F.linear(F.linear(dropped, lora_A), lora_B)
 
-    def megalora(x: Tensor, ops: Any = backend("fused")) -> Tensor:
+    def megalora(x: Tensor, ops: Any = fused) -> Tensor:
         journey = Journey(
             ops=ops, route=LOCAL_ROUTE, scale=scale, segments=[], dropout=p, seed=seed
         )
