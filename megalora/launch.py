@@ -283,8 +283,11 @@ def _check_checkpoint_flags(args: argparse.Namespace) -> None:
             f"ckpt_format is {args.ckpt_format!r}: adapters are saved as torch_dist, which loads "
             "on any parallel layout; leave --ckpt-format out"
         )
-    if args.async_save and cpu.installed():
-        raise ValueError("async_save is set: Megatron's writing process needs a CUDA device")
+    if args.async_save and args.async_strategy == "nvrx" and cpu.installed():
+        raise ValueError(
+            "async_strategy is 'nvrx', which copies from a GPU: set --async-strategy mcore on the "
+            "CPU"
+        )
     if getattr(args, "init_model_with_meta_device", False):
         raise ValueError("init_model_with_meta_device is set: LoRA loads the base while building")
     if args.use_distributed_optimizer and args.non_persistent_ckpt_type != "local":

@@ -15,7 +15,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from megalora import cpu
+from megalora import cpu, writers
 from megalora.arguments import add_lora_args
 from megalora.launch import LoRARun, add_exchange_args, clear_errors, with_hf_flags
 
@@ -55,6 +55,9 @@ class Launcher:
         """Wrap Megatron's parser and model building; RuntimeError for an unknown Megatron."""
         from megatron.training import arguments, training
 
+        if _wants_lora():
+            # Before Megatron starts the process that writes asynchronously.
+            writers.install()
         _wrap(arguments, "add_megatron_arguments", {"parser"}, self._add_arguments)
         _wrap(
             training,
@@ -67,7 +70,7 @@ class Launcher:
         """Write what was asked for after training; ValueError where nothing was trained."""
         if self.run is not None:
             self.run.finish()
-        elif any(arg.split("=")[0] == "--lora-rank" for arg in sys.argv):
+        elif _wants_lora():
             raise ValueError(
                 "lora_rank is set, but the script built no model through megatron.training.pretrain"
             )
@@ -121,6 +124,10 @@ class ProviderHook:
                 _set_default_attributes(chunk)
             self.run.prepare(self.chunks)
         return self.chunks[-1]
+
+
+def _wants_lora() -> bool:
+    return any(arg.split("=")[0] == "--lora-rank" for arg in sys.argv)
 
 
 def _repair_help(parser: argparse.ArgumentParser) -> None:

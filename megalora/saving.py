@@ -1,65 +1,138 @@
 """Saving without losing the checkpoint before: checksums, stale directories, clear reports."""
 
+import contextlib
 import functools
 import inspect
 import shutil
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import torch.distributed as dist
 from torch.distributed.checkpoint.api import CheckpointException
 
+from megalora import writers
 from megalora.resume import iteration_directory, read_iteration
+
+_POLL_S = 0.05
 
 
 def install() -> None:
-    """Wrap the `save_checkpoint` that Megatron's training loop calls; a second call does nothing.
+    """Wrap what Megatron's training loop calls to save; a second call does nothing.
 
     Raises RuntimeError where this Megatron saves in a way that megalora does not know.
     """
     from megatron.core import dist_checkpointing
     from megatron.training import training
 
-    original = training.save_checkpoint
-    if getattr(original, "is_megalora", False):
+    save, finish = training.save_checkpoint, training.maybe_finalize_async_save
+    if getattr(save, "is_megalora", False):
         return
-    known = {"iteration", "non_persistent_ckpt"} <= set(inspect.signature(original).parameters)
+    known = {"iteration", "non_persistent_ckpt"} <= set(inspect.signature(save).parameters)
+    known &= {"blocking", "terminate"} <= set(inspect.signature(finish).parameters)
     if not known or "verify_integrity" not in inspect.signature(dist_checkpointing.save).parameters:
         raise RuntimeError(
             "megatron.training saves checkpoints in a way that megalora does not know: use "
             "megatron-core 0.19 or 0.20"
         )
-    wrapped: Any = functools.wraps(original)(functools.partial(save, original))
+    writers.install()
+    saver = Saver(save, finish)
+    wrapped: Any = functools.wraps(save)(functools.partial(saver.save))
     wrapped.is_megalora = True
     training.save_checkpoint = wrapped
+    training.maybe_finalize_async_save = saver.finish
 
 
-def save(original: Callable[..., None], iteration: int, *args: Any, **kwargs: Any) -> None:
-    """Save by Megatron, with a manifest of checksums, into a directory without stale files.
+class Saver:
+    """Megatron's saving with a manifest of checksums, and reports of what failed.
 
-    A failure is reported with what is left to go on from, and raised.
+    save, finish: Megatron's `save_checkpoint` and `maybe_finalize_async_save`. All ranks must call
+    each method together.
     """
-    from megatron.training import get_args
 
-    run: Any = get_args()
-    if dist.get_rank() == 0 and not kwargs.get("non_persistent_ckpt"):
-        _remove_stale(Path(run.save), iteration)
-    verify, run.verify_integrity = run.verify_integrity, True
+    def __init__(self, save: Callable[..., None], finish: Callable[..., None]) -> None:
+        self._save, self._finish = save, finish
+        # Iterations that are being written asynchronously, oldest first.
+        self.pending: list[int] = []
+
+    def save(self, iteration: int, *args: Any, **kwargs: Any) -> None:
+        """Save, or start to, with a manifest, into a directory without stale files.
+
+        A failure is reported with what is left to go on from, and raised.
+        """
+        from megatron.training import get_args
+
+        run: Any = get_args()
+        if iteration in self.pending:
+            # Else its files would be removed, or mixed, under the process that writes them.
+            self.finish(blocking=True)
+        if dist.get_rank() == 0 and not kwargs.get("non_persistent_ckpt"):
+            _remove_stale(Path(run.save), iteration)
+        verify, run.verify_integrity = run.verify_integrity, True
+        try:
+            with _reported(iteration, run.save):
+                _check_writer()
+                self._save(iteration, *args, **kwargs)
+        finally:
+            run.verify_integrity = verify
+        if run.async_save:
+            self.pending.append(iteration)
+
+    def finish(self, blocking: bool = False, terminate: bool = False) -> None:
+        """Finish asynchronous saves that are written: metadata, manifest, tracker file.
+
+        blocking: wait for all. terminate: end the writing process too. A failure is reported and
+        raised, and so is a writing process that died, for which Megatron waits for ever.
+        """
+        from megatron.training import get_args
+
+        if not self.pending:
+            self._finish(blocking=blocking, terminate=terminate)
+            return
+        run: Any = get_args()
+        with _reported(self.pending[0], run.save):
+            _check_writer()
+            self._finish(blocking=False)
+            while blocking and _num_unfinished():
+                time.sleep(_POLL_S)
+                _check_writer()
+                self._finish(blocking=False)
+        del self.pending[: len(self.pending) - _num_unfinished()]
+        if terminate:
+            self._finish(blocking=True, terminate=True)
+
+
+def _num_unfinished() -> int:
+    """Return how many asynchronous saves are not finished, the same on every rank."""
+    from megatron.training import async_utils
+
+    queue = async_utils._async_calls_queue
+    return 0 if queue is None else queue.get_num_unfinalized_calls()
+
+
+def _check_writer() -> None:
+    process = writers.dead_writer()
+    if process is not None:
+        writers.forget_writer()
+        raise RuntimeError(f"the process that writes checkpoints ended ({process.exitcode})")
+
+
+@contextlib.contextmanager
+def _reported(iteration: int, directory: str) -> Iterator[None]:
+    """Say, where a save fails, what is left to go on from."""
     try:
-        original(iteration, *args, **kwargs)
+        yield
     # torch's CheckpointException, of what a writing process ran into, is no Exception.
     except (Exception, CheckpointException) as error:
-        previous = read_iteration(Path(run.save))
+        previous = read_iteration(Path(directory))
         left = "no earlier checkpoint" if previous is None else f"iteration {previous}, intact"
         print(
-            f"error: checkpoint of iteration {iteration} was not saved in {run.save}: "
+            f"error: checkpoint of iteration {iteration} was not saved in {directory}: "
             f"{_cause(error)}. What is left there is {left}: make room and start again",
             flush=True,
         )
         raise
-    finally:
-        run.verify_integrity = verify
 
 
 def _remove_stale(root: Path, iteration: int) -> None:

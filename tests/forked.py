@@ -66,9 +66,9 @@ class Ranks:
         os.kill(self.processes[rank].pid, signal.SIGKILL)
 
     def terminate(self) -> None:
-        """Ask all ranks to stop, as a scheduler does."""
+        """Ask all ranks to stop, and all they started, as torchrun and Slurm do."""
         for process in self.processes:
-            os.kill(process.pid, signal.SIGTERM)
+            os.killpg(process.pid, signal.SIGTERM)
 
     def wait(self, timeout: float = TIMEOUT_S) -> list[int]:
         """Return the exit codes; once one rank has failed, kill the others, as torchrun does."""

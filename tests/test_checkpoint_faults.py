@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from tests.forked import Ranks, call
-from tests.tiny import LORA, MODEL, back_to, flags, same_tensors, train
+from tests.tiny import ASYNC, LORA, MODEL, back_to, flags, same_tensors, train
 
 NUM_KILLS = 10
 ITERATIONS = 30
@@ -86,16 +86,18 @@ def test_a_full_disk_is_reported_and_leaves_the_checkpoint_before(
     assert call(same_tensors, adapter, directory, 6)
 
 
-def test_a_request_to_stop_saves_first(base: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("mode", [[], ASYNC], ids=["synchronous", "asynchronous"])
+def test_a_request_to_stop_saves_first(base: Path, tmp_path: Path, mode: list[str]) -> None:
     directory = tmp_path / "run"
-    more = [*LORA, "--pretrained-checkpoint", base, "--exit-signal-handler"]
-    run = train(1, directory, *more, "--save-interval", 1000, iters=1000)
-    while not run.losses():
+    more = [*LORA, *mode, "--pretrained-checkpoint", base, "--exit-signal-handler"]
+    # Once before the signal: what the first save starts has to survive it.
+    run = train(2, directory, *more, "--save-interval", 5, iters=1000)
+    while max(run.losses(), default=0) < 6:
         time.sleep(0.05)
     run.terminate()
     run.succeed()
     iteration = int((directory / "latest_checkpointed_iteration.txt").read_text())
-    assert 0 < iteration < 1000
+    assert 5 < iteration < 1000
     assert call(same_tensors, directory, directory, iteration)
 
 

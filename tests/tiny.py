@@ -29,6 +29,7 @@ TRAIN = shlex.split("""
 --calculate-per-token-loss
 """)
 LORA = ["--lora-rank", "8"]
+ASYNC = ["--async-save", "--use-persistent-ckpt-worker", "--async-strategy", "mcore"]
 
 
 def flags(text: str) -> list[str]:

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from megalora.cpu import async_save
 from megalora.cpu.optimizer import FusedAdam
 
 
@@ -26,6 +27,7 @@ def install() -> None:
     _patch_attention()
     _patch_latent_attention()
     _patch_dataset_helpers()
+    async_save.install()
 
 
 def _fake_wgrad_kernel() -> None:
