@@ -24,7 +24,13 @@ Hook = Callable[[ModelChunks], ModelChunks]
 
 
 def add_exchange_args(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
-    """Add the flags that bring base weights and adapters in and take adapters out."""
+    """Add the flags that bring base weights and adapters in and take adapters out.
+
+    Also guards --use-checkpoint-args, which Megatron follows right after parsing.
+    """
+    from megalora.resume import guard_checkpoint_args
+
+    guard_checkpoint_args()
     group = parser.add_argument_group("exchange", "with Hugging Face directories")
     add = group.add_argument
     add("--hf-model", help="directory with config.json and safetensors: builds and loads the base")

@@ -6,9 +6,11 @@ latest_checkpointed_iteration.txt last. A save that was killed therefore leaves 
 checkpoint before, or an empty tracker.
 """
 
+import functools
 import hashlib
 import json
 import os
+import socket
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -88,6 +90,31 @@ def find_checkpoint(
     return None
 
 
+def guard_checkpoint_args() -> None:
+    """Let --use-checkpoint-args read its flags from the checkpoint that the run will go on from.
+
+    Megatron reads them before any process group exists, so each rank checks the files by itself and
+    finds the same; the tracker file then names it. A second call does nothing.
+    """
+    from megatron.training import checkpointing
+
+    original = checkpointing.load_args_from_checkpoint
+    if getattr(original, "is_megalora", False):
+        return
+
+    @functools.wraps(original)
+    def load_args(args: Any, load_arg: str = "load", *more: Any, **kwargs: Any) -> Any:
+        if load_arg == "load" and args.load and args.lora_rank:
+            find_checkpoint(
+                args.load, step=args.ckpt_step, on_corrupt=args.lora_on_corrupt, warn=_say_once
+            )
+        return original(args, load_arg, *more, **kwargs)
+
+    patched: Any = load_args
+    patched.is_megalora = True
+    checkpointing.load_args_from_checkpoint = patched
+
+
 def iteration_directory(root: Path, iteration: int) -> Path:
     """Return Megatron's directory of an iteration."""
     return root / f"iter_{iteration:07d}"
@@ -116,6 +143,11 @@ def read_iteration(root: Path) -> int | None:
     """Return the iteration that the tracker file names, None where there is none."""
     tracked, _ = _read_tracker(root)
     return tracked if isinstance(tracked, int) else None
+
+
+def _say_once(message: str) -> None:
+    if os.environ.get("RANK", "0") == "0":
+        print(message, flush=True)
 
 
 def _sha256(path: Path) -> str:
@@ -188,7 +220,7 @@ def _report(
 
 
 def _write_tracker(root: Path, iteration: int) -> None:
-    beside = root / f".{TRACKER}.{os.getpid()}"
+    beside = root / f".{TRACKER}.{socket.gethostname()}.{os.getpid()}"
     try:
         beside.write_text(str(iteration))
         beside.replace(root / TRACKER)

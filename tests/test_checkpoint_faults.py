@@ -2,6 +2,7 @@
 
 import random
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -55,8 +56,24 @@ def test_ten_kills_at_any_moment_change_no_bit(base: Path, tmp_path: Path) -> No
     assert call(same_tensors, tmp_path / "whole", tmp_path / "killed", ITERATIONS)
 
 
-def test_a_flipped_bit_in_a_real_checkpoint_is_survived(
-    base: Path, adapter: Path, tmp_path: Path
+def flip_a_bit(data: bytearray) -> None:
+    data[len(data) // 2] ^= 1
+
+
+def tear(data: bytearray) -> None:
+    del data[:-10]
+
+
+# What --use-checkpoint-args reads is at the end of the file.
+@pytest.mark.parametrize(
+    ("damage", "more"), [(flip_a_bit, []), (tear, ["--use-checkpoint-args"])], ids=["bit", "args"]
+)
+def test_a_damaged_real_checkpoint_is_survived(
+    base: Path,
+    adapter: Path,
+    tmp_path: Path,
+    damage: Callable[[bytearray], None],
+    more: list[str],
 ) -> None:
     directory = back_to(adapter, tmp_path / "run", 3)
     back_to(adapter, tmp_path / "newest", 6)
@@ -64,10 +81,13 @@ def test_a_flipped_bit_in_a_real_checkpoint_is_survived(
     (directory / "latest_checkpointed_iteration.txt").write_text("6")
     file = directory / "iter_0000006" / "__0_0.distcp"
     data = bytearray(file.read_bytes())
-    data[len(data) // 2] ^= 1
+    damage(data)
     file.write_bytes(data)
-    run = train(1, directory, *LORA, "--pretrained-checkpoint", base).succeed()
-    assert "__0_0.distcp does not match its checksum" in run.text()
+    given = [*LORA, "--pretrained-checkpoint", base, *more]
+    stopped = train(1, directory, *given, "--lora-on-corrupt", "stop").fail()
+    assert "Iteration 3 is intact" in stopped
+    run = train(1, directory, *given).succeed()
+    assert run.text().count("__0_0.distcp does not match its checksum") == 1
     assert sorted(run.losses()) == [4, 5, 6]
     assert call(same_tensors, adapter, directory, 6)
 
