@@ -1,0 +1,89 @@
+"""The flags of a run beside --lora-*: bases and adapters in, adapters out, their checkpoints."""
+
+import argparse
+from collections.abc import Sequence
+from pathlib import Path
+
+from megalora import cpu
+from megalora.auto_lr import add_auto_lr_args
+
+
+def add_exchange_args(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
+    """Add the flags that bring base weights and adapters in and take adapters out.
+
+    Also guards --use-checkpoint-args, which Megatron follows right after parsing.
+    """
+    from megalora.resume import guard_checkpoint_args
+
+    guard_checkpoint_args()
+    group = parser.add_argument_group("exchange", "with Hugging Face directories")
+    add = group.add_argument
+    add("--hf-model", help="directory with config.json and safetensors: builds and loads the base")
+    add("--lora-load", help="PEFT directory or adapter checkpoint to start from: weights only")
+    add("--export-hf", help="directory to write the adapter to after training, in PEFT's format")
+    add("--export-format", default="peft", choices=("peft", "uniform", "peft-3d"))
+    group = parser.add_argument_group(
+        "adapter checkpoints", "--save and --load hold adapters and their optimizer, never the base"
+    )
+    add = group.add_argument
+    add(
+        "--save-merged",
+        help="directory to save an ordinary Megatron checkpoint in after training: W + c B A",
+    )
+    add(
+        "--lora-on-corrupt",
+        choices=("previous", "stop"),
+        default="previous",
+        help="a damaged newest checkpoint: go on from the one before (default), or stop",
+    )
+    add(
+        "--lora-allow-other-base",
+        action="store_true",
+        help="warn, instead of stopping, where the base is not the one the adapter was trained on",
+    )
+    add_auto_lr_args(parser)
+    return parser
+
+
+def with_hf_flags(argv: Sequence[str]) -> list[str]:
+    """Return a command line with the Megatron flags of --hf-model's config.json before the user's.
+
+    A flag that the user gives too keeps the user's value; where the model then has other sizes
+    than config.json, loading its weights raises ValueError.
+    """
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    parser.add_argument("--hf-model")
+    directory = parser.parse_known_args(argv)[0].hf_model
+    if directory is None:
+        return list(argv)
+    from megalora.hf.families import megatron_flags, read_config
+
+    return [*megatron_flags(read_config(directory)), *argv]
+
+
+def check_checkpoint_args(args: argparse.Namespace) -> None:
+    """Ask for what adapter checkpoints need, and for optimizer states of any layout."""
+    if args.save and args.ckpt_format != "torch_dist":
+        raise ValueError(
+            f"ckpt_format is {args.ckpt_format!r}: adapters are saved as torch_dist, which loads "
+            "on any parallel layout; leave --ckpt-format out"
+        )
+    if args.async_save and args.async_strategy == "nvrx" and cpu.installed():
+        raise ValueError(
+            "async_strategy is 'nvrx', which copies from a GPU: set --async-strategy mcore on the "
+            "CPU"
+        )
+    if getattr(args, "init_model_with_meta_device", False):
+        raise ValueError("init_model_with_meta_device is set: LoRA loads the base while building")
+    if args.use_distributed_optimizer and args.non_persistent_ckpt_type != "local":
+        # The states of adapters are small, and Megatron's default cannot change TP or PP.
+        args.dist_ckpt_optim_fully_reshardable = True
+
+
+def may_export_to(directory: Path) -> bool:
+    """Say whether an export may replace a directory: nothing is there, or an earlier export."""
+    if not directory.exists():
+        return True
+    return directory.is_dir() and (
+        (directory / "adapter_config.json").is_file() or not any(directory.iterdir())
+    )
