@@ -133,7 +133,8 @@ def read_description(directory: Path) -> dict[str, Any] | None:
     """Return what is stored with the adapters in an iteration's directory.
 
     `config`: LoRAConfig's fields, `model`: ModelFacts', `base`: of `describe_base`, where it was
-    called. None for a checkpoint of a whole model. Raises ValueError where it cannot be read.
+    called; `distributed_optimizer`: whether its optimizer is one, None where it has none. None for
+    a checkpoint of a whole model. Raises ValueError where it cannot be read.
     """
     if not dist_checkpointing.check_is_distributed_checkpoint(str(directory)):
         if any(directory.glob("mp_rank_*")) or (directory / ".metadata").is_file():
@@ -146,8 +147,15 @@ def read_description(directory: Path) -> dict[str, Any] | None:
         raise ValueError(f"{directory} cannot be read: {error}") from error
     for key, part in common.items():
         if _is_model(key) and DESCRIPTION in part:
-            return json.loads(part[DESCRIPTION])
+            return {**json.loads(part[DESCRIPTION]), "distributed_optimizer": _optimizer(common)}
     return None
+
+
+def _optimizer(common: dict[str, Any]) -> bool | None:
+    if "optimizer" not in common:
+        return None
+    content = dist_checkpointing.load_content_metadata(preloaded_state_dict=common) or {}
+    return "distrib_optim_sharding_type" in content
 
 
 def _is_model(key: object) -> bool:

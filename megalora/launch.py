@@ -16,6 +16,7 @@ from megalora.config import LoRAConfig
 from megalora.run_arguments import (
     add_exchange_args,
     check_checkpoint_args,
+    check_same_optimizer,
     may_export_to,
     with_hf_flags,
 )
@@ -88,6 +89,8 @@ class LoRARun:
 
         description = found.description if found else None
         self.config = resumed_config(self.args, description)
+        if description is not None:
+            check_same_optimizer(self.args, description)
         source = self._load_base(model_chunks, found)
         base = {"source": source, **fingerprint(model_chunks)}
         if description is not None:

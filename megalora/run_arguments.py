@@ -1,8 +1,9 @@
 """The flags of a run beside --lora-*: bases and adapters in, adapters out, their checkpoints."""
 
 import argparse
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from megalora import cpu
 from megalora.auto_lr import add_auto_lr_args
@@ -78,6 +79,23 @@ def check_checkpoint_args(args: argparse.Namespace) -> None:
     if args.use_distributed_optimizer and args.non_persistent_ckpt_type != "local":
         # The states of adapters are small, and Megatron's default cannot change TP or PP.
         args.dist_ckpt_optim_fully_reshardable = True
+
+
+def check_same_optimizer(args: argparse.Namespace, description: Mapping[str, Any]) -> None:
+    """Raise ValueError where the states of a checkpoint's optimizer do not fit this run's kind.
+
+    description: of `megalora.checkpoint.read_description`.
+    """
+    stored = description.get("distributed_optimizer")
+    if args.no_load_optim or stored in (None, args.use_distributed_optimizer):
+        return
+    remedy = "add" if stored else "leave out"
+    raise ValueError(
+        f"use_distributed_optimizer is {args.use_distributed_optimizer} but the checkpoint in load "
+        f"{args.load!r} was saved with {stored}, and Megatron cannot turn one's states into the "
+        f"other's: {remedy} --use-distributed-optimizer, or set --no-load-optim to start the "
+        "optimizer anew"
+    )
 
 
 def may_export_to(directory: Path) -> bool:

@@ -127,6 +127,7 @@ REFUSED = {
     "other targets": (["--lora-targets", "attn"], "lora_targets is ['attn'] but the checkpoint"),
     "other alpha": (["--lora-alpha", "16"], "lora_alpha is 16.0 but the checkpoint has 32.0"),
     "finetune": (["--finetune"], "--lora-load"),
+    "other optimizer": (["--use-distributed-optimizer"], "leave out --use-distributed-optimizer"),
 }
 
 
