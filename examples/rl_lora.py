@@ -183,6 +183,8 @@ class MegatronPolicy:
         parts = (self.model, self.optimizer, self.scheduler)
         # By its module: `LoRARun` has put its own around Megatron's.
         training.save_checkpoint(iteration, *parts, num_floating_point_operations_so_far=0)
+        # Of --async-save, which Megatron's own loop finishes in a later iteration.
+        training.maybe_finalize_async_save(blocking=True)
 
     @contextlib.contextmanager
     def as_reference(self) -> Iterator[None]:
