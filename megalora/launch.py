@@ -65,9 +65,10 @@ class LoRARun:
         if self.config is not None:
             check_checkpoint_args(args)
             self._install_optimizer_overrides()
-            from megalora import saving
+            from megalora import resume, saving
 
             saving.install()
+            resume.end_where_done()
 
     def hooks(self) -> list[Hook]:
         """Return the hooks for `GPTModelConfig.pre_wrap_hooks`."""

@@ -115,6 +115,32 @@ def guard_checkpoint_args() -> None:
     checkpointing.load_args_from_checkpoint = patched
 
 
+def end_where_done() -> None:
+    """Let a run that starts again after its last iteration end well, and write its exports.
+
+    A scheduler does so where its signal to stop meets the end of the run; Megatron's samplers would
+    raise AssertionError, as no sample is left. A second call does nothing.
+    """
+    from megatron.training import get_args, print_rank_0, training
+
+    original = training.build_train_valid_test_data_iterators
+    if getattr(original, "is_megalora", False):
+        return
+
+    @functools.wraps(original)
+    def build(provider: Any) -> Any:
+        args: Any = get_args()
+        if not args.train_iters or args.iteration < args.train_iters:
+            return original(provider)
+        print_rank_0(f"> LoRA: iteration {args.iteration} was the last: nothing is left to train")
+        args.do_train = args.do_valid = args.do_test = False
+        return None, None, None
+
+    patched: Any = build
+    patched.is_megalora = True
+    training.build_train_valid_test_data_iterators = patched
+
+
 def iteration_directory(root: Path, iteration: int) -> Path:
     """Return Megatron's directory of an iteration."""
     return root / f"iter_{iteration:07d}"

@@ -27,13 +27,20 @@ def install() -> None:
     """Let the writers of this process outlive SIGTERM, and end with it; once is enough.
 
     Must run before Megatron starts them, in `initialize_megatron` or in the first save. Only
-    Megatron's own are known; nvidia_resiliency_ext has its own.
+    Megatron's own are known; nvidia_resiliency_ext has its own. Raises RuntimeError where this
+    Megatron starts them in a way that megalora does not know.
     """
     from megatron.core.dist_checkpointing.strategies import filesystem_async
     from megatron.core.dist_checkpointing.strategies.async_utils import PersistentAsyncCaller
 
     if hasattr(PersistentAsyncCaller, "megatron_loop"):
         return
+    known = hasattr(filesystem_async, "_results_queue")
+    if not known or not {"_get_process", "async_loop"} <= vars(PersistentAsyncCaller).keys():
+        raise RuntimeError(
+            "megatron.core starts the processes that write checkpoints in a way that megalora does "
+            "not know: use megatron-core 0.19 or 0.20"
+        )
     patched: Any = filesystem_async
     patched.get_write_results_queue = _results_queue
     patched = PersistentAsyncCaller

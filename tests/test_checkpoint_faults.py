@@ -121,6 +121,17 @@ def test_a_request_to_stop_saves_first(base: Path, tmp_path: Path, mode: list[st
     assert call(same_tensors, directory, directory, iteration)
 
 
+def test_a_finished_run_that_starts_again_writes_its_exports(
+    base: Path, adapter: Path, tmp_path: Path
+) -> None:
+    directory = back_to(adapter, tmp_path / "run", 6)
+    more = [*LORA, "--pretrained-checkpoint", base, "--save-merged", tmp_path / "merged"]
+    run = train(1, directory, *more).succeed()
+    assert "iteration 6 was the last" in run.text()
+    assert run.losses() == {}
+    assert (tmp_path / "merged" / "latest_checkpointed_iteration.txt").read_text() == "release"
+
+
 REFUSED = {
     "no base": ([], "were trained on"),
     "other rank": (["--lora-rank", "4"], "lora_rank is 4 but the checkpoint has 8"),
