@@ -50,8 +50,10 @@ def _with_root() -> str:
 def worker() -> None:
     """Run this world's cases; rank 0 prints one line of JSON for each."""
     import megalora.cpu
+    import tests.mamba_on_cpu
 
     megalora.cpu.install()
+    tests.mamba_on_cpu.install()
     import torch
     import torch.distributed as dist
 

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from megatron.core import parallel_state
 from megatron.core.dist_checkpointing import ShardedTensor
+from megatron.core.dist_checkpointing.mapping import ShardedTensorFactory
 from megatron.core.tensor_parallel import gather_from_tensor_model_parallel_region
 from torch import Tensor
 from torch.distributed import ProcessGroup
@@ -22,6 +23,7 @@ from megalora.collectives import group_size, start_gather
 from megalora.config import LoRAConfig
 from megalora.contract import ROUTES, Factor, Route
 from megalora.layers import Journey, adapt, add_update
+from megalora.parts import sharded_parts
 from megalora.targets import AdapterSpec, local_segments
 
 
@@ -30,8 +32,9 @@ class LoRAAdapter(torch.nn.Module):
 
     lora_A: [P r, i/t] where A's input is split over the tensor-parallel group, always.
     lora_B: [o/t, r]; [2, f/t, r] where the base is a gated linear_fc1, of which a rank owns gate_k
-    and up_k. Grouped adapters have the local experts as a first dimension, but for a factor that
-    is shared over all experts (`shared_outer`), which is split over the dense group.
+    and up_k; the rows of Mamba's in_proj are those that `megalora.parts` describes. Grouped
+    adapters have the local experts as a first dimension, but for a factor that is shared over all
+    experts (`shared_outer`), which is split over the dense group.
     start: the first values of both on the CPU, where the base gave them away (`megalora.pissa`).
     """
 
@@ -98,12 +101,15 @@ class LoRAAdapter(torch.nn.Module):
             f"lora_A={tuple(self.lora_A.shape)}, lora_B={tuple(self.lora_B.shape)}"
         )
 
-    def sharded_tensors(self, prefix: str) -> dict[str, ShardedTensor]:
+    def sharded_tensors(self, prefix: str) -> dict[str, ShardedTensor | ShardedTensorFactory]:
         """Return both factors as sharded tensors with their global shapes and offsets."""
-        return {
-            prefix + "lora_A": self._sharded(prefix + "lora_A", self.lora_A, -1, self.a_group),
-            prefix + "lora_B": self._sharded(prefix + "lora_B", self.lora_B, -2, self.b_group),
-        }
+        a, b = prefix + "lora_A", prefix + "lora_B"
+        if parts := self.spec.parts:
+            replica = (0, 0, self._replica(self.lora_B))
+            sharded_b = sharded_parts(b, self.lora_B, parts, self.b_group, replica)
+        else:
+            sharded_b = self._sharded(b, self.lora_B, -2, self.b_group)
+        return {a: self._sharded(a, self.lora_A, -1, self.a_group), b: sharded_b}
 
     def sharded_state_dict(
         self, prefix: str = "", sharded_offsets: tuple = (), metadata: dict | None = None
@@ -150,19 +156,20 @@ class LoRAAdapter(torch.nn.Module):
         if group_size(group) > 1:
             assert group is not None
             offsets.append((param.dim() + dim, group.rank(), group.size()))
-        replica = (
-            parallel_state.get_data_parallel_rank(with_context_parallel=True)
-            if param.allreduce  # type: ignore[attr-defined]
-            else parallel_state.get_expert_data_parallel_rank()
-        )
         return ShardedTensor.from_rank_offsets(
             key,
             param,
             *offsets,
-            replica_id=(0, 0, replica),
+            replica_id=(0, 0, self._replica(param)),
             # Megatron pads the vocabulary to a multiple of the tensor-parallel size.
             allow_shape_mismatch=dim == -2 and self.spec.is_unembedding,
         )
+
+    def _replica(self, param: torch.nn.Parameter) -> int:
+        """Return the number of this rank among those that hold the same shard."""
+        if param.allreduce:  # type: ignore[attr-defined]
+            return parallel_state.get_data_parallel_rank(with_context_parallel=True)
+        return parallel_state.get_expert_data_parallel_rank()
 
     def _route(self, tensor_state: State) -> Route:
         route = ROUTES[self.base.split, tensor_state]

@@ -153,6 +153,11 @@ def refusal(module: Any) -> str | None:
         return "TEGroupedMLP interleaves gate and up: leave out --moe-mlp-glu-interleave-size"
     if kind == "FusedSharedExpertMLP":
         return "FusedSharedExpertMLP runs its linears as one operation: turn grouped GEMM off"
+    if kind == "AbsorbedMLASelfAttention":
+        return (
+            "AbsorbedMLASelfAttention multiplies by linear_kv_up_proj's weight without calling it: "
+            "leave this attention out, as by --lora-targets mlp mamba unembed"
+        )
     if kind.startswith("Inference"):
         return f"{kind} is for inference only: build the model with a training layer spec"
     return None

@@ -7,6 +7,7 @@ import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
 from megatron.core.models.common.embeddings.language_model_embedding import LanguageModelEmbedding
+from megatron.core.ssm.mamba_layer import MambaLayer
 from megatron.core.transformer.moe.experts import SequentialMLP
 from megatron.core.transformer.transformer_layer import TransformerLayer
 from torch.distributed import ProcessGroup
@@ -18,7 +19,9 @@ from megalora.collectives import group_size
 from megalora.config import LoRAConfig
 from megalora.experts import GroupedAdapter, SequentialAdapter, bind_sequential
 from megalora.init import reset_parameters
+from megalora.parts import is_mamba_mixer, part_sizes
 from megalora.targets import (
+    MAMBA,
     ModelFacts,
     check_all_matched,
     check_targets,
@@ -61,7 +64,7 @@ def apply_lora(model_chunks: ModelChunks, config: LoRAConfig) -> ModelChunks:
     for chunk, pairs in zip(model_chunks, made, strict=True):
         chunk.requires_grad_(False)
         _attach(pairs)
-        checkpoint.install(chunk, config, model_facts(chunk.config))
+        checkpoint.install(chunk, config, model_facts(chunk))
         _freeze_router_bias(chunk)
         _make_embedding_require_grad(chunk)
     if config.init == "pissa":
@@ -83,8 +86,9 @@ class _Candidate:
         self.leaf = name.rpartition(".")[2]
 
 
-def model_facts(config: Any) -> ModelFacts:
-    """Read the sizes that decide the form of adapters from Megatron's TransformerConfig."""
+def model_facts(chunk: Any) -> ModelFacts:
+    """Read the sizes that decide the form of adapters from a model chunk and its configuration."""
+    config = chunk.config
     return ModelFacts(
         num_attention_heads=config.num_attention_heads,
         num_query_groups=config.num_query_groups or config.num_attention_heads,
@@ -94,6 +98,7 @@ def model_facts(config: Any) -> ModelFacts:
         moe_router_topk=config.moe_router_topk,
         num_moe_experts=config.num_moe_experts or 0,
         q_lora_rank=getattr(config, "q_lora_rank", None) or 0,
+        hybrid_layer_pattern=(getattr(chunk, "hybrid_layer_pattern", None) or "").replace("|", ""),
     )
 
 
@@ -112,7 +117,7 @@ def _candidates(chunk: torch.nn.Module) -> Iterator[_Candidate]:
     layer_numbers = {
         name: module.layer_number
         for name, module in modules.items()
-        if isinstance(module, TransformerLayer) and name.startswith("decoder.")
+        if isinstance(module, TransformerLayer | MambaLayer) and name.startswith("decoder.")
     }
     for name, module in modules.items():
         whole = global_name(name, layer_numbers)
@@ -131,7 +136,7 @@ def _make_adapters(
     chunk: Any, candidates: list[_Candidate], config: LoRAConfig
 ) -> list[tuple[_Candidate, LoRAAdapter]]:
     """Make a chunk's adapters without touching it, so that a refusal leaves it as it was."""
-    facts = model_facts(chunk.config)
+    facts = model_facts(chunk)
     chosen = [c for c in candidates if matching_target(c.name, config.targets)]
     if chosen:
         _refuse_bypasses(chunk, chosen)
@@ -155,7 +160,14 @@ def _make_adapter(
     candidate: _Candidate, config: LoRAConfig, facts: ModelFacts, model_config: Any
 ) -> LoRAAdapter:
     base = candidate.base
-    spec = plan(candidate.name, base.out_features, config, facts, is_expert=base.is_expert)
+    spec = plan(
+        candidate.name,
+        base.out_features,
+        config,
+        facts,
+        is_expert=base.is_expert,
+        parts=part_sizes(candidate.parent) if candidate.leaf == "in_proj" else (),
+    )
     if isinstance(base.module, SequentialMLP):
         kind = SequentialAdapter
     else:
@@ -182,6 +194,13 @@ def _process_group(group: Any) -> ProcessGroup | None:
 
 
 def _refuse_bypasses(chunk: torch.nn.Module, chosen: list[_Candidate]) -> None:
+    for candidate in chosen:
+        if candidate.leaf in MAMBA and not is_mamba_mixer(candidate.parent):
+            raise ValueError(
+                f"lora_targets select {candidate.name} of {type(candidate.parent).__name__}: of "
+                f"{' and '.join(MAMBA)}, only Mamba-2's (MambaMixer) have adapters; use "
+                "--lora-targets attn mlp unembed, or a pattern of the layers that you want"
+            )
     bases = {candidate.base.module for candidate in chosen}
     for name, module in chunk.named_modules():
         reason = refusal(module)

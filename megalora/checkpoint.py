@@ -24,6 +24,7 @@ from torch.distributed.checkpoint.state_dict_loader import load
 from megalora.adapters import LoRAAdapter, adapters
 from megalora.collectives import group_size, own_shard, start_gather
 from megalora.config import LoRAConfig
+from megalora.parts import in_rank_order, in_whole_order, join_parts, whole_key
 from megalora.targets import ModelFacts
 
 # Key of the adapters' description in a checkpoint's common state.
@@ -51,7 +52,8 @@ def gather_adapters(model_chunks: Sequence[torch.nn.Module]) -> dict[str, Tensor
     """Return all adapter tensors of the model, unsharded, on rank 0 (an empty dict elsewhere).
 
     Keys are global names such as `decoder.layers.3.mlp.linear_fc1_lora.lora_A`; a gated lora_B is
-    [2 f, r], gate before up; experts come first, [E, ...]. On the CPU. All ranks must call it.
+    [2 f, r], gate before up; that of Mamba's in_proj has the rows of z, x, B, C and dt; experts
+    come first, [E, ...]. On the CPU. All ranks must call it.
     """
     own: dict[str, Tensor] = {}
     for name, adapter in adapters(model_chunks):
@@ -111,7 +113,9 @@ def read_adapter_checkpoint(
     described = read_description(path)
     if described is None:
         raise ValueError(f"{path} has no adapters: it is not a checkpoint that megalora wrote")
-    loaded = read_tensors(path, lambda key: _is_adapter_key(key) and _is_weight(key))
+    loaded = join_parts(
+        read_tensors(path, lambda key: _is_adapter_key(whole_key(key)) and _is_weight(key))
+    )
     tensors = {key: _join_gated(key, loaded[key]) for key in sorted(loaded)}
     return tensors, LoRAConfig.from_dict(described["config"]), ModelFacts(**described["model"])
 
@@ -263,6 +267,8 @@ def _unshard(adapter: LoRAAdapter, param: Tensor, dim: int) -> Tensor:
         full = start_gather(full, -full.dim(), adapter.expert_group).wait()
     if dim == -2 and adapter.spec.gated:
         full = full.flatten(-3, -2)
+    if dim == -2 and adapter.spec.parts:
+        full = in_whole_order(full, adapter.spec.parts, group_size(group))
     return full.cpu()
 
 
@@ -279,6 +285,8 @@ def _reshard(adapter: LoRAAdapter, param: Tensor, full: Tensor, dim: int, key: s
     if list(full.shape) != flat:
         raise ValueError(f"{key} has shape {list(full.shape)}, but this model needs {flat}")
     value = full.reshape(shape)
+    if dim == -2 and adapter.spec.parts:
+        value = in_rank_order(value, adapter.spec.parts, group_size(adapter.b_group))
     if has_experts:
         value = own_shard(value, -value.dim(), adapter.expert_group)
     group = adapter.a_group if dim == -1 else adapter.b_group

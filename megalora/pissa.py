@@ -13,7 +13,8 @@ from torch import Tensor
 
 from megalora.adapters import LoRAAdapter
 from megalora.bases import Split
-from megalora.collectives import own_shard, start_gather
+from megalora.collectives import group_size, own_shard, start_gather
+from megalora.parts import in_rank_order, in_whole_order
 from megalora.reference import owners
 from megalora.updates import base_weights, change_base
 
@@ -75,6 +76,8 @@ def _split(adapter: LoRAAdapter) -> None:
     factors = [_decompose(adapter, _whole(adapter, w)) for w in base_weights(adapter)]
     a = torch.stack([a for a, _ in factors]) if adapter.base.num_experts else factors[0][0]
     b = torch.stack([b for _, b in factors]) if adapter.base.num_experts else factors[0][1]
+    if parts := adapter.spec.parts:
+        b = in_rank_order(b, parts, group_size(adapter.b_group))
     adapter.lora_A.copy_(own_shard(a, -1, adapter.a_group))
     adapter.lora_B.copy_(own_shard(b.view(adapter.b_shape()), -2, adapter.b_group))
     change_base(adapter, sign=-1.0)
@@ -92,7 +95,9 @@ def _whole(adapter: LoRAAdapter, weight: Tensor) -> Tensor:
         # This rank holds [gate_k; up_k].
         weight = weight.unflatten(0, (2, -1))
         return start_gather(weight, -2, base.group).wait().flatten(0, 1)
-    return start_gather(weight, -2, base.group).wait()
+    whole = start_gather(weight, -2, base.group).wait()
+    parts = adapter.spec.parts
+    return in_whole_order(whole, parts, base.tp_size) if parts else whole
 
 
 def _decompose(adapter: LoRAAdapter, weight: Tensor) -> tuple[Tensor, Tensor]:

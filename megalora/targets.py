@@ -20,18 +20,23 @@ ATTENTION = (
     "linear_qkv_down_proj",
 )
 MLP = ("linear_fc1", "linear_fc2")
+MAMBA = ("in_proj", "out_proj")
 PRESETS: dict[str, tuple[str, ...]] = {
     "attn": ATTENTION,
     "mlp": MLP,
+    "mamba": MAMBA,
     "unembed": ("output_layer",),
-    "all": (*ATTENTION, *MLP, "output_layer"),
+    "all": (*ATTENTION, *MLP, *MAMBA, "output_layer"),
 }
 ADAPTABLE = (*PRESETS["all"], "router", "eh_proj")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ModelFacts:
-    """The sizes of a model that decide the form of its adapters."""
+    """The sizes of a model that decide the form of its adapters.
+
+    hybrid_layer_pattern: kinds of a HybridModel's layers, without pipeline stages; empty for GPT.
+    """
 
     num_attention_heads: int
     num_query_groups: int
@@ -41,6 +46,7 @@ class ModelFacts:
     moe_router_topk: int = 1
     num_moe_experts: int = 0
     q_lora_rank: int = 0
+    hybrid_layer_pattern: str = ""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -52,6 +58,8 @@ class AdapterSpec:
     segments: sizes of one period of output columns, block p belonging to projection p; empty
         where one A serves all columns.
     gated: output is [gate; up], of which a rank owns [gate_k; up_k].
+    parts: sizes of blocks of output rows of which a rank owns a part each (`megalora.parts`);
+        empty where a rank owns a slice of the whole.
     shared_a, shared_b: the factor is one over all experts (`shared_outer`).
     """
 
@@ -61,6 +69,7 @@ class AdapterSpec:
     num_projections: int = 1
     segments: tuple[int, ...] = ()
     gated: bool = False
+    parts: tuple[int, ...] = ()
     shared_a: bool = False
     shared_b: bool = False
 
@@ -113,7 +122,13 @@ def check_all_matched(targets: Iterable[str], matched: Iterable[str]) -> None:
 
 
 def plan(
-    name: str, out_features: int, config: LoRAConfig, facts: ModelFacts, *, is_expert: bool
+    name: str,
+    out_features: int,
+    config: LoRAConfig,
+    facts: ModelFacts,
+    *,
+    is_expert: bool,
+    parts: tuple[int, ...] = (),
 ) -> AdapterSpec:
     """Return the form of the adapter of the base linear with this global name."""
     leaf = name.rpartition(".")[2]
@@ -128,6 +143,7 @@ def plan(
         num_projections=max(1, len(segments)),
         segments=segments,
         gated=gated,
+        parts=parts,
         shared_a=shared and leaf == "linear_fc1",
         shared_b=shared and leaf == "linear_fc2",
     )

@@ -3,8 +3,10 @@
 import torch
 
 import megalora.cpu
+import tests.mamba_on_cpu
 
 megalora.cpu.install()
+tests.mamba_on_cpu.install()
 torch.set_num_threads(1)
 
 import megatron.training.training  # noqa: E402, F401

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 
-from tests.forked import Ranks
+from tests.forked import SCRIPT, Ranks
 
 MODEL = shlex.split("""
 --num-layers 4 --hidden-size 64 --ffn-hidden-size 96 --num-attention-heads 4
@@ -22,6 +22,11 @@ MODEL = shlex.split("""
 EXPERTS = shlex.split("""
 --num-experts 4 --moe-router-topk 2 --moe-ffn-hidden-size 32
 --moe-token-dispatcher-type alltoall --moe-router-load-balancing-type none
+""")
+# All kinds of layers; of Megatron's own linears.
+HYBRID = shlex.split("""
+--hybrid-layer-pattern M*-E --spec tests.hybrid_spec STACK
+--mamba-state-dim 12 --mamba-head-dim 8 --mamba-num-heads 8 --mamba-num-groups 2
 """)
 TRAIN = shlex.split("""
 --micro-batch-size 1 --global-batch-size 8 --lr 1e-2 --lr-decay-style constant --clip-grad 1.0
@@ -58,13 +63,14 @@ def train(
     *more: object,
     model: list[str] = MODEL,
     iters: int = 6,
+    script: Path = SCRIPT,
     env: Mapping[str, str] | None = None,
 ) -> Ranks:
     """Start a run that saves in directory and resumes from it."""
     saved = ["--save", directory, "--load", directory, "--train-iters", iters]
     logs = directory.parent / f"{directory.name}-logs"
     shutil.rmtree(logs, ignore_errors=True)
-    return Ranks(world_size, [*model, *TRAIN, *saved, *more], logs, env=env)
+    return Ranks(world_size, [*model, *TRAIN, *saved, *more], logs, script=script, env=env)
 
 
 def back_to(source: Path, target: Path, iteration: int) -> Path:

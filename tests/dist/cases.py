@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from tests.dist.layouts import Layout
-from tests.dist.models import MLA, MOE
+from tests.dist.models import MAMBA, MLA, MOE
 from tests.dist.training import Run
 
 
@@ -42,6 +42,10 @@ class Case:
         return f"{self.layout} {self.kind}" + (f", {self.note}" if self.note else "")
 
 
+def _hybrid(pattern: str, *, lora: dict[str, Any] | None = None, **model: Any) -> Kind:
+    return Kind({"pattern": pattern, **MAMBA, **model}, lora or {})
+
+
 def _kind(*, lora: dict[str, Any] | None = None, layers: int = 1, **model: Any) -> Kind:
     return Kind({"num_layers": layers, **model}, lora or {})
 
@@ -72,6 +76,12 @@ KINDS = {
     "ungated experts": _kind(**MOE, **UNGATED, lora={"expert_rank": 3}),
     "shared-outer experts": _kind(**MOE, lora={"expert_mode": "shared_outer"}),
     "shared experts": _kind(**MOE, **SHARED_EXPERTS),
+    "hybrid": _hybrid("M*|-M"),
+    "hybrid with experts": _hybrid("ME*", **MOE, lora=WITH_ROUTER),
+    "hybrid in 4 stages": _hybrid("M|*|-|M"),
+    "hybrid, multi-token prediction": _hybrid(
+        "M|*/M-", mtp_num_layers=1, lora={"targets": ("all", "eh_proj")}
+    ),
 }
 
 TP2, TP2_SP = Layout(tp=2), Layout(tp=2, sp=True)
@@ -188,4 +198,18 @@ EXPERTS = [
     Case(layout=Layout(tp=4, sp=True, ep=2, etp=2), kind="experts"),
     Case(layout=Layout(pp=2, dp=2, vpp=2, ep=2), kind="experts in 4 layers"),
 ]
-CASES = [*DENSE, *EXPERTS]
+HYBRID = [
+    Case(layout=Layout(), kind="hybrid"),
+    Case(layout=TP2, kind="hybrid"),
+    Case(layout=TP2_SP, kind="hybrid"),
+    Case(layout=TP2_SP, kind="hybrid", **RECOMPUTED),
+    Case(layout=TP2_SP, kind="hybrid, multi-token prediction"),
+    Case(layout=Layout(pp=2), kind="hybrid, multi-token prediction"),
+    Case(layout=Layout(pp=2), kind="hybrid"),
+    Case(layout=Layout(pp=2, vpp=2), kind="hybrid in 4 stages"),
+    Case(layout=Layout(cp=2), kind="hybrid"),
+    Case(layout=Layout(dp=2), kind="hybrid", **OVERLAPPED),
+    Case(layout=EP2, kind="hybrid with experts"),
+    Case(layout=TP2_EP2, kind="hybrid with experts"),
+]
+CASES = [*DENSE, *EXPERTS, *HYBRID]

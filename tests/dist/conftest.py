@@ -13,8 +13,10 @@ collect_ignore_glob = [] if UNDER_TORCHRUN else ["test_*.py"]
 if UNDER_TORCHRUN:
     # Before any test module imports megatron.
     import megalora.cpu
+    import tests.mamba_on_cpu
 
     megalora.cpu.install()
+    tests.mamba_on_cpu.install()
 
 
 @pytest.fixture(scope="session", autouse=True)

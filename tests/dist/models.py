@@ -1,4 +1,4 @@
-"""Tiny real GPT models whose base weights are the same numbers on every layout."""
+"""Tiny real GPT and hybrid models whose base weights are the same numbers on every layout."""
 
 import zlib
 from collections.abc import Iterator
@@ -13,10 +13,13 @@ from megatron.core.models.gpt.gpt_layer_specs import (
     get_gpt_mtp_block_spec,
 )
 from megatron.core.models.gpt.gpt_model import GPTModel
+from megatron.core.models.hybrid.hybrid_layer_allocation import get_hybrid_total_layer_count
+from megatron.core.models.hybrid.hybrid_model import HybridModel
 from megatron.core.tensor_parallel import set_defaults_if_not_set_tensor_model_parallel_attributes
 from megatron.core.transformer.transformer_config import MLATransformerConfig, TransformerConfig
 
 from tests.dist.layouts import Layout
+from tests.hybrid_spec import STACK
 
 VOCAB_SIZE = 64
 SEQ_LENGTH = 16
@@ -37,6 +40,8 @@ MOE = {
     "moe_token_dispatcher_type": "alltoall",
     "moe_router_load_balancing_type": "none",
 }
+# Mamba-2's parts z, x, B, C, dt have unequal sizes: 64, 64, 24, 24, 8 for two groups.
+MAMBA = {"mamba_state_dim": 12, "mamba_head_dim": 8, "mamba_num_heads": 8, "mamba_num_groups": 2}
 MLA = {
     "num_query_groups": 8,
     "q_lora_rank": 16,
@@ -92,39 +97,35 @@ def build_model(
     vocab_size: int = VOCAB_SIZE,
     seq_length: int = SEQ_LENGTH,
     tied: bool = False,
+    pattern: str | None = None,
     **overrides: Any,
-) -> list[GPTModel]:
+) -> list[Any]:
     """Build this rank's model chunks, one per virtual pipeline stage, with topology-free weights.
 
-    `overrides` are fields of the configuration; `tied` shares embedding and output weights.
+    `overrides` are fields of the configuration; `tied` shares embedding and output weights;
+    `pattern` is that of a hybrid model's layers, with "|" between pipeline stages, if any.
     Megatron's process groups must be set up for `layout`.
     """
+    if pattern is not None:
+        pattern = pattern if layout.pp > 1 else pattern.replace("|", "")
+        overrides = {"is_hybrid_model": True, "num_layers": get_hybrid_total_layer_count(pattern), **overrides}
     config = build_config(layout, **overrides)
     stages: list[int | None] = [None] if layout.vpp is None else list(range(layout.vpp))
     chunks = []
     for stage in stages:
-        spec: Any = get_gpt_decoder_block_spec(config, use_transformer_engine=False, vp_stage=stage)
-        mtp_spec = (
-            get_gpt_mtp_block_spec(config, spec, use_transformer_engine=False, vp_stage=stage)
-            if config.mtp_num_layers
-            else None
-        )
-        chunk = GPTModel(
-            config,
-            spec,
-            mtp_block_spec=mtp_spec,
-            vocab_size=vocab_size,
-            max_sequence_length=seq_length,
-            pre_process=parallel_state.is_pipeline_first_stage(
-                ignore_virtual=False, vp_stage=stage
-            ),
-            post_process=parallel_state.is_pipeline_last_stage(
-                ignore_virtual=False, vp_stage=stage
-            ),
-            share_embeddings_and_output_weights=tied,
-            position_embedding_type="rope",
-            vp_stage=stage,
-        )
+        common = {
+            "vocab_size": vocab_size,
+            "max_sequence_length": seq_length,
+            "pre_process": parallel_state.is_pipeline_first_stage(False, stage),
+            "post_process": parallel_state.is_pipeline_last_stage(False, stage),
+            "share_embeddings_and_output_weights": tied,
+            "position_embedding_type": "rope",
+            "vp_stage": stage,
+        }
+        if pattern is None:
+            chunk = _build_gpt(config, stage, common)
+        else:
+            chunk = HybridModel(config, STACK, hybrid_layer_pattern=pattern, **common)
         for parameter in chunk.parameters():
             set_defaults_if_not_set_tensor_model_parallel_attributes(parameter)
         draw_weights(chunk)
@@ -132,8 +133,18 @@ def build_model(
     return chunks
 
 
+def _build_gpt(config: Any, stage: int | None, common: dict[str, Any]) -> GPTModel:
+    spec: Any = get_gpt_decoder_block_spec(config, use_transformer_engine=False, vp_stage=stage)
+    mtp_spec = (
+        get_gpt_mtp_block_spec(config, spec, use_transformer_engine=False, vp_stage=stage)
+        if config.mtp_num_layers
+        else None
+    )
+    return GPTModel(config, spec, mtp_block_spec=mtp_spec, **common)
+
+
 @torch.no_grad()
-def draw_weights(chunk: GPTModel) -> None:
+def draw_weights(chunk: Any) -> None:
     """Overwrite every parameter with its shard of a full tensor drawn by global name.
 
     Megatron's sharded checkpoint entries say which part of which global tensor a rank holds, and
@@ -153,7 +164,7 @@ def draw_weights(chunk: GPTModel) -> None:
     assert filled == expected, f"filled {filled} of {expected} numbers"
 
 
-def _parameter_shards(chunk: GPTModel) -> Iterator[ShardedTensor]:
+def _parameter_shards(chunk: Any) -> Iterator[ShardedTensor]:
     storages = {parameter.untyped_storage().data_ptr() for parameter in chunk.parameters()}
     dp_cp_group = parallel_state.get_data_parallel_group(with_context_parallel=True)
     entries = chunk.sharded_state_dict(metadata={"dp_cp_group": dp_cp_group})
@@ -172,9 +183,9 @@ def _shard_shape(shard: ShardedTensor) -> tuple[int, ...]:
 
 
 def _draw(key: str, shape: tuple[int, ...], prepended: int) -> torch.Tensor:
-    """Draw a full tensor: a matrix N(0, 1 / in), norm weights N(1, .1²), biases N(0, .1²)."""
+    """Draw a full tensor: a matrix N(0, 1 / in), norm and skip weights N(1, .1²), biases N(0, .1²)."""
     generator = torch.Generator().manual_seed(zlib.crc32(key.encode()))
     full = torch.randn(shape, generator=generator)
     if len(shape) - prepended >= 2:
         return full / shape[-1] ** 0.5
-    return 0.1 * full + (1.0 if key.endswith("norm.weight") else 0.0)
+    return 0.1 * full + (1.0 if key.endswith(("norm.weight", "mixer.D")) else 0.0)

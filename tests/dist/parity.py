@@ -13,7 +13,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
-from megatron.core.dist_checkpointing.mapping import ShardedTensor
+from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTensorFactory
 from torch import Tensor
 
 from megalora.builder import adapters, apply_lora
@@ -95,10 +95,12 @@ def assemble(chunks: list[Any], value: Callable[[Any], Tensor]) -> Tensors:
 
     Raises AssertionError where two ranks hold different numbers of the same part.
     """
-    own = []
-    for name, adapter in adapters(chunks):
-        for key, shard in adapter.sharded_tensors(f"{name}.").items():
-            own.append((key, shard.global_shape, _where(shard), value(shard.data).clone()))
+    own = [
+        (shard.key, shard.global_shape, _where(shard), shard.data)
+        for name, adapter in adapters(chunks)
+        for sharded in adapter.sharded_tensors(f"{name}.").values()
+        for shard in _shards(sharded, value(sharded.data).clone())
+    ]
     everywhere: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(everywhere, own)
     whole: Tensors = {}
@@ -109,7 +111,24 @@ def assemble(chunks: list[Any], value: Callable[[Any], Tensor]) -> Tensors:
         assert same, f"replicas of {key} differ by {(known - part).abs().max()}"
         full[where] = part
     assert not any(tensor.isnan().any() for tensor in whole.values()), "a part has no owner"
+    whole = _join_parts(whole)
     return {key: _flat(key, tensor) for key, tensor in sorted(whole.items())}
+
+
+def _shards(sharded: ShardedTensor | ShardedTensorFactory, data: Tensor) -> list[ShardedTensor]:
+    if isinstance(sharded, ShardedTensorFactory):
+        return sharded.build_fn(sharded.key, data, sharded.replica_id, None)
+    return [dataclasses.replace(sharded, data=data, dtype=data.dtype)]
+
+
+def _join_parts(whole: Tensors) -> Tensors:
+    """Put the parts of Mamba's in_proj, which are stored each by itself, in the weight's order."""
+    joined = {key: tensor for key, tensor in whole.items() if key.endswith(("lora_A", "lora_B"))}
+    for key in whole:
+        if key.endswith("lora_B.z"):
+            parts = (whole[key[:-1] + part] for part in ("z", "x", "B", "C", "dt"))
+            joined[key.removesuffix(".z")] = torch.cat(list(parts))
+    return joined
 
 
 def _where(shard: ShardedTensor) -> tuple[slice, ...]:

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 import megalora.adapters
+import megalora.checkpoint
 import megalora.init
 import megalora.layers
 from megalora.adapters import LoRAAdapter
@@ -102,6 +103,10 @@ def adapters_called_without_their_hooks(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(LoRAAdapter, "__call__", call)
 
 
+def parts_of_an_in_proj_taken_for_a_slice(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(megalora.checkpoint, "in_rank_order", lambda rows, sizes, tp_size: rows)
+
+
 BREAKS: list[tuple[Case, str, Break]] = [
     (
         Case(layout=TP2, note="no all-reduce of ds"),
@@ -123,6 +128,11 @@ BREAKS: list[tuple[Case, str, Break]] = [
     (Case(layout=TP2_SP, note="scale off by 0.1 %"), "gradient", scale_off_by_a_thousandth),
     (Case(layout=TP2, note="shards taken for replicas"), "norm", shards_counted_as_replicas),
     (Case(layout=TP2, note="start of local sizes"), "start", start_drawn_from_local_sizes),
+    (
+        Case(layout=TP2_SP, kind="hybrid", note="parts taken for a slice"),
+        "loss",
+        parts_of_an_in_proj_taken_for_a_slice,
+    ),
     (
         # Megatron gathers a module's parameters in a hook before its call.
         Case(layout=Layout(dp=2), **{**OVERLAPPED, "note": "no hooks before adapters"}),
