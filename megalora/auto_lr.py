@@ -42,13 +42,18 @@ def spell_auto(argv: list[str]) -> list[str]:
 def set_auto_lr(args: argparse.Namespace, config: LoRAConfig | None) -> None:
     """Put the recommended rate into args.lr where it is auto, and print what it follows from.
 
-    args: Megatron's parsed and validated flags. Raises ValueError without LoRA, for a family that
-    the rule was not fitted to, and where --min-lr is above the rate.
+    args: Megatron's parsed and validated flags. Raises ValueError without LoRA, for a hybrid model
+    or a family that the rule was not fitted to, and where --min-lr is above the rate.
     """
     if args.lr != AUTO:
         return
     if config is None:
         raise ValueError("lr is auto, but there is no LoRA: set --lora-rank, or --lr to a number")
+    if pattern := getattr(args, "hybrid_layer_pattern", None):
+        raise ValueError(
+            f"lr is auto, but hybrid_layer_pattern is {pattern!r}: the rule was fitted to Llama "
+            "and Qwen models; set --lr to a number"
+        )
     result = recommend_for_args(args, config, family=args.lora_family or "")
     if args.min_lr > result.learning_rate:
         raise ValueError(

@@ -34,7 +34,7 @@ ModelChunks = list[torch.nn.Module]
 
 
 def lora_hook(config: LoRAConfig) -> Callable[[ModelChunks], ModelChunks]:
-    """Return a hook for `GPTModelConfig.pre_wrap_hooks` that attaches the adapters."""
+    """Return a hook that attaches adapters, for `pre_wrap_hooks` of a GPT or hybrid model config."""
 
     def attach(model_chunks: ModelChunks) -> ModelChunks:
         return apply_lora(model_chunks, config)
@@ -59,7 +59,8 @@ def apply_lora(model_chunks: ModelChunks, config: LoRAConfig) -> ModelChunks:
         for candidate in candidates
         if (target := matching_target(candidate.name, config.targets))
     }
-    check_all_matched(config.targets, _union_over_ranks(matched))
+    leaves = {candidate.leaf for _, candidates in found for candidate in candidates}
+    check_all_matched(config.targets, _union_over_ranks(matched), _union_over_ranks(leaves))
     made = [_make_adapters(chunk, candidates, config) for chunk, candidates in found]
     for chunk, pairs in zip(model_chunks, made, strict=True):
         chunk.requires_grad_(False)
@@ -208,11 +209,11 @@ def _refuse_bypasses(chunk: torch.nn.Module, chosen: list[_Candidate]) -> None:
             raise ValueError(f"lora_targets select linears of {name}: {reason}")
 
 
-def _union_over_ranks(matched: set[str]) -> set[str]:
+def _union_over_ranks(names: set[str]) -> set[str]:
     if not dist.is_initialized() or dist.get_world_size() == 1:
-        return matched
+        return names
     gathered: list[set[str]] = [set() for _ in range(dist.get_world_size())]
-    dist.all_gather_object(gathered, matched)
+    dist.all_gather_object(gathered, names)
     return set().union(*gathered)
 
 

@@ -3,6 +3,7 @@
 import contextlib
 import os
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -14,7 +15,7 @@ from megalora.checkpoint import gather_adapters, load_adapters, read_adapter_che
 from megalora.config import LoRAConfig
 from megalora.hf.adapters import from_hf, to_hf
 from megalora.hf.peft import CONFIG_NAME, read_adapter, write_adapter
-from megalora.hf.shape import ModelShape
+from megalora.hf.shape import ModelShape, refuse_hybrid
 from megalora.init import draw_uniform
 from megalora.merging import merge
 from megalora.pissa import at_start
@@ -67,6 +68,7 @@ def export_model(
 
     vocab_size: rows of the Hugging Face vocabulary; None keeps Megatron's padded ones.
     """
+    shape = model_shape(model_chunks)
     tensors = gather_adapters(model_chunks)
     initial = None
     if config.init == "pissa":
@@ -74,7 +76,7 @@ def export_model(
             initial = gather_adapters(model_chunks)
     if dist.get_rank() == 0:
         rows = tensors[OUTPUT_B].shape[0] if OUTPUT_B in tensors else 0
-        shape = model_shape(model_chunks, vocab_size=vocab_size or rows)
+        shape = replace(shape, vocab_size=vocab_size or rows)
         write_adapter(
             directory,
             to_hf(tensors, config, shape, initial=initial),
@@ -109,10 +111,11 @@ def save_merged(model_chunks: Sequence[Any], directory: str | os.PathLike[str]) 
         checkpointing.save_checkpoint(0, list(model_chunks), None, None, 0, release=True)
 
 
-def model_shape(model_chunks: Sequence[Any], *, vocab_size: int = 0) -> ModelShape:
-    """Return the sizes of a model that Hugging Face names depend on."""
+def model_shape(model_chunks: Sequence[Any]) -> ModelShape:
+    """Return the sizes of a model that Hugging Face names depend on; ValueError for a hybrid."""
+    refuse_hybrid(getattr(model_chunks[0], "hybrid_layer_pattern", None))
     sizes = vars(model_chunks[0].config)
-    return ModelShape.from_mapping({**sizes, "vocab_size": vocab_size})
+    return ModelShape.from_mapping({**sizes, "vocab_size": 0})
 
 
 def _padded_vocab_size(model_chunks: Sequence[torch.nn.Module]) -> int | None:

@@ -13,6 +13,7 @@ import torch
 from megalora.arguments import given_lora_fields, lora_config_from_args
 from megalora.auto_lr import set_auto_lr
 from megalora.config import LoRAConfig
+from megalora.hf.shape import refuse_hybrid
 from megalora.run_arguments import (
     add_exchange_args,
     check_checkpoint_args,
@@ -52,6 +53,9 @@ class LoRARun:
             path = getattr(args, flag)
             if path and not Path(path).exists():
                 raise ValueError(f"{flag} {path!r} does not exist: give an existing directory")
+        for flag in ("hf_model", "export_hf"):
+            if getattr(args, flag):
+                refuse_hybrid(getattr(args, "hybrid_layer_pattern", None))
         if args.export_hf and not may_export_to(Path(args.export_hf)):
             raise ValueError(
                 f"export_hf {args.export_hf!r} exists and is no adapter: give a new directory"
@@ -71,7 +75,7 @@ class LoRARun:
             resume.end_where_done()
 
     def hooks(self) -> list[Hook]:
-        """Return the hooks for `GPTModelConfig.pre_wrap_hooks`."""
+        """Return the hooks for the `pre_wrap_hooks` of a model configuration."""
         return [self.prepare]
 
     def prepare(self, model_chunks: ModelChunks) -> ModelChunks:

@@ -100,9 +100,15 @@ class Launcher:
             config.pre_wrap_hooks += self.run.hooks()
         elif model_provider_func is not None:
             model_provider_func = ProviderHook(model_provider_func, self.run)
-        return original(
+        built = original(
             model_type, model_provider_func, *args, cfg_container=cfg_container, **kwargs
         )
+        if self.run.config is not None and not self.run.model:
+            raise ValueError(
+                "lora_rank is set, but this script's model was built without its pre_wrap_hooks: "
+                "attach adapters by megalora.apply_lora where it is built"
+            )
+        return built
 
 
 class ProviderHook:

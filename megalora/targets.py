@@ -111,14 +111,21 @@ def check_targets(targets: Iterable[str]) -> None:
         )
 
 
-def check_all_matched(targets: Iterable[str], matched: Iterable[str]) -> None:
-    """Raise ValueError where a target selected no module of the whole model."""
+def check_all_matched(
+    targets: Iterable[str], matched: Iterable[str], adaptable: Iterable[str]
+) -> None:
+    """Raise ValueError where a target selected no module of the whole model.
+
+    adaptable: last parts of the names of all modules that an adapter could go to.
+    """
     missing = sorted(set(targets) - set(matched))
-    if missing:
-        raise ValueError(
-            f"lora_targets {missing} match no module of this model: "
-            f"look at its names, or use presets {sorted(PRESETS)}"
-        )
+    if not missing:
+        return
+    has = ", ".join(sorted(adaptable)) or "none that an adapter could go to: leave --lora-rank out"
+    raise ValueError(
+        f"lora_targets {missing} match no module of this model; its linears are {has}. "
+        f"Presets are {sorted(PRESETS)}"
+    )
 
 
 def plan(

@@ -1,4 +1,4 @@
-"""A spec of hybrid models whose layers are Megatron's own: the default one's are TransformerEngine's.
+"""A spec of hybrid models of Megatron's own layers; those of the default are TransformerEngine's.
 
 Import it after `tests.mamba_on_cpu.install()`. Scripts name it by `--spec tests.hybrid_spec STACK`.
 """
@@ -28,7 +28,7 @@ from megatron.core.transformer.transformer_layer import (
 
 
 class LocalStack(HybridStack):
-    """A HybridStack with torch's norm at its end, for which Megatron has TransformerEngine's only."""
+    """A HybridStack with torch's norm at its end, where Megatron takes TransformerEngine's."""
 
     def __init__(self, config: Any, *args: Any, **kwargs: Any) -> None:
         super().__init__(config, *args, **kwargs, post_layer_norm=False)

@@ -46,6 +46,8 @@ def spec(name: str, out: int, *, is_expert: bool = False, **fields: Any) -> Adap
         ("all", [QKV, FC1, EXPERT_FC1, "output_layer"], [f"{LAYER}.mlp.router"]),
         ("attn", [QKV, f"{LAYER}.self_attention.linear_kv_up_proj"], [FC1, "output_layer"]),
         ("mlp", [FC1, FC2, EXPERT_FC1, f"{LAYER}.mlp.shared_experts.linear_fc1"], [QKV]),
+        ("mamba", [f"{LAYER}.mixer.in_proj", f"{LAYER}.mixer.out_proj"], [QKV, FC2]),
+        ("all", [f"{LAYER}.mixer.in_proj"], [f"{LAYER}.mixer.conv1d"]),
         ("unembed", ["output_layer"], [FC1, "embedding.output_layer_norm"]),
         ("router", [f"{LAYER}.mlp.router"], [QKV]),
         ("shared_experts.linear_fc1", [f"{LAYER}.mlp.shared_experts.linear_fc1"], [FC1]),
@@ -65,9 +67,14 @@ def test_an_unknown_target_is_refused_with_those_that_work() -> None:
 
 
 def test_a_target_that_matches_nothing_is_an_error() -> None:
-    check_all_matched(["attn", "mlp"], ["mlp", "attn"])
-    with pytest.raises(ValueError, match=r"lora_targets \['router'\] match no module"):
-        check_all_matched(["attn", "router"], ["attn"])
+    check_all_matched(["attn", "mlp"], ["mlp", "attn"], ["linear_qkv", "linear_fc1"])
+    with pytest.raises(ValueError, match=r"\['attn'\] match no module.* are in_proj, out_proj\."):
+        check_all_matched(["attn", "mamba"], ["mamba"], ["out_proj", "in_proj"])
+
+
+def test_a_model_without_linears_is_an_error() -> None:
+    with pytest.raises(ValueError, match="none that an adapter could go to: leave --lora-rank out"):
+        check_all_matched(["all"], [], [])
 
 
 def test_each_hugging_face_projection_has_its_own_a() -> None:

@@ -17,7 +17,7 @@ from megalora.hf.factors import LoRAFactors, same_scale
 from megalora.hf.families import family_of, megatron_args, read_config
 from megalora.hf.files import whole_directory
 from megalora.hf.linears import locate
-from megalora.hf.shape import ModelShape
+from megalora.hf.shape import ModelShape, refuse_hybrid
 from megalora.targets import ModelFacts
 
 _TRACKER = "latest_checkpointed_iteration.txt"
@@ -49,11 +49,16 @@ def one_process() -> Iterator[None]:
 
 
 def read_adapter(directory: str | Path) -> tuple[dict[str, Tensor], LoRAConfig, ModelFacts]:
-    """Read an adapter checkpoint; see `megalora.checkpoint.read_adapter_checkpoint`."""
+    """Read an adapter checkpoint; see `megalora.checkpoint.read_adapter_checkpoint`.
+
+    Raises ValueError for that of a hybrid model.
+    """
     with one_process():
         from megalora.checkpoint import read_adapter_checkpoint
 
-        return read_adapter_checkpoint(directory)
+        found = read_adapter_checkpoint(directory)
+    refuse_hybrid(found[2].hybrid_layer_pattern)
+    return found
 
 
 def checkpoint_shape(

@@ -5,6 +5,15 @@ from dataclasses import dataclass, fields
 from typing import Any, Self
 
 
+def refuse_hybrid(pattern: str | None) -> None:
+    """Raise ValueError for a hybrid model, of whose Hugging Face families none is known here."""
+    if pattern:
+        raise ValueError(
+            f"hybrid_layer_pattern is {pattern!r}: hybrid models have no Hugging Face family here; "
+            "keep the adapter as --save's checkpoint, or write W + c B A by --save-merged"
+        )
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ModelShape:
     """Sizes of a model, all of them global.
