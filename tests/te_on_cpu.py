@@ -28,12 +28,15 @@ class _EverythingIsOnTheGPU(TorchFunctionMode):
 @contextlib.contextmanager
 def kernels_of_torch() -> Iterator[None]:
     """Run TransformerEngine's layers on CPU tensors inside this context."""
+    import megatron.core.optimizer.clip_grads as clip_grads
+    import megatron.core.utils as utils
     import transformer_engine.pytorch.cpp_extensions as extensions
     import transformer_engine.pytorch.cpp_extensions.gemm as gemm_module
+    import transformer_engine.pytorch.ops.basic.rmsnorm as norm_module
     import transformer_engine_torch as tex
 
     with contextlib.ExitStack() as stack:
-        for module in (tex, extensions):
+        for module in (tex, extensions, norm_module):
             stack.enter_context(mock.patch.object(module, "rmsnorm_fwd", _rmsnorm_forward))
             stack.enter_context(mock.patch.object(module, "rmsnorm_bwd", _rmsnorm_backward))
         stack.enter_context(mock.patch.object(tex, "generic_gemm", _gemm))
@@ -45,6 +48,14 @@ def kernels_of_torch() -> Iterator[None]:
             (torch.cuda, "is_available", True),
         ):
             stack.enter_context(mock.patch.object(module, name, return_value=answer))
+        for name, function in (
+            ("multi_tensor_applier", utils.local_multi_tensor_applier),
+            ("l2_norm_impl", utils.local_multi_tensor_l2_norm),
+            ("multi_tensor_scale_impl", utils.local_multi_tensor_scale),
+            ("multi_tensor_scale_tensor_impl", None),
+        ):
+            # What Megatron clips gradients by where TransformerEngine is missing.
+            stack.enter_context(mock.patch.object(clip_grads, name, function))
         stack.enter_context(_EverythingIsOnTheGPU())
         yield
 

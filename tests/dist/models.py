@@ -152,7 +152,7 @@ def draw_weights(chunk: Any) -> None:
     """
     filled = 0
     for shard in _parameter_shards(chunk):
-        full = _draw(shard.key, shard.global_shape, shard.prepend_axis_num)
+        full = _draw(_separate_norm(shard.key), shard.global_shape, shard.prepend_axis_num)
         where = tuple(
             slice(offset, offset + size)
             for offset, size in zip(shard.global_offset, _shard_shape(shard), strict=True)
@@ -180,6 +180,15 @@ def _parameter_shards(chunk: Any) -> Iterator[ShardedTensor]:
 def _shard_shape(shard: ShardedTensor) -> tuple[int, ...]:
     """Return the local shape with the axes of layers and experts, of which a shard has one each."""
     return (1,) * shard.prepend_axis_num + tuple(shard.local_shape)
+
+
+def _separate_norm(key: str) -> str:
+    """Name a norm that TransformerEngine fuses with a linear as Megatron's own layers do."""
+    return (
+        key.replace("mixer.in_proj.layer_norm_", "norm.")
+        .replace("self_attention.linear_qkv.layer_norm_", "input_layernorm.")
+        .replace("mlp.linear_fc1.layer_norm_", "pre_mlp_layernorm.")
+    )
 
 
 def _draw(key: str, shape: tuple[int, ...], prepended: int) -> torch.Tensor:

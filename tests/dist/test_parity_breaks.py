@@ -164,7 +164,7 @@ BREAKS: list[tuple[Case, str, Break]] = [
 def test_a_broken_rule_is_noticed(
     case: Case, what: str, break_it: Break, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    truth(case.layout.world_size, case.kind)  # Unbroken, and kept.
+    truth(case.layout.world_size, case.kind, case.dtype)  # Unbroken, and kept.
     break_it(monkeypatch)
     try:
         error = errors(case)[what]

@@ -1,0 +1,46 @@
+"""Megatron's default hybrid model, of TransformerEngine's layers, against one of Megatron's own."""
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+from megatron.core.extensions import transformer_engine as te
+from megatron.core.models.hybrid.hybrid_layer_specs import hybrid_stack_spec
+
+import tests.dist.models
+from megalora.cpu.attention import CpuCoreAttention
+from tests.dist.cases import EP2, TP2, TP2_SP, Case
+from tests.dist.layouts import Layout
+from tests.dist.parity import errors, truth
+from tests.dist.test_parity import TOLERANCE, in_its_world
+from tests.te_on_cpu import kernels_of_torch
+
+pytestmark = pytest.mark.skipif(not te.HAVE_TE, reason="TransformerEngine is not installed")
+GROUPED = {"moe_grouped_gemm": True}
+CASES = [
+    *(Case(layout=layout, kind="hybrid") for layout in (Layout(), TP2, TP2_SP, Layout(pp=2))),
+    *(Case(layout=layout, kind="hybrid with experts", fields=GROUPED) for layout in (Layout(), EP2)),
+]
+
+
+@pytest.mark.parametrize("case", map(in_its_world, CASES))
+def test_adapters_on_the_default_layers_train_alike(
+    case: Case, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with kernels_of_torch():
+        # Of Megatron's own layers, and kept.
+        truth(case.layout.world_size, case.kind, case.dtype)
+        monkeypatch.setattr(tests.dist.models, "STACK", default_stack())
+        found = errors(case)
+    assert found["start"] == 0.0
+    too_large = {what: e for what, e in found.items() if e > TOLERANCE[torch.float32]}
+    assert not too_large
+
+
+def default_stack() -> Any:
+    """Return the default layers, all but attention's kernel."""
+    spec = copy.deepcopy(hybrid_stack_spec)
+    layer: Any = spec.submodules.attention_layer
+    layer.submodules.self_attention.submodules.core_attention = CpuCoreAttention
+    return spec
