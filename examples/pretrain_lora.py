@@ -17,6 +17,7 @@ from megatron.core.enums import ModelType  # noqa: E402
 from megatron.training import pretrain  # noqa: E402
 from megatron.training.argument_utils import (  # noqa: E402
     gpt_config_from_args,
+    hybrid_config_from_args,
     pretrain_cfg_container_from_args,
 )
 from megatron.training.arguments import parse_and_validate_args  # noqa: E402
@@ -39,9 +40,12 @@ def main() -> None:
         args = parse_and_validate_args(extra_args_provider=add_args)
         lora = launch.LoRARun(args)
         check_data_args(args)
-        model_config = gpt_config_from_args(args)
-        # gpt_config_from_args leaves this flag out: Llama 3.2 needs 32, the default is 8.
-        model_config.rope_scaling_factor = args.rope_scaling_factor
+        if args.hybrid_layer_pattern:
+            model_config = hybrid_config_from_args(args)
+        else:
+            model_config = gpt_config_from_args(args)
+            # gpt_config_from_args leaves this flag out: Llama 3.2 needs 32, the default is 8.
+            model_config.rope_scaling_factor = args.rope_scaling_factor
         model_config.pre_wrap_hooks += lora.hooks()
         pretrain(
             pretrain_cfg_container_from_args(args, model_config),

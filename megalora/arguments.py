@@ -16,7 +16,7 @@ def add_lora_args(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
     add(
         "--lora-targets",
         nargs="+",
-        help="presets all, attn, mlp, unembed, router and Megatron module names (default all)",
+        help="presets all, attn, mlp, mamba, unembed and Megatron module names (default all)",
     )
     add("--lora-expert-rank", type=int, help="rank of each expert (default rank / top-k)")
     add("--lora-expert-mode", choices=get_args(ExpertMode), help="default per_expert")

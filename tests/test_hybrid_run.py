@@ -1,12 +1,14 @@
 """`megalora run` on a hybrid model's script: its checkpoints on other layouts, and refusals."""
 
+import json
 from pathlib import Path
 
 import pytest
 
-from tests.forked import SCRIPT, Ranks, call
-from tests.tiny import EXPERTS, HYBRID, LORA, MODEL, back_to, flags, read_all, train
+from tests.forked import ROOT, SCRIPT, Ranks, call
+from tests.tiny import EXPERTS, HYBRID, LORA, MODEL, TRAIN, back_to, flags, read_all, train
 
+EXAMPLE = ROOT / "examples" / "pretrain_lora.py"
 HYBRID_SCRIPT = SCRIPT.with_name("pretrain_hybrid.py")
 HYBRID_MODEL = [*MODEL, *EXPERTS, *HYBRID]
 IN_PROJ = "decoder.layers.0.mixer.in_proj_lora.lora_B"
@@ -97,6 +99,21 @@ def _error_of_reading(checkpoint: Path) -> str:
     with pytest.raises(ValueError, match="hybrid") as error:
         read_adapter(checkpoint)
     return str(error.value)
+
+
+def test_the_example_trains_a_hybrid_unless_it_packs(tmp_path: Path) -> None:
+    data = tmp_path / "texts.jsonl"
+    data.write_text(json.dumps({"text": "What is said three times is true. " * 40}) + "\n")
+    given = [word for word in HYBRID_MODEL if word not in ("--vocab-size", "255")]
+    given += [*TRAIN, *LORA, "--byte-tokenizer", "--dataset", str(data), "--train-iters", "4"]
+    error = run_example(given, tmp_path / "packed").fail()
+    assert "'M*-E' with packed examples" in error
+    losses = run_example([*given, "--no-packing"], tmp_path / "apart").succeed().losses()
+    assert losses[4] < losses[1] - 0.1
+
+
+def run_example(given: list[str], logs: Path) -> Ranks:
+    return Ranks(1, given, logs, script=EXAMPLE, by_megalora=False)
 
 
 def test_a_builder_without_hooks_is_an_error(tmp_path: Path) -> None:

@@ -102,6 +102,11 @@ def attention_format(args: argparse.Namespace) -> AttentionFormat:
     from megalora import cpu
 
     if args.transformer_impl != "transformer_engine" or not HAVE_TE or cpu.installed():
+        if getattr(args, "hybrid_layer_pattern", None):
+            raise ValueError(
+                f"hybrid_layer_pattern is {args.hybrid_layer_pattern!r} with packed examples: only "
+                "TransformerEngine's format keeps Mamba's state apart; set --no-packing"
+            )
         return "mask"
     if args.pipeline_model_parallel_size > 1 and args.micro_batch_size > 1:
         # Packing joins a microbatch into one long sequence; stages expect micro_batch_size of them.

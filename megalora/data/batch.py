@@ -152,7 +152,7 @@ def merge_boundaries(cu_seqlens: torch.Tensor) -> torch.Tensor:
 
 
 def packed_params(bounds: torch.Tensor, cp_group: Any) -> PackedSeqParams:
-    """Return the boundaries as TransformerEngine's attention takes them."""
+    """Return the boundaries as TransformerEngine's attention and Mamba take them."""
     cu_seqlens = bounds.to(torch.int32)
     longest = int((bounds[1:] - bounds[:-1]).max())
     return PackedSeqParams(
@@ -162,6 +162,8 @@ def packed_params(bounds: torch.Tensor, cp_group: Any) -> PackedSeqParams:
         max_seqlen_q=longest,
         max_seqlen_kv=longest,
         cp_group=cp_group,
+        # Megatron numbers the tokens' examples by it, for Mamba's convolution and state.
+        total_tokens=int(bounds[-1]),
     )
 
 

@@ -226,7 +226,8 @@ def _planned(shape: ModelShape, config: LoRAConfig) -> Iterator[tuple[Linear, Ad
     """Yield every linear with its adapter's size, None where it has none."""
     check_targets(config.targets)
     matched = {matching_target(linear.name, config.targets) for linear in shape.linears()}
-    check_all_matched(config.targets, {target for target in matched if target})
+    leaves = {linear.name.rpartition(".")[2] for linear in shape.linears()}
+    check_all_matched(config.targets, {target for target in matched if target}, leaves)
     facts = shape.facts
     for linear in shape.linears():
         if matching_target(linear.name, config.targets) is None:

@@ -302,8 +302,19 @@ def test_the_attention_format_follows_what_the_attention_can(
         attention_format(args)
     args.micro_batch_size = 1
     assert attention_format(args) == "thd"
+    args.hybrid_layer_pattern = "M*"
+    assert attention_format(args) == "thd"
     args.transformer_impl = "local"
+    with pytest.raises(ValueError, match=r"'M\*' with packed examples.*set --no-packing"):
+        attention_format(args)
+    args.hybrid_layer_pattern = None
     assert attention_format(args) == "mask"
+
+
+@pytest.mark.world_1
+def test_mamba_is_told_which_example_a_token_is_of() -> None:
+    packed = batch.packed_params(torch.tensor([0, 3, 4, 6]), None)
+    assert packed.seq_idx.tolist() == [[0, 0, 0, 1, 2, 2]]
 
 
 @pytest.mark.world_1
