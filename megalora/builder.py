@@ -34,7 +34,7 @@ ModelChunks = list[torch.nn.Module]
 
 
 def lora_hook(config: LoRAConfig) -> Callable[[ModelChunks], ModelChunks]:
-    """Return a hook that attaches adapters, for `pre_wrap_hooks` of a GPT or hybrid model config."""
+    """Return a hook for the `pre_wrap_hooks` of a GPT or hybrid configuration: adds adapters."""
 
     def attach(model_chunks: ModelChunks) -> ModelChunks:
         return apply_lora(model_chunks, config)
