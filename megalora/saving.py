@@ -12,7 +12,7 @@ from typing import Any
 import torch.distributed as dist
 from torch.distributed.checkpoint.api import CheckpointException
 
-from megalora import writers
+from megalora import empty_groups, writers
 from megalora.resume import iteration_directory, read_iteration
 
 _POLL_S = 0.05
@@ -37,6 +37,7 @@ def install() -> None:
             "megatron-core 0.19 or 0.20"
         )
     writers.install()
+    empty_groups.install()
     saver = Saver(save, finish)
     wrapped: Any = functools.wraps(save)(functools.partial(saver.save))
     wrapped.is_megalora = True
@@ -56,7 +57,9 @@ class Saver:
         # Iterations that are being written asynchronously, oldest first.
         self.pending: list[int] = []
 
-    def save(self, iteration: int, *args: Any, **kwargs: Any) -> None:
+    def save(
+        self, iteration: int, model: Any, optimizer: Any, *args: Any, **kwargs: Any
+    ) -> None:
         """Save, or start to, with a manifest, into a directory without stale files.
 
         A failure is reported with what is left to go on from, and raised.
@@ -69,11 +72,13 @@ class Saver:
             self.finish(blocking=True)
         if dist.get_rank() == 0 and not kwargs.get("non_persistent_ckpt"):
             _remove_stale(Path(run.save), iteration)
+        if optimizer is not None:
+            empty_groups.count_steps(optimizer)
         verify, run.verify_integrity = run.verify_integrity, True
         try:
             with _reported(iteration, run.save):
                 _check_writer()
-                self._save(iteration, *args, **kwargs)
+                self._save(iteration, model, optimizer, *args, **kwargs)
         finally:
             run.verify_integrity = verify
         if run.async_save:

@@ -33,8 +33,8 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
 class Trained:
     """Six iterations on two ranks that saved the third and the last."""
 
-    def __init__(self, base: Path, directory: Path, layout: str) -> None:
-        self.directory, self.flags = directory, [*LORA, "--pretrained-checkpoint", base]
+    def __init__(self, base: Path, directory: Path, layout: str, *more: str) -> None:
+        self.directory, self.flags = directory, [*LORA, "--pretrained-checkpoint", base, *more]
         self.losses = start(2, directory, *self.flags, *flags(layout)).succeed().losses()
 
     def check_resumed(self, target: Path, layout: str, world_size: int) -> None:
@@ -56,6 +56,14 @@ def trained(base: Path, tmp_path_factory: pytest.TempPathFactory) -> Trained:
 
 def test_a_hybrid_run_goes_on_on_one_rank(trained: Trained, tmp_path: Path) -> None:
     trained.check_resumed(tmp_path / "run", "dp", 1)
+
+
+@pytest.mark.parametrize("precision", [[], ["--bf16"]], ids=["fp32", "bf16"])
+def test_a_stage_without_experts_is_resumed(
+    base: Path, tmp_path: Path, precision: list[str]
+) -> None:
+    trained = Trained(base, tmp_path / "run", "pp2", *precision)
+    trained.check_resumed(tmp_path / "stages", "pp2", 2)
 
 
 def test_its_distributed_optimizer_goes_on_in_other_layouts(base: Path, tmp_path: Path) -> None:
