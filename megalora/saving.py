@@ -57,9 +57,7 @@ class Saver:
         # Iterations that are being written asynchronously, oldest first.
         self.pending: list[int] = []
 
-    def save(
-        self, iteration: int, model: Any, optimizer: Any, *args: Any, **kwargs: Any
-    ) -> None:
+    def save(self, iteration: int, model: Any, optimizer: Any, *args: Any, **kwargs: Any) -> None:
         """Save, or start to, with a manifest, into a directory without stale files.
 
         A failure is reported with what is left to go on from, and raised.
