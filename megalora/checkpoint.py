@@ -10,25 +10,19 @@ import functools
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict
-from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
-from megatron.core import dist_checkpointing, parallel_state
+from megatron.core import parallel_state
 from torch import Tensor
-from torch.distributed.checkpoint.filesystem import FileSystemReader
-from torch.distributed.checkpoint.metadata import TensorStorageMetadata
-from torch.distributed.checkpoint.state_dict_loader import load
 
 from megalora.adapters import LoRAAdapter, adapters
 from megalora.collectives import group_size, own_shard, start_gather
 from megalora.config import LoRAConfig
-from megalora.parts import in_rank_order, in_whole_order, join_parts, whole_key
+from megalora.parts import in_rank_order, in_whole_order
+from megalora.read_checkpoint import DESCRIPTION, is_adapter_key
 from megalora.targets import ModelFacts
-
-# Key of the adapters' description in a checkpoint's common state.
-DESCRIPTION = "megalora"
 
 
 def install(chunk: Any, config: LoRAConfig, facts: ModelFacts) -> None:
@@ -101,71 +95,6 @@ def load_adapters(
     return missing
 
 
-def read_adapter_checkpoint(
-    directory: str | Path,
-) -> tuple[dict[str, Tensor], LoRAConfig, ModelFacts]:
-    """Read an adapter checkpoint without its base: unsharded tensors, configuration, model sizes.
-
-    directory: an iteration's directory, or one that holds latest_checkpointed_iteration.txt.
-    Raises ValueError where it is no adapter checkpoint.
-    """
-    path = _iteration_directory(Path(directory))
-    described = read_description(path)
-    if described is None:
-        raise ValueError(f"{path} has no adapters: it is not a checkpoint that megalora wrote")
-    loaded = join_parts(
-        read_tensors(path, lambda key: _is_adapter_key(whole_key(key)) and _is_weight(key))
-    )
-    tensors = {key: _join_gated(key, loaded[key]) for key in sorted(loaded)}
-    return tensors, LoRAConfig.from_dict(described["config"]), ModelFacts(**described["model"])
-
-
-def read_tensors(directory: Path, wanted: Callable[[str], bool]) -> dict[str, Tensor]:
-    """Read whole tensors of an iteration's directory by key, without any process group."""
-    reader = FileSystemReader(str(directory))
-    stored = reader.read_metadata().state_dict_metadata
-    tensors: dict[str, Any] = {
-        key: torch.empty(entry.size, dtype=entry.properties.dtype)
-        for key, entry in stored.items()
-        if isinstance(entry, TensorStorageMetadata) and wanted(key)
-    }
-    load(tensors, storage_reader=reader, no_dist=True)
-    return tensors
-
-
-def read_description(directory: Path) -> dict[str, Any] | None:
-    """Return what is stored with the adapters in an iteration's directory.
-
-    `config`: LoRAConfig's fields, `model`: ModelFacts', `base`: of `describe_base`, where it was
-    called; `distributed_optimizer`: whether its optimizer is one, None where it has none. None for
-    a checkpoint of a whole model. Raises ValueError where it cannot be read.
-    """
-    if not dist_checkpointing.check_is_distributed_checkpoint(str(directory)):
-        if any(directory.glob("mp_rank_*")) or (directory / ".metadata").is_file():
-            return None
-        raise ValueError(f"{directory} is not a Megatron checkpoint")
-    try:
-        common = dist_checkpointing.load_common_state_dict(str(directory))
-    # Damaged files raise whatever the unpickler runs into.
-    except Exception as error:
-        raise ValueError(f"{directory} cannot be read: {error}") from error
-    for key, part in common.items():
-        if _is_model(key) and DESCRIPTION in part:
-            return {**json.loads(part[DESCRIPTION]), "distributed_optimizer": _optimizer(common)}
-    return None
-
-
-def _optimizer(common: dict[str, Any]) -> bool | None:
-    if "optimizer" not in common:
-        return None
-    content = dist_checkpointing.load_content_metadata(preloaded_state_dict=common) or {}
-    return "distrib_optim_sharding_type" in content
-
-
-def _is_model(key: object) -> bool:
-    return isinstance(key, str) and key.startswith("model")
-
-
 @contextlib.contextmanager
 def _base_only(chunk: Any) -> Iterator[None]:
     chunk.megalora_base_only = True
@@ -193,16 +122,7 @@ def _sharded_state_dict(
 
 def _adapter_state_dict(chunk: Any, *args: Any, **kwargs: Any) -> dict[str, Any]:
     state = chunk.state_dict(*args, **kwargs)
-    return {key: value for key, value in state.items() if _is_adapter_key(key)}
-
-
-def _is_weight(key: str) -> bool:
-    """Tell a weight from its optimizer states."""
-    return not key.startswith("optimizer")
-
-
-def _is_adapter_key(key: str) -> bool:
-    return key.endswith(("_lora.lora_A", "_lora.lora_B"))
+    return {key: value for key, value in state.items() if is_adapter_key(key)}
 
 
 def _load_state_dict(
@@ -217,9 +137,9 @@ def _load_state_dict(
     stored = state.pop(DESCRIPTION, None)
     if stored is not None:
         check_same_adapters(json.loads(stored), chunk.megalora_description)
-    has_adapters = any(_is_adapter_key(key) for key in state)
+    has_adapters = any(is_adapter_key(key) for key in state)
     result = load_module(state, strict=False, **kwargs)
-    missing = [key for key in result.missing_keys if _is_adapter_key(key) == has_adapters]
+    missing = [key for key in result.missing_keys if is_adapter_key(key) == has_adapters]
     missing = [key for key in missing if not key.endswith("_extra_state")]
     unexpected = [key for key in result.unexpected_keys if not key.endswith("_extra_state")]
     if (missing or unexpected) and (strict or has_adapters):
@@ -299,23 +219,3 @@ def _fit_vocabulary(lora_B: Tensor, rows: int) -> Tensor:
     if missing <= 0:
         return lora_B[:rows]
     return torch.cat([lora_B, lora_B.new_zeros(missing, lora_B.shape[1])])
-
-
-def _join_gated(key: str, tensor: Tensor) -> Tensor:
-    """Return a stored tensor with gate and up as one dimension, [(E,) 2 f, r]."""
-    if not key.endswith("linear_fc1_lora.lora_B"):
-        return tensor
-    # Dense [o, r] and gated [2, f, r]; grouped [E, o, r] and gated [E, 2, f, r].
-    is_grouped = ".experts." in key
-    gated = tensor.dim() == (4 if is_grouped else 3)
-    return tensor.flatten(-3, -2) if gated else tensor
-
-
-def _iteration_directory(directory: Path) -> Path:
-    tracker = directory / "latest_checkpointed_iteration.txt"
-    if not tracker.is_file():
-        return directory
-    text = tracker.read_text().strip()
-    if not text.isdigit():
-        raise ValueError(f"{tracker} holds {text!r}: it must hold an iteration number")
-    return directory / f"iter_{int(text):07d}"

@@ -11,7 +11,7 @@ import torch
 import torch.distributed as dist
 
 from megalora.base_weights import changed
-from megalora.checkpoint import gather_adapters, load_adapters, read_adapter_checkpoint
+from megalora.checkpoint import gather_adapters, load_adapters
 from megalora.config import LoRAConfig
 from megalora.hf.adapters import from_hf, to_hf
 from megalora.hf.peft import CONFIG_NAME, read_adapter, write_adapter
@@ -19,6 +19,7 @@ from megalora.hf.shape import ModelShape, refuse_hybrid
 from megalora.init import draw_uniform
 from megalora.merging import merge
 from megalora.pissa import at_start
+from megalora.read_checkpoint import read_adapter_checkpoint
 
 OUTPUT_B = "output_layer_lora.lora_B"
 

@@ -19,7 +19,7 @@ from typing import Any, Literal
 
 import torch.distributed as dist
 
-from megalora.checkpoint import read_description
+from megalora.read_checkpoint import read_description
 
 OnCorrupt = Literal["previous", "stop"]
 TRACKER = "latest_checkpointed_iteration.txt"

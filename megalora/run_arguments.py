@@ -84,7 +84,7 @@ def check_checkpoint_args(args: argparse.Namespace) -> None:
 def check_same_optimizer(args: argparse.Namespace, description: Mapping[str, Any]) -> None:
     """Raise ValueError where the states of a checkpoint's optimizer do not fit this run's kind.
 
-    description: of `megalora.checkpoint.read_description`.
+    description: of `megalora.read_checkpoint.read_description`.
     """
     stored = description.get("distributed_optimizer")
     if args.no_load_optim or stored in (None, args.use_distributed_optimizer):

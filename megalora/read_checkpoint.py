@@ -1,0 +1,115 @@
+"""Reading adapter checkpoints without a model: whole tensors and what is stored with them."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from megatron.core import dist_checkpointing
+from torch import Tensor
+from torch.distributed.checkpoint.filesystem import FileSystemReader
+from torch.distributed.checkpoint.metadata import TensorStorageMetadata
+from torch.distributed.checkpoint.state_dict_loader import load
+
+from megalora.config import LoRAConfig
+from megalora.parts import join_parts, whole_key
+from megalora.targets import ModelFacts
+
+# Key of the adapters' description in a checkpoint's common state.
+DESCRIPTION = "megalora"
+
+
+def read_adapter_checkpoint(
+    directory: str | Path,
+) -> tuple[dict[str, Tensor], LoRAConfig, ModelFacts]:
+    """Read an adapter checkpoint without its base: unsharded tensors, configuration, model sizes.
+
+    directory: an iteration's directory, or one that holds latest_checkpointed_iteration.txt.
+    Raises ValueError where it is no adapter checkpoint.
+    """
+    path = _iteration_directory(Path(directory))
+    described = read_description(path)
+    if described is None:
+        raise ValueError(f"{path} has no adapters: it is not a checkpoint that megalora wrote")
+    loaded = join_parts(
+        read_tensors(path, lambda key: is_adapter_key(whole_key(key)) and _is_weight(key))
+    )
+    tensors = {key: _join_gated(key, loaded[key]) for key in sorted(loaded)}
+    return tensors, LoRAConfig.from_dict(described["config"]), ModelFacts(**described["model"])
+
+
+def read_tensors(directory: Path, wanted: Callable[[str], bool]) -> dict[str, Tensor]:
+    """Read whole tensors of an iteration's directory by key, without any process group."""
+    reader = FileSystemReader(str(directory))
+    stored = reader.read_metadata().state_dict_metadata
+    tensors: dict[str, Any] = {
+        key: torch.empty(entry.size, dtype=entry.properties.dtype)
+        for key, entry in stored.items()
+        if isinstance(entry, TensorStorageMetadata) and wanted(key)
+    }
+    load(tensors, storage_reader=reader, no_dist=True)
+    return tensors
+
+
+def read_description(directory: Path) -> dict[str, Any] | None:
+    """Return what is stored with the adapters in an iteration's directory.
+
+    `config`: LoRAConfig's fields, `model`: ModelFacts', `base`: of `describe_base`, where it was
+    called; `distributed_optimizer`: whether its optimizer is one, None where it has none. None for
+    a checkpoint of a whole model. Raises ValueError where it cannot be read.
+    """
+    if not dist_checkpointing.check_is_distributed_checkpoint(str(directory)):
+        if any(directory.glob("mp_rank_*")) or (directory / ".metadata").is_file():
+            return None
+        raise ValueError(f"{directory} is not a Megatron checkpoint")
+    try:
+        common = dist_checkpointing.load_common_state_dict(str(directory))
+    # Damaged files raise whatever the unpickler runs into.
+    except Exception as error:
+        raise ValueError(f"{directory} cannot be read: {error}") from error
+    for key, part in common.items():
+        if _is_model(key) and DESCRIPTION in part:
+            return {**json.loads(part[DESCRIPTION]), "distributed_optimizer": _optimizer(common)}
+    return None
+
+
+def is_adapter_key(key: str) -> bool:
+    """Tell a factor of an adapter, or its optimizer states, from other tensors."""
+    return key.endswith(("_lora.lora_A", "_lora.lora_B"))
+
+
+def _optimizer(common: dict[str, Any]) -> bool | None:
+    if "optimizer" not in common:
+        return None
+    content = dist_checkpointing.load_content_metadata(preloaded_state_dict=common) or {}
+    return "distrib_optim_sharding_type" in content
+
+
+def _is_model(key: object) -> bool:
+    return isinstance(key, str) and key.startswith("model")
+
+
+def _is_weight(key: str) -> bool:
+    """Tell a weight from its optimizer states."""
+    return not key.startswith("optimizer")
+
+
+def _join_gated(key: str, tensor: Tensor) -> Tensor:
+    """Return a stored tensor with gate and up as one dimension, [(E,) 2 f, r]."""
+    if not key.endswith("linear_fc1_lora.lora_B"):
+        return tensor
+    # Dense [o, r] and gated [2, f, r]; grouped [E, o, r] and gated [E, 2, f, r].
+    is_grouped = ".experts." in key
+    gated = tensor.dim() == (4 if is_grouped else 3)
+    return tensor.flatten(-3, -2) if gated else tensor
+
+
+def _iteration_directory(directory: Path) -> Path:
+    tracker = directory / "latest_checkpointed_iteration.txt"
+    if not tracker.is_file():
+        return directory
+    text = tracker.read_text().strip()
+    if not text.isdigit():
+        raise ValueError(f"{tracker} holds {text!r}: it must hold an iteration number")
+    return directory / f"iter_{int(text):07d}"
