@@ -71,28 +71,35 @@ def load_adapters(
     tensors: Mapping[str, Tensor],
     *,
     allow_missing: bool = False,
-) -> list[str]:
-    """Set the adapters of a model from unsharded tensors; return the names that had none.
+) -> None:
+    """Set the adapters of a model from unsharded tensors.
 
     Every rank gives the same tensors, with `gather_adapters`' keys and shapes, and keeps its
-    shards. Raises ValueError, before anything is changed, where a tensor is missing (unless
-    allow_missing) or has another shape.
+    shards. All ranks must call it. Raises ValueError, before anything is changed, where a tensor is
+    missing (unless allow_missing), belongs to no adapter of the model, or has another shape.
     """
-    missing, writes = [], []
-    for name, adapter in adapters(model_chunks):
-        for factor, dim in (("lora_A", -1), ("lora_B", -2)):
-            key = f"{name}.{factor}"
-            if key not in tensors:
-                missing.append(key)
-                continue
-            param = getattr(adapter, factor)
-            writes.append((param, _reshard(adapter, param, tensors[key], dim, key)))
+    own = {
+        f"{name}.{factor}": (adapter, getattr(adapter, factor), dim)
+        for name, adapter in adapters(model_chunks)
+        for factor, dim in (("lora_A", -1), ("lora_B", -2))
+    }
+    whole = _over_stages(set(own))
+    missing, unknown = sorted(whole - set(tensors)), sorted(set(tensors) - whole)
     if missing and not allow_missing:
-        raise ValueError(f"adapter tensors are missing: {', '.join(missing[:5])} ...")
+        raise ValueError(f"adapter tensors are missing: {_first(missing)}")
+    if unknown:
+        raise ValueError(
+            f"the model has no adapter for {_first(unknown)}: add their modules to "
+            "--lora-targets, or leave the tensors out"
+        )
+    writes = [
+        (param, _reshard(adapter, param, tensors[key], dim, key))
+        for key, (adapter, param, dim) in own.items()
+        if key in tensors
+    ]
     with torch.no_grad():
         for param, value in writes:
             param.copy_(value)
-    return missing
 
 
 @contextlib.contextmanager
@@ -177,6 +184,20 @@ def check_same_adapters(stored: Mapping[str, Any], given: Mapping[str, Any]) -> 
 
 def _unordered(value: object) -> object:
     return set(value) if isinstance(value, list) else value
+
+
+def _first(names: list[str], limit: int = 4) -> str:
+    return ", ".join(names[:limit]) + (f" and {len(names) - limit} more" * (len(names) > limit))
+
+
+def _over_stages(names: set[str]) -> set[str]:
+    """Return the names of all pipeline stages together."""
+    stages: Any = parallel_state.get_pipeline_model_parallel_group()
+    if group_size(stages) == 1:
+        return names
+    gathered: list[set[str]] = [set() for _ in range(group_size(stages))]
+    dist.all_gather_object(gathered, names, group=stages)
+    return set().union(*gathered)
 
 
 def _unshard(adapter: LoRAAdapter, param: Tensor, dim: int) -> Tensor:

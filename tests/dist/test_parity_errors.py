@@ -7,11 +7,12 @@ import torch
 from torch import Tensor
 
 from megalora.builder import adapters, apply_lora
+from megalora.checkpoint import load_adapters
 from megalora.config import LoRAConfig
 from tests.dist.cases import KINDS
 from tests.dist.layouts import Layout, model_parallel, over
 from tests.dist.models import build_model
-from tests.dist.parity import draw_b, lora_config
+from tests.dist.parity import assemble, draw_b, lora_config, start_values
 
 
 class _Wrapped(torch.nn.Module):
@@ -45,6 +46,21 @@ def test_mistakes_are_refused_before_anything_changes(layout: Layout) -> None:
         refused([_Wrapped(dense[0])], "is a _Wrapped, which is wrapped already")
         experts = build_model(layout, **KINDS["experts"].model)
         refused(experts, "lora_rank 5 is not divisible by moe_router_topk 2: use 2, 4, 6", rank=5)
+
+
+@over(Layout(), Layout(pp=2))
+def test_tensors_that_do_not_fit_the_adapters_are_refused_on_every_stage(layout: Layout) -> None:
+    with model_parallel(layout):
+        chunks = apply_lora(build_model(layout, num_layers=2), LoRAConfig(rank=4))
+        whole = start_values(chunks)
+        before = assemble(chunks, torch.Tensor.detach)
+        key = "decoder.layers.0.mlp.linear_fc2_lora.lora_B"
+        with pytest.raises(ValueError, match=f"tensors are missing: {key}$"):
+            load_adapters(chunks, {name: whole[name] for name in whole if name != key})
+        with pytest.raises(ValueError, match=r"no adapter for mlp\.router.*--lora-targets"):
+            load_adapters(chunks, {**whole, "mlp.router_lora.lora_A": whole[key]})
+        after = assemble(chunks, torch.Tensor.detach)
+        assert all(torch.equal(after[name], before[name]) for name in before)
 
 
 @over(Layout())
