@@ -18,12 +18,8 @@ export PIP_DISABLE_PIP_VERSION_CHECK = 1
 demo: .venv/built
 	$(BIN)/python examples/demo.py --output demo
 
-# The tests of parallel layouts run beside all others: each of both leaves a core idle at times.
 test: lint
-	@mkdir -p build; \
-	$(BIN)/python -m pytest tests/test_dist.py > build/test_dist.log 2>&1 & dist=$$!; \
-	$(BIN)/python -m pytest --ignore tests/test_dist.py; rest=$$?; \
-	wait $$dist; dist=$$?; cat build/test_dist.log; exit $$((rest || dist))
+	$(BIN)/python -m pytest
 
 lint: .venv/built
 	$(BIN)/ruff format --check

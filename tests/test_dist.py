@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent
-TIMEOUT_S = 1500
+TIMEOUT_S = 600
 TAIL_LINES = 80
 
 
