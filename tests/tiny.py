@@ -29,7 +29,7 @@ HYBRID = shlex.split("""
 --mamba-state-dim 12 --mamba-head-dim 8 --mamba-num-heads 8 --mamba-num-groups 2
 """)
 TRAIN = shlex.split("""
---micro-batch-size 1 --global-batch-size 8 --lr 1e-2 --lr-decay-style constant --clip-grad 1.0
+--micro-batch-size 1 --global-batch-size 4 --lr 1e-2 --lr-decay-style constant --clip-grad 1.0
 --log-interval 1 --eval-iters 0 --eval-interval 1000 --num-workers 0 --save-interval 3
 --calculate-per-token-loss
 """)
