@@ -15,7 +15,7 @@ from torch.distributed import ProcessGroup
 from megalora import checkpoint, pissa
 from megalora.adapters import LinearAdapter, LoRAAdapter, adapters, bind
 from megalora.bases import Base, Style, describe, describe_sequential, refusal
-from megalora.collectives import group_size
+from megalora.collectives import group_size, union
 from megalora.config import LoRAConfig
 from megalora.experts import GroupedAdapter, SequentialAdapter, bind_sequential
 from megalora.init import reset_parameters
@@ -60,7 +60,8 @@ def apply_lora(model_chunks: ModelChunks, config: LoRAConfig) -> ModelChunks:
         if (target := matching_target(candidate.name, config.targets))
     }
     leaves = {candidate.leaf for _, candidates in found for candidate in candidates}
-    check_all_matched(config.targets, _union_over_ranks(matched), _union_over_ranks(leaves))
+    world = dist.group.WORLD if dist.is_initialized() else None
+    check_all_matched(config.targets, union(matched, world), union(leaves, world))
     made = [_make_adapters(chunk, candidates, config) for chunk, candidates in found]
     for chunk, pairs in zip(model_chunks, made, strict=True):
         chunk.requires_grad_(False)
@@ -207,14 +208,6 @@ def _refuse_bypasses(chunk: torch.nn.Module, chosen: list[_Candidate]) -> None:
         reason = refusal(module)
         if reason is not None and not bases.isdisjoint(module.modules()):
             raise ValueError(f"lora_targets select linears of {name}: {reason}")
-
-
-def _union_over_ranks(names: set[str]) -> set[str]:
-    if not dist.is_initialized() or dist.get_world_size() == 1:
-        return names
-    gathered: list[set[str]] = [set() for _ in range(dist.get_world_size())]
-    dist.all_gather_object(gathered, names)
-    return set().union(*gathered)
 
 
 def _freeze_router_bias(chunk: Any) -> None:

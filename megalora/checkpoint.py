@@ -18,7 +18,7 @@ from megatron.core import parallel_state
 from torch import Tensor
 
 from megalora.adapters import LoRAAdapter, adapters
-from megalora.collectives import group_size, own_shard, start_gather
+from megalora.collectives import group_size, own_shard, start_gather, union
 from megalora.config import LoRAConfig
 from megalora.parts import in_rank_order, in_whole_order
 from megalora.read_checkpoint import DESCRIPTION, is_adapter_key
@@ -83,7 +83,8 @@ def load_adapters(
         for name, adapter in adapters(model_chunks)
         for factor, dim in (("lora_A", -1), ("lora_B", -2))
     }
-    whole = _over_stages(set(own))
+    stages: Any = parallel_state.get_pipeline_model_parallel_group()
+    whole = union(set(own), stages)
     missing, unknown = sorted(whole - set(tensors)), sorted(set(tensors) - whole)
     if missing and not allow_missing:
         raise ValueError(f"adapter tensors are missing: {_first(missing)}")
@@ -188,16 +189,6 @@ def _unordered(value: object) -> object:
 
 def _first(names: list[str], limit: int = 4) -> str:
     return ", ".join(names[:limit]) + (f" and {len(names) - limit} more" * (len(names) > limit))
-
-
-def _over_stages(names: set[str]) -> set[str]:
-    """Return the names of all pipeline stages together."""
-    stages: Any = parallel_state.get_pipeline_model_parallel_group()
-    if group_size(stages) == 1:
-        return names
-    gathered: list[set[str]] = [set() for _ in range(group_size(stages))]
-    dist.all_gather_object(gathered, names, group=stages)
-    return set().union(*gathered)
 
 
 def _unshard(adapter: LoRAAdapter, param: Tensor, dim: int) -> Tensor:

@@ -98,7 +98,7 @@ class Depart(torch.autograd.Function):
         x, lora_A = ctx.saved_tensors
         assert luggage.ds is not None
         ds = luggage.ds.wait()
-        d_a = _start_a_grad(ds, x, journey)
+        d_a = _start_a_grad(ds, x, journey) if ctx.needs_input_grad[1] else None
         if ctx.needs_input_grad[0]:
             if dx is None:
                 dx = torch.zeros_like(x)
