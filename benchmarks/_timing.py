@@ -226,8 +226,13 @@ def print_rows(title: str, rows: Sequence[dict]) -> None:
 
 
 def write_json(path: Path, content: dict) -> None:
-    """Write results beside the file and rename them into place."""
+    """Write results as JSON."""
+    write_text(path, json.dumps(content, indent=1) + "\n")
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a file beside and rename it into place."""
     path.parent.mkdir(parents=True, exist_ok=True)
     beside = path.with_suffix(".tmp")
-    beside.write_text(json.dumps(content, indent=1) + "\n")
+    beside.write_text(text)
     beside.replace(path)

@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from _timing import write_json, write_text
 
 ROOT = Path(__file__).parents[1]
 STAGES: dict[str, list[list[str]]] = {
@@ -56,8 +57,8 @@ def main() -> int:
     found["benchmarks"] = {
         path.stem: json.loads(path.read_text()) for path in sorted(results.glob("bench_*.json"))
     }
-    write(results / "gpu_check.json", json.dumps(found, indent=1) + "\n")
-    write(results / "gpu_check.md", report(found))
+    write_json(results / "gpu_check.json", found)
+    write_text(results / "gpu_check.md", report(found))
     print(f"\n{report(found)}\nresults are in {results}")
     return int("failed" in found["stages"].values())
 
@@ -132,14 +133,6 @@ def model_table(rows: Sequence[dict[str, Any]]) -> list[str]:
     keys = [key for key in rows[0] if key != "name"]
     lines = [_line(["", *keys]), _line(["---"] * (len(keys) + 1))]
     return lines + [_line([row["name"], *(f"{row[key]:.5g}" for key in keys)]) for row in rows]
-
-
-def write(path: Path, text: str) -> None:
-    """Write a file beside and rename it into place."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    beside = path.with_suffix(".tmp")
-    beside.write_text(text)
-    beside.replace(path)
 
 
 def _line(cells: Sequence[object]) -> str:
