@@ -3,6 +3,7 @@
 # make lint    format, lint and types only
 # make bench   the benchmarks behind README's numbers
 # make parity  the table of parallel layouts with their errors against an unsharded model
+# make gpu-kit what a GPU machine without a package index lacks, for benchmarks/gpu_check.py
 # make figures the experiments of "LoRA Without Regret" at toy size (20 minutes on two cores)
 
 PYTHON ?= python3
@@ -13,7 +14,7 @@ export OMP_NUM_THREADS ?= 1
 export MKL_NUM_THREADS ?= 1
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
 
-.PHONY: demo test lint bench parity figures clean
+.PHONY: demo test lint bench parity figures gpu-kit clean
 
 demo: .venv/built
 	$(BIN)/python examples/demo.py --output demo
@@ -36,6 +37,9 @@ parity: .venv/built
 
 figures: .venv/built
 	$(BIN)/python benchmarks/figures.py
+
+gpu-kit: .venv/built
+	$(BIN)/python benchmarks/gpu_kit.py $(GPU_KIT)
 
 .venv/bin/python:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info[:2] != (3, 12))' || \

@@ -1,6 +1,7 @@
 """Build csrc into megalora/_C.so: the CPU ops always, the CUDA ops where nvcc is found.
 
 MEGALORA_CUDA=0 leaves CUDA out, MEGALORA_CUDA=1 makes a missing nvcc an error.
+MEGALORA_CUDA_ARCH=90a builds for that architecture only.
 """
 
 import os
@@ -13,11 +14,11 @@ from setuptools import find_packages, setup
 
 ROOT = Path(__file__).parent
 # H100, H200 and B200 by their own instruction sets; A100, and by PTX whatever comes, by the oldest.
-GENCODE = [
-    "-gencode=arch=compute_80,code=[sm_80,compute_80]",
-    "-gencode=arch=compute_90a,code=sm_90a",
-    "-gencode=arch=compute_100a,code=sm_100a",
-]
+GENCODE = {
+    "80": "-gencode=arch=compute_80,code=[sm_80,compute_80]",
+    "90a": "-gencode=arch=compute_90a,code=sm_90a",
+    "100a": "-gencode=arch=compute_100a,code=sm_100a",
+}
 
 
 def notice(text: str) -> None:
@@ -82,6 +83,14 @@ def wanted_cuda() -> Path | None:
     return home
 
 
+def architectures() -> list[str]:
+    """Return the architectures to build for: all, or the one that MEGALORA_CUDA_ARCH names."""
+    wish = os.environ.get("MEGALORA_CUDA_ARCH", "")
+    if wish and wish not in GENCODE:
+        raise SystemExit(f"MEGALORA_CUDA_ARCH is {wish!r}: use one of {', '.join(GENCODE)}")
+    return [wish] if wish else list(GENCODE)
+
+
 def sources_in(*folders: str) -> list[str]:
     """Return the C++ and CUDA sources of some folders, in a fixed order."""
     files = (path for folder in folders for path in Path(folder).iterdir())
@@ -103,9 +112,11 @@ def extension(home: Path | None):
     flags = {"cxx": ["-O3", "-g0", "-std=c++20", "-Wno-psabi", "-fvisibility=hidden"]}
     if home is None:
         return CppExtension("megalora._C", sources, extra_compile_args=flags)
-    notice(f"CPU ops, and CUDA ops for sm_80, sm_90a and sm_100a with {home}/bin/nvcc")
+    wanted = architectures()
+    names = ", ".join(f"sm_{name}" for name in wanted)
+    notice(f"CPU ops, and CUDA ops for {names} with {home}/bin/nvcc")
     sources += sources_in("csrc/cuda")
-    flags["nvcc"] = ["-O3", "-std=c++20", "-Xptxas=-v", *GENCODE]
+    flags["nvcc"] = ["-O3", "-std=c++20", *(GENCODE[a] for a in wanted)]
     return CUDAExtension("megalora._C", sources, extra_compile_args=flags)
 
 

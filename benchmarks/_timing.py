@@ -5,14 +5,10 @@ one CPU thread the clock is the CPU time of the process, which other processes d
 """
 
 import itertools
-import json
-import platform
 import statistics
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from datetime import UTC, datetime
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -21,7 +17,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 PHASES = ("forward", "backward", "both")
-_QUEUEING_CYCLES = 6_000_000  # 3 ms at 2 GHz
+_CYCLES_PER_SECOND = 2e9
 
 
 @dataclass(frozen=True)
@@ -32,6 +28,40 @@ class Variant:
     forward: Callable[[Tensor], Tensor]
     parameters: Sequence[Tensor] = ()
     frozen: Sequence[Tensor] = ()
+
+
+@dataclass(frozen=True)
+class Ceilings:
+    """What the device reaches: bytes read and written by a large copy, operations of a large GEMM.
+
+    Both by the second.
+    """
+
+    copied_bytes: float
+    gemm_flops: float
+
+    def milliseconds(self, num_bytes: float) -> float:
+        """Return how long reading or writing so many bytes takes at best."""
+        return 1e3 * num_bytes / self.copied_bytes
+
+
+def floor_row(
+    frozen: dict[str, Any], found: Ceilings, *, x_bytes: int, y_bytes: int
+) -> dict[str, Any]:
+    """Return a row like a variant's for what LoRA costs at least.
+
+    Forward one read of x that no GEMM shares, backward one of dY and one of x, at the speed of a
+    large copy. frozen: the row of the base. x_bytes, y_bytes: sizes of input and output.
+    """
+    forward, backward = found.milliseconds(x_bytes), found.milliseconds(x_bytes + y_bytes)
+    least = {"forward": forward, "backward": backward, "both": forward + backward}
+    return {
+        "variant": "floor",
+        **{f"{phase}_ms": frozen[f"{phase}_ms"] + ms for phase, ms in least.items()},
+        **{f"{phase}_overhead": ms / frozen[f"{phase}_ms"] for phase, ms in least.items()},
+        "saved_bytes": 0,
+        "bytes_moved": 0,
+    }
 
 
 @dataclass(frozen=True)
@@ -59,13 +89,11 @@ def that_run(variants: Sequence[Variant], x: Tensor, dy: Tensor) -> tuple[list[V
 
 def paired(variants: Sequence[Variant], x: Tensor, dy: Tensor, rounds: int) -> dict[str, Timing]:
     """Time forward and backward of all variants in turns; the first variant is the baseline."""
-    for variant in variants:
-        for _ in range(2):
-            _timed_step(variant, x, dy)
+    queueing = {variant.name: _queueing_seconds(variant, x, dy) for variant in variants}
     results: list[dict[str, dict[str, float]]] = []
     for index in range(rounds):
         order = variants if index % 2 == 0 else variants[::-1]
-        results.append({variant.name: _timed_step(variant, x, dy) for variant in order})
+        results.append({v.name: _timed_step(v, x, dy, queueing[v.name]) for v in order})
     base = variants[0].name
     return {
         variant.name: Timing(
@@ -81,12 +109,50 @@ def paired(variants: Sequence[Variant], x: Tensor, dy: Tensor, rounds: int) -> d
     }
 
 
-def _timed_step(variant: Variant, x: Tensor, dy: Tensor) -> dict[str, float]:
+def ceilings(device: torch.device, dtype: torch.dtype) -> Ceilings:
+    """Measure the ceilings of a device: a copy of many times its cache, a square GEMM."""
+    on_gpu = device.type == "cuda"
+    size = 8192 if on_gpu else 1024
+    one = torch.randn(size, size, device=device, dtype=dtype)
+    other = torch.randn(size, size, device=device, dtype=dtype)
+    source = torch.ones(2**30 if on_gpu else 2**25, device=device, dtype=torch.int8)
+    target = torch.empty_like(source)
+    copy = _median_seconds(lambda: target.copy_(source), device)
+    gemm = _median_seconds(lambda: one @ other, device)
+    return Ceilings(2 * source.numel() / copy, 2 * size**3 / gemm)
+
+
+def _median_seconds(function: Callable[[], Any], device: torch.device) -> float:
+    """Return the median of ten runs after three that warm up."""
+    for _ in range(3):
+        function()
+    seconds = []
+    for _ in range(10):
+        if device.type == "cuda":
+            torch.cuda._sleep(int(2e-4 * _CYCLES_PER_SECOND))
+        marks = [_mark(device)]
+        function()
+        marks.append(_mark(device))
+        seconds.append(_elapsed(marks)[0] / 1e3)
+    return statistics.median(seconds)
+
+
+def _queueing_seconds(variant: Variant, x: Tensor, dy: Tensor) -> float:
+    """Warm up; return how long the host takes to queue a step on a GPU, with a margin."""
+    for _ in range(3):
+        synchronize(x.device)
+        start = time.perf_counter()
+        _timed_step(variant, x, dy, 0.0)
+        seconds = time.perf_counter() - start
+    return 1.5 * seconds + 1e-4
+
+
+def _timed_step(variant: Variant, x: Tensor, dy: Tensor, queueing: float) -> dict[str, float]:
     for leaf in (x, *variant.parameters):
         leaf.grad = None
     if x.device.type == "cuda":
         # The GPU waits while the host queues the work: what is timed is the GPU's, without gaps.
-        torch.cuda._sleep(_QUEUEING_CYCLES)
+        torch.cuda._sleep(int(queueing * _CYCLES_PER_SECOND))
     marks = [_mark(x.device)]
     y = variant.forward(x)
     marks.append(_mark(x.device))
@@ -94,6 +160,12 @@ def _timed_step(variant: Variant, x: Tensor, dy: Tensor) -> dict[str, float]:
     marks.append(_mark(x.device))
     forward, backward = _elapsed(marks)
     return {"forward": forward, "backward": backward, "both": forward + backward}
+
+
+def synchronize(device: torch.device) -> None:
+    """Wait for the device."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
 
 
 def _mark(device: torch.device) -> Any:
@@ -154,30 +226,38 @@ def saved_bytes(variant: Variant, x: Tensor) -> int:
     return sum(storages.values())
 
 
-def launches(variant: Variant, x: Tensor, dy: Tensor) -> int | None:
-    """Return the number of GPU kernels of forward and backward, None on a CPU."""
-    if x.device.type != "cuda":
-        return None
+def kernels(variant: Variant, x: Tensor, dy: Tensor) -> list[tuple[str, float]]:
+    """Return name and microseconds of every GPU kernel of forward and backward, in order."""
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
         variant.forward(x).backward(dy)
         torch.cuda.synchronize()
-    return sum(1 for event in profile.events() or [] if event.device_type.name == "CUDA")
+    found = [event for event in profile.events() or [] if event.device_type.name == "CUDA"]
+    found.sort(key=lambda event: event.time_range.start)
+    return [(event.name[:120], event.device_time) for event in found]
 
 
-def measure(variants: Sequence[Variant], x: Tensor, dy: Tensor, rounds: int) -> list[dict]:
-    """Return one row for each variant: times, overheads, saved bytes, bytes moved, launches."""
+def measure(
+    variants: Sequence[Variant], x: Tensor, dy: Tensor, rounds: int, *, profiled: bool = False
+) -> list[dict[str, Any]]:
+    """Return one row for each variant: times, overheads, saved bytes, bytes moved.
+
+    profiled: with the kernels of a GPU too, which takes a second for each variant.
+    """
     timings = paired(variants, x, dy, rounds)
-    return [
-        {
+    rows = []
+    for variant in variants:
+        row: dict[str, Any] = {
             "variant": variant.name,
             **{f"{phase}_ms": timings[variant.name].milliseconds[phase] for phase in PHASES},
             **{f"{phase}_overhead": timings[variant.name].overhead[phase] for phase in PHASES},
             "saved_bytes": saved_bytes(variant, x),
             "bytes_moved": bytes_moved(variant, x, dy),
-            "launches": launches(variant, x, dy),
         }
-        for variant in variants
-    ]
+        if profiled and x.device.type == "cuda":
+            row["kernels"] = kernels(variant, x, dy)
+            row["launches"] = len(row["kernels"])
+        rows.append(row)
+    return rows
 
 
 def assert_agreement(variants: Sequence[Variant], x: Tensor) -> None:
@@ -195,44 +275,3 @@ def assert_agreement(variants: Sequence[Variant], x: Tensor) -> None:
     for name, output in outputs.items():
         error = ((output - expected).abs().max() / expected.abs().max()).item()
         assert error < tolerance, f"{name} differs from eager by {error}"
-
-
-def machine(device: torch.device) -> dict[str, Any]:
-    """Return what the numbers were measured on."""
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor()
-    return {
-        "date": datetime.now(UTC).date().isoformat(),
-        "device": name or platform.machine(),
-        "torch": torch.__version__,
-        "threads": torch.get_num_threads(),
-    }
-
-
-def print_rows(title: str, rows: Sequence[dict]) -> None:
-    """Print one table: milliseconds and overhead over the first row by phase."""
-    print(f"\n{title}")
-    print(
-        f"{'variant':<20}"
-        + "".join(f"{phase:>18}" for phase in PHASES)
-        + f"{'saved MB':>10}{'moved MB':>10}"
-    )
-    for row in rows:
-        cells = "".join(
-            f"{row[f'{phase}_ms']:>9.2f}{100 * row[f'{phase}_overhead']:>+8.1f}%"
-            for phase in PHASES
-        )
-        moved = f"{row['saved_bytes'] / 1e6:>10.2f}{row['bytes_moved'] / 1e6:>10.1f}"
-        print(f"{row['variant']:<20}{cells}{moved}", flush=True)
-
-
-def write_json(path: Path, content: dict) -> None:
-    """Write results as JSON."""
-    write_text(path, json.dumps(content, indent=1) + "\n")
-
-
-def write_text(path: Path, text: str) -> None:
-    """Write a file beside and rename it into place."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    beside = path.with_suffix(".tmp")
-    beside.write_text(text)
-    beside.replace(path)

@@ -1,11 +1,12 @@
 """Overhead of per-expert LoRA over frozen experts, paired in one run.
 
-python benchmarks/bench_experts.py [--rounds 15] [--json FILE]
+python benchmarks/bench_experts.py [--ranks 4] [--rounds 15] [--results FILE]
 
 Shapes are fc1 (gate and up, each with its own A) and fc2 of Qwen3-30B-A3B, 128 experts, top 8,
 with skewed routing; on a CPU the sizes are divided by 4 and fewer tokens are routed. `frozen` is
 the base alone. `eager` is LoRA by a Python loop over the experts, `grouped_mm` by torch's grouped
-GEMM with ranks padded to what it can take (the way of the peers, in our code), `megalora` ours.
+GEMM with ranks padded to what it can take (the way of the peers, in our code), `megalora` ours;
+`floor` as in bench_linear.py.
 """
 
 import argparse
@@ -15,7 +16,8 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from _timing import Variant, assert_agreement, machine, measure, print_rows, write_json
+from _results import append, machine, print_rows
+from _timing import Variant, assert_agreement, ceilings, floor_row, measure
 from torch import Tensor
 
 from megalora.contract import LOCAL_ROUTE
@@ -125,34 +127,46 @@ def variants_of(
 
 
 def main() -> None:
-    """Measure, print the tables, write JSON where asked."""
+    """Measure, print the tables, write JSON lines where asked."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument("--ranks", type=int, nargs="+", default=RANKS)
-    parser.add_argument("--json", type=Path, help="file to write the numbers to")
+    parser.add_argument("--profile", action="store_true", help="list the kernels of a GPU")
+    parser.add_argument("--toy", action="store_true", help="toy sizes: does the command work?")
+    parser.add_argument("--results", type=Path, help="file to add the numbers to, as JSON lines")
     options = parser.parse_args()
-    on_gpu = torch.cuda.is_available()
-    device = torch.device("cuda" if on_gpu else "cpu")
-    dtype = torch.bfloat16 if on_gpu else torch.float32
-    num_rows = 8 * (4096 if on_gpu else 512)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    append(options.results, {"machine": machine(device)})
+    divisor, tokens = (1, 4096) if device.type == "cuda" else (4, 512)
+    if options.toy:
+        divisor, tokens = 32, 32
+    for shape, rank in product(shapes(divisor), options.ranks):
+        run(shape, rank, 8 * tokens, device, options)
+
+
+def run(
+    shape: Shape, rank: int, num_rows: int, device: torch.device, options: argparse.Namespace
+) -> None:
+    """Measure one shape at one rank, print a table, add the rows to the results."""
+    torch.manual_seed(0)
+    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     counts, ends = route(num_rows, device)
-    ranks: list[int] = options.ranks
-    rows = []
-    for shape, rank in product(shapes(1 if on_gpu else 4), ranks):
-        torch.manual_seed(0)
-        weight = torch.randn(NUM_EXPERTS, shape.num_out, shape.num_in, device=device, dtype=dtype)
-        weight /= shape.num_in**0.5
-        x = torch.randn(num_rows, shape.num_in, device=device, dtype=dtype, requires_grad=True)
-        dy = torch.randn(num_rows, shape.num_out, device=device, dtype=dtype)
-        variants = variants_of(shape, weight, rank, counts, ends)
-        assert_agreement(variants, x)
-        found = measure(variants, x, dy, options.rounds)
-        title = f"{shape.name} {shape.num_in} -> {shape.num_out}, {num_rows} rows, rank {rank}"
-        print_rows(f"{title}, {NUM_EXPERTS} experts", found)
-        rows += [{"shape": shape.name, "rank": rank, "rows": num_rows} | row for row in found]
-    if options.json:
-        content = {"machine": machine(device), "dtype": str(dtype), "rows": rows}
-        write_json(options.json, content)
+    weight = torch.randn(NUM_EXPERTS, shape.num_out, shape.num_in, device=device, dtype=dtype)
+    weight /= shape.num_in**0.5
+    x = torch.randn(num_rows, shape.num_in, device=device, dtype=dtype, requires_grad=True)
+    dy = torch.randn(num_rows, shape.num_out, device=device, dtype=dtype)
+    variants = variants_of(shape, weight, rank, counts, ends)
+    assert_agreement(variants, x)
+    rows = measure(variants, x, dy, options.rounds, profiled=options.profile)
+    least = floor_row(rows[0], ceilings(device, dtype), x_bytes=x.nbytes, y_bytes=dy.nbytes)
+    rows.append(least)
+    title = f"{shape.name} {shape.num_in} -> {shape.num_out}, {num_rows} rows, rank {rank}"
+    print_rows(f"{title}, {NUM_EXPERTS} experts", rows)
+    for row in rows:
+        append(
+            options.results,
+            {"bench": "experts", "shape": shape.name, "rank": rank, "rows": num_rows} | row,
+        )
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 """Compare a whole Megatron model frozen, with LoRA and fully trained, side by side in one run.
 
-python benchmarks/bench_model.py [--kind dense|moe] [--rank 16] [--json FILE]
+python benchmarks/bench_model.py [--kind dense|moe|qwen3-30b-a3b] [--rank 16] [--results FILE]
 
 `frozen` runs forward and backward through the frozen base (what LoRA cannot save), `LoRA` adds the
 adapters and their gradients, `full` trains every weight. Each round times all three in turn; the
@@ -9,15 +9,17 @@ table has medians of the rounds and medians of the ratios inside a round. The ar
 """
 
 import argparse
+import dataclasses
 import gc
 import statistics
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from _timing import machine, write_json
+from _results import append, machine
 
 from megalora import cpu
 
@@ -34,37 +36,73 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from megalora import LoRAConfig, apply_lora
 
 KINDS = ("frozen", "LoRA", "full")
+
+
+@dataclass(frozen=True)
+class Size:
+    """What a model is made of; no experts means dense."""
+
+    hidden_size: int
+    ffn_hidden_size: int
+    num_layers: int
+    num_heads: int
+    num_query_groups: int
+    head_size: int
+    seq_length: int
+    vocab_size: int = 4096
+    num_experts: int = 0
+    top_k: int = 4
+    expert_ffn_hidden_size: int = 0
+
+
+# Layers of Llama-3.1-8B, experts of a middle size, layers of Qwen3-30B-A3B.
 SIZES = {
-    "cpu": {"hidden_size": 512, "num_layers": 4, "ffn_hidden_size": 1536, "seq_length": 256},
-    "cuda": {"hidden_size": 4096, "num_layers": 8, "ffn_hidden_size": 14336, "seq_length": 4096},
+    "dense": Size(4096, 14336, 8, 32, 8, 128, 4096),
+    "moe": Size(4096, 14336, 4, 32, 8, 128, 4096, 4096, 16, 4, 2048),
+    "qwen3-30b-a3b": Size(2048, 6144, 8, 32, 4, 128, 4096, 151936, 128, 8, 768),
 }
-MOE = {"num_moe_experts": 16, "moe_router_topk": 4, "moe_token_dispatcher_type": "alltoall"}
-VOCAB_SIZE = 4096
+SMALL = {
+    "dense": Size(512, 1536, 4, 8, 2, 64, 256),
+    "moe": Size(512, 1536, 4, 8, 2, 64, 256, 4096, 16, 4, 256),
+    "qwen3-30b-a3b": Size(128, 384, 2, 4, 2, 32, 64, 4096, 128, 8, 48),
+}
+TOY = {
+    "dense": Size(64, 96, 2, 4, 2, 16, 16, 256),
+    "moe": Size(64, 96, 2, 4, 2, 16, 16, 256, 4, 2, 32),
+    "qwen3-30b-a3b": Size(64, 96, 2, 4, 2, 16, 16, 256, 32, 8, 32),
+}
 
 
 def main() -> None:
-    """Measure and print the table."""
+    """Measure, print the table, write JSON lines where asked."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--kind", choices=("dense", "moe"), default="dense")
+    parser.add_argument("--kind", choices=tuple(SIZES), default="dense")
+    parser.add_argument("--layers", type=int, help="instead of the kind's own number")
     parser.add_argument("--rank", type=int, default=16)
     parser.add_argument("--rounds", type=int, default=9)
-    parser.add_argument("--json", type=Path, help="file to write the numbers to")
+    parser.add_argument("--toy", action="store_true", help="toy sizes: does the command work?")
+    parser.add_argument("--results", type=Path, help="file to add the numbers to, as JSON lines")
     options = parser.parse_args()
     start_one_process()
     device = "cuda" if torch.cuda.device_count() and not cpu.installed() else "cpu"
-    sizes = SIZES[device]
-    models = {name: build(name, options, sizes, device) for name in KINDS}
-    steps = {name: make_step(model, sizes, device) for name, model in models.items()}
+    size = SIZES[options.kind]
+    if device == "cpu" or options.toy:
+        size = SMALL[options.kind] if not options.toy else TOY[options.kind]
+    size = dataclasses.replace(size, num_layers=options.layers or size.num_layers)
+    append(options.results, {"machine": machine(torch.device(device)), "TE": has_te()})
+    models = {name: build(name, options.rank, size, device) for name in KINDS}
+    steps = {name: make_step(model, size, device) for name, model in models.items()}
     for step in steps.values():
+        step()
         step()
     rounds = [
         {name: timed(step, device) for name, step in steps.items()} for _ in range(options.rounds)
     ]
-    rows = [row(name, rounds, models[name], steps[name], sizes, device) for name in KINDS]
+    rows = [row(name, rounds, models[name], steps[name], size, device) for name in KINDS]
     print(table(rows, options, device))
-    if options.json:
-        kind = {"kind": options.kind, "rank": options.rank}
-        write_json(options.json, {"machine": machine(torch.device(device)), **kind, "rows": rows})
+    which = {"bench": "model", "kind": options.kind, "layers": size.num_layers}
+    for found in rows:
+        append(options.results, which | {"rank": options.rank} | found)
     dist.destroy_process_group()
 
 
@@ -76,48 +114,64 @@ def start_one_process() -> None:
     tensor_parallel.model_parallel_cuda_manual_seed(1234)
 
 
-def build(name: str, options: argparse.Namespace, sizes: dict[str, int], device: str) -> GPTModel:
+def build(name: str, rank: int, size: Size, device: str) -> GPTModel:
     """Build the model of one row of the table."""
-    hidden = sizes["hidden_size"]
-    dtype = torch.bfloat16 if device == "cuda" else torch.float32
-    moe: dict[str, Any] = {**MOE, "moe_ffn_hidden_size": hidden // 2}
     config = TransformerConfig(
-        num_layers=sizes["num_layers"],
-        hidden_size=hidden,
-        ffn_hidden_size=sizes["ffn_hidden_size"],
-        num_attention_heads=hidden // 64,
-        num_query_groups=hidden // 256,
-        kv_channels=64,
+        num_layers=size.num_layers,
+        hidden_size=size.hidden_size,
+        ffn_hidden_size=size.ffn_hidden_size,
+        num_attention_heads=size.num_heads,
+        num_query_groups=size.num_query_groups,
+        kv_channels=size.head_size,
         gated_linear_unit=True,
         activation_func=torch.nn.functional.silu,
         normalization="RMSNorm",
+        qk_layernorm=size.num_experts > 16,
         add_bias_linear=False,
-        params_dtype=dtype,
+        params_dtype=torch.bfloat16 if device == "cuda" else torch.float32,
         bf16=device == "cuda",
         attention_dropout=0.0,
         hidden_dropout=0.0,
         gradient_accumulation_fusion=False,
         masked_softmax_fusion=False,
-        **(moe if options.kind == "moe" else {}),
+        **(moe_fields(size) if size.num_experts else {}),
     )
     model = GPTModel(
         config,
         layer_spec(config),
-        vocab_size=VOCAB_SIZE,
-        max_sequence_length=sizes["seq_length"],
+        vocab_size=size.vocab_size,
+        max_sequence_length=size.seq_length,
         position_embedding_type="rope",
     )
+    model.to(device)
     if name == "LoRA":
-        apply_lora([model], LoRAConfig(rank=options.rank))
+        apply_lora([model], LoRAConfig(rank=rank))
     if name == "frozen":
         model.requires_grad_(False)
         model.embedding.register_forward_hook(lambda _m, _i, output: output.requires_grad_(True))
     return model
 
 
+def moe_fields(size: Size) -> dict[str, Any]:
+    """Return what a TransformerConfig needs to know about experts."""
+    return {
+        "num_moe_experts": size.num_experts,
+        "moe_router_topk": size.top_k,
+        "moe_ffn_hidden_size": size.expert_ffn_hidden_size,
+        "moe_token_dispatcher_type": "alltoall",
+        "moe_router_load_balancing_type": "none",
+        "moe_grouped_gemm": has_te(),
+    }
+
+
+def has_te() -> bool:
+    """Say whether TransformerEngine's layers can run here."""
+    return te.HAVE_TE and not cpu.installed()
+
+
 def layer_spec(config: TransformerConfig) -> Any:
     """Return TransformerEngine's layers, or Megatron's own with torch's fused attention."""
-    if te.HAVE_TE and not cpu.installed():
+    if has_te():
         return get_gpt_decoder_block_spec(config, use_transformer_engine=True)
     from megalora.cpu.attention import CpuCoreAttention
 
@@ -127,11 +181,11 @@ def layer_spec(config: TransformerConfig) -> Any:
     return block
 
 
-def make_step(model: GPTModel, sizes: dict[str, int], device: str) -> Callable[[], None]:
+def make_step(model: GPTModel, size: Size, device: str) -> Callable[[], None]:
     """Return one forward and backward pass over fixed random tokens."""
     generator = torch.Generator().manual_seed(0)
-    length = sizes["seq_length"]
-    tokens = torch.randint(VOCAB_SIZE, (1, length), generator=generator).to(device)
+    length = size.seq_length
+    tokens = torch.randint(size.vocab_size, (1, length), generator=generator).to(device)
     positions = torch.arange(length, device=device)[None]
 
     def step() -> None:
@@ -162,7 +216,7 @@ def row(
     rounds: list[dict[str, float]],
     model: GPTModel,
     step: Callable[[], None],
-    sizes: dict[str, int],
+    size: Size,
     device: str,
 ) -> dict[str, Any]:
     """Return the numbers of one row; memory is counted, not sampled."""
@@ -174,7 +228,7 @@ def row(
     return {
         "name": name,
         "milliseconds": seconds * 1e3,
-        "tokens_per_second": sizes["seq_length"] / seconds,
+        "tokens_per_second": size.seq_length / seconds,
         "over_frozen": statistics.median(r[name] / r["frozen"] for r in rounds),
         "over_full": statistics.median(r[name] / r["full"] for r in rounds),
         "trained_parameters": trained,

@@ -1,5 +1,6 @@
 """Shapes for the ops and their comparison with the reference, for whatever implements them."""
 
+import dataclasses
 from dataclasses import dataclass
 
 import torch
@@ -98,6 +99,14 @@ def draw(case: Case, dtype: torch.dtype, seed: int = 0) -> Problem:
         offsets=draw_offsets(case, generator),
         segments=case.op_segments,
     )
+
+
+def on(device: torch.device | str, given: Problem) -> Problem:
+    """Return the same problem on a device."""
+    tensors = {
+        name: value.to(device) for name, value in vars(given).items() if isinstance(value, Tensor)
+    }
+    return dataclasses.replace(given, **tensors)
 
 
 def accumulators(weight: Tensor) -> list[Tensor]:

@@ -1,13 +1,13 @@
 """The ops on a GPU against the reference; benchmarks/gpu_check.py runs these."""
 
-import dataclasses
-
 import pytest
 import torch
 from torch import Tensor
 
 from megalora import fused, reference
-from tests.op_cases import CASES, TOLERANCE, Case, Problem, draw, relative_error, run_all
+from megalora.contract import LOCAL_ROUTE
+from megalora.layers import Journey, adapt
+from tests.op_cases import CASES, TOLERANCE, Case, draw, on, relative_error, run_all
 
 pytestmark = [
     pytest.mark.gpu,
@@ -24,14 +24,6 @@ LARGE = [
 ]
 
 
-def on_gpu(given: Problem) -> Problem:
-    """Return the same problem on the GPU."""
-    tensors = {
-        name: value.cuda() for name, value in vars(given).items() if isinstance(value, Tensor)
-    }
-    return dataclasses.replace(given, **tensors)
-
-
 @pytest.mark.parametrize("p", [0.0, 0.3])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("case", [*CASES, *LARGE], ids=str)
@@ -39,13 +31,13 @@ def test_every_op_on_a_gpu_matches_the_reference(case: Case, dtype: torch.dtype,
     torch.backends.cuda.matmul.allow_tf32 = False
     given = draw(case, dtype)
     expected = run_all(reference, given, p)
-    for name, got in run_all(fused, on_gpu(given), p).items():
+    for name, got in run_all(fused, on("cuda", given), p).items():
         assert relative_error(got.cpu(), expected[name]) < TOLERANCE[got.dtype], name
 
 
 @pytest.mark.parametrize("case", LARGE, ids=str)
 def test_every_op_on_a_gpu_repeats_itself_bit_for_bit(case: Case) -> None:
-    given = on_gpu(draw(case, torch.bfloat16))
+    given = on("cuda", draw(case, torch.bfloat16))
     first, second = run_all(fused, given, 0.3), run_all(fused, given, 0.3)
     assert all(torch.equal(first[name], second[name]) for name in first)
 
@@ -57,10 +49,36 @@ def test_a_gpu_drops_the_same_elements_as_a_cpu() -> None:
 
 
 def test_grouped_ops_do_not_wait_for_the_gpu() -> None:
-    given = on_gpu(draw(LARGE[-1], torch.bfloat16))
+    given = on("cuda", draw(LARGE[-1], torch.bfloat16))
     torch.cuda.set_sync_debug_mode("error")
     try:
         fused.shrink(given.x, given.lora_A, given.offsets)
         fused.expand_backward(given.y, given.s, given.lora_B, 1.0, given.offsets, given.segments)
     finally:
         torch.cuda.set_sync_debug_mode("default")
+
+
+def test_both_passes_of_an_adapted_linear_replay_from_a_graph() -> None:
+    given = on("cuda", draw(LARGE[1], torch.bfloat16))
+    journey = Journey(ops=fused, route=LOCAL_ROUTE, scale=0.7, segments=given.segments)
+    weight = torch.randn(given.y.shape[1], given.x.shape[1], device="cuda", dtype=torch.bfloat16)
+    leaves = [t.clone().requires_grad_() for t in (given.x, given.lora_A, given.lora_B)]
+
+    def both_passes() -> list[Tensor]:
+        x, lora_A, lora_B = leaves
+        y, _ = adapt(lambda x: (x @ weight.T, None), x, lora_A, lora_B, journey)
+        return [y, *torch.autograd.grad(y, leaves, given.y)]
+
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        expected = [t.clone() for t in both_passes()]
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        replayed = both_passes()
+    for result in replayed:
+        result.fill_(float("nan"))
+    graph.replay()
+    torch.cuda.synchronize()
+    assert all(torch.equal(one, two) for one, two in zip(replayed, expected, strict=True))
