@@ -4,12 +4,13 @@ import argparse
 import contextlib
 import os
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
 
+from megalora import cpu
 from megalora.arguments import given_lora_fields, lora_config_from_args
 from megalora.auto_lr import set_auto_lr
 from megalora.config import LoRAConfig
@@ -22,15 +23,26 @@ from megalora.run_arguments import (
     with_hf_flags,
 )
 
-# NOTE: scripts import this before `megalora.cpu.install`: only functions import megatron.
+# NOTE: scripts import this before `prepare_megatron`: only functions import megatron.
 if TYPE_CHECKING:
     from megalora.resume import Found
 
 # All that a launch script needs, from one module.
-__all__ = ["LoRARun", "add_exchange_args", "clear_errors", "with_hf_flags"]
+__all__ = ["LoRARun", "add_exchange_args", "clear_errors", "prepare_megatron", "with_hf_flags"]
 
 ModelChunks = list[torch.nn.Module]
 Hook = Callable[[ModelChunks], ModelChunks]
+
+
+def prepare_megatron(argv: Sequence[str]) -> None:
+    """Mend Megatron for the device of this run; to be called before megatron is imported.
+
+    argv: the run's flags, for --cpu.
+    """
+    cpu.install_if_wanted(argv)
+    from megalora import mends
+
+    mends.install()
 
 
 class LoRARun:

@@ -40,14 +40,24 @@ def install() -> None:
             "megalora.cpu.install() before the first import of megatron"
         )
     setattr(torch, _INSTALLED, True)
+    install_devices()
+    # They import megatron, which must see the facade.
+    from megalora import mends
+    from megalora.cpu import kernels
+
+    kernels.install()
+    mends.install()
+
+
+def install_devices() -> None:
+    """Put the CPU in place of CUDA devices and gloo in place of NCCL, and mend nothing else."""
     # Megatron asserts or warns on this CUDA launch order setting under tensor parallelism.
     os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
     cuda_facade.install()
     gloo.install()
-    # The patches import megatron, which must see the facade.
-    from megalora.cpu import megatron_patches
+    from megalora.cpu import megatron_devices
 
-    megatron_patches.install()
+    megatron_devices.install()
 
 
 def install_if_wanted(argv: Sequence[str]) -> bool:
