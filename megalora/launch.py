@@ -37,9 +37,11 @@ Hook = Callable[[ModelChunks], ModelChunks]
 def prepare_megatron(argv: Sequence[str]) -> None:
     """Mend Megatron for the device of this run; to be called before megatron is imported.
 
-    argv: the run's flags, for --cpu.
+    argv: the run's flags, for --cpu. Ends the run on a rank that was meant for a GPU and has none.
     """
-    cpu.install_if_wanted(argv)
+    # Any rank may be the one, so it says so itself.
+    with clear_errors(every_rank=True):
+        cpu.install_if_wanted(argv)
     from megalora import mends
 
     mends.install()
@@ -278,14 +280,18 @@ def factor_overrides(config: LoRAConfig, args: argparse.Namespace) -> dict[Any, 
 
 
 @contextlib.contextmanager
-def clear_errors() -> Iterator[None]:
-    """End a script with one message where the user's input is wrong, on one rank of each node."""
+def clear_errors(*, every_rank: bool = False) -> Iterator[None]:
+    """End a script with one message where the user's input is wrong, on one rank of each node.
+
+    every_rank: let every rank that fails say why.
+    """
     try:
         yield
     except ValueError as error:
         if os.environ.get("MEGALORA_TRACEBACK"):
             raise
-        message = f"error: {error}" if os.environ.get("LOCAL_RANK", "0") == "0" else ""
+        speaks = every_rank or os.environ.get("LOCAL_RANK", "0") == "0"
+        message = f"error: {error}" if speaks else ""
         sys.stdout.flush()
         raise SystemExit(message or 1) from None
 
