@@ -9,9 +9,9 @@ the whole model, as any Megatron script does.
 import argparse
 import sys
 
-from megalora import add_lora_args, cpu, launch
+from megalora import add_lora_args, launch
 
-cpu.install_if_wanted(sys.argv)  # before the first import of megatron
+launch.prepare_megatron(sys.argv)  # before the first import of megatron
 
 from megatron.core.enums import ModelType  # noqa: E402
 from megatron.training import pretrain  # noqa: E402

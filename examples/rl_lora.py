@@ -23,9 +23,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from megalora import add_lora_args, cpu, launch
+from megalora import add_lora_args, launch
 
-cpu.install_if_wanted(sys.argv)  # before the first import of megatron
+launch.prepare_megatron(sys.argv)  # before the first import of megatron
 
 from megatron.core import parallel_state  # noqa: E402
 from megatron.core.distributed import finalize_model_grads  # noqa: E402

@@ -16,9 +16,9 @@ import warnings
 from pathlib import Path
 from typing import Any
 
-from megalora import add_lora_args, cpu, launch
+from megalora import add_lora_args, launch
 
-cpu.install_if_wanted(sys.argv)  # before the first import of megatron
+launch.prepare_megatron(sys.argv)  # before the first import of megatron
 
 import torch  # noqa: E402
 from megatron.training.argument_utils import (  # noqa: E402

@@ -4,12 +4,13 @@ import argparse
 import contextlib
 import os
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
 
+from megalora import cpu
 from megalora.arguments import given_lora_fields, lora_config_from_args
 from megalora.auto_lr import set_auto_lr
 from megalora.config import LoRAConfig
@@ -22,15 +23,28 @@ from megalora.run_arguments import (
     with_hf_flags,
 )
 
-# NOTE: scripts import this before `megalora.cpu.install`: only functions import megatron.
+# NOTE: scripts import this before `prepare_megatron`: only functions import megatron.
 if TYPE_CHECKING:
     from megalora.resume import Found
 
 # All that a launch script needs, from one module.
-__all__ = ["LoRARun", "add_exchange_args", "clear_errors", "with_hf_flags"]
+__all__ = ["LoRARun", "add_exchange_args", "clear_errors", "prepare_megatron", "with_hf_flags"]
 
 ModelChunks = list[torch.nn.Module]
 Hook = Callable[[ModelChunks], ModelChunks]
+
+
+def prepare_megatron(argv: Sequence[str]) -> None:
+    """Mend Megatron for the device of this run; to be called before megatron is imported.
+
+    argv: the run's flags, for --cpu. Ends the run on a rank that was meant for a GPU and has none.
+    """
+    # Any rank may be the one, so it says so itself.
+    with clear_errors(every_rank=True):
+        cpu.install_if_wanted(argv)
+    from megalora import mends
+
+    mends.install()
 
 
 class LoRARun:
@@ -266,14 +280,18 @@ def factor_overrides(config: LoRAConfig, args: argparse.Namespace) -> dict[Any, 
 
 
 @contextlib.contextmanager
-def clear_errors() -> Iterator[None]:
-    """End a script with one message where the user's input is wrong, on one rank of each node."""
+def clear_errors(*, every_rank: bool = False) -> Iterator[None]:
+    """End a script with one message where the user's input is wrong, on one rank of each node.
+
+    every_rank: let every rank that fails say why.
+    """
     try:
         yield
     except ValueError as error:
         if os.environ.get("MEGALORA_TRACEBACK"):
             raise
-        message = f"error: {error}" if os.environ.get("LOCAL_RANK", "0") == "0" else ""
+        speaks = every_rank or os.environ.get("LOCAL_RANK", "0") == "0"
+        message = f"error: {error}" if speaks else ""
         sys.stdout.flush()
         raise SystemExit(message or 1) from None
 

@@ -15,9 +15,15 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from megalora import cpu, writers
+from megalora import writers
 from megalora.arguments import add_lora_args
-from megalora.launch import LoRARun, add_exchange_args, clear_errors, with_hf_flags
+from megalora.launch import (
+    LoRARun,
+    add_exchange_args,
+    clear_errors,
+    prepare_megatron,
+    with_hf_flags,
+)
 
 _KNOWN = "megalora run knows megatron-core 0.19 and 0.20"
 
@@ -31,7 +37,7 @@ def run_script(script: str, argv: Sequence[str]) -> None:
     if not path.is_file():
         raise ValueError(f"script {script!r} does not exist: give the path of a launch script")
     sys.path.insert(0, str(path.parent))
-    cpu.install_if_wanted(argv)
+    prepare_megatron(argv)
     with clear_errors():
         sys.argv = [script, *with_hf_flags(argv)]
         launcher = Launcher()

@@ -164,6 +164,11 @@ def _run_rank(words: list[str], by_megalora: bool, env: dict[str, str], log: str
     runpy.run_path(words[0], run_name="__main__")
 
 
+def with_root(environ: Mapping[str, str] = os.environ) -> str:
+    """Return a PYTHONPATH that finds this checkout before all that it found already."""
+    return os.pathsep.join(filter(None, [str(ROOT), environ.get("PYTHONPATH")]))
+
+
 def free_port() -> int:
     """Return a port that nothing listens on."""
     with socket.socket() as probe:

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.forked import ROOT, free_port
+from tests.forked import ROOT, free_port, with_root
 from tests.tiny import EXPERTS, LORA, MODEL, TRAIN
 
 pytestmark = [
@@ -27,7 +27,7 @@ def losses(model: list[str], dataset: Path, *more: str) -> list[float]:
     finished = subprocess.run(
         [sys.executable, "examples/pretrain_lora.py", *words, *TRAIN, *LORA, *data, *more],
         cwd=ROOT,
-        env={**os.environ, **env, "MASTER_PORT": str(free_port()), "PYTHONPATH": str(ROOT)},
+        env={**os.environ, **env, "MASTER_PORT": str(free_port()), "PYTHONPATH": with_root()},
         capture_output=True,
         text=True,
         timeout=300,

@@ -73,7 +73,7 @@ def place(tmp_path_factory, factors) -> Path:
         [sys.executable, "-m", "tests.hf_commands", "results.json"],
         input=json.dumps([command.split() for command in COMMANDS.values()]),
         cwd=place,
-        env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
+        env={**os.environ, "PYTHONPATH": with_root(), "OMP_NUM_THREADS": "1"},
         capture_output=True,
         text=True,
         timeout=300,

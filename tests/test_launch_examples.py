@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.forked import ROOT, SCRIPT, free_port
+from tests.forked import ROOT, SCRIPT, free_port, with_root
 from tests.tiny import LORA, MODEL, TRAIN
 
 EXAMPLES = ROOT / "examples"
@@ -19,7 +19,7 @@ def run(script: str, *flags: str, **env: str) -> str:
         env={
             **os.environ,
             "PYTHON": sys.executable,
-            "PYTHONPATH": str(ROOT),
+            "PYTHONPATH": with_root(),
             "CPU": "1",
             "OMP_NUM_THREADS": "1",
             "MAX_RESTARTS": "0",

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.forked import ROOT, SCRIPT, Ranks, free_port
+from tests.forked import ROOT, SCRIPT, Ranks, free_port, with_root
 from tests.tiny import LORA, MODEL, TRAIN, flags, train
 
 PROVIDER_SCRIPT = SCRIPT.with_name("pretrain_provider.py")
@@ -40,7 +40,7 @@ def test_without_lora_rank_the_script_does_what_it_did(base: Path, tmp_path: Pat
     command = [sys.executable, "-c", PLAIN, str(SCRIPT), *MODEL, *TRAIN]
     command += ["--pretrained-checkpoint", str(base), "--train-iters", "2"]
     alone = {"MASTER_ADDR": "localhost", "MASTER_PORT": str(free_port())}
-    env = {**os.environ, **alone, "PYTHONPATH": str(ROOT)}
+    env = {**os.environ, **alone, "PYTHONPATH": with_root()}
     plain = subprocess.run(command, env=env, capture_output=True, text=True, timeout=300)
     assert plain.returncode == 0, plain.stderr[-3000:]
     assert len(ours) == 2

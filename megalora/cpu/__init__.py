@@ -11,7 +11,7 @@ from collections.abc import Sequence
 
 import torch
 
-from megalora.cpu import cuda_facade, gloo
+from megalora.cpu import cuda_facade, gloo, signs
 
 _INSTALLED = "_megalora_cpu_installed"
 
@@ -40,23 +40,51 @@ def install() -> None:
             "megalora.cpu.install() before the first import of megatron"
         )
     setattr(torch, _INSTALLED, True)
+    install_devices()
+    # They import megatron, which must see the facade.
+    from megalora import mends
+    from megalora.cpu import kernels
+
+    kernels.install()
+    mends.install()
+
+
+def install_devices() -> None:
+    """Put the CPU in place of CUDA devices and gloo in place of NCCL, and mend nothing else."""
     # Megatron asserts or warns on this CUDA launch order setting under tensor parallelism.
     os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
     cuda_facade.install()
     gloo.install()
-    # The patches import megatron, which must see the facade.
-    from megalora.cpu import megatron_patches
+    from megalora.cpu import megatron_devices
 
-    megatron_patches.install()
+    megatron_devices.install()
 
 
 def install_if_wanted(argv: Sequence[str]) -> bool:
-    """Install where `wanted(argv)`, saying so on global rank 0 if it was not asked for."""
+    """Install where `wanted(argv)`, saying so on global rank 0 if it was not asked for.
+
+    Raises ValueError on a rank that was meant for a GPU and has none, unless --cpu is given.
+    """
+    if installed():
+        return True
+    asked, is_script = "--cpu" in argv, not _is_imported_again()
     if not wanted(argv):
+        if is_script:
+            signs.tell_siblings("cuda", os.environ)
         return False
-    # Checkpoint writers are spawned with the same environment and import the script again.
-    spawned = multiprocessing.parent_process() is not None
-    if "--cpu" not in argv and os.environ.get("RANK", "0") == "0" and not spawned:
-        print("megalora: no CUDA device found, Megatron runs on the CPU over gloo", flush=True)
+    if not asked and is_script:
+        found = signs.gpu_signs(os.environ) or signs.sibling_signs(os.environ)
+        if found:
+            raise ValueError(signs.refusal(found, os.environ))
+        if os.environ.get("RANK", "0") == "0":
+            print("megalora: no CUDA device found, Megatron runs on the CPU over gloo", flush=True)
     install()
     return True
+
+
+def _is_imported_again() -> bool:
+    """Say whether a process that a run started imports the script, as writers of checkpoints do.
+
+    It has the run's environment, but not always its flags.
+    """
+    return getattr(multiprocessing.current_process(), "_inheriting", False)

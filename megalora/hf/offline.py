@@ -25,10 +25,11 @@ _TRACKER = "latest_checkpointed_iteration.txt"
 
 def prepare() -> None:
     """Make megatron importable: on the CPU where there is no GPU."""
-    from megalora import cpu
+    from megalora import cpu, mends
 
     if cpu.wanted([]):
         cpu.install()
+    mends.install()
 
 
 @contextmanager

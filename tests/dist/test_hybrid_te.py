@@ -9,7 +9,7 @@ from megatron.core.extensions import transformer_engine as te
 from megatron.core.models.hybrid.hybrid_layer_specs import hybrid_stack_spec
 
 import tests.dist.models
-from megalora.cpu.attention import CpuCoreAttention
+from megalora.mends.attention import CoreAttention
 from tests.dist.cases import EP2, TP2, TP2_SP, Case
 from tests.dist.layouts import Layout
 from tests.dist.parity import errors, truth
@@ -42,5 +42,5 @@ def default_stack() -> Any:
     """Return the default layers, all but attention's kernel."""
     spec = copy.deepcopy(hybrid_stack_spec)
     layer: Any = spec.submodules.attention_layer
-    layer.submodules.self_attention.submodules.core_attention = CpuCoreAttention
+    layer.submodules.self_attention.submodules.core_attention = CoreAttention
     return spec

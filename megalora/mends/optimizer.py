@@ -4,9 +4,28 @@ from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
+from megatron.core import optimizer
+from megatron.core.optimizer import distrib_optimizer
 
 # The multi-tensor functions that torch.optim itself is made of; they have no public name.
 _torch: Any = torch
+
+
+def install() -> None:
+    """Give Megatron FusedAdam where neither TransformerEngine nor apex brings theirs."""
+    if optimizer.USING_PYTORCH_OPTIMIZER:
+        replace_adam()
+
+
+def replace_adam() -> None:
+    """Give Megatron FusedAdam, on whose steps the distributed optimizer's checkpoints rely."""
+    for module in (optimizer, distrib_optimizer):
+        patched: Any = module
+        patched.Adam = FusedAdam
+    optimizer.USING_PYTORCH_OPTIMIZER = False
+    if not distrib_optimizer.HAVE_APEX_OR_TE:
+        distrib_optimizer.HAVE_APEX_OR_TE = True
+        distrib_optimizer.USING_APEX_OPTIMIZER = True
 
 
 class FusedAdam(torch.optim.Optimizer):
@@ -27,6 +46,11 @@ class FusedAdam(torch.optim.Optimizer):
         adam_w_mode: bool = True,
         capturable: bool = False,
     ) -> None:
+        if capturable:
+            raise ValueError(
+                "optimizer_cuda_graph True needs TransformerEngine's or apex's FusedAdam, which "
+                "counts its steps on the GPU: leave out --optimizer-cuda-graph"
+            )
         self.adam_w_mode = adam_w_mode
         defaults = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay}
         super().__init__(params, {**defaults, "bias_correction": True})

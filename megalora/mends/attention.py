@@ -1,0 +1,191 @@
+"""torch's attention for the local layers: MLA, context parallelism and packed sequences too."""
+
+import contextlib
+import math
+from typing import Any
+
+import torch
+from megatron.core.models.backends import LocalSpecProvider
+from megatron.core.packed_seq_params import PackedSeqParams
+from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.tensor_parallel import get_cuda_rng_tracker
+from megatron.core.tensor_parallel.mappings import gather_from_sequence_parallel_region
+from megatron.core.transformer.dot_product_attention import DotProductAttention
+from megatron.core.transformer.enums import AttnMaskType
+from megatron.core.transformer.module import MegatronModule
+from megatron.core.transformer.transformer_config import TransformerConfig
+from torch.nn.functional import scaled_dot_product_attention
+
+_CAUSAL = (AttnMaskType.causal, AttnMaskType.padding_causal)
+
+
+def install() -> None:
+    """Give the local layers this attention."""
+    patched: Any = LocalSpecProvider
+    patched.core_attention = lambda self: CoreAttention
+
+
+class CoreAttention(MegatronModule):
+    """Stand where Megatron's DotProductAttention stands.
+
+    That one takes no multi-latent attention, context parallelism or packed sequences, and holds all
+    scores of a layer in memory. It stays where this one is less: windows and softmax offsets.
+    """
+
+    def __new__(cls, config: TransformerConfig, *args: Any, **kwargs: Any) -> Any:
+        """Build Megatron's own for what torch's attention has not."""
+        if config.window_size is None and config.softmax_type == "vanilla":
+            return super().__new__(cls)
+        return DotProductAttention(config, *args, **kwargs)
+
+    def __init__(
+        self,
+        config: TransformerConfig,
+        layer_number: int,
+        attn_mask_type: AttnMaskType,
+        attention_type: str,
+        attention_dropout: float | None = None,
+        softmax_scale: float | None = None,
+        k_channels: int | None = None,
+        v_channels: int | None = None,
+        cp_comm_type: str | None = None,
+        pg_collection: ProcessGroupCollection | None = None,
+    ) -> None:
+        super().__init__(config=config)
+        if pg_collection is None:
+            pg_collection = ProcessGroupCollection.use_mpu_process_groups(required_pgs=["tp", "cp"])
+        self.cp_group = pg_collection.cp
+        self.attn_mask_type = attn_mask_type
+        self.dropout = config.attention_dropout if attention_dropout is None else attention_dropout
+        k_channels = k_channels or config.kv_channels
+        assert k_channels is not None
+        self.softmax_scale = softmax_scale or 1 / math.sqrt(k_channels)
+        if config.apply_query_key_layer_scaling:
+            self.softmax_scale /= max(1, layer_number)
+
+    def forward(
+        self,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        attention_mask: torch.Tensor | None = None,
+        attn_mask_type: AttnMaskType | None = None,
+        attention_bias: torch.Tensor | None = None,
+        packed_seq_params: PackedSeqParams | None = None,
+    ) -> torch.Tensor:
+        """Attend.
+
+        query: [s/cp, b, heads, d], key and value: [s/cp, b, groups, d], or [t/cp, ., d] if packed.
+        attention_mask: [b or 1, 1, s/cp, s], True where a query must not look; None asks for what
+        attn_mask_type says. Returns [s/cp, b, heads * d_v], or [t/cp, heads * d_v] if packed.
+        """
+        packed = packed_seq_params is not None and packed_seq_params.qkv_format == "thd"
+        if packed:
+            query, key, value = (x.unsqueeze(1) for x in (query, key, value))
+        causal = (attn_mask_type or self.attn_mask_type) in _CAUSAL
+        allowed: torch.Tensor | None = None
+        if packed or self.cp_group.size() > 1:
+            if not causal:
+                raise ValueError(
+                    "packed sequences and context parallelism need a causal attention mask in the "
+                    f"local layers, got {attn_mask_type or self.attn_mask_type}"
+                )
+            boundaries = _boundaries(packed_seq_params, query.shape[0] * self.cp_group.size())
+            key, value, allowed = self._gather_context(key, value, boundaries)
+        if attention_mask is not None and not packed:
+            allowed = ~attention_mask
+        out = self._attend(query, key, value, allowed, causal and allowed is None, attention_bias)
+        out = out.flatten(2)
+        return out.squeeze(1) if packed else out
+
+    def _gather_context(
+        self, key: torch.Tensor, value: torch.Tensor, boundaries: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """All-gather keys and values over the context-parallel group, in the order of the text.
+
+        Returns them [s, b, groups, d] with what each local query may look at, [s/cp, s].
+        """
+        cp_size, cp_rank = self.cp_group.size(), self.cp_group.rank()
+        positions = [_zigzag(boundaries, cp_size, r).to(key.device) for r in range(cp_size)]
+        order = torch.cat(positions).argsort()
+        if cp_size > 1:
+            # dgrad: reduce-scatter, every rank's queries used every key
+            key, value = (
+                gather_from_sequence_parallel_region(
+                    x, tensor_parallel_output_grad=True, group=self.cp_group
+                )[order]
+                for x in (key, value)
+            )
+        queries, keys = positions[cp_rank], torch.arange(order.numel(), device=key.device)
+        sequence = torch.bucketize(keys, boundaries[1:-1].to(key.device), right=True)
+        allowed = (queries[:, None] >= keys) & (sequence[queries][:, None] == sequence)
+        return key, value, allowed
+
+    def _attend(
+        self,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        allowed: torch.Tensor | None,
+        causal: bool,
+        bias: torch.Tensor | None,
+    ) -> torch.Tensor:
+        """Return [s, b, heads, d_v] from [s, b, heads, d] by torch's fused attention."""
+        if bias is not None:
+            # torch takes one mask, boolean or additive.
+            if causal:
+                ones = bias.new_ones(query.shape[0], key.shape[0], dtype=torch.bool)
+                allowed = ones.tril()
+            allowed = bias if allowed is None else bias.masked_fill(~allowed, float("-inf"))
+            causal = False
+        dropout = self.dropout if self.training else 0.0
+        # As DotProductAttention does: heads are sharded, so each rank draws its own numbers.
+        fork = dropout > 0 and not self.config.sequence_parallel
+        tracker: Any = get_cuda_rng_tracker()
+        with tracker.fork() if fork else contextlib.nullcontext():
+            out: Any = scaled_dot_product_attention(
+                *(x.permute(1, 2, 0, 3) for x in (query, key, value)),
+                attn_mask=allowed,
+                dropout_p=dropout,
+                is_causal=causal,
+                scale=self.softmax_scale,
+                enable_gqa=query.shape[2] != key.shape[2],
+            )
+        return out.permute(2, 0, 1, 3)
+
+
+def _boundaries(packed: PackedSeqParams | None, num_tokens: int) -> torch.Tensor:
+    """Return where sequences start, and at the end the number of tokens over all ranks, on the CPU.
+
+    Padding after the last sequence counts as one more sequence. Padding within `cu_seqlens_padded`
+    ends its sequence, where a causal mask hides it from every real token.
+    """
+    if packed is None:
+        return torch.tensor([0, num_tokens])
+    starts = (
+        packed.cu_seqlens_q if packed.cu_seqlens_q_padded is None else packed.cu_seqlens_q_padded
+    )
+    starts = starts.long().cpu()
+    if starts[-1] < num_tokens:
+        starts = torch.cat([starts, torch.tensor([num_tokens])])
+    return starts
+
+
+def _zigzag(boundaries: torch.Tensor, cp_size: int, cp_rank: int) -> torch.Tensor:
+    """Return the positions that a rank holds: chunks r and 2 cp - 1 - r of each sequence.
+
+    Megatron cuts sequences so to even out the work of a causal mask.
+    """
+    if cp_size == 1:
+        return torch.arange(int(boundaries[-1]))
+    positions = []
+    for start, end in zip(boundaries[:-1].tolist(), boundaries[1:].tolist(), strict=True):
+        chunk, rest = divmod(end - start, 2 * cp_size)
+        if rest:
+            raise ValueError(
+                f"a sequence of {end - start} tokens cannot be cut in 2 * context_parallel_size = "
+                f"{2 * cp_size} chunks: pad it to a multiple"
+            )
+        for index in (cp_rank, 2 * cp_size - 1 - cp_rank):
+            positions.append(torch.arange(start + index * chunk, start + (index + 1) * chunk))
+    return torch.cat(positions)

@@ -1,0 +1,91 @@
+"""Megatron's own layers where TransformerEngine and apex are missing.
+
+The settings that need them are defaults of Megatron's flags, and launch scripts should run
+unchanged.
+"""
+
+import functools
+import importlib.util
+import os
+from typing import Any
+
+import torch
+from megatron.core.extensions.transformer_engine import HAVE_TE
+from megatron.core.tensor_parallel import layers
+from megatron.core.transformer.torch_norm import WrappedTorchNorm
+from megatron.core.transformer.transformer_config import TransformerConfig
+
+# Default in Megatron's flags, and only in TransformerEngine.
+_TE_ONLY = {
+    "transformer_impl": "local",
+    "apply_rope_fusion": False,
+    "moe_grouped_gemm": False,
+    "moe_permute_fusion": False,
+    "moe_router_fusion": False,
+}
+
+
+def install() -> None:
+    """Change settings without their packages when a configuration is made, and Megatron's norm."""
+    config: Any = TransformerConfig
+    check = config.__post_init__
+
+    def change_and_check(self: TransformerConfig) -> None:
+        _change(self)
+        check(self)
+
+    config.__post_init__ = change_and_check
+    norm: Any = WrappedTorchNorm
+    norm.__new__ = staticmethod(build_norm)
+
+
+def _change(config: TransformerConfig) -> None:
+    if not HAVE_TE:
+        _set(config, "TransformerEngine", _TE_ONLY)
+    # Without the kernel Megatron's linears end the run, in TransformerEngine's models the last one.
+    if not layers._grad_accum_fusion_available:
+        _set(config, "apex", {"gradient_accumulation_fusion": False})
+    # Megatron's own attention looks for the kernel in the first step in half precision, and fails.
+    is_local = config.transformer_impl == "local"
+    if is_local and importlib.util.find_spec("scaled_masked_softmax_cuda") is None:
+        _set(config, "apex", {"masked_softmax_fusion": False})
+
+
+def _set(config: TransformerConfig, package: str, settings: dict[str, Any]) -> None:
+    changed = {name: value for name, value in settings.items() if getattr(config, name) != value}
+    for name, value in changed.items():
+        setattr(config, name, value)
+    if changed:
+        listed = ", ".join(f"{name}={value}" for name, value in changed.items())
+        _say_once(f"without {package} this run has {listed}")
+
+
+@functools.cache
+def _say_once(message: str) -> None:
+    if os.environ.get("RANK", "0") == "0":
+        print(f"megalora: {message}", flush=True)
+
+
+def build_norm(
+    cls: type, config: Any, hidden_size: int, eps: float = 1e-5, **kwargs: object
+) -> torch.nn.Module:
+    """Build torch's norm, also under sequence parallelism, which WrappedTorchNorm refuses.
+
+    Its weights are marked for Megatron to sum their gradients over the tensor-parallel group.
+    persist_layer_norm (a default) and memory_efficient_layer_norm only pick a kernel of apex and
+    are ignored.
+    """
+    if config.layernorm_zero_centered_gamma:
+        raise ValueError(
+            "layernorm_zero_centered_gamma True is not in torch's norm: leave out "
+            "--apply-layernorm-1p, or install TransformerEngine"
+        )
+    kinds = {"RMSNorm": torch.nn.RMSNorm, "LayerNorm": torch.nn.LayerNorm}
+    if config.normalization not in kinds:
+        raise ValueError(
+            f"normalization {config.normalization!r} is not in torch: use {' or '.join(kinds)}"
+        )
+    norm = kinds[config.normalization](hidden_size, eps=eps)
+    for parameter in norm.parameters():
+        setattr(parameter, "sequence_parallel", config.sequence_parallel)  # noqa: B010
+    return norm

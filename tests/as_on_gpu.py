@@ -1,0 +1,39 @@
+"""Run a program as on a GPU: CUDA devices and NCCL are faked, and nothing else of Megatron.
+
+python -m tests.as_on_gpu SCRIPT.py <its flags>
+python -m tests.as_on_gpu run SCRIPT.py <its flags>         by `megalora run`
+
+What `megalora.cpu` brings for the CPU's sake alone, stand-ins for CUDA kernels, is left out.
+"""
+
+import importlib.util
+import sys
+from pathlib import Path
+
+import torch
+
+from megalora import cpu
+from megalora.__main__ import main
+
+
+def show_a_gpu() -> None:
+    """Fake the devices, for Megatron and for megalora's own question whether there are any."""
+    # The compiled operators ask torch themselves, which has no GPU.
+    assert importlib.util.find_spec("transformer_engine") is None, "its kernels need a GPU"
+    cpu.install_devices()
+    answer = torch.cuda.is_available
+
+    def is_available() -> bool:
+        caller = sys._getframe(1).f_globals["__name__"]
+        return caller.startswith(("megatron.", "megalora.")) or answer()
+
+    torch.cuda.is_available = is_available
+
+
+if __name__ == "__main__":
+    show_a_gpu()
+    sys.argv = sys.argv[1:]
+    if sys.argv[0] == "run":
+        sys.exit(main(sys.argv))
+    # Not runpy: Megatron's checkpoint writers import this module again, and not the script.
+    exec(compile(Path(sys.argv[0]).read_bytes(), sys.argv[0], "exec"))
