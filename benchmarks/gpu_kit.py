@@ -29,6 +29,7 @@ TE_WHEELS = ("transformer-engine", "transformer-engine-cu13")
 TE_NEEDS = ("pydantic", "pydantic-core", "annotated-types", "typing-inspection")
 TE_NEEDS += ("importlib-metadata", "nvdlfw-inspect")
 LARGEST = 24 * 2**20
+DESCRIPTION = "kit.json"
 FATBIN_MAGIC = 0xBA55ED50
 
 
@@ -64,7 +65,7 @@ class Kit:
 
 def open_kit(folder: Path) -> Kit:
     """Return the kit in a folder; ValueError where a file is missing or another."""
-    description = folder / "kit.json"
+    description = folder / DESCRIPTION
     if not description.exists():
         raise ValueError(f"kit {folder} has no kit.json: make it by `make gpu-kit`")
     facts = json.loads(description.read_text())
@@ -91,7 +92,7 @@ def main() -> None:
     parser.add_argument("--te", type=Path, help="folder with transformer_engine_torch's wheel")
     parser.add_argument("--extra", nargs="*", default=[], help="more packages, such as a peer's")
     options = parser.parse_args()
-    if options.output.exists() and not (options.output / "kit.json").exists():
+    if options.output.exists() and not (options.output / DESCRIPTION).exists():
         parser.error(f"--output {options.output} is not a kit: give a new folder")
     with tempfile.TemporaryDirectory(dir=ROOT, prefix=".gpu-kit-") as temporary:
         folder = Path(temporary) / "kit"
@@ -197,9 +198,11 @@ def keep_architecture(library: bytes, arch: int) -> bytes:
 def describe(folder: Path, torch_version: str, arch: str) -> None:
     """Write kit.json."""
     commit = run("git", "describe", "--always", "--dirty", capture=True).strip()
-    files = {path.name: sha256(path) for path in sorted(folder.iterdir())}
+    files = {
+        path.name: sha256(path) for path in sorted(folder.iterdir()) if path.name != DESCRIPTION
+    }
     facts = {"torch": torch_version, "arch": arch, "commit": commit, "files": files}
-    (folder / "kit.json").write_text(json.dumps(facts, indent=1) + "\n")
+    (folder / DESCRIPTION).write_text(json.dumps(facts, indent=1) + "\n")
 
 
 def run(*command: object, capture: bool = False, **environment: str) -> str:
