@@ -90,7 +90,8 @@ def build(model_config: Any, lora: launch.LoRARun) -> list[Any]:
 
     builder = model_config.get_builder_cls()(model_config)
     chunk = builder.build_model(ProcessGroupCollection.use_mpu_process_groups(), True, True)
-    return [part.eval() for part in lora.prepare([chunk])]
+    # torch's norms are built on the CPU.
+    return [part.eval() for part in lora.prepare([chunk.cuda()])]
 
 
 def held_out(args: Any) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -112,14 +113,16 @@ def causal(tokens: torch.Tensor) -> torch.Tensor:
 
 @torch.no_grad()
 def megatron_logits(chunk: Any, tokens: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
-    """Return logits [b, s, vocabulary] of Megatron's model, four sequences at a time."""
+    """Return logits [b, s, vocabulary] on the CPU, of Megatron's model, by four sequences."""
+    device = next(chunk.parameters()).device
     parts = []
     for start in range(0, len(tokens), 4):
         part = tokens[start : start + 4]
         positions = torch.arange(part.shape[1]).expand_as(part)
         part_mask = mask if len(mask) == 1 else mask[start : start + 4]
-        parts.append(chunk(part, positions, part_mask))
-    return torch.cat(parts).float()
+        logits = chunk(*(x.to(device) for x in (part, positions, part_mask)))
+        parts.append(logits.float().cpu())
+    return torch.cat(parts)
 
 
 def answer_loss(logits: torch.Tensor, labels: torch.Tensor, loss_mask: torch.Tensor) -> float:

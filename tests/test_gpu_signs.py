@@ -1,4 +1,4 @@
-"""A rank that was meant for a GPU and has none ends the run; where none is meant the CPU runs it."""
+"""A rank that was meant for a GPU and has none ends the run; elsewhere the CPU runs it."""
 
 import os
 import socket
@@ -80,7 +80,8 @@ class Torchrun:
 
 
 def test_a_sibling_with_a_gpu_is_a_sign() -> None:
-    ranks = Torchrun(3).ranks
+    torchrun = Torchrun(3)
+    ranks = torchrun.ranks
     with ThreadPoolExecutor(2) as pool:
         on_cpu = [pool.submit(signs.sibling_signs, rank) for rank in ranks[::2]]
         assert signs.tell_siblings("cuda", ranks[1]) is not None
@@ -89,12 +90,12 @@ def test_a_sibling_with_a_gpu_is_a_sign() -> None:
 
 
 def test_siblings_on_the_cpu_are_no_sign(monkeypatch: pytest.MonkeyPatch) -> None:
-    ranks = Torchrun(2).ranks
+    torchrun, silent = Torchrun(2), Torchrun(2)
     with ThreadPoolExecutor(2) as pool:
-        assert list(pool.map(signs.sibling_signs, ranks)) == [[], []]
+        assert list(pool.map(signs.sibling_signs, torchrun.ranks)) == [[], []]
     # One that never tells: another program.
     monkeypatch.setattr(signs, "_WAIT", timedelta(seconds=1))
-    assert signs.sibling_signs(Torchrun(2).ranks[0]) == []
+    assert signs.sibling_signs(silent.ranks[0]) == []
     assert signs.sibling_signs({"WORLD_SIZE": "2", "RANK": "0"}) == []
 
 

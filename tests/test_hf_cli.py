@@ -11,6 +11,7 @@ import torch
 
 from megalora.hf.factors import LoRAFactors
 from megalora.hf.peft import read_adapter, write_adapter
+from tests.forked import with_root
 from tests.hf_models import (
     LAYERS,
     NUM_EXPERTS,

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.forked import ROOT, SCRIPT, Ranks, free_port, with_root
+from tests.forked import SCRIPT, Ranks, free_port, with_root
 from tests.tiny import LORA, MODEL, TRAIN, flags, train
 
 PROVIDER_SCRIPT = SCRIPT.with_name("pretrain_provider.py")

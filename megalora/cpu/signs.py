@@ -7,7 +7,8 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import torch
-import torch.distributed as dist
+from torch._C._distributed_c10d import PrefixStore, Store, TCPStore
+from torch.distributed import DistStoreError
 
 # Of the driver, and of the device files that containers are given.
 _DRIVER_FILES = ("proc/driver/nvidia", "dev/nvidiactl", "dev/nvidia[0-9]*")
@@ -69,7 +70,7 @@ def _cause() -> str:
     return "torch.cuda.is_available() is False"
 
 
-def tell_siblings(device: str, environ: Mapping[str, str]) -> dist.Store | None:
+def tell_siblings(device: str, environ: Mapping[str, str]) -> Store | None:
     """Tell the other ranks of a torchrun on what this one runs; None where there are none to tell.
 
     device: "cuda" or "cpu".
@@ -79,8 +80,8 @@ def tell_siblings(device: str, environ: Mapping[str, str]) -> dist.Store | None:
         return None
     address = environ["MASTER_ADDR"], int(environ["MASTER_PORT"])
     attempt = environ.get("TORCHELASTIC_RESTART_COUNT", "0")
-    server = dist.TCPStore(*address, is_master=False, timeout=_WAIT)
-    store = dist.PrefixStore(f"megalora/devices/{attempt}", server)
+    server = TCPStore(*address, is_master=False, timeout=_WAIT)
+    store = PrefixStore(f"megalora/devices/{attempt}", server)
     store.set(environ["RANK"], device)
     return store
 
@@ -95,7 +96,7 @@ def sibling_signs(environ: Mapping[str, str]) -> list[str]:
         return []
     ranks = [str(rank) for rank in range(int(environ["WORLD_SIZE"]))]
     # A rank that never tells does not run megalora, or died and ends the run.
-    with contextlib.suppress(dist.DistStoreError):
+    with contextlib.suppress(DistStoreError):
         store.wait(ranks)
     told = [rank for rank in ranks if store.check([rank])]
     on_gpus = [rank for rank in told if store.get(rank) == b"cuda"]
