@@ -66,7 +66,7 @@ __device__ __forceinline__ void add_weight(const Factor& f, const WeightParts& g
   const int64_t first_part = divide(begin, given.tokens) + expert;
   float sums[N] = {};
   sum_parts<N>(sums, given.parts + first_part * size + inside, size,
-               static_cast<int>(divide(end - begin + given.tokens - 1, given.tokens)));
+               static_cast<int>(ceil_divide(end - begin, given.tokens)));
   const float scale = static_cast<float>(f.scale);
   const int64_t element = expert * size + inside;
   if (f.weight_is_fp32) {

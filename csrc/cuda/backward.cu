@@ -34,7 +34,7 @@ __host__ __device__ __forceinline__ int64_t tiles_of_projection(const Factor& f,
 
 // Groups of at most `size` column tiles of one projection.
 __host__ __device__ __forceinline__ int groups_of(const Factor& f, int p, int size) {
-  return static_cast<int>(tiles_of(tiles_of_projection(f, p), size));
+  return static_cast<int>(ceil_divide(tiles_of_projection(f, p), size));
 }
 
 // How the work is divided, from the shapes alone.
@@ -100,8 +100,12 @@ __global__ void __launch_bounds__(kThreads, blocks_per_processor<RANK>)
     group -= groups_of(dgrad, projection, kTiles);
   }
   const int ranks = static_cast<int>(dgrad.rank);
-  const int first_tile = group * kTiles;
-  const int num_tiles = clamp_to(tiles_of_projection(dgrad, projection) - first_tile, kTiles);
+  // Groups of a projection are alike: 12 tiles are 6 and 6, where a group holds 8.
+  const int64_t tiles = tiles_of_projection(dgrad, projection);
+  const int even_tiles =
+      static_cast<int>(ceil_divide(tiles, groups_of(dgrad, projection, kTiles)));
+  const int first_tile = group * even_tiles;
+  const int num_tiles = clamp_to(tiles - first_tile, even_tiles);
   const Columns first_columns(dgrad, projection, first_tile);
 
   Columns loaded = first_columns;

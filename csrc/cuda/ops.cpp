@@ -20,6 +20,13 @@ namespace {
 // so that one process can measure both.
 enum class Route { automatic, gemm, kernels };
 
+void check_product(std::string_view name) {
+  TORCH_CHECK_VALUE(
+      name == "project" || name == "update" || name == "outer" || name == "backward",
+      "MEGALORA_CUDA_ROUTE names the product \"", name,
+      "\": use project, update, outer or backward");
+}
+
 Route route_named(std::string_view name) {
   TORCH_CHECK_VALUE(name == "auto" || name == "gemm" || name == "kernels",
                     "MEGALORA_CUDA_ROUTE names the route \"", name,
@@ -38,8 +45,10 @@ Route route_of(std::string_view product) {
     rest.remove_prefix(std::min(entry.size() + 1, rest.size()));
     const size_t colon = entry.find(':');
     const bool for_all = colon == std::string_view::npos;
+    const std::string_view chosen_for = for_all ? product : entry.substr(0, colon);
+    check_product(chosen_for);
     const Route named = route_named(for_all ? entry : entry.substr(colon + 1));
-    if (for_all || entry.substr(0, colon) == product) {
+    if (chosen_for == product) {
       route = named;
     }
   }

@@ -49,6 +49,10 @@ __host__ __device__ __forceinline__ int64_t divide(int64_t dividend, int64_t div
   return static_cast<uint32_t>(dividend) / static_cast<uint32_t>(divisor);
 }
 
+__host__ __device__ __forceinline__ int64_t ceil_divide(int64_t dividend, int64_t divisor) {
+  return divide(dividend + divisor - 1, divisor);
+}
+
 struct TokenTile {
   int64_t expert;
   int64_t begin;
@@ -100,7 +104,7 @@ struct ColumnTile {
 };
 
 __host__ __device__ __forceinline__ int64_t tiles_of(int64_t size, int tile = kTileColumns) {
-  return divide(size + tile - 1, tile);
+  return ceil_divide(size, tile);
 }
 
 __host__ __device__ __forceinline__ int64_t tiles_per_period(const Factor& f) {
