@@ -38,6 +38,9 @@ void for_each_block(const Factor& f, Body body) {
 }
 
 // a · b of scale, written (beta 0) or added (beta 1) to out.
+// NOTE: cuBLAS may add its splits of the sum in the 16-bit dtype, as in all GEMMs of torch;
+// torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction forbids it. It is left as the
+// user set it, because it is one switch for all threads.
 void multiply(Tensor out, const Tensor& a, const Tensor& b, double beta, double scale) {
   at::addmm_out(out, out, a, b, beta, scale);
 }

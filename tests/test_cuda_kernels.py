@@ -14,9 +14,16 @@ import pytest
 import torch
 from torch.utils.cpp_extension import include_paths, library_paths
 
-from megalora import fused
+from megalora import fused, reference
 from megalora.ops import Ops
-from tests.op_cases import CASES, Case, assert_matches_reference, draw
+from tests.op_cases import (
+    CASES,
+    TOLERANCE,
+    Case,
+    assert_matches_reference,
+    draw,
+    relative_error,
+)
 
 ROOT = Path(__file__).parents[1]
 EMULATOR = ROOT / "tests/emulator"
@@ -78,6 +85,42 @@ def test_one_read_of_dy_gives_both_gradients(emulated: Ops, case: Case) -> None:
     assert_matches_reference(emulated, case, torch.bfloat16, 0.0)
 
 
+@pytest.mark.parametrize("p", [0.0, 0.3])
+@pytest.mark.parametrize(
+    "case",
+    [
+        Case(128, 1088, (640,), 1, rank=16),  # whole tiles; two splits of the columns of x
+        Case(192, 1600, (320, 64), 2, rank=64),  # three splits, the last one shorter
+        Case(70, 1030, (72, 40), 1, rank=3),  # ragged tiles in two splits
+        Case(320, 256, (256, 256), 1, rank=4, experts=3),  # rows of 8 bytes
+        Case(256, 64, (576,), 1, rank=32),
+        Case(130, 72, (320,), 1, rank=70),  # several steps of ranks before wide is added to
+    ],
+    ids=str,
+)
+def test_whole_tiles_pass_through_every_stage(emulated: Ops, case: Case, p: float) -> None:
+    assert_matches_reference(emulated, case, torch.bfloat16, p)
+
+
+@pytest.mark.parametrize(
+    "case",
+    [Case(128, 1088, (320,), 1, rank=16), Case(70, 1030, (72, 40), 1, rank=3)],
+    ids=str,
+)
+def test_splits_of_columns_are_added_in_fp32(emulated: Ops, case: Case) -> None:
+    assert_matches_reference(emulated, case, torch.float32, 0.0)
+
+
+def test_gradients_at_odd_addresses_are_added_to(emulated: Ops) -> None:
+    """A view that begins one element after a multiple of 16 bytes cannot be written in fours."""
+    given = draw(Case(200, 8, (96,), 1, rank=8), torch.bfloat16)
+    arguments = (given.y, given.s, given.lora_B, 0.7, None, [])
+    _, expected = reference.expand_backward(*arguments)
+    d_b = torch.zeros(1 + expected.numel())[1:].view_as(expected)
+    emulated.expand_backward_(d_b, *arguments)
+    assert relative_error(d_b, expected) < TOLERANCE[torch.bfloat16]
+
+
 def test_the_kernels_repeat_themselves_bit_for_bit(emulated: Ops) -> None:
     given = draw(CASES[7], torch.bfloat16)
     arguments = (given.y, given.s, given.lora_B, 1.0, given.offsets, given.segments)
@@ -127,8 +170,8 @@ def test_no_kernel_spills_registers(cuobjdump: str) -> None:
 @pytest.mark.parametrize("architecture", ["sm_80", "sm_90a", "sm_100a"])
 def test_the_kernels_use_tensor_cores(cuobjdump: str, architecture: str) -> None:
     elfs = dump(cuobjdump, "-lelf")
-    assert len(re.findall(rf"\.{architecture}\.cubin", elfs)) == 4, (
-        "project, update, outer, backward"
+    assert len(re.findall(rf"\.{architecture}\.cubin", elfs)) == 5, (
+        "project, update, outer, backward, add"
     )
     if architecture == "sm_90a":  # one listing stands for all: it takes seconds
         listing = dump(cuobjdump, "-sass", "-arch", architecture)

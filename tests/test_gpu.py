@@ -35,6 +35,34 @@ def test_every_op_on_a_gpu_matches_the_reference(case: Case, dtype: torch.dtype,
         assert relative_error(got.cpu(), expected[name]) < TOLERANCE[got.dtype], name
 
 
+@pytest.mark.parametrize("route", ["gemm", "kernels", "project:kernels,update:gemm"])
+@pytest.mark.parametrize("case", [LARGE[0], LARGE[2]], ids=str)
+def test_every_route_matches_the_reference(
+    case: Case, route: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("MEGALORA_CUDA_ROUTE", route)
+    given = draw(case, torch.bfloat16)
+    expected = run_all(reference, given, 0.0)
+    for name, got in run_all(fused, on_gpu(given), 0.0).items():
+        assert relative_error(got.cpu(), expected[name]) < TOLERANCE[got.dtype], name
+
+
+@pytest.mark.parametrize(
+    ("route", "message"),
+    [
+        ("project:cutlass", 'route "cutlass": use auto, gemm or kernels'),
+        ("projct:gemm", 'product "projct": use project, update, outer or backward'),
+    ],
+)
+def test_an_unknown_route_is_refused(
+    route: str, message: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("MEGALORA_CUDA_ROUTE", route)
+    given = on_gpu(draw(LARGE[0], torch.bfloat16))
+    with pytest.raises(ValueError, match=message):
+        fused.shrink(given.x, given.lora_A)
+
+
 @pytest.mark.parametrize("case", LARGE, ids=str)
 def test_every_op_on_a_gpu_repeats_itself_bit_for_bit(case: Case) -> None:
     given = on("cuda", draw(case, torch.bfloat16))

@@ -1,247 +1,238 @@
+#include <algorithm>
+
 #include "kernels.cuh"
 #include "tile.cuh"
 
 namespace megalora::cuda {
 namespace {
 
-// Blocks that keep the largest GPUs busy, and the fewest tokens that are worth one. Constants, so
-// that the order of summation, and with it every bit, depends on the shapes alone.
-constexpr int64_t kBackwardBlocks = 528;
+// The fewest tokens that are worth a block.
 constexpr int64_t kFewestTokens = 128;
 
 // Column tiles of one block: their part of dB stays in its registers, their B in shared memory.
 template <int RANK>
-constexpr int group_tiles = RANK <= 16 ? 8 : 4;
+constexpr int group_tiles = RANK <= 8 ? 8 : 4;
+
+// Blocks on a multiprocessor, by registers and shared memory.
+template <int RANK>
+constexpr int blocks_per_processor = RANK <= 16 ? kBlocksPerProcessor : 3;
+
+template <class T, int RANK>
+struct BackwardTiles {
+  static constexpr int kStages = 3;
+  static constexpr int kTiles = group_tiles<RANK>;
+  static constexpr int kWidePitch = kTileColumns + kVector<T>;
+  static constexpr int kRankPitch = RANK + kVector<T>;
+  alignas(16) T wide[kStages][kTileTokens * kWidePitch];
+  alignas(16) T thin[kStages][kTileTokens * kRankPitch];
+  alignas(16) T weight[kTiles][kTileColumns * kRankPitch];
+};
 
 __host__ __device__ __forceinline__ int64_t tiles_of_projection(const Factor& f, int p) {
-  return f.columns / f.period * tiles_of(f.segment[p]);
+  return divide(f.columns, f.period) * tiles_of(f.segment[p]);
 }
 
 // Groups of at most `size` column tiles of one projection.
-__host__ __device__ __forceinline__ int64_t groups_of(const Factor& f, int p, int size) {
-  return (tiles_of_projection(f, p) + size - 1) / size;
+__host__ __device__ __forceinline__ int groups_of(const Factor& f, int p, int size) {
+  return static_cast<int>(ceil_divide(tiles_of_projection(f, p), size));
 }
 
-struct Groups {
-  int64_t all;   // of all projections
-  int64_t most;  // of one
+// How the work is divided, from the shapes alone.
+struct Division {
+  int64_t groups;             // of all projections
+  int64_t most_groups;        // of one
+  int count[kMaxSegments]{};  // of each
+  int64_t tokens;             // of one block, a multiple of kTileTokens
+  int64_t slots;              // of so many tokens
 };
 
-Groups groups(const Factor& f) {
-  const int size = f.rank <= 16 ? group_tiles<16> : group_tiles<32>;
-  Groups found{0, 0};
+template <int RANK>
+Division division(const Factor& f) {
+  Division d{};
   for (int p = 0; p < f.num_segments; ++p) {
-    const int64_t own = groups_of(f, p, size);
-    found.all += own;
-    found.most = found.most < own ? own : found.most;
+    d.count[p] = groups_of(f, p, group_tiles<RANK>);
+    d.groups += d.count[p];
+    d.most_groups = std::max<int64_t>(d.most_groups, d.count[p]);
   }
-  return found;
-}
-
-// Tokens of one block, a multiple of kTileTokens.
-int64_t tokens_per_block(const Factor& f) {
-  const int64_t blocks = (kBackwardBlocks + groups(f).all - 1) / groups(f).all;
+  const int64_t blocks_at_once = kBlocksAtOnce / kBlocksPerProcessor * blocks_per_processor<RANK>;
+  const int64_t blocks = std::max<int64_t>(blocks_at_once / d.groups, 1);
   const int64_t tokens = (f.tokens + blocks - 1) / blocks;
-  const int64_t rounded = (tokens + kTileTokens - 1) / kTileTokens * kTileTokens;
-  return rounded < kFewestTokens ? kFewestTokens : rounded;
+  d.tokens = std::max((tokens + kTileTokens - 1) / kTileTokens * kTileTokens, kFewestTokens);
+  d.slots = token_slots(f, d.tokens);
+  return d;
 }
 
-// One block: tokens_per_block tokens of one expert, a group of column tiles of one projection. It
-// reads its part of dY once and leaves its parts of ds [group of the projection, tokens,
-// projections * rank] and of dB [token slot, columns, rank]. grid: (token slots, groups).
+// Calls body with the narrowest rank tile that covers the rank, at most 32.
+template <class Body>
+auto with_narrow_rank_tile(const Factor& f, Body body) {
+  if (f.rank <= 8) {
+    return body.template operator()<8>();
+  }
+  return f.rank <= 16 ? body.template operator()<16>() : body.template operator()<32>();
+}
+
+int64_t ds_parts_size(const Factor& f, const Division& d) {
+  return d.most_groups * f.tokens * f.num_segments * f.rank;
+}
+
+// One block: block_tokens tokens of one expert, a group of column tiles of one projection. It reads
+// its part of dY once and leaves its parts of ds [group of the projection, tokens, projections *
+// rank] and of dB [token slot, columns * rank in the order of dB's memory]. grid: (groups, token
+// slots).
 template <class T, int RANK>
-__global__ void __launch_bounds__(kThreads)
+__global__ void __launch_bounds__(kThreads, blocks_per_processor<RANK>)
     backward_kernel(const __grid_constant__ Factor dgrad, const __grid_constant__ Factor wgrad,
                     int64_t block_tokens, float* ds_parts, float* db_parts) {
-  constexpr int kTiles = group_tiles<RANK>;
-  constexpr int kWidePitch = kTileColumns + kVector<T>;
-  constexpr int kRankPitch = RANK + kVector<T>;
-  __shared__ __align__(16) T wide[2][kTileTokens * kWidePitch];
-  __shared__ __align__(16) T thin[2][kTileTokens * kRankPitch];
-  __shared__ __align__(16) T weight[kTiles][kTileColumns * kRankPitch];
+  using Tiles = BackwardTiles<T, RANK>;
+  using Columns = ColumnSteps<kTileColumns>;
+  constexpr int kStages = Tiles::kStages;
+  constexpr int kTiles = Tiles::kTiles;
+  Tiles& shared = shared_memory<Tiles>();
 
-  const TokenTile tokens = token_tile(dgrad, blockIdx.x, block_tokens);
+  const int64_t slot = blockIdx.y;
+  const TokenTile tokens = token_tile(dgrad, slot, block_tokens);
   if (tokens.begin >= tokens.result_end) {
     return;
   }
   int projection = 0;
-  int64_t group = blockIdx.y;
-  int64_t start = 0;
+  int group = static_cast<int>(blockIdx.x);
   for (; group >= groups_of(dgrad, projection, kTiles); ++projection) {
     group -= groups_of(dgrad, projection, kTiles);
-    start += dgrad.segment[projection];
   }
   const int ranks = static_cast<int>(dgrad.rank);
-  const int64_t tiles_per_segment = tiles_of(dgrad.segment[projection]);
-  const int64_t first_tile = group * kTiles;
-  const int num_tiles = clamp_to(tiles_of_projection(dgrad, projection) - first_tile, kTiles);
-  const auto column_of = [&](int tile) {
-    const int64_t index = first_tile + tile;
-    return index / tiles_per_segment * dgrad.period + start +
-           index % tiles_per_segment * kTileColumns;
-  };
-  const auto columns_of = [&](int tile) {
-    const int64_t index = first_tile + tile;
-    return clamp_to(dgrad.segment[projection] - index % tiles_per_segment * kTileColumns,
-                    kTileColumns);
-  };
-  const auto load_wide = [&](int64_t token, int tile) {
-    if (tile < num_tiles) {
-      load_tile<kTileTokens, kTileColumns>(
-          wide[tile % 2], wide_at<T>(dgrad, token, column_of(tile)), dgrad.wide_stride,
-          clamp_to(tokens.end - token, kTileTokens), columns_of(tile));
+  // Groups of a projection are alike: 12 tiles are 6 and 6, where a group holds 8.
+  const int64_t tiles = tiles_of_projection(dgrad, projection);
+  const int even_tiles =
+      static_cast<int>(ceil_divide(tiles, groups_of(dgrad, projection, kTiles)));
+  const int first_tile = group * even_tiles;
+  const int num_tiles = clamp_to(tiles - first_tile, even_tiles);
+  const Columns first_columns(dgrad, projection, first_tile);
+
+  Columns loaded = first_columns;
+  int loaded_tile = 0;
+  int load_stage = 0;
+  int load_buffer = 0;
+  int64_t load_token = tokens.begin;
+  const auto load_next = [&] {
+    if (load_token < tokens.result_end) {
+      const int rows = clamp_to(tokens.end - load_token, kTileTokens);
+      if (loaded_tile == 0) {
+        load_tile<kTileTokens, RANK>(shared.thin[load_buffer],
+                                     thin_at<T>(wgrad, load_token, projection, 0),
+                                     wgrad.thin_stride, rows, ranks);
+        load_buffer = next_stage<kStages>(load_buffer);
+      }
+      load_tile<kTileTokens, kTileColumns>(shared.wide[load_stage],
+                                           wide_at<T>(dgrad, load_token, loaded.column),
+                                           dgrad.wide_stride, rows, loaded.columns());
+      load_stage = next_stage<kStages>(load_stage);
+      loaded.advance();
+      if (++loaded_tile == num_tiles) {
+        loaded_tile = 0;
+        loaded = first_columns;
+        load_token += kTileTokens;
+      }
     }
-  };
-  const auto load_thin = [&](int64_t token, int buffer) {
-    load_tile<kTileTokens, RANK>(thin[buffer], thin_at<T>(wgrad, token, projection, 0),
-                                 wgrad.thin_stride, clamp_to(tokens.end - token, kTileTokens),
-                                 ranks);
+    commit_copies();
   };
 
+  Columns columns = first_columns;
+#pragma unroll 1
   for (int tile = 0; tile < num_tiles; ++tile) {
-    load_tile<kTileColumns, RANK>(weight[tile],
-                                  weight_at<T>(dgrad, tokens.expert, column_of(tile), 0),
-                                  dgrad.column_stride, columns_of(tile), ranks);
+    load_tile<kTileColumns, RANK>(shared.weight[tile],
+                                  weight_at<T>(dgrad, tokens.expert, columns.column, 0),
+                                  dgrad.column_stride, columns.columns(), ranks);
+    columns.advance();
   }
-  load_thin(tokens.begin, 0);
-  load_wide(tokens.begin, 0);
-  commit_copies();
+#pragma unroll 1
+  for (int step = 0; step < kStages - 1; ++step) {
+    load_next();
+  }
 
   float db_sums[kTiles][RANK / 8][4] = {};
   const int warp_row = static_cast<int>(threadIdx.x) / 32 * 16;
+  const int64_t width = dgrad.num_segments * dgrad.rank;
+  int stage = 0;
   int buffer = 0;
+#pragma unroll 1
   for (int64_t token = tokens.begin; token < tokens.result_end; token += kTileTokens) {
     float ds_sums[RANK / 8][4] = {};
-    // kTiles is even, so a tile has the same buffer for all tokens.
 #pragma unroll
     for (int tile = 0; tile < kTiles; ++tile) {
-      wait_copies<0>();
-      __syncthreads();
-      if (tile + 1 < kTiles) {
-        load_wide(token, tile + 1);
-      } else if (token + kTileTokens < tokens.result_end) {
-        load_wide(token + kTileTokens, 0);
-        load_thin(token + kTileTokens, 1 - buffer);
-      }
-      commit_copies();
       if (tile < num_tiles) {
-        multiply<false, true, kTileColumns, RANK>(ds_sums, wide[tile % 2] + warp_row * kWidePitch,
-                                                  kWidePitch, weight[tile], kRankPitch);
-        multiply<true, true, kTileTokens, RANK>(db_sums[tile], wide[tile % 2] + warp_row,
-                                                kWidePitch, thin[buffer], kRankPitch);
+        wait_copies<kStages - 2>();
+        __syncthreads();
+        load_next();
+        const T* const wide = shared.wide[stage];
+        multiply<false, true, kTileColumns, RANK>(ds_sums, wide + warp_row * Tiles::kWidePitch,
+                                                  Tiles::kWidePitch, shared.weight[tile],
+                                                  Tiles::kRankPitch);
+        multiply<true, true, kTileTokens, RANK>(db_sums[tile], wide + warp_row, Tiles::kWidePitch,
+                                                shared.thin[buffer], Tiles::kRankPitch);
+        stage = next_stage<kStages>(stage);
       }
     }
-    buffer = 1 - buffer;
+    buffer = next_stage<kStages>(buffer);
+    float* const ds = ds_parts + (group * dgrad.tokens + token) * width + projection * ranks;
+    const int rows = clamp_to(tokens.result_end - token, kTileTokens);
 #pragma unroll
     for (int n = 0; n < RANK / 8; ++n) {
 #pragma unroll
       for (int i = 0; i < 4; ++i) {
-        const int64_t row = token + warp_row + sum_row(i);
+        const int row = warp_row + sum_row(i);
         const int rank = n * 8 + sum_column(i);
-        if (row < tokens.result_end && rank < ranks) {
-          const int64_t width = dgrad.num_segments * dgrad.rank;
-          ds_parts[(group * dgrad.tokens + row) * width + projection * dgrad.rank + rank] =
-              ds_sums[n][i];
+        if (row < rows && rank < ranks) {
+          ds[row * width + rank] = ds_sums[n][i];
         }
       }
     }
   }
 
+  columns = first_columns;
 #pragma unroll
   for (int tile = 0; tile < kTiles; ++tile) {
-    if (tile >= num_tiles) {
-      continue;
-    }
-    const int columns = columns_of(tile);
+    if (tile < num_tiles) {
+      float* const db = db_parts + slot * dgrad.columns * ranks;
 #pragma unroll
-    for (int n = 0; n < RANK / 8; ++n) {
+      for (int n = 0; n < RANK / 8; ++n) {
 #pragma unroll
-      for (int i = 0; i < 4; ++i) {
-        const int column = warp_row + sum_row(i);
-        const int rank = n * 8 + sum_column(i);
-        if (column < columns && rank < ranks) {
-          db_parts[(blockIdx.x * dgrad.columns + column_of(tile) + column) * dgrad.rank + rank] =
-              db_sums[tile][n][i];
+        for (int i = 0; i < 4; ++i) {
+          const int column = warp_row + sum_row(i);
+          const int rank = n * 8 + sum_column(i);
+          if (column < columns.columns() && rank < ranks) {
+            db[weight_offset(wgrad, columns.column + column, rank)] = db_sums[tile][n][i];
+          }
         }
       }
+      columns.advance();
     }
   }
-}
-
-// ds = scale * the sum of its parts, dB = (or +=) scale * the sum of its own, always in the same
-// order. One thread for each element of both.
-template <class T>
-__global__ void __launch_bounds__(kThreads)
-    add_parts_kernel(const __grid_constant__ Factor dgrad, const __grid_constant__ Factor wgrad,
-                     int group_size, int64_t block_tokens, const float* ds_parts,
-                     const float* db_parts) {
-  const int64_t index = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x;
-  const int64_t width = dgrad.num_segments * dgrad.rank;
-  const int64_t ds_count = dgrad.tokens * width;
-  const float scale = static_cast<float>(dgrad.scale);
-  float sum = 0.0f;
-  if (index < ds_count) {
-    const int projection = static_cast<int>(index % width / dgrad.rank);
-    const int64_t parts = groups_of(dgrad, projection, group_size);
-    for (int64_t part = 0; part < parts; ++part) {
-      sum += ds_parts[part * ds_count + index];
-    }
-    *thin_at<T>(dgrad, index / width, 0, index % width) = static_cast<T>(sum * scale);
-    return;
-  }
-  const int64_t per_expert = wgrad.columns * wgrad.rank;
-  const int64_t element = index - ds_count;
-  const int64_t expert = element / per_expert;
-  if (expert >= wgrad.experts) {
-    return;
-  }
-  const bool grouped = wgrad.offsets != nullptr;
-  const int64_t begin = grouped ? expert_end(wgrad, expert - 1) : 0;
-  const int64_t end = grouped ? expert_end(wgrad, expert) : wgrad.tokens;
-  const int64_t first_slot = begin / block_tokens + expert;
-  const int64_t parts = (end - begin + block_tokens - 1) / block_tokens;
-  for (int64_t part = 0; part < parts; ++part) {
-    sum += db_parts[(first_slot + part) * per_expert + element % per_expert];
-  }
-  store_weight<T>(wgrad, expert, element % per_expert / wgrad.rank, element % wgrad.rank,
-                  sum * scale);
-}
-
-template <class T, int RANK>
-void start(const Factor& dgrad, const Factor& wgrad, float* ds_parts, float* db_parts,
-           Stream stream) {
-  const int64_t tokens = tokens_per_block(dgrad);
-  const dim3 grid(token_slots(dgrad, tokens), groups(dgrad).all);
-  launch(backward_kernel<T, RANK>, grid, stream, dgrad, wgrad, tokens, ds_parts, db_parts);
-  const int64_t elements =
-      dgrad.tokens * dgrad.num_segments * dgrad.rank + dgrad.experts * dgrad.columns * dgrad.rank;
-  launch(add_parts_kernel<T>, dim3((elements + kThreads - 1) / kThreads), stream, dgrad, wgrad,
-         group_tiles<RANK>, tokens, static_cast<const float*>(ds_parts),
-         static_cast<const float*>(db_parts));
 }
 
 template <class T>
 void start(const Factor& dgrad, const Factor& wgrad, float* workspace, Stream stream) {
-  float* const db_parts =
-      workspace + groups(dgrad).most * dgrad.tokens * dgrad.num_segments * dgrad.rank;
-  if (dgrad.rank <= 8) {
-    start<T, 8>(dgrad, wgrad, workspace, db_parts, stream);
-  } else if (dgrad.rank <= 16) {
-    start<T, 16>(dgrad, wgrad, workspace, db_parts, stream);
-  } else {
-    start<T, 32>(dgrad, wgrad, workspace, db_parts, stream);
-  }
+  with_narrow_rank_tile(dgrad, [&]<int RANK>() {
+    const Division d = division<RANK>(dgrad);
+    float* const db_parts = workspace + ds_parts_size(dgrad, d);
+    launch(backward_kernel<T, RANK>, dim3(d.groups, d.slots), sizeof(BackwardTiles<T, RANK>),
+           stream, dgrad, wgrad, d.tokens, workspace, db_parts);
+    ThinParts ds{workspace, {}};
+    std::copy_n(d.count, kMaxSegments, ds.count);
+    add_parts(dgrad, ds, wgrad, {db_parts, d.tokens}, stream);
+  });
 }
 
 }  // namespace
 
-bool one_read_is_faster(const Factor& f) {
+bool backward_supports(const Factor& f) {
   return f.dtype != c10::ScalarType::Float && f.rank <= 32;
 }
 
 int64_t backward_workspace(const Factor& f) {
-  return groups(f).most * f.tokens * f.num_segments * f.rank +
-         token_slots(f, tokens_per_block(f)) * f.columns * f.rank;
+  return with_narrow_rank_tile(f, [&]<int RANK>() {
+    const Division d = division<RANK>(f);
+    return ds_parts_size(f, d) + d.slots * f.columns * f.rank;
+  });
 }
 
 void backward(const Factor& dgrad, const Factor& wgrad, float* workspace, Stream stream) {

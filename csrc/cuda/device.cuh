@@ -16,10 +16,23 @@ namespace megalora::cuda {
 
 constexpr int kThreads = 128;
 
-// Starts a copy of 16 bytes to shared memory; both addresses are multiples of 16.
+// The shared memory that launch asked for.
+template <class Shared>
+__device__ __forceinline__ Shared& shared_memory() {
+  extern __shared__ __align__(16) unsigned char bytes[];
+  return *reinterpret_cast<Shared*>(bytes);
+}
+
+// Starts a copy of BYTES (4, 8 or 16) to shared memory; both addresses are multiples of it.
+template <int BYTES>
 __device__ __forceinline__ void copy_async(void* shared, const void* global) {
   const uint32_t to = static_cast<uint32_t>(__cvta_generic_to_shared(shared));
-  asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(to), "l"(global) : "memory");
+  if constexpr (BYTES == 16) {
+    asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(to), "l"(global) : "memory");
+  } else {
+    asm volatile("cp.async.ca.shared.global [%0], [%1], %2;" ::"r"(to), "l"(global), "n"(BYTES)
+                 : "memory");
+  }
 }
 
 __device__ __forceinline__ void commit_copies() {
@@ -87,11 +100,15 @@ __device__ __forceinline__ void tensor_core(c10::Half, float (&sums)[4], const u
 // The sum of value over the lanes of a warp, in each of them.
 __device__ __forceinline__ int warp_sum(int value) { return __reduce_add_sync(0xFFFFFFFFu, value); }
 
-// Reads or writes 16 bytes of global memory at a multiple of 16.
-__device__ __forceinline__ void load_vector(void* to, const void* global) {
-  *static_cast<uint4*>(to) = *static_cast<const uint4*>(global);
+// The value of the lane whose number differs in the lowest bit.
+__device__ __forceinline__ uint32_t neighbours(uint32_t value) {
+  return __shfl_xor_sync(0xFFFFFFFFu, value, 1);
 }
 
+// Lets the lanes of a warp see what the others wrote to shared memory.
+__device__ __forceinline__ void sync_warp() { __syncwarp(); }
+
+// Writes 16 bytes of global memory at a multiple of 16.
 // NOTE: in assembly, because nvcc 13.0 splits the plain store into four.
 __device__ __forceinline__ void store_vector(void* global, const void* from) {
   const uint4 words = *static_cast<const uint4*>(from);
@@ -100,11 +117,16 @@ __device__ __forceinline__ void store_vector(void* global, const void* from) {
                : "memory");
 }
 
-// Starts kernel on grid blocks of kThreads threads.
+// Starts kernel on grid blocks of kThreads threads with shared_bytes of shared memory each.
 template <class... Parameters, class... Arguments>
-void launch(void (*kernel)(Parameters...), dim3 grid, cudaStream_t stream, Arguments... arguments) {
+void launch(void (*kernel)(Parameters...), dim3 grid, int shared_bytes, cudaStream_t stream,
+            Arguments... arguments) {
+  constexpr int kAllowedUnasked = 48 * 1024;
+  if (shared_bytes > kAllowedUnasked) {
+    cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared_bytes);
+  }
   // clang-format off
-  kernel<<<grid, kThreads, 0, stream>>>(arguments...);
+  kernel<<<grid, kThreads, shared_bytes, stream>>>(arguments...);
   // clang-format on
 }
 

@@ -20,11 +20,38 @@ constexpr int kVector = 16 / sizeof(T);
 template <class T>
 constexpr int kDepth = 128 / sizeof(T);
 
-// Pipeline stages, so many as keep a block below the 48 KiB of static shared memory.
+// Pipeline stages of project and outer, so many as let four blocks share the 227 KiB of a
+// multiprocessor.
 template <int RANK_TILE>
-constexpr int stages = RANK_TILE <= 16   ? 4
-                       : RANK_TILE <= 32 ? 3
-                                         : 2;
+constexpr int stages = RANK_TILE <= 16 ? 4 : 3;
+
+// Registers for four blocks of 128 threads on a multiprocessor.
+constexpr int kBlocksPerProcessor = 4;
+
+// Blocks that the largest GPUs of their time (132 multiprocessors) hold at once. A constant, so
+// that the order of summation, and with it every bit, depends on the shapes alone.
+constexpr int64_t kBlocksAtOnce = 132 * kBlocksPerProcessor;
+
+// Splits of a dense sum that fill the GPU in one wave with blocks of one split each.
+inline int splits_for(int64_t blocks, int64_t useful) {
+  const int64_t wanted = kBlocksAtOnce / (blocks < 1 ? 1 : blocks);
+  const int64_t splits = wanted < useful ? wanted : useful;
+  return static_cast<int>(splits < 1 ? 1 : splits);
+}
+
+template <int STAGES>
+__device__ __forceinline__ int next_stage(int stage) {
+  return stage + 1 == STAGES ? 0 : stage + 1;
+}
+
+// Quotients in 32 bits, several times as fast as in 64: tokens and columns are fewer than 2^32.
+__host__ __device__ __forceinline__ int64_t divide(int64_t dividend, int64_t divisor) {
+  return static_cast<uint32_t>(dividend) / static_cast<uint32_t>(divisor);
+}
+
+__host__ __device__ __forceinline__ int64_t ceil_divide(int64_t dividend, int64_t divisor) {
+  return divide(dividend + divisor - 1, divisor);
+}
 
 struct TokenTile {
   int64_t expert;
@@ -61,11 +88,11 @@ __device__ __forceinline__ TokenTile token_tile(const Factor& f, int64_t slot,
   }
   int begun = 0;
   for (int64_t e = threadIdx.x % 32; e < f.experts; e += 32) {
-    begun += expert_end(f, e - 1) / size + e <= slot ? 1 : 0;
+    begun += divide(expert_end(f, e - 1), size) + e <= slot ? 1 : 0;
   }
   const int64_t expert = warp_sum(begun) - 1;
   const int64_t first_token = expert_end(f, expert - 1);
-  const int64_t begin = first_token + (slot - first_token / size - expert) * size;
+  const int64_t begin = first_token + (slot - divide(first_token, size) - expert) * size;
   const int64_t owned = expert + 1 == f.experts ? f.tokens : expert_end(f, expert);
   return {expert, begin, min(begin + size, expert_end(f, expert)), min(begin + size, owned)};
 }
@@ -76,8 +103,8 @@ struct ColumnTile {
   int projection;
 };
 
-__host__ __device__ __forceinline__ int64_t tiles_of(int64_t size) {
-  return (size + kTileColumns - 1) / kTileColumns;
+__host__ __device__ __forceinline__ int64_t tiles_of(int64_t size, int tile = kTileColumns) {
+  return ceil_divide(size, tile);
 }
 
 __host__ __device__ __forceinline__ int64_t tiles_per_period(const Factor& f) {
@@ -88,13 +115,23 @@ __host__ __device__ __forceinline__ int64_t tiles_per_period(const Factor& f) {
   return tiles;
 }
 
+// Columns before projection p within a period.
+__device__ __forceinline__ int64_t columns_before(const Factor& f, int p) {
+  int64_t columns = 0;
+  for (int q = 0; q < p; ++q) {
+    columns += f.segment[q];
+  }
+  return columns;
+}
+
 inline int64_t column_tiles(const Factor& f) { return f.columns / f.period * tiles_per_period(f); }
 
 // Column tile `index`: it never straddles two projections.
 __device__ __forceinline__ ColumnTile column_tile(const Factor& f, int64_t index) {
   const int64_t per_period = tiles_per_period(f);
-  int64_t begin = index / per_period * f.period;
-  int64_t tile = index % per_period;
+  const int64_t before = divide(index, per_period);
+  int64_t begin = before * f.period;
+  int64_t tile = index - before * per_period;
   int p = 0;
   for (; tile >= tiles_of(f.segment[p]); ++p) {
     tile -= tiles_of(f.segment[p]);
@@ -109,25 +146,102 @@ __device__ __forceinline__ int clamp_to(int64_t size, int limit) {
   return static_cast<int>(max(int64_t{0}, min(size, static_cast<int64_t>(limit))));
 }
 
+// The columns of one projection in steps of STEP, none across the end of a segment.
+template <int STEP>
+struct ColumnSteps {
+  int64_t column;  // where the step begins
+  int left;        // columns from there to the end of the segment
+  int size;        // of the segment
+  int64_t period;
+
+  __device__ __forceinline__ ColumnSteps(const Factor& f, int projection, int64_t index)
+      : size(static_cast<int>(f.segment[projection])), period(f.period) {
+    const int64_t per_segment = max(tiles_of(size, STEP), int64_t{1});
+    const int64_t before = divide(index, per_segment);
+    const int inside = static_cast<int>(index - before * per_segment) * STEP;
+    column = before * period + columns_before(f, projection) + inside;
+    left = size - inside;
+  }
+
+  __device__ __forceinline__ int columns() const { return min(left, STEP); }
+
+  __device__ __forceinline__ void advance() {
+    if (left > STEP) {
+      column += STEP;
+      left -= STEP;
+    } else {
+      column += period - (size - left);
+      left = size;
+    }
+  }
+};
+
+// Starts to copy a whole [ROWS, COLUMNS] tile whose rows are multiples of 16 bytes.
+template <int ROWS, int COLUMNS, class T>
+__device__ __forceinline__ void load_whole_tile(T* tile, const T* from, int64_t stride) {
+  constexpr int kPerRow = COLUMNS / kVector<T>;
+  constexpr int kPitch = COLUMNS + kVector<T>;
+  constexpr int kRows = kThreads / kPerRow;  // that the block copies at once
+  const int row = static_cast<int>(threadIdx.x) / kPerRow;
+  const int column = static_cast<int>(threadIdx.x) % kPerRow * kVector<T>;
+  T* to = tile + row * kPitch + column;
+  from += row * stride + column;
+#pragma unroll
+  for (int first = 0; first < ROWS; first += kRows) {
+    if (ROWS % kRows == 0 || first + row < ROWS) {
+      copy_async<16>(to + first * kPitch, from);
+    }
+    from += kRows * stride;
+  }
+}
+
+// Copies `columns` elements, at most a vector, to shared memory and zeroes the rest of the vector.
+// BYTES, at least 4 for an asynchronous copy, divide the addresses and the bytes to copy.
+template <int BYTES, class T>
+__device__ __forceinline__ void load_pieces(T* to, const T* from, int columns) {
+  constexpr int kPiece = BYTES / sizeof(T);
+#pragma unroll
+  for (int first = 0; first < kVector<T>; first += kPiece) {
+    if (first >= columns) {
+#pragma unroll
+      for (int k = first; k < first + kPiece; ++k) {
+        to[k] = T(0);
+      }
+    } else if constexpr (BYTES >= 4) {
+      copy_async<BYTES>(to + first, from + first);
+    } else {
+      to[first] = from[first];
+    }
+  }
+}
+
 // Copies rows x columns elements to a [ROWS, COLUMNS] tile of shared memory and zeroes the rest of
-// it. The copies of whole vectors are asynchronous: commit_copies and wait_copies order them.
+// it. The copies are asynchronous: commit_copies and wait_copies order them.
 template <int ROWS, int COLUMNS, class T>
 __device__ __forceinline__ void load_tile(T* tile, const T* from, int64_t stride, int rows,
                                           int columns) {
   constexpr int kPerRow = COLUMNS / kVector<T>;
   constexpr int kPitch = COLUMNS + kVector<T>;
-  const bool aligned =
-      (reinterpret_cast<uintptr_t>(from) | static_cast<uint64_t>(stride) * sizeof(T)) % 16 == 0;
+  const uint32_t bytes = static_cast<uint32_t>(reinterpret_cast<uintptr_t>(from)) |
+                         static_cast<uint32_t>(stride * sizeof(T)) |
+                         static_cast<uint32_t>(columns * sizeof(T));
+  if (bytes % 16 == 0 && rows == ROWS && columns == COLUMNS) {
+    load_whole_tile<ROWS, COLUMNS>(tile, from, stride);
+    return;
+  }
+#pragma unroll 1
   for (int i = threadIdx.x; i < ROWS * kPerRow; i += kThreads) {
     const int row = i / kPerRow;
     const int column = i % kPerRow * kVector<T>;
-    T* to = tile + row * kPitch + column;
-    if (aligned && row < rows && column + kVector<T> <= columns) {
-      copy_async(to, from + row * stride + column);
-      continue;
-    }
-    for (int k = 0; k < kVector<T>; ++k) {
-      to[k] = row < rows && column + k < columns ? from[row * stride + column + k] : T(0);
+    T* const to = tile + row * kPitch + column;
+    const T* const source = from + row * stride + column;
+    const int wanted = row < rows ? columns - column : 0;
+    if (bytes % 16 == 0) {
+      load_pieces<16>(to, source, wanted);
+    } else if (bytes % 8 == 0) {
+      load_pieces<8>(to, source, wanted);
+    } else {
+      load_pieces<sizeof(T)>(to, source, wanted);
     }
   }
 }
@@ -187,16 +301,26 @@ __device__ __forceinline__ void multiply(float (&sums)[N / 8][4], const T* a, in
     const int row = lane % 8;
     const int half = lane / 8 % 2 * 8;
     const int upper = lane / 16 * 8;
+#pragma unroll
     for (int k = 0; k < DEPTH; k += 16) {
       uint32_t left[4];
       load_matrices<A_BY_DEPTH>(left, A_BY_DEPTH ? a + (k + upper + row) * a_pitch + half
                                                  : a + (half + row) * a_pitch + k + upper);
-#pragma unroll
-      for (int n = 0; n < N / 8; ++n) {
+      if constexpr (N == 8) {
         uint32_t right[2];
-        load_matrices<B_BY_DEPTH>(right, B_BY_DEPTH ? b + (k + half + row) * b_pitch + n * 8
-                                                    : b + (n * 8 + row) * b_pitch + k + half);
-        tensor_core(T{}, sums[n], left, right);
+        load_matrices<B_BY_DEPTH>(right, B_BY_DEPTH ? b + (k + half + row) * b_pitch
+                                                    : b + row * b_pitch + k + half);
+        tensor_core(T{}, sums[0], left, right);
+      } else {
+#pragma unroll
+        for (int n = 0; n < N; n += 16) {
+          uint32_t right[4];
+          load_matrices<B_BY_DEPTH>(right, B_BY_DEPTH
+                                               ? b + (k + half + row) * b_pitch + n + upper
+                                               : b + (n + upper + row) * b_pitch + k + half);
+          tensor_core(T{}, sums[n / 8], left, {right[0], right[1]});
+          tensor_core(T{}, sums[n / 8 + 1], left, {right[2], right[3]});
+        }
       }
     }
   } else {
@@ -215,11 +339,15 @@ __device__ __forceinline__ void multiply(float (&sums)[N / 8][4], const T* a, in
   }
 }
 
+// Element (column, rank) of one expert's W, counted in its memory.
+__device__ __forceinline__ int64_t weight_offset(const Factor& f, int64_t column, int64_t rank) {
+  return column * f.column_stride + rank * f.rank_stride;
+}
+
 template <class T>
 __device__ __forceinline__ T* weight_at(const Factor& f, int64_t expert, int64_t column,
                                         int64_t rank) {
-  return static_cast<T*>(f.weight) + expert * f.expert_stride + column * f.column_stride +
-         rank * f.rank_stride;
+  return static_cast<T*>(f.weight) + expert * f.expert_stride + weight_offset(f, column, rank);
 }
 
 // W = sum, or W += sum, in the dtype of W.

@@ -1,5 +1,6 @@
 // The kernels of csrc/cuda as ordinary ops of a namespace of their own, on CPU tensors.
 
+#include "../../csrc/cuda/add.cu"
 #include "../../csrc/cuda/backward.cu"
 #include "../../csrc/cuda/outer.cu"
 #include "../../csrc/cuda/project.cu"
@@ -15,15 +16,18 @@ struct Emulated {
   static bool supports(at::ScalarType dtype) {
     return dtype == at::kFloat || dtype == at::kBFloat16 || dtype == at::kHalf;
   }
-  static void project(const Factor& f) { cuda::project(f, nullptr); }
+  static void project(const Factor& f) {
+    std::vector<float> workspace(cuda::project_splits(f) * f.tokens * f.num_segments * f.rank,
+                                 1e30f);
+    cuda::project(f, workspace.data(), nullptr);
+  }
   static void update(const Factor& f) { cuda::update(f, nullptr); }
   static void outer(const Factor& f) {
-    const std::vector<float> filled(cuda::outer_splits(f) * f.columns * f.rank, 1e30f);
-    std::vector<float> workspace = filled;
+    std::vector<float> workspace(cuda::outer_splits(f) * f.columns * f.rank, 1e30f);
     cuda::outer(f, workspace.data(), nullptr);
   }
   static void backward(const Factor& dgrad, const Factor& wgrad) {
-    if (!cuda::one_read_is_faster(dgrad)) {
+    if (!cuda::backward_supports(dgrad)) {
       project(dgrad);
       outer(wgrad);
       return;

@@ -20,7 +20,7 @@
 #define __device__
 #define __host__
 #define __forceinline__ inline
-#define __launch_bounds__(threads)
+#define __launch_bounds__(...)
 #define __grid_constant__
 #define __shared__ static
 #define __align__(bytes) __attribute__((aligned(bytes)))
@@ -50,6 +50,7 @@ struct Barrier {
 
 struct PendingCopy {
   void* to;
+  int size;
   unsigned char bytes[16];
 };
 
@@ -76,6 +77,14 @@ struct Block {
 
 inline Block block;
 
+constexpr int kSharedBytes = 227 * 1024;  // of an H100
+alignas(16) inline unsigned char shared_bytes[kSharedBytes];
+
+template <class Shared>
+Shared& shared_memory() {
+  return *reinterpret_cast<Shared*>(shared_bytes);
+}
+
 }  // namespace megalora::cuda
 
 inline dim3 threadIdx, blockIdx;
@@ -101,26 +110,23 @@ inline void wait_for_warp() { wait_at(block.warp_barrier[threadIdx.x / kWarp], k
 inline Lane& own_lane() { return block.lanes[threadIdx.x]; }
 inline Lane& lane_of_warp(int lane) { return block.lanes[threadIdx.x / kWarp * kWarp + lane]; }
 
-inline void check_alignment(const void* address) {
-  if (reinterpret_cast<uintptr_t>(address) % 16 != 0) {
-    std::fprintf(stderr, "emulator: address %p is not a multiple of 16\n", address);
+inline void check_alignment(const void* address, int bytes = 16) {
+  if (reinterpret_cast<uintptr_t>(address) % bytes != 0) {
+    std::fprintf(stderr, "emulator: address %p is not a multiple of %d\n", address, bytes);
     std::abort();
   }
 }
 
 // The source is read now, shared memory is written at the wait: whoever reads without waiting sees
 // old data.
-inline void copy_async(void* shared, const void* global) {
-  check_alignment(shared);
-  check_alignment(global);
-  PendingCopy copy{shared, {}};
-  std::memcpy(copy.bytes, global, 16);
+template <int BYTES>
+void copy_async(void* shared, const void* global) {
+  static_assert(BYTES == 4 || BYTES == 8 || BYTES == 16);
+  check_alignment(shared, BYTES);
+  check_alignment(global, BYTES);
+  PendingCopy copy{shared, BYTES, {}};
+  std::memcpy(copy.bytes, global, BYTES);
   block.open_group[threadIdx.x].push_back(copy);
-}
-
-inline void load_vector(void* to, const void* global) {
-  check_alignment(global);
-  std::memcpy(to, global, 16);
 }
 
 inline void store_vector(void* global, const void* from) {
@@ -138,7 +144,7 @@ void wait_copies() {
   auto& groups = block.groups[threadIdx.x];
   while (groups.size() > PENDING) {
     for (const PendingCopy& copy : groups.front()) {
-      std::memcpy(copy.to, copy.bytes, 16);
+      std::memcpy(copy.to, copy.bytes, copy.size);
     }
     groups.erase(groups.begin());
   }
@@ -211,6 +217,16 @@ inline int warp_sum(int value) {
   return sum;
 }
 
+inline uint32_t neighbours(uint32_t value) {
+  own_lane().value = static_cast<int>(value);
+  wait_for_warp();
+  const int other = lane_of_warp((static_cast<int>(threadIdx.x) % kWarp) ^ 1).value;
+  wait_for_warp();
+  return static_cast<uint32_t>(other);
+}
+
+inline void sync_warp() { wait_for_warp(); }
+
 inline void run_fiber() {
   block.body();
   block.finished[block.current] = true;
@@ -218,8 +234,10 @@ inline void run_fiber() {
   swapcontext(&block.context[block.current], &block.scheduler);
 }
 
-// Runs one block to its end; aborts where its threads wait for each other in vain.
-inline void run_block() {
+// Runs one block to its end; aborts where its threads wait for each other in vain. Shared memory
+// starts as NaNs.
+inline void run_block(int used_shared_bytes) {
+  std::memset(shared_bytes, 0xFF, used_shared_bytes);
   for (int thread = 0; thread < kThreads; ++thread) {
     if (!block.stack[thread]) {
       block.stack[thread].reset(new char[kStackBytes]);
@@ -254,13 +272,18 @@ inline void run_block() {
 }
 
 template <class... Parameters, class... Arguments>
-void launch(void (*kernel)(Parameters...), dim3 grid, cudaStream_t, Arguments... arguments) {
+void launch(void (*kernel)(Parameters...), dim3 grid, int shared_bytes_used, cudaStream_t,
+            Arguments... arguments) {
+  if (shared_bytes_used > kSharedBytes) {
+    std::fprintf(stderr, "emulator: %d bytes of shared memory\n", shared_bytes_used);
+    std::abort();
+  }
   for (unsigned z = 0; z < grid.z; ++z) {
     for (unsigned y = 0; y < grid.y; ++y) {
       for (unsigned x = 0; x < grid.x; ++x) {
         blockIdx = dim3(x, y, z);
         block.body = [&] { kernel(arguments...); };
-        run_block();
+        run_block(shared_bytes_used);
       }
     }
   }
