@@ -56,6 +56,44 @@ class RecomputingLinear(torch.autograd.Function):
         return dx, None, d_a, d_b, None
 
 
+class LowRankFirst(torch.autograd.Function):
+    """LoRA written first, the base added by a GEMM with beta = 1, whose epilogue reads it.
+
+    One pass over y less than adding to the base's result, and over dX likewise. side: a stream for
+    the gradients of both factors beside the base's dgrad, None for one after the other.
+    """
+
+    @staticmethod
+    def forward(
+        ctx, x: Tensor, weight: Tensor, lora_A: Tensor, lora_B: Tensor, scale: float, side: Any
+    ):
+        """Return scale * x Aᵀ Bᵀ + x Wᵀ."""
+        s = x @ lora_A.T
+        y = s @ (scale * lora_B).T
+        ctx.save_for_backward(x, weight, lora_A, lora_B, s)
+        ctx.scale, ctx.side = scale, side
+        return y.addmm_(x, weight.T)
+
+    @staticmethod
+    def backward(ctx, dy: Tensor):  # type: ignore[override]
+        """dgrad: dx = ds A + dy W. wgrad: dA = dsᵀ x, dB = scale * dyᵀ s."""
+        x, weight, lora_A, lora_B, s = ctx.saved_tensors
+        ds = dy @ (ctx.scale * lora_B)
+        if ctx.side is None:
+            dx = (ds @ lora_A).addmm_(dy, weight)
+            return dx, None, ds.T @ x, ctx.scale * (dy.T @ s), None, None
+        ctx.side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(ctx.side):
+            d_a, d_b = ds.T @ x, ctx.scale * (dy.T @ s)
+        dx = (ds @ lora_A).addmm_(dy, weight)
+        torch.cuda.current_stream().wait_stream(ctx.side)
+        for tensor in (x, dy, s, ds):
+            tensor.record_stream(ctx.side)
+        for tensor in (d_a, d_b):
+            tensor.record_stream(torch.cuda.current_stream())
+        return dx, None, d_a, d_b, None, None
+
+
 def peers(lora: Lora, *, scale: float, alpha: float, p: float) -> tuple[list[Variant], list[str]]:
     """Return the peers that can run here, and why each of the others cannot."""
     weight, lora_A, lora_B = lora
@@ -76,6 +114,15 @@ def peers(lora: Lora, *, scale: float, alpha: float, p: float) -> tuple[list[Var
                 return function.apply(x, weight, lora_A, lora_B, scale)
 
             found.append(Variant(name, forward, [lora_A, lora_B], [weight]))
+        sides = {"low rank first": None}
+        if weight.is_cuda:
+            sides["low rank first, 2 streams"] = torch.cuda.Stream()
+        for name, side in sides.items():
+
+            def first(x: Tensor, side: Any = side) -> Tensor:
+                return LowRankFirst.apply(x, weight, lora_A, lora_B, scale, side)
+
+            found.append(Variant(name, first, [lora_A, lora_B], [weight]))
     return found, absent
 
 

@@ -3,14 +3,15 @@
 python benchmarks/bench_linear.py [--cases goal forms grid] [--compile] [--results FILE]
 
 `frozen` computes y and dX of the base alone. `eager` is LoRA in plain torch, `addmm` lets the BLAS
-add in place (what hand-tuned code does), `megalora` is the layer of this package, on a GPU also
-with two reads of dY where its kernel makes do with one; the others are in _peers.py. Cases: `goal`,
+add in place (what hand-tuned code does), `megalora` is the layer of this package, on a GPU also by
+each of its routes (MEGALORA_CUDA_ROUTE); the others are in _peers.py. Cases: `goal`,
 the shapes of the stated goals; `forms`, the other forms of a Megatron linear; `grid`, sizes, ranks
 and dropout. `floor` is what no LoRA can be faster than: forward one more read of x, backward one of
 dY and one of x, at the speed of a large copy on this device.
 """
 
 import argparse
+import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import product
@@ -117,18 +118,8 @@ TINY_CASES = {
 }
 
 
-class TwoReads:
-    """Our ops, but for the gradients of B's side, made in two reads of dY as peers do."""
-
-    def __getattr__(self, name: str) -> Any:
-        """Return one of our ops."""
-        return getattr(backend("fused"), name)
-
-    def expand_backward(
-        self, dy: Tensor, s: Tensor, lora_B: Tensor, *how: Any
-    ) -> tuple[Tensor, Tensor]:
-        """Return ds and dB."""
-        return self.expand_dgrad(dy, lora_B, *how), self.expand_wgrad(dy, s, lora_B, *how)
+# Who computes which product of ours, beside the choice that csrc/cuda/ops.cpp makes by itself.
+ROUTES = ["project:kernels", "update:kernels", "outer:kernels", "backward:gemm", "gemm", "kernels"]
 
 
 def split_projections(s: Tensor, lora_B: Tensor, case: Case) -> Tensor:
@@ -167,14 +158,14 @@ def factors(case: Case, weight: Tensor) -> list[torch.nn.Parameter]:
 
 
 def own_variant(
-    case: Case, weight: Tensor, before: Callable[[Tensor], Tensor], ops: Any, name: str
+    case: Case, weight: Tensor, before: Callable[[Tensor], Tensor], cuda_route: str = "auto"
 ) -> Variant:
-    """Return this package's way."""
+    """Return this package's way, on a GPU by one of its routes."""
     lora_A, lora_B = factors(case, weight)
     if case.form == "main_grad":
         add_to_main_grad([lora_A, lora_B])
     journey = Journey(
-        ops=ops,
+        ops=backend("fused"),
         route=LOCAL_ROUTE,
         scale=ALPHA / case.rank,
         segments=list(case.segments),
@@ -185,11 +176,14 @@ def own_variant(
     )
 
     def forward(x: Tensor) -> Tensor:
+        # Read at every call; a variant's backward runs before the next one's forward.
+        os.environ["MEGALORA_CUDA_ROUTE"] = cuda_route
         if case.form == "after":
             normed = before(x)
             return add_update(normed, F.linear(normed, weight), lora_A, lora_B, journey)
         return adapt(lambda x: (F.linear(x, weight), None), x, lora_A, lora_B, journey)[0]
 
+    name = "megalora" if cuda_route == "auto" else f"megalora, {cuda_route}"
     return Variant(name, forward, [lora_A, lora_B], [weight])
 
 
@@ -219,8 +213,8 @@ def variants_of(case: Case, weight: Tensor, compiled: bool) -> tuple[list[Varian
     if compiled:
         others.append(Variant("torch.compile", torch.compile(eager), trained, [weight]))
     if weight.is_cuda:
-        others.append(own_variant(case, weight, before, TwoReads(), "megalora, 2 reads"))
-    own = own_variant(case, weight, before, backend("fused"), "megalora")
+        others += [own_variant(case, weight, before, route) for route in ROUTES]
+    own = own_variant(case, weight, before)
     found = [Variant("frozen", frozen, [], [weight]), Variant("eager", eager, trained, [weight])]
     for variant in (own, *others):
         if variant.name != "PEFT layer":  # whose weights are its own

@@ -12,6 +12,7 @@ import argparse
 import dataclasses
 import gc
 import statistics
+import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -21,10 +22,10 @@ from typing import Any
 import torch
 from _results import append, machine
 
-from megalora import cpu
+from megalora import cpu, mends
 
-if not torch.cuda.is_available():
-    cpu.install()
+cpu.install_if_wanted(sys.argv)
+mends.install()
 
 import torch.distributed as dist
 from megatron.core import parallel_state, tensor_parallel
@@ -173,11 +174,11 @@ def layer_spec(config: TransformerConfig) -> Any:
     """Return TransformerEngine's layers, or Megatron's own with torch's fused attention."""
     if has_te():
         return get_gpt_decoder_block_spec(config, use_transformer_engine=True)
-    from megalora.cpu.attention import CpuCoreAttention
+    from megalora.mends.attention import CoreAttention
 
     block = get_gpt_decoder_block_spec(config, use_transformer_engine=False)
     for layer in block.layer_specs:
-        layer.submodules.self_attention.submodules.core_attention = CpuCoreAttention
+        layer.submodules.self_attention.submodules.core_attention = CoreAttention
     return block
 
 

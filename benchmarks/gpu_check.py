@@ -55,7 +55,7 @@ def benchmark(name: str, script: str, *words: str, limit_s: int = 60) -> Stage:
     return Stage(name, (f"benchmarks/{script}.py", *words), limit_s)
 
 
-PYTEST = ("-m", "pytest", "-q", "-m", "gpu", "-p", "no:cacheprovider")
+PYTEST = ("-m", "pytest", "-q", "-rP", "-m", "gpu", "-p", "no:cacheprovider")
 QWEN3 = ("--kind", "qwen3-30b-a3b", "--rank", "32")
 STAGES = [
     benchmark("ceilings", "bench_device"),
@@ -64,10 +64,10 @@ STAGES = [
     Stage("racecheck", ("benchmarks/run_ops.py",), 150, "correctness", "racecheck"),
     Stage("kernels", (*PYTEST, "tests/test_gpu.py"), 150, "correctness"),
     Stage("training", (*PYTEST, "tests/test_gpu_training.py"), 200, "correctness"),
-    benchmark("linear", "bench_linear", "--cases", "goal", "--profile"),
+    benchmark("linear", "bench_linear", "--cases", "goal", "--profile", limit_s=80),
     benchmark("experts", "bench_experts", "--ranks", "4", "--profile"),
-    benchmark("forms", "bench_linear", "--cases", "forms", "--profile"),
     benchmark("host", "bench_host"),
+    benchmark("forms", "bench_linear", "--cases", "forms", limit_s=80),
     benchmark("model-dense", "bench_model", "--kind", "dense", limit_s=75),
     benchmark("model-qwen3-4", "bench_model", *QWEN3, "--layers", "4", limit_s=90),
     benchmark("model-qwen3-8", "bench_model", *QWEN3, "--layers", "8", limit_s=90),
@@ -106,8 +106,8 @@ class Check:
                 command += ["--toy"]
         if "pytest" in stage.words:
             command += ["--junitxml", str(self._xml(stage))]
-            if importlib.util.find_spec("xdist") and not self.rehearsing:
-                command += ["-n", "6" if stage.name == "kernels" else "2"]
+            if importlib.util.find_spec("xdist") and stage.name == "kernels":
+                command += ["-n", "2" if self.rehearsing else "6"]
         if stage.sanitizer and not self.rehearsing:
             tool = ["compute-sanitizer", "--tool", stage.sanitizer, "--error-exitcode", "9"]
             command = [*tool, *command]
@@ -202,9 +202,7 @@ def workplace(kit: Kit | None) -> Iterator[tuple[Path, dict[str, str]]]:
     with tempfile.TemporaryDirectory(prefix="gpu-check-") as temporary:
         tree, paths = ROOT, []
         if kit is not None:
-            site = Path(temporary) / "site"
-            kit.unpack(site)
-            paths = [str(site)]
+            paths = [str(folder) for folder in kit.unpack(Path(temporary))]
             if kit.fits_this_torch():
                 tree = Path(temporary) / "tree"
                 copy_tree(tree)

@@ -56,11 +56,16 @@ class Kit:
 
         return torch.__version__.split("+")[0] == self.facts["torch"]
 
-    def unpack(self, target: Path) -> None:
-        """Unpack the wheels side by side, as pip would without checking what they need."""
+    def unpack(self, target: Path) -> list[Path]:
+        """Unpack the wheels, as pip would without checking what they need; return the folders.
+
+        TransformerEngine has one of its own, so that a run can be without it.
+        """
+        folders = [target / "site", target / "te"]
         for wheel in self.wheels:
             with zipfile.ZipFile(wheel) as archive:
-                archive.extractall(target)
+                archive.extractall(folders[wheel.name.startswith("transformer_engine")])
+        return folders
 
 
 def open_kit(folder: Path) -> Kit:

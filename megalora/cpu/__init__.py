@@ -78,6 +78,8 @@ def install_if_wanted(argv: Sequence[str]) -> bool:
             raise ValueError(signs.refusal(found, os.environ))
         if os.environ.get("RANK", "0") == "0":
             print("megalora: no CUDA device found, Megatron runs on the CPU over gloo", flush=True)
+    # Its layers need a GPU: where it is installed, this run is as where it is not.
+    sys.modules.setdefault("transformer_engine", None)  # type: ignore[arg-type]
     install()
     return True
 
