@@ -24,8 +24,8 @@ from _results import append, machine
 
 from megalora import cpu, mends
 
-cpu.install_if_wanted(sys.argv)
-mends.install()
+if not cpu.install_if_wanted(sys.argv):
+    mends.install()
 
 import torch.distributed as dist
 from megatron.core import parallel_state, tensor_parallel

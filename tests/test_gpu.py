@@ -43,7 +43,7 @@ def test_every_route_matches_the_reference(
     monkeypatch.setenv("MEGALORA_CUDA_ROUTE", route)
     given = draw(case, torch.bfloat16)
     expected = run_all(reference, given, 0.0)
-    for name, got in run_all(fused, on_gpu(given), 0.0).items():
+    for name, got in run_all(fused, on("cuda", given), 0.0).items():
         assert relative_error(got.cpu(), expected[name]) < TOLERANCE[got.dtype], name
 
 
@@ -58,7 +58,7 @@ def test_an_unknown_route_is_refused(
     route: str, message: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("MEGALORA_CUDA_ROUTE", route)
-    given = on_gpu(draw(LARGE[0], torch.bfloat16))
+    given = on("cuda", draw(LARGE[0], torch.bfloat16))
     with pytest.raises(ValueError, match=message):
         fused.shrink(given.x, given.lora_A)
 
