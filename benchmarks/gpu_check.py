@@ -209,6 +209,7 @@ def workplace(kit: Kit | None) -> Iterator[tuple[Path, dict[str, str]]]:
                 shutil.copy(kit.library, tree / "megalora/_C.so")
         paths = [str(tree), *paths, *filter(None, [os.environ.get("PYTHONPATH")])]
         environment = {**os.environ, "TMPDIR": temporary, "PYTHONPATH": os.pathsep.join(paths)}
+        environment["PYTHONUNBUFFERED"] = "1"
         yield tree, environment
 
 

@@ -9,6 +9,7 @@ transformer_engine_torch for that torch, which exists as source only.
 """
 
 import argparse
+import compileall
 import hashlib
 import json
 import os
@@ -65,6 +66,8 @@ class Kit:
         for wheel in self.wheels:
             with zipfile.ZipFile(wheel) as archive:
                 archive.extractall(folders[wheel.name.startswith("transformer_engine")])
+        for folder in folders:
+            compileall.compile_dir(folder, quiet=2, workers=0)
         return folders
 
 
