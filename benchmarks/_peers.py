@@ -102,7 +102,8 @@ def peers(lora: Lora, *, scale: float, alpha: float, p: float) -> tuple[list[Var
     def add(name: str, make: Callable[[], Variant]) -> None:
         try:
             found.append(make())
-        except ImportError as error:
+        # A peer may fail on import in its own ways, with another version of Triton for one.
+        except Exception as error:
             absent.append(f"{name}: {error}")
 
     add("PEFT layer", lambda: _peft(weight, lora_A.shape[0], alpha, p))
@@ -142,6 +143,12 @@ def _lorafusion(lora: Lora, scale: float, p: float) -> Variant:
     """Source: github.com/CentML/lorafusion, which reads x as [batch, sequence, in]."""
     if importlib.util.find_spec("lorafusion") is None:
         raise ImportError("not installed")
+    import triton.language as tl
+
+    for name in ("load", "store"):
+        # Newer Triton lacks these names, which it binds on import and this class does not use.
+        if not hasattr(tl, f"_experimental_descriptor_{name}"):
+            setattr(tl, f"_experimental_descriptor_{name}", None)
     from lorafusion.ops.lora_v1 import FusedLinearLoRA  # type: ignore[import-not-found]
 
     weight, lora_A, lora_B = lora

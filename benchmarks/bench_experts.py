@@ -67,8 +67,14 @@ def loop(x: Tensor, weight: Tensor, counts: list[int]) -> Tensor:
 
 def block_diagonal(shape: Shape, lora_B: Tensor) -> Tensor:
     """Return B as [E, out, projections * r], which multiplies the stacked s in one GEMM."""
-    blocks = lora_B.chunk(shape.projections, dim=1)
-    return torch.stack([torch.block_diag(*parts) for parts in zip(*blocks, strict=True)])
+    if shape.projections == 1:
+        return lora_B
+    parts = lora_B.chunk(shape.projections, dim=1)
+    rank = lora_B.shape[-1]
+    last = shape.projections - 1
+    return torch.cat(
+        [F.pad(part, (i * rank, (last - i) * rank)) for i, part in enumerate(parts)], dim=1
+    )
 
 
 def grouped_base(x: Tensor, weight: Tensor, counts: list[int], ends: Tensor) -> Tensor:

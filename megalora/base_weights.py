@@ -8,10 +8,12 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from megatron.core import parallel_state
+from megatron.core import dist_checkpointing, parallel_state
+from megatron.core.dist_checkpointing import load as _load
 from megatron.core.dist_checkpointing.core import CheckpointingException
-from megatron.core.dist_checkpointing.dict_utils import nested_values
+from megatron.core.dist_checkpointing.dict_utils import extract_matching_values, nested_values
 from megatron.core.dist_checkpointing.mapping import (
+    ShardedObject,
     ShardedTensor,
     apply_factories,
     is_main_replica,
@@ -46,7 +48,8 @@ def load_base(
         "ckpt_step": step,
         "non_persistent_ckpt_type": None,
     }
-    with changed(args, as_finetuning):
+    reading = {"load": _load_without_absent_extra_states}
+    with changed(args, as_finetuning), changed(dist_checkpointing, reading):
         try:
             checkpointing.load_checkpoint(
                 list(model_chunks), None, None, load_arg="pretrained_checkpoint"
@@ -57,6 +60,31 @@ def load_base(
             raise ValueError(
                 f"pretrained_checkpoint {directory!r} does not fit the model: {reason}"
             ) from error
+
+
+def _load_without_absent_extra_states(
+    state_dict: dict[str, Any], checkpoint_dir: str, *rest: Any, **options: Any
+) -> Any:
+    """Load a checkpoint without those `_extra_state` of TransformerEngine's that it has not.
+
+    They hold FP8 statistics, nothing else. A base that was saved by Megatron's own layers, as
+    `megalora import-base` does, has none, and Megatron would refuse it for that.
+    """
+    stored = {
+        value.unique_key
+        for value in dist_checkpointing.load_sharded_metadata(checkpoint_dir).values()
+        if isinstance(value, ShardedObject)
+    }
+
+    def is_absent(value: object) -> bool:
+        return (
+            isinstance(value, ShardedObject)
+            and value.key.endswith("_extra_state")
+            and value.unique_key not in stored
+        )
+
+    _, present = extract_matching_values(state_dict, is_absent)
+    return _load(present, checkpoint_dir, *rest, **options)
 
 
 def fingerprint(model_chunks: Sequence[torch.nn.Module]) -> dict[str, Any]:
@@ -135,7 +163,7 @@ def _main_shards(model_chunks: Sequence[torch.nn.Module]) -> Iterator[ShardedTen
 
 @contextlib.contextmanager
 def changed(args: Any, values: Mapping[str, Any]) -> Iterator[None]:
-    """Give Megatron's flags other values for a while."""
+    """Give Megatron's flags, or a module, other values for a while."""
     before = {name: getattr(args, name, None) for name in values}
     vars(args).update(values)
     try:
