@@ -18,6 +18,7 @@ from megatron.core.dist_checkpointing.mapping import (
     apply_factories,
     is_main_replica,
 )
+from megatron.core.dist_checkpointing.serialization import load_sharded_metadata
 from torch.distributed.checkpoint.api import CheckpointException
 
 # Of a family's norm. Sums are in fp64, so layouts differ by rounding alone; rounding to another
@@ -72,7 +73,7 @@ def _load_without_absent_extra_states(
     """
     stored = {
         value.unique_key
-        for value in dist_checkpointing.load_sharded_metadata(checkpoint_dir).values()
+        for value in load_sharded_metadata(checkpoint_dir).values()
         if isinstance(value, ShardedObject)
     }
 
