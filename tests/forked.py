@@ -17,9 +17,14 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import pytest
+
+from tests.watchdog import POLL_S, STALL_S, Watchdog
+
 ROOT = Path(__file__).parent.parent
 SCRIPT = ROOT / "tests" / "scripts" / "pretrain_tiny.py"
-TIMEOUT_S = 120
+# A rank that has written nothing for so long after another failed waits for that other.
+REPORT_S = 3.0
 
 
 class Ranks:
@@ -48,6 +53,7 @@ class Ranks:
             "MEGALORA_TRACEBACK": "1",
             **(env or {}),
         }
+        self.watchdog = Watchdog(logs)
         context = _server()
         self.processes = []
         for rank, log in enumerate(self.logs):
@@ -70,24 +76,45 @@ class Ranks:
         for process in self.processes:
             os.killpg(process.pid, signal.SIGTERM)
 
-    def wait(self, timeout: float = TIMEOUT_S) -> list[int]:
+    def wait_until(self, condition: Callable[[], bool]) -> None:
+        """Wait for a condition; fail where a rank ends before, or where no rank writes any more."""
+        while not condition():
+            if not self.is_alive():
+                # What a rank writes last may be what the condition waits for.
+                assert condition(), f"a rank ended\n{self.text()}"
+            self._fail_where_stalled()
+            time.sleep(POLL_S)
+
+    def wait(self) -> list[int]:
         """Return the exit codes; once one rank has failed, kill the others, as torchrun does."""
-        end = time.monotonic() + timeout
         while any(process.exitcode is None for process in self.processes):
-            late = time.monotonic() > end
-            if late or any(process.exitcode for process in self.processes):
-                # The others may be about to report the same error.
-                time.sleep(0.5)
-                for process in self.processes:
-                    process.kill()
-                    process.join()
-                assert not late, f"no end after {timeout} s\n{self.text()}"
+            if any(process.exitcode for process in self.processes):
+                self._let_report()
                 break
-            time.sleep(0.02)
+            self._fail_where_stalled()
+            time.sleep(POLL_S)
+        self._kill_all()
+        return [process.exitcode or 0 for process in self.processes]
+
+    def _let_report(self) -> None:
+        """Wait for the ranks that are about to report the error of another."""
+        watchdog = Watchdog(self.watchdog.directory, REPORT_S)
+        while any(process.exitcode is None for process in self.processes):
+            if watchdog.stalled():
+                break
+            time.sleep(POLL_S)
+
+    def _fail_where_stalled(self) -> None:
+        if self.watchdog.stalled():
+            self._kill_all()
+            pytest.fail(f"nothing written for {STALL_S} s\n{self.text()}", pytrace=False)
+
+    def _kill_all(self) -> None:
         for process in self.processes:
+            process.kill()
+            process.join()
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(process.pid, signal.SIGKILL)
-        return [process.exitcode or 0 for process in self.processes]
 
     def succeed(self) -> "Ranks":
         """Wait, and fail with the logs unless every rank ends well."""

@@ -2,7 +2,6 @@
 
 import json
 import os
-import subprocess
 import sys
 from pathlib import Path
 
@@ -11,6 +10,7 @@ import torch
 
 from tests.forked import ROOT, free_port
 from tests.tiny import EXPERTS, LORA, MODEL, TRAIN
+from tests.watchdog import run_watched
 
 pytestmark = [
     pytest.mark.gpu,
@@ -20,17 +20,15 @@ NUM_ITERS = 8
 
 
 def losses(model: list[str], dataset: Path, *more: str) -> list[float]:
-    """Train by the example script in one process; return the logged losses."""
+    """Train by the example script in one process, beside the dataset; return the logged losses."""
     words = [word for word in model if word not in ("--vocab-size", "255")]
     data = ["--byte-tokenizer", "--dataset", str(dataset), "--train-iters", str(NUM_ITERS)]
     env = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "localhost"}
-    finished = subprocess.run(
+    finished = run_watched(
         [sys.executable, "examples/pretrain_lora.py", *words, *TRAIN, *LORA, *data, *more],
+        dataset.parent,
         cwd=ROOT,
         env={**os.environ, **env, "MASTER_PORT": str(free_port()), "PYTHONPATH": str(ROOT)},
-        capture_output=True,
-        text=True,
-        timeout=300,
     )
     assert finished.returncode == 0, (finished.stdout + finished.stderr)[-5000:]
     lines = [line for line in finished.stdout.splitlines() if "lm loss:" in line]
