@@ -8,6 +8,7 @@ import multiprocessing
 import os
 import resource
 import runpy
+import secrets
 import signal
 import socket
 import sys
@@ -19,7 +20,7 @@ from typing import Any
 
 import pytest
 
-from tests.watchdog import POLL_S, STALL_S, Watchdog
+from tests.watchdog import POLL_S, STALL_S, Watchdog, tail_of_logs
 
 ROOT = Path(__file__).parent.parent
 SCRIPT = ROOT / "tests" / "scripts" / "pretrain_tiny.py"
@@ -107,7 +108,8 @@ class Ranks:
     def _fail_where_stalled(self) -> None:
         if self.watchdog.stalled():
             self._kill_all()
-            pytest.fail(f"nothing written for {STALL_S} s\n{self.text()}", pytrace=False)
+            logs = tail_of_logs(self.watchdog.directory)
+            pytest.fail(f"nothing written for {STALL_S} s\n{logs}", pytrace=False)
 
     def _kill_all(self) -> None:
         for process in self.processes:
@@ -192,7 +194,10 @@ def _run_rank(words: list[str], by_megalora: bool, env: dict[str, str], log: str
 
 
 def free_port() -> int:
-    """Return a port that nothing listens on."""
-    with socket.socket() as probe:
-        probe.bind(("localhost", 0))
-        return probe.getsockname()[1]
+    """Return a port that nothing listens on, and that nobody gets who asks for any port."""
+    while True:
+        # The system hands out those from 32768 on: another run's gloo would take it meanwhile.
+        port = secrets.choice(range(15000, 32000))
+        with socket.socket() as probe, contextlib.suppress(OSError):
+            probe.bind(("localhost", port))
+            return port

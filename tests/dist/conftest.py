@@ -1,4 +1,4 @@
-"""What the tests share that run in every process of a torchrun, as `tests/test_dist.py` starts."""
+"""What the tests share that run in every rank of a world, as `tests/test_dist.py` starts it."""
 
 import datetime
 import os
@@ -9,16 +9,12 @@ import pytest
 from tests.watchdog import STALL_S
 
 # Plain pytest must not collect these modules: they need the other processes.
-UNDER_TORCHRUN = "TORCHELASTIC_RUN_ID" in os.environ
-collect_ignore_glob = [] if UNDER_TORCHRUN else ["test_*.py"]
+IN_A_WORLD = "LOCAL_WORLD_SIZE" in os.environ
+collect_ignore_glob = [] if IN_A_WORLD else ["test_*.py"]
 
-if UNDER_TORCHRUN:
+if IN_A_WORLD:
     # Before any test module imports megatron.
-    import megalora.cpu
-    import tests.mamba_on_cpu
-
-    megalora.cpu.install()
-    tests.mamba_on_cpu.install()
+    import tests.megatron_cpu  # noqa: F401
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
