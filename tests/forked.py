@@ -4,6 +4,7 @@ Importing torch and Megatron takes each process some ten seconds, and tests of r
 """
 
 import contextlib
+import functools
 import multiprocessing
 import os
 import resource
@@ -182,6 +183,8 @@ def _run_rank(words: list[str], by_megalora: bool, env: dict[str, str], log: str
     if limit := int(env.get("FILE_LIMIT", 0)):
         # Writing beyond it is an OSError, as on a full disk.
         resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
+    if "SPAWN" not in env:
+        _fork_results()
     from megalora.__main__ import main
 
     # As in a process of its own; a forked one has the server's start method and main module.
@@ -191,6 +194,17 @@ def _run_rank(words: list[str], by_megalora: bool, env: dict[str, str], log: str
         sys.exit(main(["run", *words]))
     sys.argv = words
     runpy.run_path(words[0], run_name="__main__")
+
+
+def _fork_results() -> None:
+    """Fork the process that holds what writers answer; a spawned one imports torch once more."""
+    from megatron.core.dist_checkpointing.strategies import filesystem_async
+
+    from megalora import writers
+
+    megatron: Any = filesystem_async
+    megatron.get_write_results_queue = functools.partial(megatron.get_write_results_queue, "fork")
+    writers._results_queue.__defaults__ = ("fork",)
 
 
 def free_port() -> int:
