@@ -146,6 +146,7 @@ setup(
         "hf": ["transformers", "peft"],
         "dev": [
             "pytest",
+            "pytest-xdist",
             "hypothesis",
             "ruff==0.17.6",
             "pyright[nodejs]==1.1.414",

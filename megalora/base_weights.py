@@ -25,6 +25,8 @@ from torch.distributed.checkpoint.api import CheckpointException
 # precision moves a sum by about 2e-3 of the norm.
 _TOLERANCE = 1e-6
 _TOLERANCE_OTHER_DTYPE = 1e-2
+# Of the norm before experts, in TransformerEngine's layers and in Megatron's own.
+_NORM_NAMES = ("pre_mlp_layernorm.", "mlp.linear_fc1.layer_norm_")
 
 
 def load_base(
@@ -49,7 +51,7 @@ def load_base(
         "ckpt_step": step,
         "non_persistent_ckpt_type": None,
     }
-    reading = {"load": _load_without_absent_extra_states}
+    reading = {"load": _load_by_stored_names}
     with changed(args, as_finetuning), changed(dist_checkpointing, reading):
         try:
             checkpointing.load_checkpoint(
@@ -63,29 +65,33 @@ def load_base(
             ) from error
 
 
-def _load_without_absent_extra_states(
+def _load_by_stored_names(
     state_dict: dict[str, Any], checkpoint_dir: str, *rest: Any, **options: Any
 ) -> Any:
-    """Load a checkpoint without those `_extra_state` of TransformerEngine's that it has not.
+    """Load a checkpoint that the other kind of layers saved: Megatron's own, TransformerEngine's.
 
-    They hold FP8 statistics, nothing else. A base that was saved by Megatron's own layers, as
-    `megalora import-base` does, has none, and Megatron would refuse it for that.
+    It may lack TransformerEngine's `_extra_state`, which holds FP8 statistics and nothing else:
+    they are left out. And the norm before experts has another name in each kind of layer.
     """
-    stored = {
-        value.unique_key
-        for value in load_sharded_metadata(checkpoint_dir).values()
-        if isinstance(value, ShardedObject)
-    }
+    stored = load_sharded_metadata(checkpoint_dir)
+    names = {value.unique_key for value in stored.values() if isinstance(value, ShardedObject)}
 
     def is_absent(value: object) -> bool:
         return (
             isinstance(value, ShardedObject)
             and value.key.endswith("_extra_state")
-            and value.unique_key not in stored
+            and value.unique_key not in names
         )
 
     _, present = extract_matching_values(state_dict, is_absent)
+    for value in nested_values(present):
+        if isinstance(value, ShardedTensor) and value.key not in stored:
+            value.key = next(filter(stored.__contains__, _other_names(value.key)), value.key)
     return _load(present, checkpoint_dir, *rest, **options)
+
+
+def _other_names(key: str) -> list[str]:
+    return [key.replace(*_NORM_NAMES), key.replace(*_NORM_NAMES[::-1])]
 
 
 def fingerprint(model_chunks: Sequence[torch.nn.Module]) -> dict[str, Any]:

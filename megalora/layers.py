@@ -100,12 +100,8 @@ class Depart(torch.autograd.Function):
         ds = luggage.ds.wait()
         d_a = _start_a_grad(ds, x, journey) if ctx.needs_input_grad[1] else None
         if ctx.needs_input_grad[0]:
-            if dx is None:
-                dx = torch.zeros_like(x)
             full_a = luggage.d_a_factor.wait() if luggage.d_a_factor is not None else lora_A
-            journey.ops.shrink_dgrad_(
-                dx, ds, full_a, journey.a_offsets, p=journey.dropout, seed=journey.seed
-            )
+            dx = _add_to_x_grad(dx, ds, x, full_a, journey)
         d_a = _deliver(d_a, journey.a_param, lora_A.shape)
         d_b = _deliver(luggage.d_b, journey.b_param, ctx.b_shape)
         luggage.ds = luggage.d_a_factor = luggage.d_b = None
@@ -134,6 +130,20 @@ class Land(torch.autograd.Function):
         s, full_b = ctx.saved_tensors
         _start_backward(dy, s, full_b, ctx.lora_A, ctx.journey, ctx.luggage)
         return dy, dy.new_empty(0), None, None
+
+
+def _add_to_x_grad(
+    dx: Tensor | None, ds: Tensor, x: Tensor, full_a: Tensor, journey: Journey
+) -> Tensor:
+    """Add ds A to dx in place; write it in one pass where there is no dx of the base's yet."""
+    if dx is None and journey.a_offsets is None and journey.dropout == 0.0:
+        return torch.matmul(ds, full_a)
+    if dx is None:
+        dx = torch.zeros_like(x)
+    journey.ops.shrink_dgrad_(
+        dx, ds, full_a, journey.a_offsets, p=journey.dropout, seed=journey.seed
+    )
+    return dx
 
 
 def adapt(

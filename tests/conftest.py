@@ -7,6 +7,19 @@ import pytest
 from tests.tiny import train
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Start with the worlds, which take longest: workers are given files in this order."""
+    items.sort(key=lambda item: item.path.name != "test_dist.py")
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    """Show what tests have recorded to be read: a name and lines."""
+    for report in terminalreporter.getreports("passed"):
+        for name, lines in report.user_properties:
+            terminalreporter.section(name)
+            terminalreporter.write_line(lines)
+
+
 @pytest.fixture(scope="session")
 def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A tiny dense base that one step of full training saved. Nothing may write there."""

@@ -4,10 +4,12 @@ Importing torch and Megatron takes each process some ten seconds, and tests of r
 """
 
 import contextlib
+import functools
 import multiprocessing
 import os
 import resource
 import runpy
+import secrets
 import signal
 import socket
 import sys
@@ -17,9 +19,14 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import pytest
+
+from tests.watchdog import POLL_S, STALL_S, Watchdog, tail_of_logs
+
 ROOT = Path(__file__).parent.parent
 SCRIPT = ROOT / "tests" / "scripts" / "pretrain_tiny.py"
-TIMEOUT_S = 120
+# A rank that has written nothing for so long after another failed waits for that other.
+REPORT_S = 3.0
 
 
 class Ranks:
@@ -48,6 +55,7 @@ class Ranks:
             "MEGALORA_TRACEBACK": "1",
             **(env or {}),
         }
+        self.watchdog = Watchdog(logs)
         context = _server()
         self.processes = []
         for rank, log in enumerate(self.logs):
@@ -70,24 +78,46 @@ class Ranks:
         for process in self.processes:
             os.killpg(process.pid, signal.SIGTERM)
 
-    def wait(self, timeout: float = TIMEOUT_S) -> list[int]:
+    def wait_until(self, condition: Callable[[], bool]) -> None:
+        """Wait for a condition; fail where a rank ends before, or where no rank writes any more."""
+        while not condition():
+            if not self.is_alive():
+                # What a rank writes last may be what the condition waits for.
+                assert condition(), f"a rank ended\n{self.text()}"
+            self._fail_where_stalled()
+            time.sleep(POLL_S)
+
+    def wait(self) -> list[int]:
         """Return the exit codes; once one rank has failed, kill the others, as torchrun does."""
-        end = time.monotonic() + timeout
         while any(process.exitcode is None for process in self.processes):
-            late = time.monotonic() > end
-            if late or any(process.exitcode for process in self.processes):
-                # The others may be about to report the same error.
-                time.sleep(0.5)
-                for process in self.processes:
-                    process.kill()
-                    process.join()
-                assert not late, f"no end after {timeout} s\n{self.text()}"
+            if any(process.exitcode for process in self.processes):
+                self._let_report()
                 break
-            time.sleep(0.02)
+            self._fail_where_stalled()
+            time.sleep(POLL_S)
+        self._kill_all()
+        return [process.exitcode or 0 for process in self.processes]
+
+    def _let_report(self) -> None:
+        """Wait for the ranks that are about to report the error of another."""
+        watchdog = Watchdog(self.watchdog.directory, REPORT_S)
+        while any(process.exitcode is None for process in self.processes):
+            if watchdog.stalled():
+                break
+            time.sleep(POLL_S)
+
+    def _fail_where_stalled(self) -> None:
+        if self.watchdog.stalled():
+            self._kill_all()
+            logs = tail_of_logs(self.watchdog.directory)
+            pytest.fail(f"nothing written for {STALL_S} s\n{logs}", pytrace=False)
+
+    def _kill_all(self) -> None:
         for process in self.processes:
+            process.kill()
+            process.join()
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(process.pid, signal.SIGKILL)
-        return [process.exitcode or 0 for process in self.processes]
 
     def succeed(self) -> "Ranks":
         """Wait, and fail with the logs unless every rank ends well."""
@@ -153,6 +183,8 @@ def _run_rank(words: list[str], by_megalora: bool, env: dict[str, str], log: str
     if limit := int(env.get("FILE_LIMIT", 0)):
         # Writing beyond it is an OSError, as on a full disk.
         resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
+    if "SPAWN" not in env:
+        _fork_results()
     from megalora.__main__ import main
 
     # As in a process of its own; a forked one has the server's start method and main module.
@@ -169,8 +201,22 @@ def with_root(environ: Mapping[str, str] = os.environ) -> str:
     return os.pathsep.join(filter(None, [str(ROOT), environ.get("PYTHONPATH")]))
 
 
+def _fork_results() -> None:
+    """Fork the process that holds what writers answer; a spawned one imports torch once more."""
+    from megatron.core.dist_checkpointing.strategies import filesystem_async
+
+    from megalora import writers
+
+    megatron: Any = filesystem_async
+    megatron.get_write_results_queue = functools.partial(megatron.get_write_results_queue, "fork")
+    writers._results_queue.__defaults__ = ("fork",)
+
+
 def free_port() -> int:
-    """Return a port that nothing listens on."""
-    with socket.socket() as probe:
-        probe.bind(("localhost", 0))
-        return probe.getsockname()[1]
+    """Return a port that nothing listens on, and that nobody gets who asks for any port."""
+    while True:
+        # The system hands out those from 32768 on: another run's gloo would take it meanwhile.
+        port = secrets.choice(range(15000, 32000))
+        with socket.socket() as probe, contextlib.suppress(OSError):
+            probe.bind(("localhost", port))
+            return port

@@ -1,6 +1,6 @@
 """Run several commands of `megalora` in one process, since importing megatron is slow.
 
-python -m tests.hf_commands RESULTS < COMMANDS, both JSON: a list of argument lists, and a list of
+python -m tests.hf_commands COMMANDS RESULTS, both JSON: a list of argument lists, and a list of
 [exit status, standard output, standard error].
 """
 
@@ -49,5 +49,6 @@ def compare_base(hf_model: str, checkpoint: str) -> tuple[int, str, str]:
 
 
 if __name__ == "__main__":
-    results = [run(argv) for argv in json.load(sys.stdin)]
-    Path(sys.argv[1]).write_text(json.dumps(results))
+    commands, target = map(Path, sys.argv[1:])
+    results = [run(argv) for argv in json.loads(commands.read_text())]
+    target.write_text(json.dumps(results))

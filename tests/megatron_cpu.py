@@ -9,6 +9,8 @@ megalora.cpu.install()
 tests.mamba_on_cpu.install()
 torch.set_num_threads(1)
 
+# It imports transformers, which takes longer than all the rest of a small run.
+import megatron.core.tokenizers.text  # noqa: E402
 import megatron.training.training  # noqa: E402, F401
 
 import megalora.base_weights  # noqa: E402

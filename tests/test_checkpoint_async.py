@@ -4,7 +4,6 @@ import hashlib
 import json
 import os
 import signal
-import time
 from pathlib import Path
 
 import pytest
@@ -69,17 +68,19 @@ def test_a_kill_while_a_save_is_under_way_changes_no_bit(
     base: Path, whole: Path, tmp_path: Path
 ) -> None:
     run = start(base, tmp_path / "run", *LAYOUT, *ASYNC)
-    saved = under_way = 0
-    while not (saved and under_way > saved):
-        assert run.is_alive(), run.text()
-        text = run.logs[0].read_text() if run.logs[0].exists() else ""
-        under_way = text.count("scheduled an async checkpoint save")
-        saved = text.count("successfully saved checkpoint")
+    run.wait_until(lambda: save_is_under_way(run))
     run.kill(1)
     assert any(run.wait())
     run = start(base, tmp_path / "run", *LAYOUT, *ASYNC).succeed()
     assert f"checkpoint from {tmp_path / 'run'} at iteration" in run.text()
     assert call(same_tensors, whole, tmp_path / "run", ITERATIONS)
+
+
+def save_is_under_way(run: Ranks) -> bool:
+    """Say whether one save has ended and another has not."""
+    text = run.logs[0].read_text() if run.logs[0].exists() else ""
+    saved = text.count("successfully saved checkpoint")
+    return 0 < saved < text.count("scheduled an async checkpoint save")
 
 
 def test_a_full_disk_is_reported_by_the_process_that_trains(
@@ -96,9 +97,8 @@ def test_a_full_disk_is_reported_by_the_process_that_trains(
 
 def test_a_writer_that_dies_ends_the_run_with_a_report(base: Path, tmp_path: Path) -> None:
     run = start(base, tmp_path / "run", *ASYNC, world_size=2, iters=1000)
-    while "successfully saved checkpoint from iteration       1" not in run.text():
-        assert run.is_alive(), run.text()
-        time.sleep(0.02)
+    first = "successfully saved checkpoint from iteration       1"
+    run.wait_until(lambda: first in run.text())
     os.kill(writer_of(run.processes[1].pid), signal.SIGKILL)
     text = run.fail()
     assert "the process that writes checkpoints ended (-9)" in text

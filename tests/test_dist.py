@@ -1,52 +1,37 @@
-"""Start the distributed tests: one torchrun for each world size."""
+"""Run the distributed tests: one start of the ranks for each world size."""
 
-import os
-import subprocess
-import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).parent.parent
-TIMEOUT_S = 600
-TAIL_LINES = 80
+from tests.forked import SCRIPT, Ranks
+from tests.watchdog import tail_of_logs
+
+PYTEST = SCRIPT.with_name("run_pytest.py")
+TESTS = Path(__file__).parent / "dist"
+OPTIONS = [
+    # -x: after a failure, a rank's next collective would pair with a stale one of another.
+    # -v: every test that starts is written at once, which the watchdog takes for progress.
+    *("-x", "-v", "-p", "no:cacheprovider"),
+    # Where each rank stands, before the watchdog ends them.
+    *("-o", "faulthandler_timeout=120"),
+    # Megatron's own warnings would hide the failure.
+    "--disable-warnings",
+]
 
 
-@pytest.mark.parametrize("world_size", [1, 2, 4])
-def test_every_rank_passes_its_distributed_tests(world_size: int, tmp_path: Path) -> None:
-    command = [
-        *(sys.executable, "-m", "torch.distributed.run", "--standalone"),
-        *("--nproc-per-node", str(world_size)),
-        *("--log-dir", str(tmp_path), "--redirects", "3"),
-        # -x: after a failure, a rank's next collective would pair with a stale one of another.
-        *("-m", "pytest", "-x", "-q", "-p", "no:cacheprovider"),
-        # Megatron's own warnings would hide the failure.
-        *("--disable-warnings", "tests/dist"),
-        *("-m", f"world_{world_size}"),
-    ]
-    threads = {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
-    try:
-        finished = subprocess.run(
-            command,
-            cwd=ROOT,
-            env={**os.environ, **threads},
-            capture_output=True,
-            text=True,
-            timeout=TIMEOUT_S,
-        )
-    except subprocess.TimeoutExpired:
-        pytest.fail(f"no end after {TIMEOUT_S} s\n{tail_of_logs(tmp_path)}", pytrace=False)
-    if finished.returncode:
-        launcher = finished.stderr[-500:]
-        pytest.fail(f"{tail_of_logs(tmp_path)}\n{launcher}", pytrace=False)
+@pytest.mark.parametrize("world_size", [4, 2, 1])
+def test_every_rank_passes_its_distributed_tests(
+    world_size: int, tmp_path: Path, record_property: Callable[[str, object], None]
+) -> None:
+    arguments = [TESTS, "-m", f"world_{world_size}", *OPTIONS]
+    world = Ranks(world_size, arguments, tmp_path, script=PYTEST, by_megalora=False)
+    if any(world.wait()):
+        pytest.fail(tail_of_logs(tmp_path), pytrace=False)
+    record_property(f"slowest in a world of {world_size}", slowest(world.logs[0].read_text()))
 
 
-def tail_of_logs(directory: Path) -> str:
-    """Return the last lines of the ranks that tell of a failure, or of all if none does."""
-    logs = {path: path.read_text(errors="replace") for path in directory.rglob("std*.log")}
-    telling = {path: text for path, text in logs.items() if "FAILED" in text or "ERROR" in text}
-    return "\n".join(
-        f"== rank {path.parent.name}, {path.name}\n" + "\n".join(text.splitlines()[-TAIL_LINES:])
-        for path, text in sorted((telling or logs).items())
-        if text.strip()
-    )
+def slowest(log: str) -> str:
+    """Return pytest's table of durations."""
+    return log.split("slowest 20 durations")[1].partition("\n")[2].split("\n\n")[0].split("\n==")[0]

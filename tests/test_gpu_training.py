@@ -7,8 +7,8 @@ import concurrent.futures
 import importlib.util
 import json
 import os
-import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -16,6 +16,7 @@ import torch
 
 from tests.forked import ROOT, free_port, with_root
 from tests.tiny import EXPERTS, LORA, MODEL, TRAIN
+from tests.watchdog import run_watched
 
 REHEARSING = "MEGALORA_REHEARSE" in os.environ
 HAS_TE = importlib.util.find_spec("transformer_engine") is not None
@@ -35,7 +36,7 @@ RUNS = {
 
 
 def losses(model: list[str], dataset: Path, *more: str, te: bool = False) -> list[float]:
-    """Train by the example script in one process; return the logged losses.
+    """Train by the example script in one process, beside the dataset; return the logged losses.
 
     te: let it see TransformerEngine, where that is installed in a folder of its own.
     """
@@ -46,13 +47,12 @@ def losses(model: list[str], dataset: Path, *more: str, te: bool = False) -> lis
         paths = [path for path in paths if not (Path(path) / "transformer_engine").exists()]
     env = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "localhost"}
     env |= {"MASTER_PORT": str(free_port()), "PYTHONPATH": os.pathsep.join(paths)}
-    finished = subprocess.run(
+    logs = Path(tempfile.mkdtemp(dir=dataset.parent))
+    finished = run_watched(
         [sys.executable, "examples/pretrain_lora.py", *words, *TRAIN, *LORA, *data, *more],
+        logs,
         cwd=ROOT,
         env={**os.environ, **env},
-        capture_output=True,
-        text=True,
-        timeout=300,
     )
     assert finished.returncode == 0, (finished.stdout + finished.stderr)[-5000:]
     lines = [line for line in finished.stdout.splitlines() if "lm loss:" in line]
@@ -77,7 +77,7 @@ def all_runs(kind: str, directory: Path) -> Losses:
             more.append("--moe-grouped-gemm")
         try:
             found[name] = losses(model, dataset, *common, *more, te="TE" in name)
-        except (AssertionError, subprocess.TimeoutExpired) as error:
+        except (AssertionError, pytest.fail.Exception) as error:
             found[name] = error
 
     with concurrent.futures.ThreadPoolExecutor(1 if REHEARSING else len(RUNS)) as pool:

@@ -2,7 +2,6 @@
 
 import json
 import os
-import subprocess
 import sys
 from pathlib import Path
 
@@ -22,6 +21,7 @@ from tests.hf_models import (
     peft_model,
     random_factors,
 )
+from tests.watchdog import run_watched
 
 ROOT = Path(__file__).parent.parent
 # Alpha 32 for all: 32 / 8 and 32 / 4.
@@ -70,14 +70,13 @@ def place(tmp_path_factory, factors) -> Path:
     path.write_bytes(path.read_bytes()[:-100])
     other = {"model.layers.9.mlp.up_proj": factors["lm_head"]}
     write_adapter(place / "other", other, base_model_name="tiny")
-    finished = subprocess.run(
-        [sys.executable, "-m", "tests.hf_commands", "results.json"],
-        input=json.dumps([command.split() for command in COMMANDS.values()]),
+    commands = [command.split() for command in COMMANDS.values()]
+    (place / "commands.json").write_text(json.dumps(commands))
+    finished = run_watched(
+        [sys.executable, "-m", "tests.hf_commands", "commands.json", "results.json"],
+        place,
         cwd=place,
         env={**os.environ, "PYTHONPATH": with_root(), "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        timeout=300,
     )
     assert finished.returncode == 0, finished.stderr[-3000:]
     return place

@@ -1,7 +1,6 @@
 """The example scripts run as they are, at toy size on the CPU."""
 
 import os
-import subprocess
 import sys
 from pathlib import Path
 
@@ -9,13 +8,15 @@ import pytest
 
 from tests.forked import ROOT, SCRIPT, free_port, with_root
 from tests.tiny import LORA, MODEL, TRAIN
+from tests.watchdog import run_watched
 
 EXAMPLES = ROOT / "examples"
 
 
-def run(script: str, *flags: str, **env: str) -> str:
-    finished = subprocess.run(
+def run(logs: Path, script: str, *flags: str, **env: str) -> str:
+    finished = run_watched(
         ["bash", str(EXAMPLES / script), *flags],
+        logs,
         env={
             **os.environ,
             "PYTHON": sys.executable,
@@ -25,9 +26,6 @@ def run(script: str, *flags: str, **env: str) -> str:
             "MAX_RESTARTS": "0",
             **env,
         },
-        capture_output=True,
-        text=True,
-        timeout=300,
     )
     output = finished.stdout + finished.stderr
     assert finished.returncode == 0, output[-5000:]
@@ -36,7 +34,7 @@ def run(script: str, *flags: str, **env: str) -> str:
 
 @pytest.mark.parametrize("script", ["train_qwen3_30b_a3b.sh", "train_llama3_8b.sh"])
 def test_an_example_trains_and_saves(tmp_path: Path, script: str) -> None:
-    output = run(script, OUT=str(tmp_path / "out"))
+    output = run(tmp_path, script, OUT=str(tmp_path / "out"))
     assert "> LoRA: " in output
     assert "lm loss" in output
     assert (tmp_path / "out" / "latest_checkpointed_iteration.txt").read_text() == "2"
@@ -45,6 +43,8 @@ def test_an_example_trains_and_saves(tmp_path: Path, script: str) -> None:
 def test_the_slurm_script_launches_any_script(tmp_path: Path) -> None:
     saved = ["--save", str(tmp_path / "out"), "--train-iters", "3"]
     flags = [*MODEL, *TRAIN, *LORA, *saved, "--pipeline-model-parallel-size", "2"]
-    output = run("slurm_multinode.sbatch", str(SCRIPT), *flags, NPROC="2", PORT=str(free_port()))
+    output = run(
+        tmp_path, "slurm_multinode.sbatch", str(SCRIPT), *flags, NPROC="2", PORT=str(free_port())
+    )
     assert "> LoRA: " in output
     assert (tmp_path / "out" / "iter_0000003" / "integrity.json").is_file()

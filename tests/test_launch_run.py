@@ -2,7 +2,6 @@
 
 import os
 import shutil
-import subprocess
 import sys
 from pathlib import Path
 
@@ -10,6 +9,7 @@ import pytest
 
 from tests.forked import SCRIPT, Ranks, free_port, with_root
 from tests.tiny import LORA, MODEL, TRAIN, flags, train
+from tests.watchdog import run_watched
 
 PROVIDER_SCRIPT = SCRIPT.with_name("pretrain_provider.py")
 
@@ -41,7 +41,7 @@ def test_without_lora_rank_the_script_does_what_it_did(base: Path, tmp_path: Pat
     command += ["--pretrained-checkpoint", str(base), "--train-iters", "2"]
     alone = {"MASTER_ADDR": "localhost", "MASTER_PORT": str(free_port())}
     env = {**os.environ, **alone, "PYTHONPATH": with_root()}
-    plain = subprocess.run(command, env=env, capture_output=True, text=True, timeout=300)
+    plain = run_watched(command, tmp_path, env=env)
     assert plain.returncode == 0, plain.stderr[-3000:]
     assert len(ours) == 2
     for loss in ours.values():

@@ -4,14 +4,17 @@ The stand-ins only pass on signals and write down what is asked of them: Slurm i
 """
 
 import os
+import shutil
 import signal
 import subprocess
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
 from tests.forked import ROOT
+from tests.watchdog import POLL_S, STALL_S
 
 SCRIPT = ROOT / "examples" / "slurm_multinode.sbatch"
 TRACKER = "latest_checkpointed_iteration.txt"
@@ -27,6 +30,10 @@ kill "-${1#--signal=}" -- "-$(cat "$WORK/step")"
 """
 SCONTROL = """#!/usr/bin/env bash
 if [[ $1 == show ]]; then echo node1; else echo "scontrol $*" >> "$WORK/asked"; fi
+"""
+# Writes down which ranks the script has seen.
+PGREP = f"""#!/usr/bin/env bash
+{shutil.which("pgrep")} "$@" | tee -a "$WORK/seen"
 """
 # torchrun starts one rank, which saves and ends when it gets SIGTERM, or does what RANK says.
 TORCHRUN = """#!/usr/bin/env bash
@@ -44,6 +51,7 @@ def work(tmp_path: Path) -> Path:
         "srun": SRUN,
         "scancel": SCANCEL,
         "scontrol": SCONTROL,
+        "pgrep": PGREP,
         "torchrun": TORCHRUN,
     }.items():
         (tmp_path / name).write_text(text)
@@ -74,39 +82,43 @@ def asked(work: Path) -> list[str]:
 
 def test_the_end_of_the_time_saves_and_requeues(work: Path) -> None:
     job = start(work)
-    while not (work / "ready").exists():
-        time.sleep(0.02)
+    wait_until((work / "ready").exists)
     job.send_signal(signal.SIGUSR1)
-    assert job.wait(timeout=30) == 0
+    assert job.wait(timeout=STALL_S) == 0
     assert (work / "out" / TRACKER).read_text() == "7\n"
     assert asked(work) == ["scancel --signal=USR2 42.0", "scontrol requeue 42"]
 
 
 def test_a_run_that_ends_well_is_not_requeued(work: Path) -> None:
-    assert start(work, "exit 0").wait(timeout=30) == 0
+    assert start(work, "exit 0").wait(timeout=STALL_S) == 0
     assert asked(work) == []
 
 
 def test_a_failed_run_is_requeued_where_it_had_saved(work: Path) -> None:
     job = start(work, f'echo 5 > "$WORK/out/{TRACKER}"; exit 3')
-    assert job.wait(timeout=30) == 3
+    assert job.wait(timeout=STALL_S) == 3
     assert asked(work) == ["scontrol requeue 42"]
 
 
 def test_a_failed_run_that_saved_nothing_is_not_requeued(work: Path) -> None:
-    assert start(work, "exit 3").wait(timeout=30) == 3
+    assert start(work, "exit 3").wait(timeout=STALL_S) == 3
     assert asked(work) == []
 
 
 def test_no_rank_outlives_a_torchrun_that_was_killed(work: Path) -> None:
     # The rank's parent is torchrun's stand-in.
-    job = start(work, 'echo $$ > "$WORK/rank"; sleep 1.5; kill -KILL $PPID; sleep 30')
-    assert job.wait(timeout=30) == 137
+    seen = 'until [[ -s "$WORK/seen" ]]; do sleep 0.05; done'
+    job = start(work, f'echo $$ > "$WORK/rank"; {seen}; kill -KILL $PPID')
+    assert job.wait(timeout=STALL_S) == 137
     rank = int((work / "rank").read_text())
-    end = time.monotonic() + 5
-    while is_running(rank):
+    wait_until(lambda: not is_running(rank))
+
+
+def wait_until(condition: Callable[[], bool]) -> None:
+    end = time.monotonic() + STALL_S
+    while not condition():
         assert time.monotonic() < end
-        time.sleep(0.05)
+        time.sleep(POLL_S)
 
 
 def is_running(process: int) -> bool:

@@ -57,9 +57,30 @@ Route route_of(std::string_view product) {
 
 // cuBLAS with beta = 1 for what it can do in one call per projection; our kernels for experts,
 // dropout, projections that are interleaved by query group, and sums into fp32.
+bool gemm_can(const Factor& f) {
+  return f.offsets == nullptr && !f.drops() && f.columns == f.period && !f.weight_is_fp32;
+}
+
 bool gemm_is_faster(const Factor& f, std::string_view product) {
-  return f.offsets == nullptr && !f.drops() && f.columns == f.period && !f.weight_is_fp32 &&
-         route_of(product) != Route::kernels;
+  return gemm_can(f) && route_of(product) != Route::kernels;
+}
+
+// Measured on an H200 (benchmarks/results): cuBLAS makes a pass over y for each projection and is
+// slow at ranks that are no whole vector; our kernel is the slower one at larger ranks.
+bool gemm_updates_faster(const Factor& f) {
+  const bool prefers_kernel = f.rank <= 16 && (f.num_segments > 1 || f.rank % 8 != 0);
+  return route_of("update") == Route::gemm ? gemm_can(f)
+                                           : gemm_is_faster(f, "update") && !prefers_kernel;
+}
+
+// Measured likewise: for one projection one read of dY wins up to rank 16, over two products that
+// cuBLAS can make; where it cannot, one read wins as far as it goes.
+bool one_read_is_faster(const Factor& dgrad, const Factor& wgrad) {
+  const Route route = route_of("backward");
+  if (!backward_supports(dgrad) || route == Route::gemm) {
+    return false;
+  }
+  return route == Route::kernels || dgrad.rank <= 16 || !gemm_can(dgrad) || !gemm_can(wgrad);
 }
 
 Tensor floats(const Factor& f, int64_t count) {
@@ -87,7 +108,7 @@ struct Products {
 
   static void update(const Factor& f) {
     const c10::cuda::CUDAGuard guard(f.device);
-    if (gemm_is_faster(f, "update")) {
+    if (gemm_updates_faster(f)) {
       gemm::update(f);
       return;
     }
@@ -108,7 +129,7 @@ struct Products {
   }
 
   static void backward(const Factor& dgrad, const Factor& wgrad) {
-    if (!backward_supports(dgrad) || route_of("backward") == Route::gemm) {
+    if (!one_read_is_faster(dgrad, wgrad)) {
       project(dgrad);
       outer(wgrad);
       return;

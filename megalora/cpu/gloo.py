@@ -10,6 +10,7 @@ import torch.distributed as dist
 def install() -> None:
     """Send every process group to gloo and fill its gaps."""
     _use_gloo()
+    _share_groups()
     _patch_isend()
     _patch_uneven()
     _patch_average()
@@ -42,6 +43,46 @@ def _use_gloo() -> None:
 
     _replace("init_process_group", init_gloo)
     _replace("new_group", new_gloo_group)
+
+
+def _share_groups() -> None:
+    """Make one group for each set of ranks, which all who ask for these ranks get.
+
+    Megatron asks for some eighteen groups, most of them of the same few sets of ranks, and forgets
+    them without freeing them; a gloo group is three threads that never sleep for long. One is
+    enough: a single thread of each rank issues the collectives, in an order that all members share.
+    A group lives as long as the world: its members cannot tell the other ranks, which must agree on
+    what `new_group` makes, that they have destroyed it.
+    """
+    new_group, destroy_process_group = dist.new_group, dist.destroy_process_group
+    groups: dict[Any, Any] = {}
+
+    @functools.wraps(new_group)
+    def new_shared_group(
+        ranks: Any = None,
+        timeout: Any = None,
+        backend: object = None,
+        pg_options: object = None,
+        use_local_synchronization: bool = False,
+        **kwargs: Any,
+    ) -> Any:
+        # What ranks that are not members do differs with local synchronization.
+        key = (None if ranks is None else tuple(ranks), timeout, use_local_synchronization)
+        if key not in groups:
+            kwargs["use_local_synchronization"] = use_local_synchronization
+            groups[key] = new_group(ranks, timeout, backend, pg_options, **kwargs)
+        return groups[key]
+
+    @functools.wraps(destroy_process_group)
+    def destroy_world(group: Any = None) -> None:
+        if group is None or group is dist.group.WORLD:
+            groups.clear()
+            destroy_process_group(group)
+        elif group not in groups.values():
+            destroy_process_group(group)
+
+    _replace("new_group", new_shared_group)
+    _replace("destroy_process_group", destroy_world)
 
 
 def _patch_isend() -> None:

@@ -82,7 +82,3 @@ def model_parallel(layout: Layout) -> Iterator[None]:
         yield
     finally:
         parallel_state.destroy_model_parallel()
-        # Megatron only forgets its groups; gloo keeps some sixty threads alive for each layout.
-        for group in list(dist.distributed_c10d._world.pg_map):
-            if group is not dist.group.WORLD:
-                dist.destroy_process_group(group)
