@@ -150,7 +150,9 @@ class Check:
         if process is None:
             found["outcome"] = "failed" if log.exists() else "skipped: no time was left"
         else:
-            code = wait(process, min(start + stage.limit_s, self.deadline))
+            # A rehearsal shows that every stage works, on however slow a machine.
+            limit_s = stage.limit_s * (20 if self.rehearsing else 1)
+            code = wait(process, min(start + limit_s, self.deadline))
             found["outcome"] = "passed" if code == 0 else f"failed: exit status {code}"
             if code is None:
                 found["outcome"] = f"failed: no end after {time.monotonic() - start:.0f} s"
@@ -243,7 +245,14 @@ def main() -> int:
     parser.add_argument("--output", type=Path, required=True, help="directory for the results")
     parser.add_argument("--budget", type=float, default=1200, help="seconds for everything")
     parser.add_argument("--kit", type=Path, default=ROOT / ".gpu-kit")
-    parser.add_argument("--only", nargs="+", choices=names, default=names, metavar="STAGE")
+    parser.add_argument(
+        "--only",
+        nargs="+",
+        choices=names,
+        default=names,
+        metavar="STAGE",
+        help=f"in this order: {', '.join(names)}",
+    )
     parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument("--rehearse", action="store_true", help="toy sizes on the CPU")
     options = parser.parse_args()
@@ -263,7 +272,8 @@ def main() -> int:
         check = Check(
             tree, options.output.resolve(), environment, deadline, rounds, options.rehearse
         )
-        for group in grouped([stage for stage in STAGES if stage.name in options.only]):
+        stages = {stage.name: stage for stage in STAGES}
+        for group in grouped([stages[name] for name in options.only]):
             check.run(group)
     print((options.output / "report.md").read_text())
     return int('"outcome": "failed' in results.read_text())
