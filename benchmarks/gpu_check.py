@@ -1,6 +1,6 @@
 """Everything that needs a GPU, in one go and inside a budget of time: test, train, measure.
 
-python benchmarks/gpu_check.py --output DIR [--budget 600] [--kit .gpu-kit] [--only STAGE ...]
+python benchmarks/gpu_check.py [--budget 600] [--output DIR] [--kit .gpu-kit] [--only STAGE ...]
 
 Every stage is a process of its own with a time-out inside the budget: one that fails, hangs or is
 killed never ends the others. DIR gets results.jsonl (a line after each measurement), report.md
@@ -22,6 +22,7 @@ import time
 import xml.etree.ElementTree as ElementTree
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from datetime import UTC, datetime
 from pathlib import Path
 
 import torch
@@ -242,7 +243,7 @@ def main() -> int:
     """Run the stages; return 0 if nothing failed, 1 if something did, 2 without a GPU."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     names = [stage.name for stage in STAGES]
-    parser.add_argument("--output", type=Path, required=True, help="directory for the results")
+    parser.add_argument("--output", type=Path, help="directory for the results, a new one")
     parser.add_argument("--budget", type=float, default=1200, help="seconds for everything")
     parser.add_argument("--kit", type=Path, default=ROOT / ".gpu-kit")
     parser.add_argument(
@@ -260,6 +261,7 @@ def main() -> int:
     if not torch.cuda.is_available() and not options.rehearse:
         print("no CUDA device: nothing was tested or measured", file=sys.stderr)
         return 2
+    options.output = options.output or ROOT / f"gpu-check/{datetime.now(UTC):%Y-%m-%d-%H%M%S}"
     results = options.output / "results.jsonl"
     if results.exists():
         parser.error(f"--output {options.output} has results already: give a new directory")
@@ -276,6 +278,7 @@ def main() -> int:
         for group in grouped([stages[name] for name in options.only]):
             check.run(group)
     print((options.output / "report.md").read_text())
+    print(f"results are in {options.output}")
     return int('"outcome": "failed' in results.read_text())
 
 
