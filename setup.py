@@ -59,6 +59,7 @@ def wanted_cuda() -> Path | None:
     if wish == "0":
         notice("CPU ops only, because MEGALORA_CUDA=0")
         return None
+    architectures()
     import torch
 
     if torch.version.cuda is None:

@@ -29,6 +29,12 @@ def test_an_unknown_wish_for_cuda_is_refused() -> None:
     assert "MEGALORA_CUDA is 'yes': use 0 to forbid CUDA, 1 to require it" in finished.stderr
 
 
+def test_an_unknown_architecture_is_refused() -> None:
+    finished = ask_setup(MEGALORA_CUDA_ARCH="91")
+    assert finished.returncode != 0
+    assert "MEGALORA_CUDA_ARCH is '91': use one of 80, 90a, 100a" in finished.stderr
+
+
 def test_a_build_for_the_cpu_says_so() -> None:
     said = ask_setup(MEGALORA_CUDA="0").stdout
     assert "CPU ops only, because MEGALORA_CUDA=0" in said
