@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -86,6 +87,23 @@ megalora.cpu.install()
 for _ in range(2):
     for name in megalora.__all__:
         assert callable(getattr(megalora, name)), name
+"""
+    finished = run_python(code)
+    assert finished.returncode == 0, finished.stderr
+
+
+def test_a_run_on_the_cpu_is_as_without_transformer_engine(tmp_path: Path) -> None:
+    package = tmp_path / "transformer_engine"
+    package.mkdir()
+    (package / "__init__.py").write_text("raise SystemExit('its kernels need a GPU')")
+    code = f"""
+import sys
+from pathlib import Path
+sys.path.insert(0, {str(tmp_path)!r})
+import megalora.cpu
+megalora.cpu.install_if_wanted(["--cpu"])
+from megatron.core.extensions.transformer_engine import HAVE_TE
+assert not HAVE_TE
 """
     finished = run_python(code)
     assert finished.returncode == 0, finished.stderr
