@@ -33,6 +33,7 @@ bench: .venv/built
 	$(BIN)/python benchmarks/bench_linear.py
 	$(BIN)/python benchmarks/bench_experts.py
 	$(BIN)/python benchmarks/bench_model.py
+	$(BIN)/python benchmarks/bench_host.py
 
 parity: .venv/built
 	$(BIN)/python benchmarks/parity.py
