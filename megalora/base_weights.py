@@ -4,7 +4,7 @@ import contextlib
 import math
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.distributed as dist
@@ -87,11 +87,12 @@ def _load_by_stored_names(
     for value in nested_values(present):
         if isinstance(value, ShardedTensor) and value.key not in stored:
             value.key = next(filter(stored.__contains__, _other_names(value.key)), value.key)
-    return _load(present, checkpoint_dir, *rest, **options)
+    return _load(cast(dict[str, Any], present), checkpoint_dir, *rest, **options)
 
 
 def _other_names(key: str) -> list[str]:
-    return [key.replace(*_NORM_NAMES), key.replace(*_NORM_NAMES[::-1])]
+    one, other = _NORM_NAMES
+    return [key.replace(one, other), key.replace(other, one)]
 
 
 def fingerprint(model_chunks: Sequence[torch.nn.Module]) -> dict[str, Any]:
