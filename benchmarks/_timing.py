@@ -12,11 +12,11 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from _results import PHASES
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-PHASES = ("forward", "backward", "both")
 MAX_LISTED = 64  # kernels of a variant in results: a loop over experts has thousands
 _CYCLES_PER_SECOND = 2e9
 

@@ -17,7 +17,7 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from _results import append, machine, print_rows
-from _timing import Variant, assert_agreement, ceilings, floor_row, measure
+from _timing import Ceilings, Variant, assert_agreement, ceilings, floor_row, measure
 from torch import Tensor
 
 from megalora.contract import LOCAL_ROUTE
@@ -146,12 +146,19 @@ def main() -> None:
     divisor, tokens = (1, 4096) if device.type == "cuda" else (4, 512)
     if options.toy:
         divisor, tokens = 32, 32
+    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+    found = ceilings(device, dtype)
     for shape, rank in product(shapes(divisor), options.ranks):
-        run(shape, rank, 8 * tokens, device, options)
+        run(shape, rank, 8 * tokens, found, device, options)
 
 
 def run(
-    shape: Shape, rank: int, num_rows: int, device: torch.device, options: argparse.Namespace
+    shape: Shape,
+    rank: int,
+    num_rows: int,
+    found: Ceilings,
+    device: torch.device,
+    options: argparse.Namespace,
 ) -> None:
     """Measure one shape at one rank, print a table, add the rows to the results."""
     torch.manual_seed(0)
@@ -164,7 +171,7 @@ def run(
     variants = variants_of(shape, weight, rank, counts, ends)
     assert_agreement(variants, x)
     rows = measure(variants, x, dy, options.rounds, profiled=options.profile)
-    least = floor_row(rows[0], ceilings(device, dtype), x_bytes=x.nbytes, y_bytes=dy.nbytes)
+    least = floor_row(rows[0], found, x_bytes=x.nbytes, y_bytes=dy.nbytes)
     rows.append(least)
     title = f"{shape.name} {shape.num_in} -> {shape.num_out}, {num_rows} rows, rank {rank}"
     print_rows(f"{title}, {NUM_EXPERTS} experts", rows)

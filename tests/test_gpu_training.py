@@ -82,7 +82,6 @@ def all_runs(kind: str, directory: Path) -> Losses:
 
     with concurrent.futures.ThreadPoolExecutor(1 if REHEARSING else len(RUNS)) as pool:
         list(pool.map(run, [name for name in RUNS if HAS_TE or "TE" not in name]))
-    (directory / "losses.json").write_text(json.dumps(found, default=str))
     return found
 
 
