@@ -47,7 +47,7 @@ class Oracle:
                 merged[name] = parameters[name] + self.alpha / b.shape[-1] * update
         return merged
 
-    def run(self, microbatch: Tensor) -> tuple[Tensor, Tensor]:
+    def run(self, weights: Tensors, microbatch: Tensor) -> tuple[Tensor, Tensor]:
         """Return the loss of each token [b, s] and the input of the decoder [s, b, h]."""
         inputs = []
 
@@ -58,9 +58,8 @@ class Oracle:
         handle = self.model.embedding.register_forward_hook(keep)
         positions = torch.arange(SEQ_LENGTH).expand(microbatch.shape[0], -1)
         args = (microbatch[:, :-1], positions, None)
-        losses = torch.func.functional_call(
-            self.model, self.weights(), args, {"labels": microbatch[:, 1:]}
-        )
+        labels = {"labels": microbatch[:, 1:]}
+        losses = torch.func.functional_call(self.model, weights, args, labels)
         handle.remove()
         return losses, inputs[0]
 
@@ -74,13 +73,18 @@ class Oracle:
         generator = torch.Generator().manual_seed(100 + step)
         tokens = torch.randint(VOCAB_SIZE, (NUM_SEQUENCES, SEQ_LENGTH + 1), generator=generator)
         MTPLossAutoScaler.set_loss_scale(torch.tensor(1.0 / NUM_SEQUENCES))
+        merged = self.weights()
+        weights = {name: weight.detach().requires_grad_() for name, weight in merged.items()}
         all_losses, all_dx = [], []
         for microbatch in tokens.split(1):
-            losses, x = self.run(microbatch)
+            losses, x = self.run(weights, microbatch)
             (losses.float().mean() / NUM_SEQUENCES).backward()
             assert x.grad is not None
             all_losses.append(losses.detach().float())
             all_dx.append(x.grad.transpose(0, 1))
+        # An expert that no token met has none.
+        met = [name for name, weight in weights.items() if weight.grad is not None]
+        torch.autograd.backward([merged[n] for n in met], [weights[n].grad for n in met])
         return torch.cat(all_losses), torch.cat(all_dx)
 
     def gradients(self) -> Tensors:
@@ -116,9 +120,8 @@ class Oracle:
         if a.shape[0] == rank:
             return b @ a
         row_projection = projections(base.rpartition(".")[2], b.shape[0], self.model.config)
-        return torch.stack(
-            [b[row] @ a[p * rank : (p + 1) * rank] for row, p in enumerate(row_projection)]
-        )
+        a_of_row = a.unflatten(0, (-1, rank))[row_projection]
+        return (b[:, None] @ a_of_row)[:, 0]
 
 
 def projections(leaf: str, num_rows: int, config: Any) -> list[int]:
