@@ -7,9 +7,21 @@ import pytest
 from tests.tiny import train
 
 
+# Workers are given them in this order, before all others: what takes longest must not be last.
+LONGEST = ["test_dist", "test_checkpoint_resume", "test_checkpoint_faults", "test_gpu_check"]
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Start with the worlds, which take longest: workers are given files in this order."""
-    items.sort(key=lambda item: item.path.name != "test_dist.py")
+    """Give each file of tests to one worker, for its fixtures; but the worlds one by one."""
+    items.sort(key=_place)
+    for item in items:
+        group = item.nodeid if item.path.stem == "test_dist" else item.path.stem
+        item.add_marker(pytest.mark.xdist_group(group))
+
+
+def _place(item: pytest.Item) -> int:
+    stem = item.path.stem
+    return LONGEST.index(stem) if stem in LONGEST else len(LONGEST)
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:

@@ -25,7 +25,7 @@ from tests.dist.models import build_model
 from tests.dist.oracle import EPS, Oracle, Tensors
 from tests.dist.training import NUM_SEQUENCES, SEQ_LENGTH, Run, context_parallel_cut, train
 
-NUM_STEPS = 5
+NUM_STEPS = 3
 LR = 1e-2
 ALPHA = 6.0
 STD_B = 0.2
