@@ -12,8 +12,8 @@ SOURCES := $(wildcard csrc/*.h csrc/*.cpp csrc/*/*)
 # One thread for each process: ranks share the cores.
 export OMP_NUM_THREADS ?= 1
 export MKL_NUM_THREADS ?= 1
-# Groups of tests to each core in turn (tests/conftest.py); every worker needs about 2 GB.
-WORKERS ?= -n logical --maxprocesses 8 --dist loadgroup --no-loadscope-reorder
+# A file of tests to each core in turn (tests/conftest.py); every worker needs about 2 GB.
+WORKERS ?= -n logical --maxprocesses 8 --dist loadfile --no-loadscope-reorder
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
 
 .PHONY: demo test lint bench parity figures gpu-kit clean

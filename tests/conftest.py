@@ -1,6 +1,7 @@
 """What several files of tests start from."""
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -11,16 +12,21 @@ LONGEST = ["test_dist", "test_checkpoint_resume", "test_checkpoint_faults", "tes
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Give each file of tests to one worker, for its fixtures; but the worlds one by one."""
-    items.sort(key=_place)
-    for item in items:
-        group = item.nodeid if item.path.stem == "test_dist" else item.path.stem
-        item.add_marker(pytest.mark.xdist_group(group))
+    """Start with what takes longest."""
+    places = {name: place for place, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: places.get(item.path.stem, len(places)))
 
 
-def _place(item: pytest.Item) -> int:
-    stem = item.path.stem
-    return LONGEST.index(stem) if stem in LONGEST else len(LONGEST)
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    """Give a file of tests to one worker, for the file's fixtures; but the worlds one by one."""
+    from xdist.scheduler import LoadFileScheduling
+
+    class Scheduling(LoadFileScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            return nodeid if "test_dist.py" in nodeid else super()._split_scope(nodeid)
+
+    return Scheduling(config, log)
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
