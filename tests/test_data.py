@@ -15,11 +15,14 @@ from megalora.data import (
     build_datasets,
     check_data_args,
     check_dataset,
+    datasets_from_args,
     tokenizer_from_args,
 )
+from megalora.data.examples import hold_out
 from megalora.data.rows import load_rows
 
 TOKENIZER = ByteTokenizer()
+ANSWER = [{"role": "assistant", "content": "Pong"}]
 ROWS = [{"prompt": f"Count to {k}: ", "completion": f"{k} it is."} for k in range(40)]
 
 
@@ -160,7 +163,100 @@ def test_cut_and_dropped_rows_are_counted_and_said(tmp_path: Path) -> None:
     path = write_jsonl(tmp_path / "long.jsonl", rows)
     build_datasets(path, TOKENIZER, 16, num_samples=(None, 0, 0), log=lines.append)
     assert "2 examples" in lines[0]
-    assert "2 cut to --seq-length; 1 dropped" in lines[0]
+    assert "2 examples cut to --seq-length, 38 tokens to train on lost in them, 1 of" in lines[0]
+
+
+# --- what is not trained on is said ---
+
+
+def warning_of(dataset: str, **options) -> str:
+    """Return the one warning that building `dataset` logs, or nothing."""
+    lines: list[str] = []
+    build_datasets(dataset, TOKENIZER, 64, log=lines.append, **options)
+    warnings = [line for line in lines if line.startswith("WARNING")]
+    assert len(warnings) < 2
+    return "".join(warnings)
+
+
+def test_columns_and_keys_that_nothing_is_made_of_are_named_once(tmp_path: Path) -> None:
+    chat = [{"role": "user", "content": "Ping", "name": "Al"}, *ANSWER]
+    rows = [{"messages": chat, "id": 1}, {"messages": chat, "score": 2, "gone": None}] * 8
+    path = write_jsonl(tmp_path / "chat.jsonl", rows)
+    assert warning_of(path).endswith("chat.jsonl: nothing is made of ['id', 'name', 'score']")
+    assert not warning_of(write_jsonl(tmp_path / "plain.jsonl", ROWS))
+
+
+def test_files_of_a_folder_that_are_not_read_are_named(tmp_path: Path) -> None:
+    folder = tmp_path / "folder"
+    (folder / "more").mkdir(parents=True)
+    write_jsonl(folder / "a.jsonl", ROWS)
+    for name in ("b.jsonl.gz", "README.md", ".hidden"):
+        (folder / name).touch()
+    assert warning_of(str(folder)).endswith("not read: ['b.jsonl.gz', 'more']")
+
+
+def test_validation_rows_that_are_trained_on_are_counted(jsonl: str) -> None:
+    assert "10 of 20 validation rows are trained on too" in warning_of(
+        jsonl, train_split="train[:30]", valid_split="train[20:]"
+    )
+    assert not warning_of(jsonl, train_split="train[:30]", valid_split="train[30:]")
+
+
+def test_passes_over_the_rows_are_said(jsonl: str) -> None:
+    lines: list[str] = []
+    options = {"packing": False, "num_samples": (100, 0, 0)}
+    build_datasets(jsonl, TOKENIZER, 64, log=lines.append, **options)
+    assert "40 rows of 64" in lines[0]
+    assert "read 2.5 times" in lines[0]
+
+
+def test_rows_without_an_answer_are_counted(tmp_path: Path) -> None:
+    question = {"role": "user", "content": "Ping"}
+    lines: list[str] = []
+    rows = [{"messages": [question, *ANSWER]}, {"messages": [question]}]
+    path = write_jsonl(tmp_path / "chat.jsonl", rows)
+    build_datasets(path, TOKENIZER, 64, num_samples=(None, 0, 0), log=lines.append)
+    assert "1 examples, " in lines[0]
+    assert "1 left out, they have no answer to train on" in lines[0]
+
+
+def test_a_batch_larger_than_the_data_is_said(jsonl: str) -> None:
+    args = parser().parse_args(["--dataset", jsonl, "--byte-tokenizer", "--no-packing"])
+    args.tokenizer_type, args.seq_length, args.seed = "NullTokenizer", 64, 1
+    args.context_parallel_size, args.max_position_embeddings = 1, 64
+    for size, num_warnings in ((40, 0), (41, 1)):
+        args.global_batch_size = size
+        lines: list[str] = []
+        datasets_from_args(args, (size, 0, 0), log=lines.append)
+        found = [line for line in lines if "fills 40 rows, fewer than global_batch_size 41" in line]
+        assert len(found) == num_warnings
+
+
+# --- rows are read as they stand ---
+
+
+def test_json_rows_have_the_keys_and_the_text_of_their_line(tmp_path: Path) -> None:
+    rows = [{"text": "2024-01-01", "meta": {"a": None}}, {"text": "2024-01-02", "meta": {"b": 1}}]
+    path = tmp_path / "x.jsonl"
+    path.write_bytes(b"\xef\xbb\xbf" + b"\n\n".join(json.dumps(r).encode() for r in rows))
+    loaded = load_rows(str(path))
+    assert list(loaded) == rows
+    assert loaded.where(1) == f"{path} line 3"
+
+
+def test_keys_that_only_other_rows_of_a_parquet_file_have_are_not_there(tmp_path: Path) -> None:
+    rows = [{"messages": [{"role": "user", "a": 1}]}, {"messages": [{"role": "user", "b": 2}]}]
+    Dataset.from_list(rows).to_parquet(tmp_path / "x.parquet")
+    assert [row["messages"] for row in load_rows(str(tmp_path / "x.parquet"))] == [
+        row["messages"] for row in rows
+    ]
+
+
+def test_held_out_rows_keep_their_place(jsonl: str) -> None:
+    train, valid = hold_out(load_rows(jsonl), 0.25, seed=1)
+    for rows in (train, valid):
+        for index, row in enumerate(rows):
+            assert rows.where(index) == f"{jsonl} line {ROWS.index(row) + 1}"
 
 
 # --- bad input ---
@@ -212,11 +308,9 @@ def test_an_empty_file_is_refused(tmp_path: Path) -> None:
 
 def test_an_empty_split_is_refused(tmp_path: Path, jsonl: str) -> None:
     Dataset.from_dict({"text": []}).to_parquet(tmp_path / "x.parquet")
-    with pytest.raises(ValueError, match=r"dataset_split 'train' .*no data.*: give .* a split"):
+    with pytest.raises(ValueError, match=r"x.parquet is empty: give a file with rows"):
         build(str(tmp_path / "x.parquet"))
-    with pytest.raises(
-        ValueError, match=r"dataset_split 'train\[:0\]' .*no data.*: give .* a split"
-    ):
+    with pytest.raises(ValueError, match=r"dataset_split 'train\[:0\]' .*no rows: give another"):
         build(jsonl, train_split="train[:0]")
 
 
@@ -225,45 +319,65 @@ def test_a_split_that_is_not_there_is_refused(jsonl: str) -> None:
         build(jsonl, valid_split="gold")
 
 
-def test_a_file_that_is_not_json_is_refused(tmp_path: Path) -> None:
-    (tmp_path / "x.jsonl").write_text("{broken\n")
-    with pytest.raises(ValueError, match=r"x.jsonl .* cannot be read"):
-        build(str(tmp_path / "x.jsonl"))
+@pytest.mark.parametrize("line", [b'{"prompt": ', b"[1]", b'{"text": "\xff"}', b"null"])
+def test_a_broken_line_is_named_before_any_model_is_built(tmp_path: Path, line: bytes) -> None:
+    path = tmp_path / "x.jsonl"
+    good = json.dumps(ROWS[0]).encode()
+    path.write_bytes(b"\n".join([good, b"", line, good]))
+    with pytest.raises(ValueError, match=r"dataset .*x.jsonl line 3: no JSON object"):
+        check_dataset(str(path), TOKENIZER, 64)
 
 
-def test_a_folder_of_mixed_or_no_files_is_refused(tmp_path: Path, jsonl: str) -> None:
-    (tmp_path / "more.parquet").touch()
-    with pytest.raises(ValueError, match=r"is not files of one kind: give \.json, \.jsonl"):
-        build(str(tmp_path))
-    (tmp_path / "empty").mkdir()
-    with pytest.raises(ValueError, match=r"is not files of one kind"):
-        build(str(tmp_path / "empty"))
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("[1]", "x.json row 0: a int, no object"),
+        ('[{"text": ', "x.json is no list of JSON objects: Expecting value: line 1"),
+        ("{", "x.json line 1: no JSON object"),
+        ("[]", "x.json is empty"),
+    ],
+)
+def test_a_broken_list_is_named(tmp_path: Path, text: str, message: str) -> None:
+    (tmp_path / "x.json").write_text(text)
+    with pytest.raises(ValueError, match=message):
+        check_dataset(str(tmp_path / "x.json"), TOKENIZER, 64)
 
 
-def test_a_row_that_breaks_its_columns_promise_is_named(tmp_path: Path) -> None:
-    path = write_jsonl(tmp_path / "x.jsonl", [{"text": "fine"}, {"text": None}])
-    with pytest.raises(ValueError, match=r"row 1 does not hold the text it should"):
-        build(path, num_samples=(None, 0, 0))
+def test_a_broken_parquet_file_of_a_folder_is_named(tmp_path: Path) -> None:
+    folder = tmp_path / "folder"
+    folder.mkdir()
+    Dataset.from_list(ROWS).to_parquet(folder / "a.parquet")
+    (folder / "b.parquet").write_bytes(b"none")
+    with pytest.raises(ValueError, match=r"b.parquet is no parquet file: "):
+        load_rows(str(folder))
 
 
-def test_too_few_rows_to_hold_any_out_are_refused(tmp_path: Path) -> None:
-    path = write_jsonl(tmp_path / "x.jsonl", ROWS[:1])
-    with pytest.raises(ValueError, match=r"1 rows, too few .*--dataset-valid-split"):
-        build(path)
+def test_rows_of_another_kind_are_named(tmp_path: Path) -> None:
+    path = write_jsonl(tmp_path / "x.jsonl", [ROWS[0], {"messages": ANSWER}])
+    with pytest.raises(
+        ValueError, match=r"line 2: no `prompt` and no `completion`.*\['messages'\]"
+    ):
+        check_dataset(path, TOKENIZER, 64)
 
 
-def test_a_held_out_share_of_nothing_is_refused(jsonl: str) -> None:
-    with pytest.raises(ValueError, match=r"dataset_valid_fraction 0 is not between 0 and 1"):
-        build(jsonl, valid_fraction=0)
+def test_text_that_is_none_is_named(tmp_path: Path) -> None:
+    path = write_jsonl(tmp_path / "x.jsonl", [ROWS[0], {"prompt": "a", "completion": 3}])
+    with pytest.raises(ValueError, match=r"line 2: `completion` is 3, not text"):
+        check_dataset(path, TOKENIZER, 64)
 
 
-def test_the_check_finds_what_building_would_find(tmp_path: Path, jsonl: str) -> None:
-    check_dataset(jsonl, TOKENIZER, 64)
-    masked = write_jsonl(tmp_path / "y.jsonl", [{"prompt": "a" * 100, "completion": "b"}])
-    with pytest.raises(ValueError, match=r"no token to train on"):
-        check_dataset(masked, TOKENIZER, 64)
-    with pytest.raises(ValueError, match=r"cannot be read"):
-        check_dataset(jsonl, TOKENIZER, 64, valid_split="gold")
+def test_chats_without_an_assistant_are_refused_as_such(tmp_path: Path) -> None:
+    path = write_jsonl(tmp_path / "x.jsonl", [{"messages": [{"role": "user", "content": "q"}]}])
+    with pytest.raises(
+        ValueError, match=r"any of its 1 .*no chat has .* assistant.*add the answers"
+    ):
+        check_dataset(path, TOKENIZER, 64)
+
+
+def test_a_second_dataset_is_refused(jsonl: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        parser().parse_args(["--dataset", jsonl, "--dataset", "other.jsonl"])
+    assert f"--dataset {jsonl} and other.jsonl: put the files into one" in capsys.readouterr().err
 
 
 # --- flags ---

@@ -293,7 +293,11 @@ def test_the_attention_format_follows_what_the_attention_can(
         packing=True,
         transformer_impl="transformer_engine",
         pipeline_model_parallel_size=2,
+        context_parallel_size=1,
         micro_batch_size=2,
+        multi_latent_attention=False,
+        window_size=None,
+        softmax_type="vanilla",
     )
     assert attention_format(args) == "mask"  # on the CPU
     monkeypatch.setattr("megatron.core.extensions.transformer_engine.HAVE_TE", True)
@@ -308,7 +312,35 @@ def test_the_attention_format_follows_what_the_attention_can(
     with pytest.raises(ValueError, match=r"'M\*' with packed examples.*set --no-packing"):
         attention_format(args)
     args.hybrid_layer_pattern = None
-    assert attention_format(args) == "mask"
+    assert attention_format(args) == "thd"
+    for name, value in (("window_size", (8, 0)), ("multi_latent_attention", True)):
+        before = getattr(args, name)
+        setattr(args, name, value)
+        assert attention_format(args) == "mask"
+        setattr(args, name, before)
+
+
+@pytest.mark.world_1
+def test_masks_that_no_memory_holds_are_refused() -> None:
+    args = argparse.Namespace(
+        dataset="/gone",
+        rank=1,
+        packing=True,
+        transformer_impl="local",
+        pipeline_model_parallel_size=1,
+        context_parallel_size=1,
+        micro_batch_size=1,
+        seq_length=10**6,
+        num_layers=1,
+        recompute_granularity=None,
+        multi_latent_attention=False,
+        window_size=None,
+        softmax_type="vanilla",
+    )
+    check_data_args(args)  # boundaries are enough
+    args.multi_latent_attention = True
+    with pytest.raises(ValueError, match=r"seq_length 1000000 with packing needs 4657 GiB of atten"):
+        check_data_args(args)
 
 
 @pytest.mark.world_1
