@@ -70,8 +70,9 @@ def guard_tokenizer() -> None:
             )
         return original(args, **kwargs)
 
-    patched.build_tokenizer = build_tokenizer
-    patched.build_tokenizer.is_megalora = True
+    guarded: Any = build_tokenizer
+    guarded.is_megalora = True
+    patched.build_tokenizer = guarded
 
 
 def with_hf_flags(argv: Sequence[str]) -> list[str]:

@@ -20,6 +20,7 @@ from megalora.data import (
 )
 from megalora.data.examples import hold_out
 from megalora.data.rows import load_rows
+from megalora.run_arguments import check_eval_args
 
 TOKENIZER = ByteTokenizer()
 ANSWER = [{"role": "assistant", "content": "Pong"}]
@@ -409,10 +410,28 @@ def test_two_tokenizers_are_refused() -> None:
 def test_rank_0_alone_checks_the_dataset() -> None:
     args = parser().parse_args(["--dataset", "/gone", "--byte-tokenizer"])
     args.packing, args.seq_length, args.max_position_embeddings, args.rank = False, 8, 8, 1
+    args.dataloader_type = "single"
     check_data_args(args)
     args.rank = 0
     with pytest.raises(ValueError, match="/gone is not there"):
         check_data_args(args)
+
+
+def test_a_loader_that_shuffles_by_the_layout_is_refused() -> None:
+    args = parser().parse_args(["--dataset", "any", "--no-packing"])
+    args.dataloader_type = "cyclic"
+    with pytest.raises(
+        ValueError, match=r"dataloader_type is 'cyclic'.*leave --dataloader-type out"
+    ):
+        check_data_args(args)
+
+
+def test_a_run_without_an_evaluation_interval_is_told_to_set_one() -> None:
+    args = argparse.Namespace(eval_interval=None, skip_train=False, full_validation=False)
+    with pytest.raises(ValueError, match=r"eval_interval is not given: set --eval-interval 1000"):
+        check_eval_args(args)
+    args.eval_interval = 1000
+    check_eval_args(args)
 
 
 def test_without_packing_nothing_must_be_kept_apart() -> None:

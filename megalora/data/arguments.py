@@ -169,6 +169,12 @@ def check_data_args(args: argparse.Namespace) -> None:
     if args.dataset is None:
         _check_megatron_data(args)
         return
+    if args.dataloader_type != "single":
+        raise ValueError(
+            f"dataloader_type is {args.dataloader_type!r}: rows of --dataset come shuffled, in an "
+            "order that no layout changes, which Megatron's own shuffling ends; leave "
+            "--dataloader-type out"
+        )
     if args.rank != 0:
         return
     check_dataset(

@@ -173,7 +173,8 @@ class ChatTemplate:
         """Return the text and where its {% generation %} blocks stand."""
         from transformers.utils.chat_template_utils import render_jinja_template
 
-        texts, blocks = render_jinja_template(
+        render: Any = render_jinja_template
+        texts, blocks = render(
             conversations=[messages],
             tools=chat.tools or None,
             chat_template=self._source(chat),

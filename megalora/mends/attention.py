@@ -88,7 +88,7 @@ class CoreAttention(MegatronModule):
             # Memory grows with the tokens; a mask of who may look at whom grows with their square.
             sizes = _boundaries(packed_seq_params, query.shape[0]).diff().tolist()
             parts = zip(*(x.split(sizes) for x in (query, key, value)), strict=True)
-            out = torch.cat([self._attend(*part, None, True, None) for part in parts])
+            out = torch.cat([self._attend(q, k, v, None, True, None) for q, k, v in parts])
             return out.flatten(2).squeeze(1)
         if packed or self.cp_group.size() > 1:
             if not causal:

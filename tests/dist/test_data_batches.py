@@ -17,6 +17,7 @@ from megatron.core.datasets.utils import Split
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from megatron.core.tokenizers import MegatronTokenizer
 from megatron.core.tokenizers.utils.build_tokenizer import build_tokenizer
+from megatron.training import global_vars
 from megatron.training.arguments import parse_args
 from megatron.training.datasets import data_samplers
 
@@ -24,6 +25,7 @@ from megalora.data import ByteTokenizer, PackedDataset, add_data_args, attention
 from megalora.data.arguments import AttentionFormat, check_data_args, tokenizer_from_args
 from megalora.data.examples import encode_rows, gather_examples
 from megalora.data.tokenizers import encoder_for
+from megalora.run_arguments import guard_tokenizer
 from tests.dist.layouts import Layout, model_parallel, one_rank, over
 from tests.dist.models import MOE, build_model
 
@@ -285,6 +287,18 @@ def test_megatrons_own_parser_and_tokenizers_take_the_byte_tokenizer(
 
 
 @pytest.mark.world_1
+def test_a_run_without_a_tokenizer_is_told_what_to_set(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(global_vars, "build_tokenizer", global_vars.build_tokenizer)
+    guard_tokenizer()
+    guard_tokenizer()
+    monkeypatch.setattr(sys, "argv", ["train.py"])
+    remedies = {add_data_args: ", or --byte-tokenizer", lambda parser: parser: "--tokenizer-model DIR$"}
+    for add, remedy in remedies.items():
+        with pytest.raises(ValueError, match=rf"tokenizer_type is not given: set .*{remedy}"):
+            global_vars.build_tokenizer(parse_args(extra_args_provider=add))
+
+
+@pytest.mark.world_1
 def test_the_attention_format_follows_what_the_attention_can(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
@@ -324,6 +338,7 @@ def test_the_attention_format_follows_what_the_attention_can(
 def test_masks_that_no_memory_holds_are_refused() -> None:
     args = argparse.Namespace(
         dataset="/gone",
+        dataloader_type="single",
         rank=1,
         packing=True,
         transformer_impl="local",
