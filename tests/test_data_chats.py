@@ -269,6 +269,24 @@ def test_answers_before_a_last_question_keep_their_thoughts() -> None:
     assert trained(row, THOUGHTS) == ["<think>hm a</think>a<|im_end|>"]
 
 
+# As Mistral's: the system prompt stands before a question that ends the chat, and nowhere else.
+LATE_SYSTEM = (
+    "{% for m in messages %}{% if m.role == 'user' %}<|im_start|>{% if loop.last and "
+    "messages[0].role == 'system' %}{{ messages[0].content }} {% endif %}{{ m.content }}/user"
+    "{% elif m.role == 'assistant' %} {{ m.content }}<|im_end|>{% endif %}{% endfor %}"
+)
+
+
+def test_answers_stand_behind_the_prompt_that_the_model_is_given() -> None:
+    again = {"role": "assistant", "content": "Hi/user Ho"}  # as the prompt itself ends
+    row = {"messages": [{"role": "system", "content": "Be kind."}, *SAID, SAID[0], again]}
+    assert texts(row, LATE_SYSTEM) == [
+        "<|im_start|>Be kind. Hi/user Ho<|im_end|>",
+        "<|im_start|>Hi/user Ho<|im_end|><|im_start|>Be kind. Hi/user Hi/user Ho<|im_end|>",
+    ]
+    assert trained(row, LATE_SYSTEM) == [" Ho<|im_end|>", " Hi/user Ho<|im_end|>"]
+
+
 def test_generation_blocks_say_what_is_trained() -> None:
     block = "{% generation %}{{ m.content }}{% endgeneration %}"
     by_role = "{% if m.role == 'assistant' %}" + block + "{% else %}{{ m.content }}{% endif %}"

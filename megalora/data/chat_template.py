@@ -44,9 +44,9 @@ class ChatTemplate:
         chat = self._as_the_template_takes_it(chat)
         self._check_variables(chat)
         whole = self._render(chat, chat.messages)
-        self._check_messages(chat, whole)
         answers = [self._answer(chat, number) for number in chat.answers]
         texts = [whole, *(text for text, _ in reversed(answers))]
+        self._check_messages(chat, texts)
         spans: dict[str, list[Span]] = {}
         for text, own in answers:
             host = next(t for t in texts if t.startswith(text))
@@ -68,15 +68,16 @@ class ChatTemplate:
             spans = [(low, high) for low, high in blocks if low >= start]
         else:
             text = self._render(chat, messages)
-            start = len(head)
-            spans = [(start, self._end_of_turn(text))]
-            if not text.startswith(head):
+            answer = _behind(head, text, messages)
+            if answer is None:
                 raise ValueError(
                     "chat template is not usable: its generation prompt is not how this answer "
-                    f"begins, {head[-40:]!r} against {text[start - 40 : start]!r}: set its switch, "
-                    "such as enable_thinking, in `chat_template_kwargs`, or give another "
+                    f"begins, {head[-40:]!r} against {text[len(head) - 40 : len(head)]!r}: set its "
+                    "switch, such as enable_thinking, in `chat_template_kwargs`, or give another "
                     "--chat-template, one with {% generation %} blocks around answers"
                 )
+            text, start = head + answer, len(head)
+            spans = [(start, self._end_of_turn(text))]
         self._check_answer(messages[-1], text[start:])
         return text, spans
 
@@ -125,9 +126,9 @@ class ChatTemplate:
                 "has: give another --chat-template, or leave them out of the data"
             )
 
-    def _check_messages(self, chat: Chat, whole: str) -> None:
-        """Raise ValueError where a message that is not the assistant's is not in the text."""
-        packed = _squeeze(whole)
+    def _check_messages(self, chat: Chat, texts: list[str]) -> None:
+        """Raise ValueError where a message that is not the assistant's is in none of the texts."""
+        packed = "\0".join(map(_squeeze, texts))
         for number, message in enumerate(chat.messages):
             content = message["content"]
             forms = (content, json.dumps(content, ensure_ascii=False)[1:-1])
@@ -192,6 +193,21 @@ def _variables(source: str) -> frozenset[str]:
     environment = Environment(extensions=["jinja2.ext.loopcontrols"])
     tree = environment.parse(_GENERATION.sub("", source))
     return frozenset(meta.find_undeclared_variables(tree))
+
+
+def _behind(head: str, text: str, messages: list[Message]) -> str | None:
+    """Return what the last of messages adds behind the generation prompt; None where it cannot.
+
+    head: the messages before, with the generation prompt. text: all of them. Mistral writes the
+    system prompt before a question that is the last message, so text need not begin with head: both
+    have the last question, and the prompt behind it.
+    """
+    if text.startswith(head):
+        return text[len(head) :]
+    question, answer = (message["content"].strip() for message in messages[-2:])
+    prompt = head[head.rfind(question) :] if question in head else ""
+    at = text.rfind(prompt, 0, text.rfind(answer)) if prompt else -1
+    return None if at < 0 else text[at + len(prompt) :]
 
 
 def _with_json_arguments(message: Message) -> Message:
