@@ -117,11 +117,7 @@ def attention_format(args: argparse.Namespace) -> AttentionFormat:
     keep_apart = args.packing if args.dataset is not None else args.reset_attention_mask
     if not keep_apart:
         return "padded"
-    from megatron.core.extensions.transformer_engine import HAVE_TE
-
-    from megalora import cpu
-
-    if args.transformer_impl != "transformer_engine" or not HAVE_TE or cpu.installed():
+    if _has_local_layers(args):
         if getattr(args, "hybrid_layer_pattern", None):
             raise ValueError(
                 f"hybrid_layer_pattern is {args.hybrid_layer_pattern!r} with packed examples: only "
@@ -135,6 +131,15 @@ def attention_format(args: argparse.Namespace) -> AttentionFormat:
             "longer --seq-length, or --no-packing"
         )
     return "thd"
+
+
+def _has_local_layers(args: argparse.Namespace) -> bool:
+    """Say whether attention is Megatron's own, or ours in its place, not TransformerEngine's."""
+    from megatron.core.extensions.transformer_engine import HAVE_TE
+
+    from megalora import cpu
+
+    return args.transformer_impl != "transformer_engine" or not HAVE_TE or cpu.installed()
 
 
 def _joins_for_stages(args: argparse.Namespace) -> bool:
@@ -164,7 +169,8 @@ def check_data_args(args: argparse.Namespace) -> None:
 
     Only global rank 0 reads the dataset; its exit makes torchrun end the others.
     """
-    if attention_format(args) == "mask":
+    is_masked = attention_format(args) == "mask"
+    if is_masked or (args.context_parallel_size > 1 and _has_local_layers(args)):
         _check_mask(args)
     if args.dataset is None:
         _check_megatron_data(args)
@@ -186,6 +192,7 @@ def check_data_args(args: argparse.Namespace) -> None:
         test_split=args.dataset_test_split,
         valid_fraction=args.dataset_valid_fraction,
         max_seq_length=args.max_position_embeddings,
+        validates=args.full_validation or args.eval_iters != 0,
     )
 
 
@@ -223,7 +230,7 @@ def datasets_from_args(
 
 
 def _check_mask(args: argparse.Namespace) -> None:
-    """Raise ValueError where the masks of packed examples cannot be held in memory."""
+    """Raise ValueError where the masks of the local layers cannot be held in memory."""
     # Beside the boolean one, torch's attention keeps a floating one for each layer's backward.
     num_copies = 1 if args.recompute_granularity == "full" else args.num_layers or 1
     entries = args.micro_batch_size * args.seq_length**2 // args.context_parallel_size
@@ -231,9 +238,9 @@ def _check_mask(args: argparse.Namespace) -> None:
     total = psutil.virtual_memory().total
     if need > total:
         raise ValueError(
-            f"seq_length {args.seq_length} with packing needs {need / 2**30:.0f} GiB of attention "
-            f"masks in the local layers, this machine has {total / 2**30:.0f}: set --no-packing, "
-            "or lower --seq-length or --micro-batch-size"
+            f"seq_length {args.seq_length} needs {need / 2**30:.0f} GiB of attention masks in the "
+            f"local layers, this machine has {total / 2**30:.0f}: lower --seq-length, or set "
+            "--context-parallel-size 1 and --no-packing, which need none"
         )
 
 

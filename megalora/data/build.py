@@ -99,10 +99,12 @@ def check_dataset(
     test_split: str | None = None,
     valid_fraction: float = 0.02,
     max_seq_length: int | None = None,
+    validates: bool = False,
 ) -> None:
     """Raise what `build_datasets` would, by reading every row and encoding up to a trainable one.
 
     What only encoding can find behind that row, such as a chat that its template refuses, is left.
+    validates: training rows are held out where there is no `valid_split`.
     """
     check_lengths(seq_length, max_seq_length, valid_fraction)
     encoder = encoder_for(tokenizer)
@@ -114,6 +116,8 @@ def check_dataset(
         encoded = encode_rows(rows, schema, encoder, seq_length)
         if not any(any(example.tokens.trained[1:]) for example in encoded):
             gather_examples(encode_rows(rows, schema, encoder, seq_length), dataset)
+        if validates and not valid_split and split == train_split:
+            hold_out(rows, valid_fraction, seed=0)
 
 
 def check_lengths(seq_length: int, max_seq_length: int | None, valid_fraction: float) -> None:

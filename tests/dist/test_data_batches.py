@@ -354,7 +354,12 @@ def test_masks_that_no_memory_holds_are_refused() -> None:
     )
     check_data_args(args)  # boundaries are enough
     args.multi_latent_attention = True
-    with pytest.raises(ValueError, match=r"seq_length 1000000 with packing needs 4657 GiB of atten"):
+    with pytest.raises(ValueError, match=r"seq_length 1000000 needs 4657 GiB of attention masks"):
+        check_data_args(args)
+    args.packing = False
+    check_data_args(args)
+    args.context_parallel_size = 2
+    with pytest.raises(ValueError, match=r"needs 2328 GiB .*--context-parallel-size 1 and --no-pack"):
         check_data_args(args)
 
 
