@@ -292,6 +292,8 @@ def test_generation_blocks_say_what_is_trained() -> None:
     by_role = "{% if m.role == 'assistant' %}" + block + "{% else %}{{ m.content }}{% endif %}"
     template = CHATML.replace("{{ m.content }}", by_role)
     assert trained({"messages": [*SAID, *SAID]}, template) == ["HoHo"]
+    half = [SAID[0], {**SAID[1], "weight": 0}, *SAID]
+    assert trained({"messages": half}, template) == ["Ho"]
     # Where the generation prompt is not how answers begin (DeepSeek-R1), only blocks can say it.
     prompted = template.replace("assistant\n{% endif", "assistant\n<think>{% endif")
     assert trained({"messages": SAID}, prompted) == ["Ho"]
