@@ -168,7 +168,9 @@ def test_no_tools_are_no_tools(empty: object) -> None:
 
 
 def test_arguments_are_text_where_the_template_adds_them_to_its_own() -> None:
-    assert '<tool_call>add ```{"a": 1}```</tool_call>' in texts({"messages": CALLED}, AS_TEXT)[0]
+    call = {"name": "add", "arguments": {"a": "é"}}
+    row = {"messages": [SAID[0], {"role": "assistant", "tool_calls": [call]}]}
+    assert '<tool_call>add ```{"a": "é"}```</tool_call>' in texts(row, AS_TEXT)[0]
 
 
 def test_tools_that_the_system_message_lists_are_not_given_twice() -> None:

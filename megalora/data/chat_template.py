@@ -61,12 +61,12 @@ class ChatTemplate:
     def _answer(self, chat: Chat, number: int) -> tuple[str, list[Span]]:
         """Return the text through an answer, and the spans of the answer in it."""
         messages = chat.messages[: number + 1]
-        head = self._render(chat, messages[:-1], add_generation_prompt=True)
         if _GENERATION.search(self._source(chat)):
             text, blocks = self._render_blocks(chat, messages)
             start = _shared_length(self._render(chat, messages[:-1]), text)
             spans = [(low, high) for low, high in blocks if low >= start]
         else:
+            head = self._render(chat, messages[:-1], add_generation_prompt=True)
             text = self._render(chat, messages)
             answer = _behind(head, text, messages)
             if answer is None:
@@ -211,12 +211,14 @@ def _behind(head: str, text: str, messages: list[Message]) -> str | None:
 
 
 def _with_json_arguments(message: Message) -> Message:
-    calls = [
-        {**call, "function": {**call["function"], "arguments": json.dumps(arguments)}}
-        for call in message.get("tool_calls", [])
-        for arguments in [call["function"]["arguments"]]
-    ]
-    return {**message, "tool_calls": calls} if calls else message
+    """Return a message whose tool calls have their arguments as JSON, written as `tojson` does."""
+    if "tool_calls" not in message:
+        return message
+    calls = []
+    for call in message["tool_calls"]:
+        arguments = json.dumps(call["function"]["arguments"], ensure_ascii=False)
+        calls.append({**call, "function": {**call["function"], "arguments": arguments}})
+    return {**message, "tool_calls": calls}
 
 
 def _without_response_tags(message: Message) -> Message:
