@@ -18,6 +18,7 @@ from megalora.hf.shape import refuse_hybrid
 from megalora.run_arguments import (
     add_exchange_args,
     check_checkpoint_args,
+    check_eval_args,
     check_same_optimizer,
     may_export_to,
     with_hf_flags,
@@ -79,6 +80,7 @@ class LoRARun:
                 f"hf_model {args.hf_model!r} and pretrained_checkpoint "
                 f"{args.pretrained_checkpoint!r} are two bases: leave one of them out"
             )
+        check_eval_args(args)
         set_auto_lr(args, self.config)
         if self.config is not None:
             check_checkpoint_args(args)

@@ -1,6 +1,7 @@
 """The flags of a run beside --lora-*: bases and adapters in, adapters out, their checkpoints."""
 
 import argparse
+import functools
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -12,11 +13,12 @@ from megalora.auto_lr import add_auto_lr_args
 def add_exchange_args(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
     """Add the flags that bring base weights and adapters in and take adapters out.
 
-    Also guards --use-checkpoint-args, which Megatron follows right after parsing.
+    Also guards what Megatron does right after parsing: --use-checkpoint-args, and the tokenizer.
     """
     from megalora.resume import guard_checkpoint_args
 
     guard_checkpoint_args()
+    guard_tokenizer()
     group = parser.add_argument_group("exchange", "with Hugging Face directories")
     add = group.add_argument
     add("--hf-model", help="directory with config.json and safetensors: builds and loads the base")
@@ -44,6 +46,33 @@ def add_exchange_args(parser: argparse.ArgumentParser) -> argparse.ArgumentParse
     )
     add_auto_lr_args(parser)
     return parser
+
+
+def guard_tokenizer() -> None:
+    """Let a run without --tokenizer-type end in what to set: Megatron lists its own kinds only.
+
+    A second call does nothing.
+    """
+    from megatron.training import global_vars
+
+    patched: Any = global_vars
+    original = patched.build_tokenizer
+    if getattr(original, "is_megalora", False):
+        return
+
+    @functools.wraps(original)
+    def build_tokenizer(args: Any, **kwargs: Any) -> Any:
+        if args.tokenizer_type is None:
+            bytes_too = ", or --byte-tokenizer, which needs no files"
+            raise ValueError(
+                "tokenizer_type is not given: set --tokenizer-type HuggingFaceTokenizer and "
+                f"--tokenizer-model DIR{bytes_too if hasattr(args, 'byte_tokenizer') else ''}"
+            )
+        return original(args, **kwargs)
+
+    guarded: Any = build_tokenizer
+    guarded.is_megalora = True
+    patched.build_tokenizer = guarded
 
 
 def with_hf_flags(argv: Sequence[str]) -> list[str]:
@@ -79,6 +108,15 @@ def check_checkpoint_args(args: argparse.Namespace) -> None:
     if args.use_distributed_optimizer and args.non_persistent_ckpt_type != "local":
         # The states of adapters are small, and Megatron's default cannot change TP or PP.
         args.dist_ckpt_optim_fully_reshardable = True
+
+
+def check_eval_args(args: argparse.Namespace) -> None:
+    """Raise ValueError without --eval-interval, which Megatron divides by."""
+    if args.eval_interval is None and not args.skip_train and not args.full_validation:
+        raise ValueError(
+            "eval_interval is not given: set --eval-interval 1000, and --eval-iters 0 for no "
+            "validation"
+        )
 
 
 def check_same_optimizer(args: argparse.Namespace, description: Mapping[str, Any]) -> None:
