@@ -12,7 +12,7 @@ from typing import Any
 import torch.distributed as dist
 from torch.distributed.checkpoint.api import CheckpointException
 
-from megalora import empty_groups, writers
+from megalora import optimizer_state, writers
 from megalora.resume import iteration_directory, read_iteration
 
 _POLL_S = 0.05
@@ -37,7 +37,7 @@ def install() -> None:
             "megatron-core 0.19 or 0.20"
         )
     writers.install()
-    empty_groups.install()
+    optimizer_state.install()
     saver = Saver(save, finish)
     wrapped: Any = functools.wraps(save)(functools.partial(saver.save))
     wrapped.is_megalora = True
@@ -71,7 +71,7 @@ class Saver:
         if dist.get_rank() == 0 and not kwargs.get("non_persistent_ckpt"):
             _remove_stale(Path(run.save), iteration)
         if optimizer is not None:
-            empty_groups.count_steps(optimizer)
+            optimizer_state.complete(optimizer)
         verify, run.verify_integrity = run.verify_integrity, True
         try:
             with _reported(iteration, run.save):
