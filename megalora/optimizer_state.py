@@ -15,6 +15,7 @@ from typing import Any
 import torch.distributed as dist
 
 from megalora.collectives import union
+from megalora.schedule import say_changed
 
 Groups = list[dict[str, Any]]
 
@@ -90,14 +91,21 @@ def _load(self: Any, original: Callable[..., None], state_dict: dict[str, Any]) 
     part.setdefault("state", {})
     if "optimizer" in state_dict:
         state_dict.setdefault("fp32_from_fp16_params", [])
-    part["param_groups"] = _at_steps_of(part["param_groups"], self.optimizer)
+    part["param_groups"] = _going_on(part["param_groups"], self.optimizer)
     original(self, state_dict)
 
 
-def _at_steps_of(stored: Groups, optimizer: Any) -> Groups:
+def _going_on(stored: Groups, optimizer: Any) -> Groups:
     """Return this run's groups, as a state has them, at the number of steps of the stored ones."""
-    steps = {"step": group["step"] for group in stored if "step" in group}
-    return [{**group, **steps} for group in optimizer.state_dict()["param_groups"]]
+    groups: Groups = optimizer.state_dict()["param_groups"]
+    for name in ("betas", "eps"):
+        say_changed(f"Adam's {name}", _values(groups, name), _values(stored, name))
+    steps = [group["step"] for group in stored if "step" in group]
+    return [{**group, "step": steps[0]} for group in groups] if steps else groups
+
+
+def _values(groups: Groups, name: str) -> str:
+    return " and ".join(sorted({str(group[name]) for group in groups if name in group}))
 
 
 def _in_order(current: Groups, loaded: Groups) -> Groups:

@@ -24,7 +24,9 @@ from megalora.arguments import add_lora_args
 from megalora.builder import apply_lora
 from megalora.config import LoRAConfig
 from megalora.launch import factor_overrides
+from megalora.resume import find_on_all_ranks
 from megalora.run_arguments import add_exchange_args, check_checkpoint_args
+from megalora.schedule import take_rates
 from tests.dist.cases import KINDS
 from tests.dist.layouts import Layout
 from tests.dist.models import build_model
@@ -65,6 +67,8 @@ class Resumable:
 
     def __init__(self, cell: Cell, directory: Path, flags: str = "", **lora: Any) -> None:
         self.args = _args(cell, directory, flags)
+        found = find_on_all_ranks(str(directory), step=None, on_corrupt="stop", warn=print)
+        take_rates(self.args, found and found.description and found.description["schedule"])
         halves = {name: True for name in ("bf16", "fp16") if getattr(self.args, name)}
         config = cell.config(**lora)
         chunks = build_model(cell.layout, **{**KINDS[cell.kind].model, **halves, **cell.model})
@@ -79,6 +83,7 @@ class Resumable:
             return training.get_megatron_optimizer(made, models, overrides)
 
         run = Run(distributed_optimizer=is_distributed)
+        self.chunks = chunks
         self.trainer = Trainer(chunks, cell.layout, run, optimizer)
         self.optimizer = self.trainer.optimizer
         self.scheduler = training.get_optimizer_param_scheduler(self.optimizer)
@@ -99,12 +104,21 @@ class Resumable:
         self.args.consumed_train_samples = self.iteration * NUM_SEQUENCES
         chunks = self.trainer.models
         training.save_checkpoint(self.iteration, chunks, self.optimizer, self.scheduler, 0)
+
+    def finish_saving(self) -> None:
+        """Wait for what is being written asynchronously."""
         training.maybe_finalize_async_save(blocking=True, terminate=True)
 
     def load(self) -> None:
         """Go on from the newest checkpoint, as training does."""
         chunks = self.trainer.models
         self.iteration, _ = training.load_checkpoint(chunks, self.optimizer, self.scheduler)
+
+    def take_schedule(self, other: "Resumable") -> None:
+        """Follow another run's schedule from this run's place in it."""
+        self.scheduler, done = other.scheduler, self.scheduler.num_steps
+        self.scheduler.optimizer = self.optimizer
+        self.scheduler.step(done)
 
     def state(self) -> dict[str, Any]:
         """Return all that decides how this rank goes on, by name."""
@@ -168,7 +182,7 @@ def _args(cell: Cell, directory: Path, flags: str) -> argparse.Namespace:
     words = [
         *("run", "--lr", "1e-2", "--lr-decay-style", "constant", "--weight-decay", "0.1"),
         *("--train-iters", str(ITERATIONS), "--global-batch-size", str(NUM_SEQUENCES)),
-        *("--save", str(directory), "--load", str(directory), "--save-interval", str(HALF)),
+        *("--save", str(directory), "--load", str(directory), "--lora-rank", "4"),
         *("--tensor-model-parallel-size", str(cell.layout.tp)),
         *("--pipeline-model-parallel-size", str(cell.layout.pp)),
         # Of no model here, but Megatron wants them.
