@@ -66,7 +66,7 @@ def _check_same_shape(own: Mapping[str, Any], stored: Mapping[str, Any]) -> None
     wrong = [
         f"{name} ({_FLAGS[name]}) is {own[name]} but the checkpoint has {stored[name]}"
         for name in _FLAGS
-        if ours.get(name) != theirs.get(name)
+        if own[name] != stored[name] and ours.get(name) != theirs.get(name)
     ]
     if wrong:
         raise ValueError(
