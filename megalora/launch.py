@@ -23,6 +23,7 @@ from megalora.run_arguments import (
     may_export_to,
     with_hf_flags,
 )
+from megalora.schedule import take_rates
 
 # NOTE: scripts import this before `prepare_megatron`: only functions import megatron.
 if TYPE_CHECKING:
@@ -112,6 +113,7 @@ class LoRARun:
         self.config = resumed_config(self.args, description)
         if description is not None:
             check_same_optimizer(self.args, description)
+            take_rates(self.args, description["schedule"])
         source = self._load_base(model_chunks, found)
         base = {"source": source, **fingerprint(model_chunks)}
         if description is not None:

@@ -13,11 +13,14 @@ from megalora.auto_lr import add_auto_lr_args
 def add_exchange_args(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
     """Add the flags that bring base weights and adapters in and take adapters out.
 
-    Also guards what Megatron does right after parsing: --use-checkpoint-args, and the tokenizer.
+    Also guards what Megatron does right after parsing: it follows --use-checkpoint-args, asks for
+    --save-interval, and makes the tokenizer.
     """
     from megalora.resume import guard_checkpoint_args
+    from megalora.saving import save_last_by_default
 
     guard_checkpoint_args()
+    save_last_by_default()
     guard_tokenizer()
     group = parser.add_argument_group("exchange", "with Hugging Face directories")
     add = group.add_argument

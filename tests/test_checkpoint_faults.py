@@ -137,6 +137,7 @@ REFUSED = {
     "other alpha": (["--lora-alpha", "16"], "lora_alpha is 16.0 but the checkpoint has 32.0"),
     "finetune": (["--finetune"], "--lora-load"),
     "other optimizer": (["--use-distributed-optimizer"], "leave out --use-distributed-optimizer"),
+    "other schedule": (["--lr-decay-style", "cosine"], "set --override-opt-param-scheduler"),
 }
 
 

@@ -59,7 +59,8 @@ def build_config(layout: Layout, **overrides: Any) -> TransformerConfig:
     Expert fields (`**MOE`) make it a mixture of experts, `**MLA` multi-latent attention.
     """
     config_class = MLATransformerConfig if "kv_lora_rank" in overrides else TransformerConfig
-    dtype = torch.bfloat16 if overrides.get("bf16") else torch.float32
+    halves = {"bf16": torch.bfloat16, "fp16": torch.float16}
+    dtype = next((halves[name] for name in halves if overrides.get(name)), torch.float32)
     virtual = layout.vpp is not None
     fields: dict[str, Any] = {
         **DENSE,

@@ -48,33 +48,58 @@ class Run:
     on_gradients: Callable[[int], None] | None = None
 
 
+class Trainer:
+    """Wrapped model chunks and their optimizer, which is Megatron's for `run` unless it is given.
+
+    optimizer: makes the optimizer of the wrapped chunks.
+    """
+
+    def __init__(
+        self,
+        chunks: list[GPTModel],
+        layout: Layout,
+        run: Run,
+        optimizer: Callable[[list[Any]], Any] | None = None,
+    ) -> None:
+        config = get_model_config(chunks[0])
+        self.layout, self.run = layout, run
+        self.models: list[Any] = _wrap(chunks, run)
+        if optimizer is None:
+            self.optimizer = get_megatron_optimizer(_optimizer_config(config, run), self.models)
+        else:
+            self.optimizer = optimizer(self.models)
+        config.finalize_model_grads_func = finalize_model_grads
+        config.grad_scale_func = self.optimizer.scale_loss
+
+    def step(self, number: int) -> tuple[float, float]:
+        """Do a training step on its own tokens; return the mean loss and the gradient norm.
+
+        The same loss comes back on every rank; the norm is 0 where the loss scale was too large.
+        """
+        for model in self.models:
+            model.zero_grad_buffer()
+        self.optimizer.zero_grad()
+        loss = _forward_backward(self.models, self.layout, self.run, number)
+        if self.run.on_gradients is not None:
+            self.run.on_gradients(number)
+        stepped: Any = self.optimizer.step()
+        return loss, float(stepped[1] or 0.0)
+
+
 def train(chunks: list[GPTModel], layout: Layout, run: Run | None = None) -> torch.Tensor:
     """Train on fixed random tokens; return [num_steps, 2]: mean loss and gradient norm by step.
 
     The same numbers come back on every rank.
     """
     run = run or Run()
-    config = get_model_config(chunks[0])
-    models: list[Any] = _wrap(chunks, run)
-    optimizer = get_megatron_optimizer(_optimizer_config(config, run), models)
-    config.finalize_model_grads_func = finalize_model_grads
-    config.grad_scale_func = optimizer.scale_loss
+    trainer = Trainer(chunks, layout, run)
     if run.overlap:
-        syncs = [model.no_sync for model in models]
-        config.no_sync_func = syncs if len(syncs) > 1 else syncs[0]
-    history = []
-    for step in range(run.num_steps):
-        for model in models:
-            model.zero_grad_buffer()
-        optimizer.zero_grad()
-        loss = _forward_backward(models, layout, run, step)
-        if run.on_gradients is not None:
-            run.on_gradients(step)
-        stepped: Any = optimizer.step()
-        history.append((loss, float(stepped[1])))
+        syncs = [model.no_sync for model in trainer.models]
+        get_model_config(chunks[0]).no_sync_func = syncs if len(syncs) > 1 else syncs[0]
+    history = [trainer.step(number) for number in range(run.num_steps)]
     if run.overlap and run.distributed_optimizer:
         # The gathering of the last step's parameters would wait for the next forward pass.
-        for model in models:
+        for model in trainer.models:
             model.start_param_sync(force_sync=True)
     return torch.tensor(history, dtype=torch.float64)
 
@@ -89,7 +114,8 @@ def _wrap(chunks: list[GPTModel], run: Run) -> list[DistributedDataParallel]:
         bucket_size=5000 if run.overlap else None,
         grad_reduce_in_fp32=True,
     )
-    inner = [Float16Module(config, c) for c in chunks] if config.bf16 else chunks
+    is_half = config.bf16 or config.fp16
+    inner = [Float16Module(config, c) for c in chunks] if is_half else chunks
     return [
         DistributedDataParallel(config, ddp_config, chunk, disable_bucketing=index > 0)
         for index, chunk in enumerate(inner)
