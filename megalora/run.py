@@ -6,7 +6,6 @@ adapters is added where it builds the model. Without --lora-rank the script does
 without megalora.
 """
 
-import argparse
 import functools
 import importlib.util
 import inspect
@@ -84,7 +83,6 @@ class Launcher:
     def _add_arguments(self, original: Callable[..., Any], parser: Any) -> Any:
         parser = add_exchange_args(add_lora_args(original(parser)))
         parser.add_argument("--cpu", action="store_true", help="run on the CPU over gloo")
-        _repair_help(parser)
         return parser
 
     def _setup(
@@ -140,15 +138,6 @@ class ProviderHook:
 
 def _wants_lora() -> bool:
     return any(arg.split("=")[0] == "--lora-rank" for arg in sys.argv)
-
-
-def _repair_help(parser: argparse.ArgumentParser) -> None:
-    """Let --help print: Megatron 0.19 has help texts such as "10%)", which argparse formats."""
-    for action in parser._actions:
-        try:
-            _ = (action.help or "") % vars(action)
-        except (TypeError, ValueError, KeyError):
-            action.help = (action.help or "").replace("%", "%%")
 
 
 def _set_default_attributes(chunk: Any) -> None:
