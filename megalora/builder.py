@@ -217,12 +217,15 @@ def _freeze_router_bias(chunk: Any) -> None:
 
 
 def _make_embedding_require_grad(chunk: Any) -> None:
-    """Let recomputed blocks see an input that requires gradient.
+    """Let the layers see an input that requires gradient, as behind a trained embedding.
 
-    A frozen embedding's output requires none, and torch's checkpointing then drops the gradients
-    of everything inside the block without an error.
+    A frozen embedding's output requires none. Megatron runs layers in pieces that it differentiates
+    by themselves (recomputation, the schedule plan of --overlap-moe-expert-parallel-comm): those
+    then drop the gradients of everything inside, mostly without an error.
     """
-    if chunk.config.recompute_granularity is None:
+    has_adapters = any(not name.startswith("output_layer_lora") for name, _ in adapters([chunk]))
+    # The schedule plan runs backward through every layer, adapted or not.
+    if not has_adapters and not chunk.config.overlap_moe_expert_parallel_comm:
         return
     for module in chunk.modules():
         if isinstance(module, LanguageModelEmbedding):
