@@ -99,9 +99,18 @@ def model_facts(chunk: Any) -> ModelFacts:
         attention_output_gate=getattr(config, "attention_output_gate", False),
         moe_router_topk=config.moe_router_topk,
         num_moe_experts=config.num_moe_experts or 0,
+        moe_layer_freq=_moe_layer_freq(config),
         q_lora_rank=getattr(config, "q_lora_rank", None) or 0,
         hybrid_layer_pattern=(getattr(chunk, "hybrid_layer_pattern", None) or "").replace("|", ""),
     )
+
+
+def _moe_layer_freq(config: Any) -> int | list[int]:
+    # In one form, however it was given: a checkpoint's facts are compared with those of a run.
+    frequency = config.moe_layer_freq
+    if isinstance(frequency, int):
+        frequency = [layer % frequency == 0 for layer in range(config.num_layers)]
+    return 1 if all(frequency) else [int(moe) for moe in frequency]
 
 
 def _check_unwrapped(chunk: torch.nn.Module) -> None:

@@ -85,6 +85,7 @@ def export_model(
             format=format,
             num_layers=shape.num_layers,
             num_experts=shape.num_moe_experts or None,
+            moe_layers=shape.moe_layers or None,
             overwrite=True,
         )
         print(f"> LoRA: exported the adapter to {directory}", flush=True)
