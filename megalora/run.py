@@ -19,6 +19,7 @@ from megalora.arguments import add_lora_args
 from megalora.launch import (
     LoRARun,
     add_exchange_args,
+    at_end,
     clear_errors,
     prepare_megatron,
     with_hf_flags,
@@ -46,8 +47,8 @@ def run_script(script: str, argv: Sequence[str]) -> None:
         namespace = sys.modules["__main__"].__dict__
         namespace["__file__"] = str(path)
         namespace["__spec__"] = importlib.util.find_spec("megalora.__main__")
-        exec(compile(path.read_bytes(), str(path), "exec"), namespace)
-        launcher.finish()
+        with at_end(launcher.finish):
+            exec(compile(path.read_bytes(), str(path), "exec"), namespace)
 
 
 class Launcher:
@@ -71,11 +72,14 @@ class Launcher:
             self._setup,
         )
 
-    def finish(self) -> None:
-        """Write what was asked for after training; ValueError where nothing was trained."""
+    def finish(self, *, early: bool = False) -> None:
+        """Write what was asked for after training; ValueError where nothing was trained.
+
+        early: the script left by sys.exit(0), as it does for --help.
+        """
         if self.run is not None:
-            self.run.finish()
-        elif _wants_lora():
+            self.run.finish(early=early)
+        elif _wants_lora() and not early:
             raise ValueError(
                 "lora_rank is set, but the script built no model through megatron.training.pretrain"
             )

@@ -18,6 +18,7 @@ class Family:
     qk_norm: q and k are normalised per head.
     has_experts: MLPs are mixtures of experts.
     tied: whether embeddings are tied where config.json does not say.
+    vllm_unembedding: vLLM takes an adapter of lm_head.
     refused: switches that would change the computation, with the value that is supported.
     """
 
@@ -26,6 +27,7 @@ class Family:
     qk_norm: bool = False
     has_experts: bool = False
     tied: bool = False
+    vllm_unembedding: bool = True
     refused: Mapping[str, Any]
 
 
@@ -35,7 +37,10 @@ FAMILIES: dict[str, Family] = {
         refused={"attention_bias": False, "mlp_bias": False, "pretraining_tp": 1},
     ),
     "qwen2": Family(
-        architecture="Qwen2ForCausalLM", qkv_bias=True, refused={"use_sliding_window": False}
+        architecture="Qwen2ForCausalLM",
+        qkv_bias=True,
+        vllm_unembedding=False,
+        refused={"use_sliding_window": False},
     ),
     "qwen3": Family(
         architecture="Qwen3ForCausalLM",
