@@ -98,7 +98,7 @@ def outputs_have_to_wait(args: argparse.Namespace) -> bool:
 
     if not args.save or not args.exit_signal_handler:
         return False
-    return any(get_signal_handler().signals_received())
+    return any(cast(Any, get_signal_handler()).signals_received())
 
 
 def say_how_to_write(args: argparse.Namespace, config: LoRAConfig) -> None:

@@ -261,7 +261,7 @@ def _config(
     }
 
 
-def _of_weights[T](patterns: dict[str, T], names: list[str]) -> dict[str, T]:
+def _of_weights(patterns: Mapping[str, Any], names: list[str]) -> dict[str, Any]:
     """Let the patterns of these modules match the names of their weights too."""
     return {
         rf"{pattern}(\.weight)?"
