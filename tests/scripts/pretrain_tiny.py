@@ -29,7 +29,8 @@ class RandomTokens(torch.utils.data.Dataset):
 
 def datasets_provider(num_samples, vp_stage=None):
     args = get_args()
-    return RandomTokens(num_samples[0], args.seq_length, args.vocab_size), None, None
+    sizes = (args.seq_length, args.vocab_size)
+    return tuple(RandomTokens(number, *sizes) if number else None for number in num_samples)
 
 
 datasets_provider.is_distributed = True
