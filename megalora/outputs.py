@@ -15,7 +15,6 @@ import torch
 import torch.distributed as dist
 
 from megalora.config import LoRAConfig
-from megalora.resume import read_iteration
 from megalora.run_arguments import may_export_to
 
 
@@ -103,6 +102,8 @@ def outputs_have_to_wait(args: argparse.Namespace) -> bool:
 
 def say_how_to_write(args: argparse.Namespace, config: LoRAConfig) -> None:
     """Print, on rank 0, by which commands the outputs come from the checkpoint in --save."""
+    from megalora.resume import read_iteration
+
     if args.rank != 0 or not (args.export_hf or args.save_merged):
         return
     flags = [flag for flag in ("export_hf", "save_merged") if getattr(args, flag)]
