@@ -47,13 +47,13 @@ def main() -> None:
             # gpt_config_from_args leaves this flag out: Llama 3.2 needs 32, the default is 8.
             model_config.rope_scaling_factor = args.rope_scaling_factor
         model_config.pre_wrap_hooks += lora.hooks()
-        pretrain(
-            pretrain_cfg_container_from_args(args, model_config),
-            datasets_provider,
-            ModelType.encoder_or_decoder,
-            forward_step,
-        )
-        lora.finish()
+        with launch.at_end(lora.finish):
+            pretrain(
+                pretrain_cfg_container_from_args(args, model_config),
+                datasets_provider,
+                ModelType.encoder_or_decoder,
+                forward_step,
+            )
 
 
 if __name__ == "__main__":

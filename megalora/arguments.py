@@ -7,7 +7,11 @@ from megalora.config import ExpertMode, Init, LoRAConfig, OpsBackend
 
 
 def add_lora_args(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
-    """Add the --lora-* flags to a parser and return it, as Megatron's extra_args_provider does."""
+    """Add the --lora-* flags to a parser and return it, as Megatron's extra_args_provider does.
+
+    Also lets --help print what Megatron has put into the parser before.
+    """
+    _repair_help(parser)
     group = parser.add_argument_group("lora", "adapters; without --lora-rank there are none")
     add = group.add_argument
     add("--lora-rank", type=int, default=0, help="rank of the adapters; 0: no LoRA")
@@ -34,6 +38,15 @@ def add_lora_args(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
     add("--lora-eps-b", type=float, help="Adam epsilon of B (default: --adam-eps)")
     add("--lora-ops", choices=get_args(OpsBackend), help="default fused")
     return parser
+
+
+def _repair_help(parser: argparse.ArgumentParser) -> None:
+    # Megatron 0.19 has help texts with a bare %, such as "10%)", which argparse formats.
+    for action in parser._actions:
+        try:
+            _ = (action.help or "") % vars(action)
+        except (TypeError, ValueError, KeyError):
+            action.help = (action.help or "").replace("%", "%%")
 
 
 def lora_config_from_args(args: argparse.Namespace) -> LoRAConfig | None:

@@ -99,9 +99,18 @@ def model_facts(chunk: Any) -> ModelFacts:
         attention_output_gate=getattr(config, "attention_output_gate", False),
         moe_router_topk=config.moe_router_topk,
         num_moe_experts=config.num_moe_experts or 0,
+        moe_layer_freq=_moe_layer_freq(config),
         q_lora_rank=getattr(config, "q_lora_rank", None) or 0,
         hybrid_layer_pattern=(getattr(chunk, "hybrid_layer_pattern", None) or "").replace("|", ""),
     )
+
+
+def _moe_layer_freq(config: Any) -> int | list[int]:
+    # In one form, however it was given: a checkpoint's facts are compared with those of a run.
+    frequency = config.moe_layer_freq
+    if isinstance(frequency, int):
+        frequency = [layer % frequency == 0 for layer in range(config.num_layers)]
+    return 1 if all(frequency) else [int(moe) for moe in frequency]
 
 
 def _check_unwrapped(chunk: torch.nn.Module) -> None:
@@ -217,12 +226,15 @@ def _freeze_router_bias(chunk: Any) -> None:
 
 
 def _make_embedding_require_grad(chunk: Any) -> None:
-    """Let recomputed blocks see an input that requires gradient.
+    """Let the layers see an input that requires gradient, as behind a trained embedding.
 
-    A frozen embedding's output requires none, and torch's checkpointing then drops the gradients
-    of everything inside the block without an error.
+    A frozen embedding's output requires none. Megatron runs layers in pieces that it differentiates
+    by themselves (recomputation, the schedule plan of --overlap-moe-expert-parallel-comm): those
+    then drop the gradients of everything inside, mostly without an error.
     """
-    if chunk.config.recompute_granularity is None:
+    has_adapters = any(not name.startswith("output_layer_lora") for name, _ in adapters([chunk]))
+    # The schedule plan runs backward through every layer, adapted or not.
+    if not has_adapters and not chunk.config.overlap_moe_expert_parallel_comm:
         return
     for module in chunk.modules():
         if isinstance(module, LanguageModelEmbedding):

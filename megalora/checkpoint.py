@@ -66,6 +66,21 @@ def gather_adapters(model_chunks: Sequence[torch.nn.Module]) -> dict[str, Tensor
     return {key: tensor for stage in gathered or [] for key, tensor in stage.items()}
 
 
+def whole_shapes(model_chunks: Sequence[torch.nn.Module]) -> dict[str, list[int]]:
+    """Return the names and shapes of what `gather_adapters` returns, on every rank.
+
+    All ranks must call it.
+    """
+    own = {
+        f"{name}.{factor}": _flat_shape(adapter, dim)
+        for name, adapter in adapters(model_chunks)
+        for factor, dim in (("lora_A", -1), ("lora_B", -2))
+    }
+    everywhere: list[dict[str, list[int]]] = [{} for _ in range(dist.get_world_size())]
+    dist.all_gather_object(everywhere, own)
+    return {name: shape for rank in everywhere for name, shape in rank.items()}
+
+
 def load_adapters(
     model_chunks: Sequence[torch.nn.Module],
     tensors: Mapping[str, Tensor],
@@ -205,13 +220,8 @@ def _unshard(adapter: LoRAAdapter, param: Tensor, dim: int) -> Tensor:
 
 
 def _reshard(adapter: LoRAAdapter, param: Tensor, full: Tensor, dim: int, key: str) -> Tensor:
-    shape = list(adapter.a_shape() if dim == -1 else adapter.b_shape())
+    shape, flat = _whole_shape(adapter, dim), _flat_shape(adapter, dim)
     has_experts = adapter.a_experts if dim == -1 else adapter.b_experts
-    if has_experts:
-        shape[0] *= group_size(adapter.expert_group)
-    flat = shape
-    if dim == -2 and adapter.spec.gated:
-        flat = [*shape[:-3], shape[-3] * shape[-2], shape[-1]]
     if dim == -2 and adapter.spec.is_unembedding:
         full = _fit_vocabulary(full, flat[-2])
     if list(full.shape) != flat:
@@ -223,6 +233,21 @@ def _reshard(adapter: LoRAAdapter, param: Tensor, full: Tensor, dim: int, key: s
         value = own_shard(value, -value.dim(), adapter.expert_group)
     group = adapter.a_group if dim == -1 else adapter.b_group
     return own_shard(value, dim, group).to(param)
+
+
+def _whole_shape(adapter: LoRAAdapter, dim: int) -> list[int]:
+    """Return the shape of lora_A (dim -1) or lora_B (-2) over all ranks, gate and up apart."""
+    shape = list(adapter.a_shape() if dim == -1 else adapter.b_shape())
+    if adapter.a_experts if dim == -1 else adapter.b_experts:
+        shape[0] *= group_size(adapter.expert_group)
+    return shape
+
+
+def _flat_shape(adapter: LoRAAdapter, dim: int) -> list[int]:
+    shape = _whole_shape(adapter, dim)
+    if dim == -2 and adapter.spec.gated:
+        return [*shape[:-3], shape[-3] * shape[-2], shape[-1]]
+    return shape
 
 
 def _fit_vocabulary(lora_B: Tensor, rows: int) -> Tensor:

@@ -11,10 +11,12 @@ import torch
 import torch.distributed as dist
 
 from megalora.base_weights import changed
-from megalora.checkpoint import gather_adapters, load_adapters
+from megalora.checkpoint import gather_adapters, load_adapters, whole_shapes
 from megalora.config import LoRAConfig
 from megalora.hf.adapters import from_hf, to_hf
+from megalora.hf.families import family_of, read_config
 from megalora.hf.peft import CONFIG_NAME, read_adapter, write_adapter
+from megalora.hf.servers import refusals
 from megalora.hf.shape import ModelShape, refuse_hybrid
 from megalora.init import draw_uniform
 from megalora.merging import merge
@@ -85,10 +87,28 @@ def export_model(
             format=format,
             num_layers=shape.num_layers,
             num_experts=shape.num_moe_experts or None,
+            moe_layers=shape.moe_layers or None,
             overwrite=True,
         )
         print(f"> LoRA: exported the adapter to {directory}", flush=True)
     dist.barrier()
+
+
+def check_export(
+    model_chunks: Sequence[Any], *, config: LoRAConfig, vocab_size: int, hf_model: str | None
+) -> list[str]:
+    """Raise ValueError where `export_model` would, and return what servers would refuse.
+
+    It names and splits tensors of the adapters' shapes without values. All ranks must call it, and
+    all raise the same.
+    """
+    whole = {
+        name: torch.empty(shape, device="meta")
+        for name, shape in whole_shapes(model_chunks).items()
+    }
+    shape = replace(model_shape(model_chunks), vocab_size=vocab_size)
+    factors = to_hf(whole, config, shape, initial=whole if config.init == "pissa" else None)
+    return refusals(factors, vocab_size, family_of(read_config(hf_model)) if hf_model else None)
 
 
 def save_merged(model_chunks: Sequence[Any], directory: str | os.PathLike[str]) -> None:

@@ -2,6 +2,8 @@
 
 import argparse
 import contextlib
+import functools
+import itertools
 import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -15,12 +17,19 @@ from megalora.arguments import given_lora_fields, lora_config_from_args
 from megalora.auto_lr import set_auto_lr
 from megalora.config import LoRAConfig
 from megalora.hf.shape import refuse_hybrid
+from megalora.outputs import (
+    at_end,
+    check_output_args,
+    check_outputs,
+    outputs_have_to_wait,
+    say_how_to_write,
+    write_outputs,
+)
 from megalora.run_arguments import (
     add_exchange_args,
     check_checkpoint_args,
     check_eval_args,
     check_same_optimizer,
-    may_export_to,
     with_hf_flags,
 )
 from megalora.schedule import take_rates
@@ -30,7 +39,14 @@ if TYPE_CHECKING:
     from megalora.resume import Found
 
 # All that a launch script needs, from one module.
-__all__ = ["LoRARun", "add_exchange_args", "clear_errors", "prepare_megatron", "with_hf_flags"]
+__all__ = [
+    "LoRARun",
+    "add_exchange_args",
+    "at_end",
+    "clear_errors",
+    "prepare_megatron",
+    "with_hf_flags",
+]
 
 ModelChunks = list[torch.nn.Module]
 Hook = Callable[[ModelChunks], ModelChunks]
@@ -72,10 +88,7 @@ class LoRARun:
         for flag in ("hf_model", "export_hf"):
             if getattr(args, flag):
                 refuse_hybrid(getattr(args, "hybrid_layer_pattern", None))
-        if args.export_hf and not may_export_to(Path(args.export_hf)):
-            raise ValueError(
-                f"export_hf {args.export_hf!r} exists and is no adapter: give a new directory"
-            )
+        check_output_args(args)
         if args.hf_model and args.pretrained_checkpoint:
             raise ValueError(
                 f"hf_model {args.hf_model!r} and pretrained_checkpoint "
@@ -125,29 +138,24 @@ class LoRARun:
 
             load_into_model(self.model, self.args.lora_load, self.config)
         self._leave_adapters_to_megatron(has_adapters=description is not None)
+        check_outputs(self.model, self.args, self.config)
         _report(self.model)
         return self.model
 
-    def finish(self) -> None:
-        """After training, write what --export-hf and --save-merged ask for."""
-        if not self.model or self.config is None:
+    def finish(self, *, early: bool = False) -> None:
+        """Write what --export-hf and --save-merged ask for; after a signal, say how to get it.
+
+        early: Megatron ended the script (see `at_end`).
+        """
+        args = self.args
+        is_trained = hasattr(args, "curr_iteration") or not args.exit_on_missing_checkpoint
+        if not self.model or self.config is None or (early and not is_trained):
             return
-        from megatron.training import get_tokenizer
-
-        from megalora import exchange
-
-        if self.args.export_hf:
-            exchange.export_model(
-                self.model,
-                self.args.export_hf,
-                config=self.config,
-                format=self.args.export_format,
-                base_model_name=self.args.hf_model or "",
-                # What --hf-model's config.json or --vocab-size says, without Megatron's padding.
-                vocab_size=self.args.vocab_size or cast(Any, get_tokenizer()).vocab_size,
-            )
-        if self.args.save_merged:
-            exchange.save_merged(self.model, self.args.save_merged)
+        # --exit-signal-handler-for-training has ended the process groups too.
+        if early and (not torch.distributed.is_initialized() or outputs_have_to_wait(args)):
+            say_how_to_write(args, self.config)
+        else:
+            write_outputs(self.model, args, self.config)
 
     def _find_checkpoint(self) -> "Found | None":
         from megalora.resume import find_on_all_ranks
@@ -264,23 +272,39 @@ def resumed_config(args: argparse.Namespace, description: dict[str, Any] | None)
 
 
 def factor_overrides(config: LoRAConfig, args: argparse.Namespace) -> dict[Any, Any]:
-    """Return Megatron's optimizer overrides for lora_A and lora_B."""
-    from megatron.core.optimizer.optimizer_config import ParamKey, ParamPredicate
+    """Return Megatron's optimizer overrides for lora_A and lora_B.
 
+    --decoupled-lr, Megatron's rate of the embedding and the output layer, is the rate of the
+    unembedding's adapter: that is what is trained of them.
+    """
+    from megatron.core.optimizer.optimizer_config import ParamKey, ParamWithNamePredicate
+
+    min_lr = args.min_lr or 0.0
+    rates = {False: (args.lr, min_lr), True: (args.lr, min_lr)}
+    if args.decoupled_lr is not None:
+        decoupled_min_lr = min_lr if args.decoupled_min_lr is None else args.decoupled_min_lr
+        rates[True] = args.decoupled_lr, decoupled_min_lr
     overrides = {}
-    for factor, eps, ratio in (
-        ("lora_A", config.eps_a, 1.0),
-        ("lora_B", config.eps_b, config.lr_ratio),
+    for (is_output, (lr, least)), (factor, eps, ratio) in itertools.product(
+        rates.items(),
+        (("lora_A", config.eps_a, 1.0), ("lora_B", config.eps_b, config.lr_ratio)),
     ):
         change: dict[str, float] = {} if eps is None else {"eps": eps}
-        if ratio != 1.0:
-            change |= {"max_lr": args.lr * ratio, "min_lr": (args.min_lr or 0.0) * ratio}
+        if (lr * ratio, least * ratio) != (args.lr, min_lr):
+            change |= {"max_lr": lr * ratio, "min_lr": least * ratio}
         if change:
-            is_factor = ParamPredicate(
-                name=factor, fn=lambda param, f=factor: getattr(param, "lora_factor", None) == f
+            predicate = ParamWithNamePredicate(
+                name=f"{factor} of the unembedding" if is_output else factor,
+                fn=functools.partial(_is_factor, factor, is_output),
             )
-            overrides[ParamKey(predicate=is_factor)] = change
+            overrides[ParamKey(with_name_predicate=predicate)] = change
     return overrides
+
+
+def _is_factor(factor: str, is_output: bool, param: torch.nn.Parameter, name: str) -> bool:
+    return getattr(param, "lora_factor", None) == factor and is_output == (
+        "output_layer_lora." in name
+    )
 
 
 @contextlib.contextmanager

@@ -25,13 +25,19 @@ def unmerge(model_chunks: Sequence[torch.nn.Module]) -> None:
     _change(model_chunks, sign=-1.0, enabled_before=False)
 
 
+def check(model_chunks: Sequence[torch.nn.Module]) -> None:
+    """Raise ValueError where `merge` would, on this rank."""
+    for _, adapter in adapters(model_chunks):
+        base_weights(adapter)
+
+
 def _change(model_chunks: Sequence[torch.nn.Module], *, sign: float, enabled_before: bool) -> None:
     found = list(adapters(model_chunks))
     for name, adapter in found:
         if adapter.enabled != enabled_before:
             what = "merged already" if enabled_before else "not merged"
             raise ValueError(f"{name} is {what}: call merge and unmerge in turn")
-        base_weights(adapter)
+    check(model_chunks)
     for _, adapter in found:
         change_base(adapter, sign=sign)
         adapter.enabled = not enabled_before

@@ -6,7 +6,6 @@ adapters is added where it builds the model. Without --lora-rank the script does
 without megalora.
 """
 
-import argparse
 import functools
 import importlib.util
 import inspect
@@ -20,6 +19,7 @@ from megalora.arguments import add_lora_args
 from megalora.launch import (
     LoRARun,
     add_exchange_args,
+    at_end,
     clear_errors,
     prepare_megatron,
     with_hf_flags,
@@ -47,8 +47,8 @@ def run_script(script: str, argv: Sequence[str]) -> None:
         namespace = sys.modules["__main__"].__dict__
         namespace["__file__"] = str(path)
         namespace["__spec__"] = importlib.util.find_spec("megalora.__main__")
-        exec(compile(path.read_bytes(), str(path), "exec"), namespace)
-        launcher.finish()
+        with at_end(launcher.finish):
+            exec(compile(path.read_bytes(), str(path), "exec"), namespace)
 
 
 class Launcher:
@@ -72,11 +72,14 @@ class Launcher:
             self._setup,
         )
 
-    def finish(self) -> None:
-        """Write what was asked for after training; ValueError where nothing was trained."""
+    def finish(self, *, early: bool = False) -> None:
+        """Write what was asked for after training; ValueError where nothing was trained.
+
+        early: the script left by sys.exit(0), as it does for --help.
+        """
         if self.run is not None:
-            self.run.finish()
-        elif _wants_lora():
+            self.run.finish(early=early)
+        elif _wants_lora() and not early:
             raise ValueError(
                 "lora_rank is set, but the script built no model through megatron.training.pretrain"
             )
@@ -84,7 +87,6 @@ class Launcher:
     def _add_arguments(self, original: Callable[..., Any], parser: Any) -> Any:
         parser = add_exchange_args(add_lora_args(original(parser)))
         parser.add_argument("--cpu", action="store_true", help="run on the CPU over gloo")
-        _repair_help(parser)
         return parser
 
     def _setup(
@@ -140,15 +142,6 @@ class ProviderHook:
 
 def _wants_lora() -> bool:
     return any(arg.split("=")[0] == "--lora-rank" for arg in sys.argv)
-
-
-def _repair_help(parser: argparse.ArgumentParser) -> None:
-    """Let --help print: Megatron 0.19 has help texts such as "10%)", which argparse formats."""
-    for action in parser._actions:
-        try:
-            _ = (action.help or "") % vars(action)
-        except (TypeError, ValueError, KeyError):
-            action.help = (action.help or "").replace("%", "%%")
 
 
 def _set_default_attributes(chunk: Any) -> None:

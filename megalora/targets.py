@@ -1,7 +1,7 @@
 """Which modules get which adapter: pure planning, without process groups or tensors."""
 
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 
@@ -35,6 +35,7 @@ ADAPTABLE = (*PRESETS["all"], "router", "eh_proj")
 class ModelFacts:
     """The sizes of a model that decide the form of its adapters.
 
+    moe_layer_freq: 0 or 1 for each layer, or 1 for experts in all of them.
     hybrid_layer_pattern: kinds of a HybridModel's layers, without pipeline stages; empty for GPT.
     """
 
@@ -45,6 +46,7 @@ class ModelFacts:
     attention_output_gate: bool = False
     moe_router_topk: int = 1
     num_moe_experts: int = 0
+    moe_layer_freq: int | Sequence[int] = 1
     q_lora_rank: int = 0
     hybrid_layer_pattern: str = ""
 

@@ -31,6 +31,9 @@ def base_weights(adapter: LoRAAdapter) -> list[Tensor]:
     else:
         weights = base.weights()
     for weight in weights:
+        # The last pipeline stage has a copy of the first one's embedding, which alone is saved.
+        if getattr(weight, "shared_embedding", False):
+            raise ValueError(f"base weight of {adapter.spec.name} is shared: embeddings are tied")
         if not weight.is_floating_point() or weight.element_size() < 2:
             raise ValueError(
                 f"base weight of {adapter.spec.name} is {weight.dtype}: changing it needs 16 bits"

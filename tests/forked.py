@@ -78,6 +78,11 @@ class Ranks:
         for process in self.processes:
             os.killpg(process.pid, signal.SIGTERM)
 
+    def ask(self) -> None:
+        """Ask every rank to stop by a signal of its own choice, SIGUSR1."""
+        for process in self.processes:
+            os.kill(process.pid, signal.SIGUSR1)
+
     def wait_until(self, condition: Callable[[], bool]) -> None:
         """Wait for a condition; fail where a rank ends before, or where no rank writes any more."""
         while not condition():

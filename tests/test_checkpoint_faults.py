@@ -1,12 +1,14 @@
 """Real runs that are killed, stopped, run out of disk, or are given the wrong thing."""
 
 import random
+import shlex
 import time
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
+from megalora.__main__ import main
 from tests.forked import Ranks, call
 from tests.tiny import ASYNC, LORA, MODEL, back_to, flags, same_tensors, train
 
@@ -109,6 +111,7 @@ def test_a_full_disk_is_reported_and_leaves_the_checkpoint_before(
 def test_a_request_to_stop_saves_first(base: Path, tmp_path: Path, mode: list[str]) -> None:
     directory = tmp_path / "run"
     more = [*LORA, *mode, "--pretrained-checkpoint", base, "--exit-signal-handler"]
+    more += ["--export-hf", tmp_path / "adapter"]
     # Once before the signal: what the first save starts, as it does on GPUs, has to survive it.
     run = train(2, directory, *more, "--save-interval", 5, iters=1000, env={"SPAWN": "1"})
     run.wait_until(lambda: max(run.losses(), default=0) >= 6)
@@ -117,6 +120,11 @@ def test_a_request_to_stop_saves_first(base: Path, tmp_path: Path, mode: list[st
     iteration = int((directory / "latest_checkpointed_iteration.txt").read_text())
     assert 5 < iteration < 1000
     assert call(same_tensors, directory, directory, iteration)
+    # There may be no time for more, so the last line says how to get the rest.
+    assert not (tmp_path / "adapter").exists()
+    command = run.text().rpartition("> LoRA: or: megalora ")[2].splitlines()[0]
+    assert call(main, shlex.split(command)) == 0
+    assert (tmp_path / "adapter" / "adapter_config.json").is_file()
 
 
 def test_a_finished_run_that_starts_again_writes_its_exports(

@@ -1,6 +1,7 @@
 """The launch script that people copy: equal losses on every topology, clear errors before work."""
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 
 import pytest
@@ -34,15 +35,20 @@ def base(
 
 
 def start(
-    world_size: int, model: list[str], dataset: Path, logs: Path, *more: object, iters: int
+    world_size: int,
+    model: list[str],
+    dataset: Path,
+    logs: Path,
+    *more: object,
+    iters: int,
+    env: Mapping[str, str] | None = None,
 ) -> Ranks:
     """Start the example as torchrun would."""
     data = ["--byte-tokenizer", "--dataset", dataset, "--train-iters", iters]
     words = [word for word in model if word not in ("--vocab-size", "255")]
     logs = logs.with_name(f"{logs.name}-logs")
-    return Ranks(
-        world_size, [*words, *TRAIN, *data, *more], logs, script=EXAMPLE, by_megalora=False
-    )
+    words = [*words, *TRAIN, *data, *more]
+    return Ranks(world_size, words, logs, script=EXAMPLE, by_megalora=False, env=env)
 
 
 def test_losses_agree_on_one_two_and_four_processes(
@@ -66,6 +72,20 @@ def test_losses_agree_on_one_two_and_four_processes(
     assert curves[1][NUM_ITERS] < curves[1][1] - 0.1
     for world_size in (2, 4):
         assert curves[world_size] == pytest.approx(curves[1], rel=1e-4)
+
+
+def test_overlapped_expert_communication_trains_the_same(dataset: Path, tmp_path: Path) -> None:
+    bias = ["--moe-router-score-function", "sigmoid", "--moe-router-enable-expert-bias"]
+    more = [*LORA, *flags("ep2"), *bias, "--bf16", "--no-packing"]
+    # Megatron asks for more than one connection; there is none on the CPU.
+    env = {"CUDA_DEVICE_MAX_CONNECTIONS": "8"}
+    curves = []
+    for overlap in ([], ["--overlap-moe-expert-parallel-comm"]):
+        logs = tmp_path / str(len(overlap))
+        run = start(2, MODELS["moe"], dataset, logs, *more, *overlap, iters=3, env=env).succeed()
+        curves.append(run.losses())
+    assert curves[0] == curves[1]
+    assert curves[0][3] < curves[0][1] - 0.1
 
 
 @pytest.mark.parametrize(

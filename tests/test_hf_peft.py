@@ -69,6 +69,27 @@ def test_peft_gives_the_logits_of_the_merged_moe_model(format, moe, moe_factors,
 
 
 @pytest.mark.parametrize("format", FORMATS)
+def test_peft_loads_the_dense_layers_of_a_mixture_of_experts(format, tmp_path):
+    mixed = hf_model("qwen3_moe", mlp_only_layers=[0])
+    factors = random_factors(mixed, {**MOE, "mlp": (8, 2.0)})
+    write_adapter(tmp_path / "a", factors, base_model_name="tiny", format=format)
+    loaded, reference = peft_model(mixed, tmp_path / "a"), merged(mixed, factors)
+    assert difference(loaded, reference) < TOLERANCE
+    assert difference(loaded.merge_and_unload(), reference) < TOLERANCE
+    read = read_adapter(tmp_path / "a")
+    assert read.keys() == factors.keys()
+    assert difference(merged(mixed, read), reference) < TOLERANCE
+
+
+def test_dense_layers_get_no_experts_where_only_experts_have_adapters(tmp_path):
+    mixed = hf_model("qwen3_moe", mlp_only_layers=[0], num_hidden_layers=3)
+    factors = random_factors(mixed, {**MOE, "mlp": (8, 2.0)})
+    some = {name: module for name, module in factors.items() if "layers.2.mlp.experts" in name}
+    write_adapter(tmp_path / "a", some, base_model_name="tiny", num_layers=3, moe_layers=[1, 2])
+    assert difference(peft_model(mixed, tmp_path / "a"), merged(mixed, some)) < TOLERANCE
+
+
+@pytest.mark.parametrize("format", FORMATS)
 def test_an_adapter_that_peft_loads_merges_and_saves_again_stays_the_same(
     format, moe, moe_factors, tmp_path
 ):

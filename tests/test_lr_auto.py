@@ -111,8 +111,12 @@ def test_a_smallest_rate_above_the_rule_is_refused() -> None:
 LR = 1e-3
 
 
-def first_updates(changes: dict[str, Any], distributed: bool) -> dict[str, float]:
+def first_updates(
+    changes: dict[str, Any], distributed: bool, decoupled_lr: float | None = None
+) -> dict[str, float]:
     """Return the largest first step of all A and of all B, where every gradient is one.
+
+    With a decoupled rate, that of the unembedding's are named by themselves.
 
     Adam's first step is then lr / (1 + eps).
     """
@@ -140,21 +144,25 @@ def first_updates(changes: dict[str, Any], distributed: bool) -> dict[str, float
         weight_decay=0.0,
         clip_grad=0.0,
         adam_eps=1e-8,
+        decoupled_lr=decoupled_lr,
         use_distributed_optimizer=distributed,
     )
     overrides = get_standard_config_overrides(config)
-    overrides |= factor_overrides(lora, argparse.Namespace(lr=LR, min_lr=0.0))
+    flags = {"lr": LR, "min_lr": 0.0, "decoupled_lr": decoupled_lr, "decoupled_min_lr": None}
+    overrides |= factor_overrides(lora, argparse.Namespace(**flags))
     optimizer = get_megatron_optimizer(config, [chunk], config_overrides=overrides)
     _constant(OptimizerParamScheduler, optimizer).step(1)
-    factors = [p for p in chunk.parameters() if p.requires_grad]
-    before = [p.detach().clone() for p in factors]
-    for factor in factors:
+    factors = {name: p for name, p in chunk.named_parameters() if p.requires_grad}
+    before = [p.detach().clone() for p in factors.values()]
+    for factor in factors.values():
         factor.main_grad.fill_(1.0)  # type: ignore[attr-defined]
     chunk.finish_grad_sync()
     optimizer.step()
     steps: dict[str, float] = {}
-    for factor, old in zip(factors, before, strict=True):
+    for (whole, factor), old in zip(factors.items(), before, strict=True):
         name = factor.lora_factor  # type: ignore[attr-defined]
+        if decoupled_lr is not None and "output_layer" in whole:
+            name = f"output {name}"
         steps[name] = max(steps.get(name, 0.0), (factor - old).abs().max().item())
     return steps
 
@@ -182,3 +190,10 @@ def test_each_factor_steps_by_its_own_rate_and_epsilon(
 ) -> None:
     steps = call(first_updates, changes, distributed)
     assert steps == pytest.approx(expected, rel=1e-3)
+
+
+def test_the_decoupled_rate_is_that_of_the_unembedding() -> None:
+    steps = call(first_updates, {"lr_ratio": 4.0}, False, 5 * LR)
+    layers = {"lora_A": LR, "lora_B": 4 * LR}
+    output = {"output lora_A": 5 * LR, "output lora_B": 20 * LR}
+    assert steps == pytest.approx({**layers, **output}, rel=1e-3)

@@ -78,3 +78,20 @@ def message_of(part: str) -> str:
 )
 def test_what_torch_lacks_is_refused(part: str, message: str) -> None:
     assert message in call(message_of, part)
+
+
+def counts_of(padding: list[bool]) -> list[float]:
+    """Return a router's tokens of each of 4 experts, for 3 tokens that choose 2 each."""
+    import torch
+    from megatron.core.transformer.moe.router import TopKRouter
+
+    chosen = torch.tensor([[1, 1, 0, 0], [1, 0, 1, 0], [1, 0, 0, 1]]).bool()
+    router = SimpleNamespace(enable_expert_bias=True, local_tokens_per_expert=torch.zeros(4))
+    count: Any = TopKRouter._apply_expert_bias
+    count(router, chosen, padding_mask=torch.tensor(padding))
+    return router.local_tokens_per_expert.tolist()
+
+
+def test_an_expert_bias_counts_no_padding() -> None:
+    assert call(counts_of, [False, False, False]) == [3, 1, 1, 1]
+    assert call(counts_of, [False, True, False]) == [2, 1, 0, 1]

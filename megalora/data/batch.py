@@ -52,8 +52,16 @@ def datasets_provider(num_samples: list[int | None], vp_stage: int | None = None
 setattr(datasets_provider, "is_distributed", True)  # noqa: B010
 
 
-def forward_step(data_iterator: Iterator[dict[str, torch.Tensor]] | None, model: Any) -> tuple:
-    """Run one microbatch of --dataset through `model`; return the losses and the loss function."""
+def forward_step(
+    data_iterator: Iterator[dict[str, torch.Tensor]] | None,
+    model: Any,
+    return_schedule_plan: bool = False,
+) -> tuple:
+    """Run one microbatch of --dataset through `model`; return the losses and the loss function.
+
+    return_schedule_plan: return the plan by which Megatron overlaps expert communication, which
+    computes the losses later, in place of the losses.
+    """
     args: Any = get_args()
     timers: Any = get_timers()
     timers("batch-generator", log_level=2).start()
@@ -68,7 +76,8 @@ def forward_step(data_iterator: Iterator[dict[str, torch.Tensor]] | None, model:
     if args.num_experts is not None and "quantile" not in str(args.moe_router_load_balancing_type):
         # Routers must not balance their load over padding; quantile balancing refuses to be told.
         padding["padding_mask"] = _padding_mask(batch.padding_mask, model, args.sequence_parallel)
-    losses = model(
+    run_model = model.build_schedule_plan if return_schedule_plan else model
+    losses = run_model(
         batch.tokens,
         batch.position_ids,
         batch.attention_mask,

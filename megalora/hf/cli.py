@@ -77,6 +77,7 @@ def _export(args: argparse.Namespace) -> int:
         format=args.format,
         num_layers=shape.num_layers,
         num_experts=shape.num_moe_experts or None,
+        moe_layers=shape.moe_layers or None,
         overwrite=args.overwrite,
     )
     _summary("exported", factors, args.output, start)

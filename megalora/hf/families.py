@@ -18,6 +18,7 @@ class Family:
     qk_norm: q and k are normalised per head.
     has_experts: MLPs are mixtures of experts.
     tied: whether embeddings are tied where config.json does not say.
+    vllm_unembedding: vLLM takes an adapter of lm_head.
     refused: switches that would change the computation, with the value that is supported.
     """
 
@@ -26,6 +27,7 @@ class Family:
     qk_norm: bool = False
     has_experts: bool = False
     tied: bool = False
+    vllm_unembedding: bool = True
     refused: Mapping[str, Any]
 
 
@@ -35,7 +37,10 @@ FAMILIES: dict[str, Family] = {
         refused={"attention_bias": False, "mlp_bias": False, "pretraining_tp": 1},
     ),
     "qwen2": Family(
-        architecture="Qwen2ForCausalLM", qkv_bias=True, refused={"use_sliding_window": False}
+        architecture="Qwen2ForCausalLM",
+        qkv_bias=True,
+        vllm_unembedding=False,
+        refused={"use_sliding_window": False},
     ),
     "qwen3": Family(
         architecture="Qwen3ForCausalLM",
@@ -93,13 +98,14 @@ def model_shape(config: Mapping[str, Any]) -> ModelShape:
         return value
 
     heads, hidden = need("num_attention_heads"), need("hidden_size")
-    experts: dict[str, int] = {}
+    experts: dict[str, Any] = {}
     if family.has_experts:
         experts = {
             # transformers 5 writes the second name.
             "num_moe_experts": need("num_experts", "num_local_experts"),
             "moe_router_topk": need("num_experts_per_tok"),
             "moe_ffn_hidden_size": need("moe_intermediate_size"),
+            "moe_layer_freq": _moe_layer_freq(config, need("num_hidden_layers")),
         }
     return ModelShape(
         num_layers=need("num_hidden_layers"),
@@ -114,13 +120,10 @@ def model_shape(config: Mapping[str, Any]) -> ModelShape:
     )
 
 
-def moe_layers(config: Mapping[str, Any]) -> list[bool]:
-    """Say of every layer whether it has experts."""
-    num_layers = model_shape(config).num_layers
-    if not family_of(config).has_experts:
-        return [False] * num_layers
+def _moe_layer_freq(config: Mapping[str, Any], num_layers: int) -> int | list[int]:
     step, dense = config.get("decoder_sparse_step", 1), config.get("mlp_only_layers") or []
-    return [layer not in dense and (layer + 1) % step == 0 for layer in range(num_layers)]
+    layers = [int(layer not in dense and (layer + 1) % step == 0) for layer in range(num_layers)]
+    return 1 if all(layers) else layers
 
 
 @dataclass(frozen=True, slots=True)
@@ -192,7 +195,7 @@ def _expert_args(config: Mapping[str, Any], shape: ModelShape) -> dict[str, Any]
         "num_experts": shape.num_moe_experts,
         "moe_router_topk": shape.moe_router_topk,
         "moe_ffn_hidden_size": shape.moe_ffn_hidden_size,
-        "moe_layer_freq": [int(moe) for moe in moe_layers(config)],
+        "moe_layer_freq": [int(layer in shape.moe_layers) for layer in range(shape.num_layers)],
         # Normalising the top k of a softmax over all is the softmax over the top k.
         "moe_router_pre_softmax": not config.get("norm_topk_prob", False),
         "moe_router_load_balancing_type": "none",

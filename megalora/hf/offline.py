@@ -130,6 +130,7 @@ def write_adapter_checkpoint(
         gated_linear_unit=True,
         moe_router_topk=shape.moe_router_topk,
         num_moe_experts=shape.num_moe_experts,
+        moe_layer_freq=shape.moe_layer_freq,
     )
     with whole_directory(directory, overwrite=overwrite) as target, one_process():
         from megatron.core import dist_checkpointing

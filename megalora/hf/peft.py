@@ -2,8 +2,7 @@
 
 import os
 import re
-import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -25,6 +24,7 @@ from megalora.hf.peft_config import (
     check_ranks,
     choose_patterns,
     layer_of,
+    matches,
     most_common,
     read_rules,
     split_expert,
@@ -57,6 +57,7 @@ _CONSTANT_FIELDS: dict[str, Any] = {
     "use_dora": False,
 }
 _KEY = re.compile(r"base_model\.model\.([A-Za-z_]\w*(?:\.\w+)*)\.lora_([AB])\.weight")
+_DENSE = re.compile(rf"model\.layers\.\d+\.mlp\.({'|'.join(PROJECTIONS)})")
 # PEFT saves the frozen base of a targeted unembedding along with its adapter.
 _BASE_COPIES = re.compile(r"base_model\.model\.(.*\.)?(lm_head|embed_tokens)\.base_layer\.weight")
 
@@ -78,6 +79,7 @@ def write_adapter(
     format: Format = "peft",
     num_layers: int | None = None,
     num_experts: int | None = None,
+    moe_layers: Collection[int] | None = None,
     overwrite: bool = False,
 ) -> None:
     """Write a PEFT adapter directory, whole or not at all.
@@ -87,6 +89,7 @@ def write_adapter(
         `uniform` has one rank and folds every scale into B in fp32, for servers that ignore
         patterns; `peft-3d` has the experts of a layer in one tensor.
     num_layers, num_experts: of the base; where left out, the highest numbers in `factors` count.
+    moe_layers: those with experts; where left out, all that have no adapter of a dense MLP.
     Raises ValueError for values that are not finite, and for what the format cannot say.
     """
     if format not in FORMATS:
@@ -98,7 +101,9 @@ def write_adapter(
     num_layers = num_layers or max(layers, default=-1) + 1
     if format == "uniform":
         factors = make_uniform(factors)
-    experts = complete_experts(factors, num_layers=num_layers, num_experts=num_experts)
+    if moe_layers is None:
+        moe_layers = set(range(num_layers)) - {layer_of(n) for n in factors if _DENSE.fullmatch(n)}
+    experts = complete_experts(factors, moe_layers=sorted(moe_layers), num_experts=num_experts)
     dense = {name: module for name, module in factors.items() if not split_expert(name)}
     tensors = _flat(dense)
     if experts:
@@ -230,13 +235,15 @@ def _config(
     else:
         default = most_common(wanted.values())
     rank_pattern, alpha_pattern = choose_patterns(wanted, default)
-    targets = target_modules(dense, num_layers)
-    parameters: list[str] | None = None
-    if experts:
-        _warn_of_dense_mlps(dense)
+    # NOTE: PEFT with transformers 5 takes these names for experts and drops them, beside experts.
+    # It wraps their weights as it does those of experts, under the same names in the file.
+    hidden = [name for name in dense if experts and name.endswith(PROJECTIONS)]
+    rank_pattern, alpha_pattern = (_of_weights(p, hidden) for p in (rank_pattern, alpha_pattern))
+    targets = target_modules([name for name in dense if name not in hidden], num_layers)
+    parameters = [f"{name}.weight" for name in hidden]
     if experts and format == "peft-3d":
         infix = experts.prefixes[0].split(".", 3)[3]
-        parameters = [f"{infix}.{GATE_UP}", f"{infix}.{DOWN}"]
+        parameters += [f"{infix}.{GATE_UP}", f"{infix}.{DOWN}"]
         pattern = f"{infix}.{GATE_UP}".replace(".", "\\.")
         rank_pattern[pattern] = 2 * experts.rank
         alpha_pattern[pattern] = _whole(2 * default[1])
@@ -250,17 +257,18 @@ def _config(
         "rank_pattern": rank_pattern,
         "alpha_pattern": alpha_pattern,
         "target_modules": sorted(targets),
-        "target_parameters": parameters,
+        "target_parameters": parameters or None,
     }
 
 
-def _warn_of_dense_mlps(dense: Mapping[str, LoRAFactors]) -> None:
-    if any(name.endswith(PROJECTIONS) for name in dense):
-        warnings.warn(
-            "adapter has dense MLPs beside experts: PEFT with transformers 5 takes their names for "
-            "experts and leaves them out; vLLM and SGLang read them",
-            stacklevel=4,
-        )
+def _of_weights(patterns: Mapping[str, Any], names: list[str]) -> dict[str, Any]:
+    """Let the patterns of these modules match the names of their weights too."""
+    return {
+        rf"{pattern}(\.weight)?"
+        if any(matches(pattern, name) for name in names)
+        else pattern: value
+        for pattern, value in patterns.items()
+    }
 
 
 def _alpha(module: LoRAFactors) -> float:

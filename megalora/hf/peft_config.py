@@ -63,9 +63,14 @@ class PeftRules:
 
 def _first_match(patterns: Mapping[str, Any], name: str, default: Any) -> Any:
     for pattern, value in patterns.items():
-        if re.match(rf"(.*\.)?({pattern})$", name):
+        if matches(pattern, name):
             return value
     return default
+
+
+def matches(pattern: str, name: str) -> bool:
+    """Say whether PEFT takes a pattern for a module of this name."""
+    return re.match(rf"(.*\.)?({pattern})$", name) is not None
 
 
 def read_rules(config: Mapping[str, Any]) -> PeftRules:

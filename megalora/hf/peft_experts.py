@@ -8,7 +8,7 @@ lora_A [E r, in] is expert-major, lora_B [out, r E] is expert-fastest. PEFT <= 0
 """
 
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -132,9 +132,9 @@ class Experts:
 
 
 def complete_experts(
-    factors: Mapping[str, LoRAFactors], *, num_layers: int, num_experts: int | None
+    factors: Mapping[str, LoRAFactors], *, moe_layers: Collection[int], num_experts: int | None
 ) -> Experts | None:
-    """Fill the experts' adapters to what PEFT loads: all layers, experts and projections.
+    """Fill the experts' adapters to what PEFT loads: all layers with experts, all projections.
 
     PEFT's conversion stacks them, so a projection without an adapter gets one that is zero.
     Returns None where no expert has an adapter.
@@ -146,7 +146,7 @@ def complete_experts(
     if num_experts is None:
         num_experts = max(expert for _, expert, _ in parts) + 1
     infix = parts[0][0].split(".", 3)[3]
-    prefixes = [f"model.layers.{layer}.{infix}" for layer in range(num_layers)]
+    prefixes = [f"model.layers.{layer}.{infix}" for layer in moe_layers]
     names = [
         f"{prefix}.{expert}.{projection}"
         for prefix in prefixes
@@ -156,7 +156,7 @@ def complete_experts(
     outside = sorted(set(given) - set(names))
     if outside:
         raise ValueError(
-            f"{outside[0]} is outside of {num_layers} layers with {num_experts} experts: "
+            f"{outside[0]} is outside of the {len(moe_layers)} layers with {num_experts} experts: "
             "this adapter belongs to another model"
         )
     one = next(iter(given.values()))

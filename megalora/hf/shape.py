@@ -1,6 +1,6 @@
 """The sizes of a model that decide how its Megatron tensors and its files correspond."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import Any, Self
 
@@ -20,7 +20,8 @@ class ModelShape:
 
     vocab_size: rows of the Hugging Face embedding, without Megatron's padding; 0 where unknown.
     ffn_hidden_size: of a dense MLP; moe_ffn_hidden_size: of one expert.
-    num_moe_experts: 0 for a dense model.
+    num_moe_experts: 0 for a dense model. moe_layer_freq: 1 for experts in all layers, or as
+        Megatron takes it: every so many layers, or 0 or 1 for each layer.
     """
 
     num_layers: int
@@ -33,6 +34,7 @@ class ModelShape:
     num_moe_experts: int = 0
     moe_router_topk: int = 1
     moe_ffn_hidden_size: int = 0
+    moe_layer_freq: int | Sequence[int] = 1
     tied_embeddings: bool = False
 
     def __post_init__(self) -> None:
@@ -55,6 +57,16 @@ class ModelShape:
     def qkv_rows(self) -> int:
         """Rows of the fused linear_qkv."""
         return self.num_query_groups * (self.heads_per_group + 2) * self.kv_channels
+
+    @property
+    def moe_layers(self) -> list[int]:
+        """Numbers of the layers that have experts."""
+        layers, frequency = range(self.num_layers), self.moe_layer_freq
+        if not self.num_moe_experts:
+            return []
+        if isinstance(frequency, int):
+            return [layer for layer in layers if layer % frequency == 0]
+        return [layer for layer in layers if frequency[layer]]
 
     @classmethod
     def from_mapping(cls, values: Mapping[str, Any]) -> Self:

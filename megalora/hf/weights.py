@@ -9,7 +9,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from megalora.hf.families import family_of, model_shape, moe_layers
+from megalora.hf.families import family_of, model_shape
 from megalora.hf.shape import ModelShape
 
 # Name in a Megatron layer -> name in a Hugging Face layer, for tensors that every rank holds whole.
@@ -75,7 +75,7 @@ class Weights:
     def __init__(self, config: Mapping[str, Any], placement: Placement) -> None:
         self.shape: ModelShape = model_shape(config)
         self.placement = placement
-        self.family, self.is_moe = family_of(config), moe_layers(config)
+        self.family = family_of(config)
 
     def pieces(self, name: str, layer: int | None, num_rows: int) -> list[Piece]:
         """Return the pieces of a local parameter of num_rows rows.
@@ -130,7 +130,7 @@ class Weights:
         if self.family.qk_norm:
             yield from ((f"self_attn.{p}_norm.weight", (d,)) for p in "qk")
         prefixes, ffn = ["mlp"], shape.ffn_hidden_size
-        if self.is_moe[layer]:
+        if layer in self.shape.moe_layers:
             yield "mlp.gate.weight", (shape.num_moe_experts, h)
             prefixes = [f"mlp.experts.{e}" for e in range(shape.num_moe_experts)]
             ffn = shape.moe_ffn_hidden_size

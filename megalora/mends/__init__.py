@@ -11,10 +11,18 @@ import functools
 def install() -> None:
     """Mend Megatron for this process; a second call does nothing."""
     # They import megatron, which must see the facade of `megalora.cpu` where that is wanted.
-    from megalora.mends import attention, dataset_helpers, latent_attention, layers, optimizer
+    from megalora.mends import (
+        attention,
+        dataset_helpers,
+        latent_attention,
+        layers,
+        optimizer,
+        router,
+    )
 
     dataset_helpers.install()
     layers.install()
     latent_attention.install()
     attention.install()
     optimizer.install()
+    router.install()

@@ -173,13 +173,16 @@ class _Forward:
         self.run = run
         self.cut = context_parallel_cut(layout, run)
 
-    def __call__(self, iterator: Iterator[torch.Tensor], model: Any) -> tuple[torch.Tensor, Any]:
+    def __call__(
+        self, iterator: Iterator[torch.Tensor], model: Any, return_schedule_plan: bool = False
+    ) -> tuple[Any, Any]:
         tokens = next(iterator)
         positions = torch.arange(SEQ_LENGTH).expand(tokens.shape[0], -1)
         inputs, labels, positions = (
             x[:, self.cut] for x in (tokens[:, :-1], tokens[:, 1:], positions)
         )
-        output = model(
+        run_model = model.build_schedule_plan if return_schedule_plan else model
+        output = run_model(
             inputs, positions, None, labels=labels, packed_seq_params=packed(self.run.cu_seqlens)
         )
         return output, _loss

@@ -29,7 +29,8 @@ class RandomTokens(torch.utils.data.Dataset):
 
 def datasets_provider(num_samples, vp_stage=None):
     args = get_args()
-    return RandomTokens(num_samples[0], args.seq_length, args.vocab_size), None, None
+    sizes = (args.seq_length, args.vocab_size)
+    return tuple(RandomTokens(number, *sizes) if number else None for number in num_samples)
 
 
 datasets_provider.is_distributed = True
@@ -42,10 +43,11 @@ def loss_func(output):
     return loss, num_tokens, {"lm loss": report}
 
 
-def forward_step(data_iterator, model):
+def forward_step(data_iterator, model, return_schedule_plan=False):
     tokens = next(data_iterator)["tokens"]
     positions = torch.arange(tokens.shape[1] - 1).expand(tokens.shape[0], -1)
-    return model(tokens[:, :-1], positions, None, labels=tokens[:, 1:]), partial(loss_func)
+    run_model = model.build_schedule_plan if return_schedule_plan else model
+    return run_model(tokens[:, :-1], positions, None, labels=tokens[:, 1:]), partial(loss_func)
 
 
 if __name__ == "__main__":

@@ -1,0 +1,162 @@
+"""What a run leaves beside its checkpoints: checked when adapters are attached, written at its end.
+
+Both, --export-hf and --save-merged, would else be refused after days of training.
+"""
+
+import argparse
+import contextlib
+import os
+import shlex
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+import torch.distributed as dist
+
+from megalora.config import LoRAConfig
+from megalora.run_arguments import may_export_to
+
+
+@contextlib.contextmanager
+def at_end(finish: Callable[..., None]) -> Iterator[None]:
+    """Call finish() after what trains, or finish(early=True) where it leaves by sys.exit(0).
+
+    Megatron leaves so for --exit-interval, --exit-duration-in-mins and --exit-signal-handler.
+    """
+    try:
+        yield
+    except SystemExit as end:
+        if not end.code:
+            finish(early=True)
+        raise
+    finish()
+
+
+def check_output_args(args: argparse.Namespace) -> None:
+    """Raise ValueError for output directories that hold something else."""
+    if args.export_hf and not may_export_to(Path(args.export_hf)):
+        raise ValueError(
+            f"export_hf {args.export_hf!r} exists and is no adapter: give a new directory"
+        )
+    for other in ("save", "load", "pretrained_checkpoint", "hf_model", "export_hf"):
+        path = getattr(args, other)
+        if args.save_merged and path and Path(path).resolve() == Path(args.save_merged).resolve():
+            raise ValueError(
+                f"save_merged {args.save_merged!r} is the directory of {other} too, whose "
+                "checkpoints it would hide: give a new directory"
+            )
+
+
+def check_outputs(
+    model_chunks: Sequence[torch.nn.Module], args: argparse.Namespace, config: LoRAConfig
+) -> None:
+    """Raise ValueError, on every rank, where something could not be written after training.
+
+    All ranks must call it, once the adapters are attached. Warns of what a server would refuse.
+    """
+    from megalora import exchange, merging
+
+    if args.export_hf:
+        _raise_everywhere(lambda: _check_writable("export_hf", args.export_hf), only=0)
+        warnings = exchange.check_export(
+            model_chunks, config=config, vocab_size=hf_vocab_size(args), hf_model=args.hf_model
+        )
+        for warning in warnings if dist.get_rank() == 0 else ():
+            print(f"WARNING: export_hf: {warning}", flush=True)
+    if args.save_merged:
+        _raise_everywhere(lambda: _check_writable("save_merged", args.save_merged))
+        _raise_everywhere(lambda: merging.check(model_chunks))
+
+
+def write_outputs(
+    model_chunks: Sequence[torch.nn.Module], args: argparse.Namespace, config: LoRAConfig
+) -> None:
+    """Write what --export-hf and --save-merged ask for. All ranks must call it."""
+    from megalora import exchange
+
+    if args.export_hf:
+        exchange.export_model(
+            model_chunks,
+            args.export_hf,
+            config=config,
+            format=args.export_format,
+            base_model_name=args.hf_model or "",
+            vocab_size=hf_vocab_size(args),
+        )
+    if args.save_merged:
+        exchange.save_merged(model_chunks, args.save_merged)
+
+
+def outputs_have_to_wait(args: argparse.Namespace) -> bool:
+    """Say whether a signal ended the training and its checkpoint is what there is time for.
+
+    After SIGTERM a scheduler kills within seconds. Without --save the outputs are all that is left.
+    """
+    from megatron.training import get_signal_handler
+
+    if not args.save or not args.exit_signal_handler:
+        return False
+    return any(cast(Any, get_signal_handler()).signals_received())
+
+
+def say_how_to_write(args: argparse.Namespace, config: LoRAConfig) -> None:
+    """Print, on rank 0, by which commands the outputs come from the checkpoint in --save."""
+    from megalora.resume import read_iteration
+
+    if args.rank != 0 or not (args.export_hf or args.save_merged):
+        return
+    flags = [flag for flag in ("export_hf", "save_merged") if getattr(args, flag)]
+    iteration = read_iteration(Path(args.save)) if args.save else None
+    if iteration is None:
+        print(f"> LoRA: stopped without a checkpoint: no {' and no '.join(flags)}", flush=True)
+        return
+    print(
+        f"> LoRA: stopped by a signal at iteration {iteration}: {' and '.join(flags)} not written. "
+        f"Start again to go on from {args.save}; to have them of this iteration, start again with "
+        f"--load {args.save} --train-iters {iteration} --override-opt-param-scheduler",
+        flush=True,
+    )
+    if args.export_hf and config.init != "pissa":
+        command = ["megalora", "export", args.save, "--output", args.export_hf]
+        command += ["--format", args.export_format]
+        sizes = ["--hf-model", args.hf_model] if args.hf_model else []
+        sizes = sizes or ["--vocab-size", str(hf_vocab_size(args))]
+        print(f"> LoRA: or: {shlex.join([*command, *sizes])}", flush=True)
+
+
+def hf_vocab_size(args: argparse.Namespace) -> int:
+    """Return the rows of the Hugging Face model's vocabulary, without Megatron's padding.
+
+    That is what config.json of --hf-model says. Else --vocab-size, by which a base may have more
+    rows than its tokenizer has tokens; fewer are left over from another script, as Megatron follows
+    the tokenizer.
+    """
+    from megatron.training import get_tokenizer
+
+    if args.vocab_size and (args.hf_model or args.tokenizer_type == "NullTokenizer"):
+        return args.vocab_size
+    return max(args.vocab_size or 0, cast(Any, get_tokenizer()).vocab_size)
+
+
+def _check_writable(flag: str, directory: str) -> None:
+    place = Path(directory).absolute()
+    while not place.exists():
+        place = place.parent
+    if not place.is_dir() or not os.access(place, os.W_OK | os.X_OK):
+        what = "cannot be written to" if place.is_dir() else "is a file"
+        raise ValueError(f"{flag} {directory!r}: {place} {what}: give another directory")
+
+
+def _raise_everywhere(check: Callable[[], None], *, only: int | None = None) -> None:
+    """Run a check on every rank, or on one, and raise the first ValueError on all of them."""
+    problem = None
+    try:
+        if only in (None, dist.get_rank()):
+            check()
+    except ValueError as error:
+        problem = str(error)
+    problems: list[str | None] = [None] * dist.get_world_size()
+    dist.all_gather_object(problems, problem)
+    if found := next(filter(None, problems), None):
+        raise ValueError(found)
