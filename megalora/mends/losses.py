@@ -15,7 +15,7 @@ import torch.distributed as dist
 from megatron.core.models.gpt import gpt_model
 from megatron.core.models.hybrid import hybrid_model
 from megatron.core.transformer import multi_token_prediction
-from megatron.core.transformer.moe.router import TopKRouter
+from megatron.core.transformer.moe import router
 
 
 def install() -> None:
@@ -23,11 +23,12 @@ def install() -> None:
     for module in (gpt_model, hybrid_model):
         patched: Any = module
         patched.process_mtp_loss = counted_over_context(multi_token_prediction.process_mtp_loss)
-    router: Any = TopKRouter
-    router.apply_z_loss = z_loss_over_shards(TopKRouter.apply_z_loss)
-    router.attach_and_log_load_balancing_loss = balancing_over_shards(
-        TopKRouter.attach_and_log_load_balancing_loss
+    patched = router
+    patched.get_tokens_per_expert_and_token_count = mean_of_shards(
+        router.get_tokens_per_expert_and_token_count
     )
+    patched = router.TopKRouter
+    patched.apply_z_loss = z_loss_over_shards(router.TopKRouter.apply_z_loss)
 
 
 def counted_over_context(process: Callable[..., Any]) -> Callable[..., Any]:
@@ -80,7 +81,7 @@ def counted_over_context(process: Callable[..., Any]) -> Callable[..., Any]:
 def _counts(
     mask: torch.Tensor, num_depths: int, cp_group: Any, packed_seq_params: Any
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return [1 + num_depths] trained tokens of each depth: on this rank, and on all of cp_group."""
+    """Return the trained tokens of each depth, [1 + num_depths], on this rank and on all ranks."""
     sums = [mask.sum()]
     for _ in range(num_depths):
         mask, num_tokens = multi_token_prediction.roll_tensor(
@@ -118,21 +119,24 @@ def z_loss_over_shards(apply: Callable[..., Any]) -> Callable[..., Any]:
     return apply_z_loss
 
 
-def balancing_over_shards(attach: Callable[..., Any]) -> Callable[..., Any]:
-    """Return TopKRouter.attach_and_log_load_balancing_loss with the valid tokens of all shards.
+def mean_of_shards(count: Callable[..., Any]) -> Callable[..., Any]:
+    """Return get_tokens_per_expert_and_token_count with the mean number of tokens of the shards.
 
-    It multiplies under calculate_per_token_loss by the tokens of one shard times their number.
+    Under calculate_per_token_loss the routers multiply a balancing loss by the tokens of one shard
+    times their number. NOTE: what Megatron returns is the sum of all, where padding is left out:
+    it is counted after an all-reduce in place.
     """
 
-    @functools.wraps(attach)
-    def attach_loss(self: Any, *args: Any, valid_token_count: Any = None, **kwargs: Any) -> Any:
-        # A tensor where padding is left out, else the same number on every rank.
-        if self.calculate_per_token_loss and isinstance(valid_token_count, torch.Tensor):
-            group = self.tp_cp_group
-            valid_token_count = _sum_over(valid_token_count.float(), group) / group.size()
-        return attach(self, *args, valid_token_count=valid_token_count, **kwargs)
+    @functools.wraps(count)
+    def counted(*, reduce_group: Any, with_padding_mask: bool = False, **kwargs: Any) -> Any:
+        tokens_per_expert, own, total = count(
+            reduce_group=reduce_group, with_padding_mask=with_padding_mask, **kwargs
+        )
+        if with_padding_mask:
+            own = total / reduce_group.size()
+        return tokens_per_expert, own, total
 
-    return attach_loss
+    return counted
 
 
 def _sum_over(value: torch.Tensor, group: Any) -> torch.Tensor:

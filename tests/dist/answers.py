@@ -23,7 +23,7 @@ from megalora.data.examples import Examples
 NUM_SEQUENCES, SEQ_LENGTH = 4, 16
 NUM_ROWS = 5 * NUM_SEQUENCES
 # Of each example how many positions it takes, and which of them are trained.
-PADDED = [(16, range(9, 12)), (16, ()), (9, range(1, 4)), (12, range(6, 12))]
+PADDED = [(16, range(9, 12)), (16, ()), (9, range(1, 4)), (14, range(6, 14))]
 PACKED = [(10, range(8, 10)), (6, range(2, 3)), (16, ()), (5, range(1, 5)), (11, ()), (14, [2, 13])]
 
 
@@ -125,6 +125,6 @@ class Answers:
         }
         with (
             mock.patch.multiple(batch, **route),
-            mock.patch.object(data_samplers, "get_args", lambda: args),
+            mock.patch.object(data_samplers, "get_args", return_value=args),
         ):
             yield

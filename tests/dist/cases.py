@@ -84,7 +84,7 @@ KINDS = {
         layers=2, mtp_num_layers=2, lora={"targets": ("all", "eh_proj")}
     ),
     "experts": _kind(**MOE, lora=WITH_ROUTER),
-    "balanced experts": _kind(layers=2, **{**MOE, **BALANCED}, lora=WITH_ROUTER),
+    "balanced experts": _kind(**{**MOE, **BALANCED}, lora=WITH_ROUTER),
     "experts in 4 layers": _kind(layers=4, **MOE),
     "ungated experts": _kind(**MOE, **UNGATED, lora={"expert_rank": 3}),
     "shared-outer experts": _kind(**MOE, lora={"expert_mode": "shared_outer"}),
@@ -240,17 +240,11 @@ ANSWERS = [
         for layout, kind in (
             (CP2, "dense"),
             (DP2, "dense"),
-            (PP2, "dense"),
-            (TP2_SP, "dense"),
             (CP2, "2 predicted tokens more"),
-            (DP2, "2 predicted tokens more"),
             (PP2, "2 predicted tokens more"),
-            (TP2_SP, "2 predicted tokens more"),
             (CP2, "balanced experts"),
             (EP2, "balanced experts"),
-            (PP2, "balanced experts"),
             (TP2_SP, "balanced experts"),
-            (Layout(pp=2, vpp=2), "experts in 4 layers"),
             (Layout(tp=2, sp=True, cp=2), "balanced experts"),
             (Layout(cp=2, dp=2), "2 predicted tokens more"),
         )
@@ -259,6 +253,8 @@ ANSWERS = [
         _answers(CP2, "dense", Answers(per_token=per_token, attention="mask", micro_batch_size=2))
         for per_token in (True, False)
     ),
+    _answers(TP2_SP, "2 predicted tokens more", BY_MICROBATCH),
+    _answers(Layout(pp=2, vpp=2), "dense of 4 layers", BY_MICROBATCH),
     _answers(TP2, "fused cross entropy", BY_MICROBATCH),
 ]
 CASES = [*DENSE, *EXPERTS, *HYBRID, *ANSWERS]
