@@ -20,6 +20,7 @@ from megalora.run_arguments import (
     check_checkpoint_args,
     check_same_optimizer,
     may_export_to,
+    refuse_fsdp,
     with_hf_flags,
 )
 
@@ -81,6 +82,7 @@ class LoRARun:
             )
         set_auto_lr(args, self.config)
         if self.config is not None:
+            refuse_fsdp(args)
             check_checkpoint_args(args)
             self._install_optimizer_overrides()
             from megalora import resume, saving
