@@ -30,6 +30,7 @@ from megalora.run_arguments import (
     check_checkpoint_args,
     check_eval_args,
     check_same_optimizer,
+    refuse_fsdp,
     with_hf_flags,
 )
 from megalora.schedule import take_rates
@@ -97,6 +98,7 @@ class LoRARun:
         check_eval_args(args)
         set_auto_lr(args, self.config)
         if self.config is not None:
+            refuse_fsdp(args)
             check_checkpoint_args(args)
             self._install_optimizer_overrides()
             from megalora import resume, saving

@@ -94,6 +94,22 @@ def with_hf_flags(argv: Sequence[str]) -> list[str]:
     return [*megatron_flags(read_config(directory)), *argv]
 
 
+def refuse_fsdp(args: argparse.Namespace) -> None:
+    """Raise ValueError for data parallelism that shards parameters.
+
+    It cuts each parameter once more, into parts that adapters, their checkpoints and the loading of
+    a base do not know.
+    """
+    for name in ("use_megatron_fsdp", "use_torch_fsdp2"):
+        if getattr(args, name, False):
+            flag = f"--{name.replace('_', '-')}"
+            raise ValueError(
+                f"{name} is set, which adapters cannot be trained with: leave out {flag}; "
+                "--use-distributed-optimizer shards the optimizer, and tensor, pipeline or expert "
+                "parallelism the base"
+            )
+
+
 def check_checkpoint_args(args: argparse.Namespace) -> None:
     """Ask for what adapter checkpoints need, and for optimizer states of any layout."""
     if args.save and args.ckpt_format != "torch_dist":

@@ -109,7 +109,11 @@ def build_model(
     """
     if pattern is not None:
         pattern = pattern if layout.pp > 1 else pattern.replace("|", "")
-        overrides = {"is_hybrid_model": True, "num_layers": get_hybrid_total_layer_count(pattern), **overrides}
+        overrides = {
+            "is_hybrid_model": True,
+            "num_layers": get_hybrid_total_layer_count(pattern),
+            **overrides,
+        }
     config = build_config(layout, **overrides)
     stages: list[int | None] = [None] if layout.vpp is None else list(range(layout.vpp))
     chunks = []

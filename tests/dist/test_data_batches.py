@@ -65,6 +65,7 @@ def args(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
         num_workers=0,
         exit_signal_handler=False,
         check_for_nan_in_loss_and_grad=True,
+        calculate_per_token_loss=True,
         num_experts=None,
         moe_router_load_balancing_type="none",
         sequence_parallel=False,
@@ -261,14 +262,13 @@ def test_later_pipeline_stages_get_their_sequence_shard_of_the_padding(layout: L
         assert batch._padding_mask(padding, model, sequence_parallel=False) is padding
 
 
-@pytest.mark.world_1
-def test_a_loss_that_is_not_finite_stops_the_run(args: SimpleNamespace) -> None:
+@over(Layout())
+def test_a_loss_that_is_not_finite_stops_the_run(layout: Layout, args: SimpleNamespace) -> None:
     mask = torch.tensor([1.0, 0.0])
-    loss, num_tokens, report = batch.loss_func(mask, torch.tensor([2.0, 3.0]))
-    assert (float(loss), int(num_tokens), report["lm loss"].tolist()) == (2.0, 1, [2.0, 1.0])
-    for value in (float("nan"), float("inf")):
-        with pytest.raises(RuntimeError, match="loss that is not finite"):
-            batch.loss_func(mask, torch.tensor([value, 0.0]))
+    with model_parallel(layout):
+        for value in (float("nan"), float("inf")):
+            with pytest.raises(RuntimeError, match="loss that is not finite"):
+                batch.loss_func(mask, mask.sum(), torch.tensor([value, 0.0]))
 
 
 @pytest.mark.world_1
