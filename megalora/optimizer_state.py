@@ -63,9 +63,10 @@ def _method(wrapper: Callable[..., Any], original: Any) -> Any:
     return lambda self, *args, **kwargs: wrapper(self, original, *args, **kwargs)
 
 
-def _chain(self: Any, original: Callable[..., None], parts: list[Any]) -> None:
+def _chain(self: Any, original: Callable[..., None], chained_optimizers: list[Any]) -> None:
     """Leave out what has no parameters on any rank, unless nothing is trained at all."""
-    original(self, [part for part in parts if part.optimizer is not None] or parts)
+    parts = [part for part in chained_optimizers if part.optimizer is not None]
+    original(self, parts or chained_optimizers)
 
 
 def _sharded_state_dict(

@@ -40,6 +40,7 @@ def take_rates(args: argparse.Namespace, stored: Mapping[str, Any] | None) -> No
 
 
 def _load(self: Any, original: Callable[..., None], stored: dict[str, Any]) -> None:
+    _warn_of_lost_steps(self.optimizer, stored["num_steps"])
     if not (self.override_opt_param_scheduler or self.use_checkpoint_opt_param_scheduler):
         own = self.state_dict()
         _check_same_shape(own, stored)
@@ -49,6 +50,18 @@ def _load(self: Any, original: Callable[..., None], stored: dict[str, Any]) -> N
     original(self, stored)
     # Megatron sets the groups' weight decay before it has read it.
     self.step(0)
+
+
+def _warn_of_lost_steps(optimizer: Any, done: int) -> None:
+    """Say where a checkpoint of an older megalora counts samples, but not the steps of Adam."""
+    from megatron.training import print_rank_0
+
+    groups = [group for group in optimizer.param_groups if "betas" in group]
+    if done and groups and not any("step" in group for group in groups):
+        print_rank_0(
+            "WARNING: checkpoint does not say how many steps Adam has taken, so its first updates "
+            "will be too large: set --no-load-optim to start the optimizer anew"
+        )
 
 
 def say_changed(name: str, own: object, stored: object) -> None:
