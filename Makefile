@@ -12,7 +12,7 @@ SOURCES := $(wildcard csrc/*.h csrc/*.cpp csrc/*/*)
 # One thread for each process: ranks share the cores.
 export OMP_NUM_THREADS ?= 1
 export MKL_NUM_THREADS ?= 1
-# A file of tests to each core in turn; every worker needs about 2 GB.
+# A file of tests to each core in turn (tests/conftest.py); every worker needs about 2 GB.
 WORKERS ?= -n logical --maxprocesses 8 --dist loadfile --no-loadscope-reorder
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
 

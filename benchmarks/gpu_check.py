@@ -107,8 +107,12 @@ class Check:
                 command += ["--toy"]
         if "pytest" in stage.words:
             command += ["--junitxml", str(self._xml(stage))]
-            if importlib.util.find_spec("xdist") and stage.name == "kernels":
-                command += ["-n", "2" if self.rehearsing else "6"]
+            if (
+                importlib.util.find_spec("xdist")
+                and stage.name == "kernels"
+                and not self.rehearsing
+            ):
+                command += ["-n", "6"]
         if stage.sanitizer and not self.rehearsing:
             tool = ["compute-sanitizer", "--tool", stage.sanitizer, "--error-exitcode", "9"]
             command = [*tool, *command]

@@ -102,11 +102,11 @@ def own_shard(full: Tensor, dim: int, group: ProcessGroup | None) -> Tensor:
     return full.narrow(dim, dist.get_rank(group) * width, width)
 
 
-def union(names: set[str], group: ProcessGroup | None) -> set[str]:
+def union[T](names: set[T], group: ProcessGroup | None) -> set[T]:
     """Return the names of all ranks of a group together; all of them must call it."""
     if group_size(group) == 1:
         return names
-    gathered: list[set[str]] = [set() for _ in range(group_size(group))]
+    gathered: list[set[T]] = [set() for _ in range(group_size(group))]
     dist.all_gather_object(gathered, names, group=group)
     return set().union(*gathered)
 

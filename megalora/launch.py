@@ -28,9 +28,12 @@ from megalora.outputs import (
 from megalora.run_arguments import (
     add_exchange_args,
     check_checkpoint_args,
+    check_eval_args,
     check_same_optimizer,
+    refuse_fsdp,
     with_hf_flags,
 )
+from megalora.schedule import take_rates
 
 # NOTE: scripts import this before `prepare_megatron`: only functions import megatron.
 if TYPE_CHECKING:
@@ -92,8 +95,10 @@ class LoRARun:
                 f"hf_model {args.hf_model!r} and pretrained_checkpoint "
                 f"{args.pretrained_checkpoint!r} are two bases: leave one of them out"
             )
+        check_eval_args(args)
         set_auto_lr(args, self.config)
         if self.config is not None:
+            refuse_fsdp(args)
             check_checkpoint_args(args)
             self._install_optimizer_overrides()
             from megalora import resume, saving
@@ -123,6 +128,7 @@ class LoRARun:
         self.config = resumed_config(self.args, description)
         if description is not None:
             check_same_optimizer(self.args, description)
+            take_rates(self.args, description["schedule"])
         source = self._load_base(model_chunks, found)
         base = {"source": source, **fingerprint(model_chunks)}
         if description is not None:

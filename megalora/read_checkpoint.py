@@ -56,8 +56,9 @@ def read_description(directory: Path) -> dict[str, Any] | None:
     """Return what is stored with the adapters in an iteration's directory.
 
     `config`: LoRAConfig's fields, `model`: ModelFacts', `base`: of `describe_base`, where it was
-    called; `distributed_optimizer`: whether its optimizer is one, None where it has none. None for
-    a checkpoint of a whole model. Raises ValueError where it cannot be read.
+    called; `distributed_optimizer`: whether its optimizer is one, None where it has none;
+    `schedule`: the scheduler's state, or None. None for a checkpoint of a whole model. Raises
+    ValueError where it cannot be read.
     """
     if not dist_checkpointing.check_is_distributed_checkpoint(str(directory)):
         if any(directory.glob("mp_rank_*")) or (directory / ".metadata").is_file():
@@ -70,7 +71,11 @@ def read_description(directory: Path) -> dict[str, Any] | None:
         raise ValueError(f"{directory} cannot be read: {error}") from error
     for key, part in common.items():
         if _is_model(key) and DESCRIPTION in part:
-            return {**json.loads(part[DESCRIPTION]), "distributed_optimizer": _optimizer(common)}
+            return {
+                **json.loads(part[DESCRIPTION]),
+                "distributed_optimizer": _optimizer(common),
+                "schedule": common.get("opt_param_scheduler"),
+            }
     return None
 
 

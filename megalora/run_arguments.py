@@ -1,6 +1,7 @@
 """The flags of a run beside --lora-*: bases and adapters in, adapters out, their checkpoints."""
 
 import argparse
+import functools
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -12,11 +13,15 @@ from megalora.auto_lr import add_auto_lr_args
 def add_exchange_args(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
     """Add the flags that bring base weights and adapters in and take adapters out.
 
-    Also guards --use-checkpoint-args, which Megatron follows right after parsing.
+    Also guards what Megatron does right after parsing: it follows --use-checkpoint-args, asks for
+    --save-interval, and makes the tokenizer.
     """
     from megalora.resume import guard_checkpoint_args
+    from megalora.saving import save_last_by_default
 
     guard_checkpoint_args()
+    save_last_by_default()
+    guard_tokenizer()
     group = parser.add_argument_group("exchange", "with Hugging Face directories")
     add = group.add_argument
     add("--hf-model", help="directory with config.json and safetensors: builds and loads the base")
@@ -46,6 +51,33 @@ def add_exchange_args(parser: argparse.ArgumentParser) -> argparse.ArgumentParse
     return parser
 
 
+def guard_tokenizer() -> None:
+    """Let a run without --tokenizer-type end in what to set: Megatron lists its own kinds only.
+
+    A second call does nothing.
+    """
+    from megatron.training import global_vars
+
+    patched: Any = global_vars
+    original = patched.build_tokenizer
+    if getattr(original, "is_megalora", False):
+        return
+
+    @functools.wraps(original)
+    def build_tokenizer(args: Any, **kwargs: Any) -> Any:
+        if args.tokenizer_type is None:
+            bytes_too = ", or --byte-tokenizer, which needs no files"
+            raise ValueError(
+                "tokenizer_type is not given: set --tokenizer-type HuggingFaceTokenizer and "
+                f"--tokenizer-model DIR{bytes_too if hasattr(args, 'byte_tokenizer') else ''}"
+            )
+        return original(args, **kwargs)
+
+    guarded: Any = build_tokenizer
+    guarded.is_megalora = True
+    patched.build_tokenizer = guarded
+
+
 def with_hf_flags(argv: Sequence[str]) -> list[str]:
     """Return a command line with the Megatron flags of --hf-model's config.json before the user's.
 
@@ -60,6 +92,22 @@ def with_hf_flags(argv: Sequence[str]) -> list[str]:
     from megalora.hf.families import megatron_flags, read_config
 
     return [*megatron_flags(read_config(directory)), *argv]
+
+
+def refuse_fsdp(args: argparse.Namespace) -> None:
+    """Raise ValueError for data parallelism that shards parameters.
+
+    It cuts each parameter once more, into parts that adapters, their checkpoints and the loading of
+    a base do not know.
+    """
+    for name in ("use_megatron_fsdp", "use_torch_fsdp2"):
+        if getattr(args, name, False):
+            flag = f"--{name.replace('_', '-')}"
+            raise ValueError(
+                f"{name} is set, which adapters cannot be trained with: leave out {flag}; "
+                "--use-distributed-optimizer shards the optimizer, and tensor, pipeline or expert "
+                "parallelism the base"
+            )
 
 
 def check_checkpoint_args(args: argparse.Namespace) -> None:
@@ -79,6 +127,15 @@ def check_checkpoint_args(args: argparse.Namespace) -> None:
     if args.use_distributed_optimizer and args.non_persistent_ckpt_type != "local":
         # The states of adapters are small, and Megatron's default cannot change TP or PP.
         args.dist_ckpt_optim_fully_reshardable = True
+
+
+def check_eval_args(args: argparse.Namespace) -> None:
+    """Raise ValueError without --eval-interval, which Megatron divides by."""
+    if args.eval_interval is None and not args.skip_train and not args.full_validation:
+        raise ValueError(
+            "eval_interval is not given: set --eval-interval 1000, and --eval-iters 0 for no "
+            "validation"
+        )
 
 
 def check_same_optimizer(args: argparse.Namespace, description: Mapping[str, Any]) -> None:

@@ -12,10 +12,12 @@ from typing import Any
 import torch.distributed as dist
 from torch.distributed.checkpoint.api import CheckpointException
 
-from megalora import empty_groups, writers
+from megalora import optimizer_state, schedule, writers
 from megalora.resume import iteration_directory, read_iteration
 
 _POLL_S = 0.05
+# An interval in iterations that no run reaches: Megatron saves at the end of it all the same.
+_NEVER = 1 << 31
 
 
 def install() -> None:
@@ -37,12 +39,36 @@ def install() -> None:
             "megatron-core 0.19 or 0.20"
         )
     writers.install()
-    empty_groups.install()
+    optimizer_state.install()
+    schedule.install()
     saver = Saver(save, finish)
     wrapped: Any = functools.wraps(save)(functools.partial(saver.save))
     wrapped.is_megalora = True
     training.save_checkpoint = wrapped
     training.maybe_finalize_async_save = saver.finish
+
+
+def save_last_by_default() -> None:
+    """Let --save without --save-interval save after the last iteration; a second call does nothing.
+
+    Megatron has no default and would raise a bare AssertionError. Its ends by a signal or by
+    --exit-duration-in-mins save too.
+    """
+    from megatron.training import arguments
+
+    original = arguments.validate_args
+    if getattr(original, "is_megalora", False):
+        return
+
+    @functools.wraps(original)
+    def validate(args: Any, *more: Any, **kwargs: Any) -> Any:
+        if args.save and args.lora_rank and args.save_interval is None:
+            args.save_interval = args.train_iters or _NEVER
+        return original(args, *more, **kwargs)
+
+    patched: Any = validate
+    patched.is_megalora = True
+    arguments.validate_args = patched
 
 
 class Saver:
@@ -71,7 +97,7 @@ class Saver:
         if dist.get_rank() == 0 and not kwargs.get("non_persistent_ckpt"):
             _remove_stale(Path(run.save), iteration)
         if optimizer is not None:
-            empty_groups.count_steps(optimizer)
+            optimizer_state.complete(optimizer)
         verify, run.verify_integrity = run.verify_integrity, True
         try:
             with _reported(iteration, run.save):

@@ -1,6 +1,5 @@
-"""Datasets: where rows come from, what they hold, how they are split, and every bad input."""
+"""Datasets: where rows come from, what they hold, how they are split, and what is said of them."""
 
-import argparse
 import json
 from pathlib import Path
 
@@ -8,25 +7,15 @@ import numpy as np
 import pytest
 from datasets import Dataset
 
-from megalora.data import (
-    ByteTokenizer,
-    add_data_args,
-    attention_format,
-    build_datasets,
-    check_data_args,
-    check_dataset,
-    tokenizer_from_args,
-)
+from megalora.data import ByteTokenizer, build_datasets
+from megalora.data.examples import hold_out
 from megalora.data.rows import load_rows
 
+pytestmark = pytest.mark.usefixtures("datasets_cache")
+
 TOKENIZER = ByteTokenizer()
+ANSWER = [{"role": "assistant", "content": "Pong"}]
 ROWS = [{"prompt": f"Count to {k}: ", "completion": f"{k} it is."} for k in range(40)]
-
-
-@pytest.fixture(autouse=True)
-def datasets_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
-    monkeypatch.setattr("datasets.config.HF_HUB_OFFLINE", True)
 
 
 def write_jsonl(path: Path, rows: list[dict]) -> str:
@@ -160,159 +149,88 @@ def test_cut_and_dropped_rows_are_counted_and_said(tmp_path: Path) -> None:
     path = write_jsonl(tmp_path / "long.jsonl", rows)
     build_datasets(path, TOKENIZER, 16, num_samples=(None, 0, 0), log=lines.append)
     assert "2 examples" in lines[0]
-    assert "2 cut to --seq-length; 1 dropped" in lines[0]
+    assert "2 examples cut to --seq-length, 38 tokens to train on lost in them, 1 of" in lines[0]
 
 
-# --- bad input ---
+# --- what is not trained on is said ---
 
 
-def build(dataset: str, seq_length: int = 64, **options) -> None:
-    build_datasets(dataset, TOKENIZER, seq_length, **options)
+def warning_of(dataset: str, **options) -> str:
+    """Return the one warning that building `dataset` logs, or nothing."""
+    lines: list[str] = []
+    build_datasets(dataset, TOKENIZER, 64, log=lines.append, **options)
+    warnings = [line for line in lines if line.startswith("WARNING")]
+    assert len(warnings) < 2
+    return "".join(warnings)
 
 
-def test_columns_that_are_of_no_use_are_listed(tmp_path: Path) -> None:
-    path = write_jsonl(tmp_path / "x.jsonl", [{"question": "a", "prompt": "b"}])
-    with pytest.raises(ValueError, match=r"columns \['question', 'prompt'\], none .* rename them"):
-        build(path, num_samples=(None, 0, 0))
+def test_columns_and_keys_that_nothing_is_made_of_are_named_once(tmp_path: Path) -> None:
+    chat = [{"role": "user", "content": "Ping", "name": "Al"}, *ANSWER]
+    rows = [{"messages": chat, "id": 1}, {"messages": chat, "score": 2, "gone": None}] * 8
+    path = write_jsonl(tmp_path / "chat.jsonl", rows)
+    assert warning_of(path).endswith("chat.jsonl: nothing is made of ['id', 'name', 'score']")
+    assert not warning_of(write_jsonl(tmp_path / "plain.jsonl", ROWS))
 
 
-def test_answers_that_are_all_masked_are_refused(tmp_path: Path) -> None:
-    path = write_jsonl(tmp_path / "x.jsonl", [{"prompt": "a" * 100, "completion": "b"}] * 3)
-    with pytest.raises(ValueError, match=r"no token to train on in any of its 3 .*--seq-length"):
-        build(path, num_samples=(None, 0, 0))
-    build(path, 128, num_samples=(None, 0, 0))
+def test_files_of_a_folder_that_are_not_read_are_named(tmp_path: Path) -> None:
+    folder = tmp_path / "folder"
+    (folder / "more").mkdir(parents=True)
+    write_jsonl(folder / "a.jsonl", ROWS)
+    for name in ("b.jsonl.gz", "README.md", ".hidden"):
+        (folder / name).touch()
+    assert warning_of(str(folder)).endswith("not read: ['b.jsonl.gz', 'more']")
 
 
-def test_a_sequence_longer_than_the_model_is_refused(jsonl: str) -> None:
-    with pytest.raises(ValueError, match=r"seq_length 128 is longer than the model's 64 .*lower"):
-        build(jsonl, 128, max_seq_length=64)
+def test_validation_rows_that_are_trained_on_are_counted(jsonl: str) -> None:
+    assert "10 of 20 validation rows are trained on too" in warning_of(
+        jsonl, train_split="train[:30]", valid_split="train[20:]"
+    )
+    assert not warning_of(jsonl, train_split="train[:30]", valid_split="train[30:]")
 
 
-def test_a_sequence_length_that_is_not_positive_is_refused(jsonl: str) -> None:
-    with pytest.raises(ValueError, match=r"seq_length 0 is not positive"):
-        build(jsonl, 0)
+def test_passes_over_the_rows_are_said(jsonl: str) -> None:
+    lines: list[str] = []
+    options = {"packing": False, "num_samples": (100, 0, 0)}
+    build_datasets(jsonl, TOKENIZER, 64, log=lines.append, **options)
+    assert "40 rows of 64" in lines[0]
+    assert "read 2.5 times" in lines[0]
 
 
-@pytest.mark.parametrize("name", ["gone.jsonl", "./gone", "/gone"])
-def test_a_missing_file_is_refused(name: str) -> None:
-    with pytest.raises(ValueError, match=r"is not there: check the path"):
-        build(name)
+def test_rows_without_an_answer_are_counted(tmp_path: Path) -> None:
+    question = {"role": "user", "content": "Ping"}
+    lines: list[str] = []
+    rows = [{"messages": [question, *ANSWER]}, {"messages": [question]}]
+    path = write_jsonl(tmp_path / "chat.jsonl", rows)
+    build_datasets(path, TOKENIZER, 64, num_samples=(None, 0, 0), log=lines.append)
+    assert "1 examples, " in lines[0]
+    assert "1 left out, they have no answer to train on" in lines[0]
 
 
-def test_a_name_that_the_hub_does_not_have_is_refused() -> None:
-    with pytest.raises(ValueError, match=r"dataset no-one/nothing .* cannot be read .*hub name"):
-        build("no-one/nothing")
+# --- rows are read as they stand ---
 
 
-def test_an_empty_file_is_refused(tmp_path: Path) -> None:
-    (tmp_path / "x.jsonl").touch()
-    with pytest.raises(ValueError, match=r"x.jsonl is empty: give a file with rows"):
-        build(str(tmp_path / "x.jsonl"))
+def test_json_rows_have_the_keys_and_the_text_of_their_line(tmp_path: Path) -> None:
+    rows = [{"text": "2024-01-01", "meta": {"a": None}}, {"text": "2024-01-02", "meta": {"b": 1}}]
+    path = tmp_path / "x.jsonl"
+    path.write_bytes(b"\xef\xbb\xbf" + b"\n\n".join(json.dumps(r).encode() for r in rows))
+    loaded = load_rows(str(path))
+    assert list(loaded) == rows
+    assert loaded.where(1) == f"{path} line 3"
 
 
-def test_an_empty_split_is_refused(tmp_path: Path, jsonl: str) -> None:
-    Dataset.from_dict({"text": []}).to_parquet(tmp_path / "x.parquet")
-    with pytest.raises(ValueError, match=r"dataset_split 'train' .*no data.*: give .* a split"):
-        build(str(tmp_path / "x.parquet"))
-    with pytest.raises(
-        ValueError, match=r"dataset_split 'train\[:0\]' .*no data.*: give .* a split"
-    ):
-        build(jsonl, train_split="train[:0]")
+def test_keys_that_only_other_rows_of_a_parquet_file_have_are_not_there(tmp_path: Path) -> None:
+    rows = [{"messages": [{"role": "user", "a": 1}]}, {"messages": [{"role": "user", "b": 2}]}]
+    Dataset.from_list(rows).to_parquet(tmp_path / "x.parquet")
+    assert [row["messages"] for row in load_rows(str(tmp_path / "x.parquet"))] == [
+        row["messages"] for row in rows
+    ]
 
 
-def test_a_split_that_is_not_there_is_refused(jsonl: str) -> None:
-    with pytest.raises(ValueError, match=r"dataset_split 'gold' cannot be read .*Unknown split"):
-        build(jsonl, valid_split="gold")
-
-
-def test_a_file_that_is_not_json_is_refused(tmp_path: Path) -> None:
-    (tmp_path / "x.jsonl").write_text("{broken\n")
-    with pytest.raises(ValueError, match=r"x.jsonl .* cannot be read"):
-        build(str(tmp_path / "x.jsonl"))
-
-
-def test_a_folder_of_mixed_or_no_files_is_refused(tmp_path: Path, jsonl: str) -> None:
-    (tmp_path / "more.parquet").touch()
-    with pytest.raises(ValueError, match=r"is not files of one kind: give \.json, \.jsonl"):
-        build(str(tmp_path))
-    (tmp_path / "empty").mkdir()
-    with pytest.raises(ValueError, match=r"is not files of one kind"):
-        build(str(tmp_path / "empty"))
-
-
-def test_a_row_that_breaks_its_columns_promise_is_named(tmp_path: Path) -> None:
-    path = write_jsonl(tmp_path / "x.jsonl", [{"text": "fine"}, {"text": None}])
-    with pytest.raises(ValueError, match=r"row 1 does not hold the text it should"):
-        build(path, num_samples=(None, 0, 0))
-
-
-def test_too_few_rows_to_hold_any_out_are_refused(tmp_path: Path) -> None:
-    path = write_jsonl(tmp_path / "x.jsonl", ROWS[:1])
-    with pytest.raises(ValueError, match=r"1 rows, too few .*--dataset-valid-split"):
-        build(path)
-
-
-def test_a_held_out_share_of_nothing_is_refused(jsonl: str) -> None:
-    with pytest.raises(ValueError, match=r"dataset_valid_fraction 0 is not between 0 and 1"):
-        build(jsonl, valid_fraction=0)
-
-
-def test_the_check_finds_what_building_would_find(tmp_path: Path, jsonl: str) -> None:
-    check_dataset(jsonl, TOKENIZER, 64)
-    masked = write_jsonl(tmp_path / "y.jsonl", [{"prompt": "a" * 100, "completion": "b"}])
-    with pytest.raises(ValueError, match=r"no token to train on"):
-        check_dataset(masked, TOKENIZER, 64)
-    with pytest.raises(ValueError, match=r"cannot be read"):
-        check_dataset(jsonl, TOKENIZER, 64, valid_split="gold")
-
-
-# --- flags ---
-
-
-def parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser()
-    parser.add_argument("--tokenizer-type")
-    return add_data_args(parser)
-
-
-def test_megatron_is_given_a_vocabulary_for_the_byte_tokenizer() -> None:
-    args = parser().parse_args(["--byte-tokenizer"])
-    assert (args.tokenizer_type, args.vocab_size) == ("NullTokenizer", 262)
-    assert isinstance(tokenizer_from_args(args), ByteTokenizer)
-
-
-def test_without_the_flag_the_tokenizer_is_megatrons() -> None:
-    args = parser().parse_args(["--tokenizer-type", "HuggingFaceTokenizer"])
-    assert (args.tokenizer_type, args.byte_tokenizer) == ("HuggingFaceTokenizer", False)
-
-
-def test_two_tokenizers_are_refused() -> None:
-    args = parser().parse_args(["--byte-tokenizer", "--tokenizer-type", "HuggingFaceTokenizer"])
-    with pytest.raises(ValueError, match="HuggingFaceTokenizer with --byte-tokenizer is two"):
-        tokenizer_from_args(args)
-
-
-def test_rank_0_alone_checks_the_dataset() -> None:
-    args = parser().parse_args(["--dataset", "/gone", "--byte-tokenizer"])
-    args.packing, args.seq_length, args.max_position_embeddings, args.rank = False, 8, 8, 1
-    check_data_args(args)
-    args.rank = 0
-    with pytest.raises(ValueError, match="/gone is not there"):
-        check_data_args(args)
-
-
-def test_without_packing_nothing_must_be_kept_apart() -> None:
-    args = argparse.Namespace(dataset="any", packing=False)
-    assert attention_format(args) == "padded"
-
-
-def test_no_data_at_all_is_refused() -> None:
-    args = parser().parse_args([])
-    for name in ("data_path", "data_args_path", "train_data_path", "per_split_data_args_path"):
-        setattr(args, name, None)
-    args.mock_data = args.reset_attention_mask = False
-    with pytest.raises(ValueError, match=r"dataset is not given: set --dataset, or .*--data-path"):
-        check_data_args(args)
+def test_held_out_rows_keep_their_place(jsonl: str) -> None:
+    train, valid = hold_out(load_rows(jsonl), 0.25, seed=1)
+    for rows in (train, valid):
+        for index, row in enumerate(rows):
+            assert rows.where(index) == f"{jsonl} line {ROWS.index(row) + 1}"
 
 
 def test_held_out_rows_depend_on_the_seed_only(jsonl: str) -> None:

@@ -20,7 +20,7 @@ def examples_of(lengths: list[int]) -> Examples:
     ids = [1000 * k + np.arange(length + 1) for k, length in enumerate(lengths)]
     offsets = np.cumsum([0, *(len(example) for example in ids)])
     flat = np.concatenate(ids).astype(np.int32)
-    return Examples(flat, flat % 1000 > 0, offsets, num_cut=0, num_dropped=0)
+    return Examples(flat, flat % 1000 > 0, offsets)
 
 
 def dataset_of(lengths: list[int], seq_length: int = 8, **options) -> PackedDataset:

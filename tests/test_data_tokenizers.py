@@ -6,6 +6,7 @@ import pytest
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
 
+from megalora.data.chats import Chat, Message
 from megalora.data.tokenizers import (
     ByteTokenizer,
     HuggingFaceEncoder,
@@ -30,6 +31,10 @@ CHAT = [
     {"role": "user", "content": "And now?"},
     {"role": "assistant", "content": "Good bye."},
 ]
+
+
+def chat(messages: list[Message] = CHAT, tools=(), **variables) -> Chat:
+    return Chat([dict(message) for message in messages], list(tools), variables)
 
 
 def hugging_face_tokenizer(template: str | None = CHATML, bos: bool = False, eos: bool = True):
@@ -82,7 +87,7 @@ def test_byte_text_trains_on_everything_behind_its_start() -> None:
 
 
 def test_byte_chat_trains_on_what_the_assistant_says() -> None:
-    (tokens,) = encoder_for(ByteTokenizer()).chat(CHAT)
+    (tokens,) = encoder_for(ByteTokenizer()).chat(chat())
     assert trained_text(ByteTokenizer(), tokens) == "Hello!Good bye."
     assert sum(tokens.trained) == len("Hello!Good bye.") + 2  # and on each end
     assert tokens.ids.count(ByteTokenizer.assistant) == 2
@@ -90,46 +95,46 @@ def test_byte_chat_trains_on_what_the_assistant_says() -> None:
 
 def test_byte_chat_refuses_a_role_it_does_not_know() -> None:
     with pytest.raises(ValueError, match=r"role 'tool', the byte tokenizer knows .*system"):
-        encoder_for(ByteTokenizer()).chat([{"role": "tool", "content": "x"}])
+        encoder_for(ByteTokenizer()).chat(chat([{"role": "tool", "content": "x"}]))
 
 
 def test_chat_template_trains_on_what_the_assistant_says() -> None:
     tokenizer = hugging_face_tokenizer()
-    (tokens,) = encoder_for(tokenizer).chat(CHAT)
-    assert trained_text(tokenizer, tokens) == "Hello!<|im_end|>\nGood bye.<|im_end|>\n"
+    (tokens,) = encoder_for(tokenizer).chat(chat())
+    assert trained_text(tokenizer, tokens) == "Hello!<|im_end|>Good bye.<|im_end|>"
     assert tokenizer.decode(tokens.ids) == tokenizer.apply_chat_template(CHAT, tokenize=False)
 
 
 def test_tokens_of_a_chat_are_those_of_the_whole_text() -> None:
     tokenizer = hugging_face_tokenizer()
-    (tokens,) = encoder_for(tokenizer).chat(CHAT)
+    (tokens,) = encoder_for(tokenizer).chat(chat())
     assert tokens.ids == tokenizer.apply_chat_template(CHAT, return_dict=False)
     assert len(tokens.ids) < len(tokenizer.decode(tokens.ids))  # the BPE merges
 
 
 def test_a_template_that_rewrites_earlier_answers_gives_one_example_for_each() -> None:
     tokenizer = hugging_face_tokenizer(THINKING)
-    first, second = encoder_for(tokenizer).chat(CHAT)
-    assert trained_text(tokenizer, first) == "<think></think>Hello!<|im_end|>\n"
-    assert trained_text(tokenizer, second) == "<think></think>Good bye.<|im_end|>\n"
+    first, second = encoder_for(tokenizer).chat(chat())
+    assert trained_text(tokenizer, first) == "<think></think>Hello!<|im_end|>"
+    assert trained_text(tokenizer, second) == "<think></think>Good bye.<|im_end|>"
     assert "assistant\nHello!" in tokenizer.decode(second.ids)
 
 
 def test_an_answer_without_a_question_is_context() -> None:
     tokenizer = hugging_face_tokenizer()
-    (tokens,) = encoder_for(tokenizer).chat(CHAT[2:])
-    assert trained_text(tokenizer, tokens) == "Good bye.<|im_end|>\n"
+    (tokens,) = encoder_for(tokenizer).chat(chat(CHAT[2:]))
+    assert trained_text(tokenizer, tokens) == "Good bye.<|im_end|>"
 
 
 def test_a_template_whose_generation_prompt_fits_no_answer_is_refused() -> None:
     template = CHATML.replace("assistant\n{% endif", "bot\n{% endif")
     with pytest.raises(ValueError, match=r"chat template is not usable.*give another --chat"):
-        encoder_for(hugging_face_tokenizer(template)).chat(CHAT)
+        encoder_for(hugging_face_tokenizer(template)).chat(chat())
 
 
 def test_messages_without_a_chat_template_are_refused() -> None:
     with pytest.raises(ValueError, match=r"no chat template: give --chat-template"):
-        encoder_for(hugging_face_tokenizer(None)).chat(CHAT)
+        encoder_for(hugging_face_tokenizer(None)).chat(chat())
 
 
 def test_a_tokenizer_without_an_end_is_refused() -> None:
@@ -186,4 +191,4 @@ def test_megatrons_other_tokenizers_encode_completions_but_no_chats() -> None:
     assert encoder.pad_id == 5
     assert encoder.completion("a", "b") == Tokens([97, 98, 5], [False, True, True])
     with pytest.raises(ValueError, match=r"cannot mark: use --tokenizer-type HuggingFace"):
-        encoder.chat(CHAT)
+        encoder.chat(chat())

@@ -14,6 +14,8 @@ OPTIONS = [
     # -x: after a failure, a rank's next collective would pair with a stale one of another.
     # -v: every test that starts is written at once, which the watchdog takes for progress.
     *("-x", "-v", "-p", "no:cacheprovider"),
+    # It collects garbage five times at the end, among all that Megatron and torch have imported.
+    *("-p", "no:unraisableexception"),
     # Where each rank stands, before the watchdog ends them.
     *("-o", "faulthandler_timeout=120"),
     # Megatron's own warnings would hide the failure.

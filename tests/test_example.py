@@ -11,7 +11,7 @@ from tests.tiny import EXPERTS, LORA, MODEL, TRAIN, flags
 
 EXAMPLE = Path(__file__).parent.parent / "examples" / "pretrain_lora.py"
 MODELS = {"dense": MODEL, "moe": [*MODEL, *EXPERTS]}
-NUM_ITERS = 10
+NUM_ITERS = 6
 
 
 @pytest.fixture(scope="module")

@@ -4,6 +4,8 @@ import argparse
 from collections.abc import Callable, Sequence
 from typing import Any, Literal
 
+import psutil
+
 from megalora.data.build import Datasets, build_datasets, check_dataset, default_valid_split
 from megalora.data.tokenizers import ByteTokenizer
 
@@ -33,15 +35,33 @@ class _ByteTokenizer(argparse.Action):
         namespace.null_tokenizer_pad_id = ByteTokenizer.pad
 
 
+class _Once(argparse.Action):
+    """Take one value: argparse would forget the first of two without a word."""
+
+    def __call__(
+        self,
+        parser: argparse.ArgumentParser,
+        namespace: argparse.Namespace,
+        values: Any,
+        option_string: str | None = None,
+    ) -> None:
+        """Store the value, or end where there is one."""
+        before = getattr(namespace, self.dest)
+        if before is not None:
+            parser.error(f"{option_string} {before} and {values}: put the files into one folder")
+        setattr(namespace, self.dest, values)
+
+
 def add_data_args(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
     """Add the --dataset flags and --byte-tokenizer, and return the parser."""
     group = parser.add_argument_group("dataset", "chat and text datasets with loss masks")
     add = group.add_argument
     add(
         "--dataset",
+        action=_Once,
         help="stdlib-text, stdlib-docstrings, a json, jsonl or parquet file, a folder of such "
-        "files, or a Hugging Face dataset (NAME or NAME:CONFIG), with columns `messages`, `prompt` "
-        "and `completion`, or `text`",
+        "files, or a Hugging Face dataset (NAME or NAME:CONFIG), with columns `messages` or "
+        "`conversations` (and `tools`), `prompt` and `completion`, or `text`",
     )
     add("--dataset-split", default="train", help="split to train on (default train)")
     add("--dataset-valid-split", help="split to validate on (default: a share of the training one)")
@@ -89,27 +109,22 @@ def tokenizer_from_args(args: argparse.Namespace) -> Any:
 def attention_format(args: argparse.Namespace) -> AttentionFormat:
     """Return how examples of one sequence are kept apart.
 
-    `padded`: nothing to keep apart. `thd`: TransformerEngine's attention takes the boundaries.
-    `mask`: Megatron's own attention (and the CPU's) takes a block-diagonal mask. Raises ValueError
-    where no way is left.
+    `padded`: nothing to keep apart. `thd`: attention takes the boundaries (TransformerEngine's, and
+    mostly that of the local layers). `mask`: it takes a block-diagonal mask, s * s large. Raises
+    ValueError where no way is left.
     """
     # Megatron's --data-path datasets always pack, and ask for boundaries by their own flag.
     keep_apart = args.packing if args.dataset is not None else args.reset_attention_mask
     if not keep_apart:
         return "padded"
-    from megatron.core.extensions.transformer_engine import HAVE_TE
-
-    from megalora import cpu
-
-    if args.transformer_impl != "transformer_engine" or not HAVE_TE or cpu.installed():
+    if _has_local_layers(args):
         if getattr(args, "hybrid_layer_pattern", None):
             raise ValueError(
                 f"hybrid_layer_pattern is {args.hybrid_layer_pattern!r} with packed examples: only "
                 "TransformerEngine's format keeps Mamba's state apart; set --no-packing"
             )
-        return "mask"
-    if args.pipeline_model_parallel_size > 1 and args.micro_batch_size > 1:
-        # Packing joins a microbatch into one long sequence; stages expect micro_batch_size of them.
+        return "thd" if _takes_boundaries(args) else "mask"
+    if _joins_for_stages(args):
         raise ValueError(
             f"micro_batch_size {args.micro_batch_size} with packing and "
             f"{args.pipeline_model_parallel_size} pipeline stages: set --micro-batch-size 1 and a "
@@ -118,15 +133,54 @@ def attention_format(args: argparse.Namespace) -> AttentionFormat:
     return "thd"
 
 
+def _has_local_layers(args: argparse.Namespace) -> bool:
+    """Say whether attention is Megatron's own, or ours in its place, not TransformerEngine's."""
+    from megatron.core.extensions.transformer_engine import HAVE_TE
+
+    from megalora import cpu
+
+    return args.transformer_impl != "transformer_engine" or not HAVE_TE or cpu.installed()
+
+
+def _joins_for_stages(args: argparse.Namespace) -> bool:
+    """Say whether pipeline stages would get one long sequence where they expect several.
+
+    Packing joins a microbatch into one; stages expect micro_batch_size of them.
+    """
+    return args.pipeline_model_parallel_size > 1 and args.micro_batch_size > 1
+
+
+def _takes_boundaries(args: argparse.Namespace) -> bool:
+    """Say whether the local layers' attention takes boundaries."""
+    return (
+        args.context_parallel_size == 1
+        and not _joins_for_stages(args)
+        and not args.multi_latent_attention
+        # Megatron's own attention, which takes a mask only, stays for these.
+        and args.window_size is None
+        and args.softmax_type == "vanilla"
+    )
+
+
 def check_data_args(args: argparse.Namespace) -> None:
     """Raise ValueError for a dataset that cannot be trained on, before any model is built.
 
+    Every row is read here, and encoded later.
+
     Only global rank 0 reads the dataset; its exit makes torchrun end the others.
     """
-    attention_format(args)
+    is_masked = attention_format(args) == "mask"
+    if is_masked or (args.context_parallel_size > 1 and _has_local_layers(args)):
+        _check_mask(args)
     if args.dataset is None:
         _check_megatron_data(args)
         return
+    if args.dataloader_type != "single":
+        raise ValueError(
+            f"dataloader_type is {args.dataloader_type!r}: rows of --dataset come shuffled, in an "
+            "order that no layout changes, which Megatron's own shuffling ends; leave "
+            "--dataloader-type out"
+        )
     if args.rank != 0:
         return
     check_dataset(
@@ -138,6 +192,7 @@ def check_data_args(args: argparse.Namespace) -> None:
         test_split=args.dataset_test_split,
         valid_fraction=args.dataset_valid_fraction,
         max_seq_length=args.max_position_embeddings,
+        validates=args.full_validation or args.eval_iters != 0,
     )
 
 
@@ -149,7 +204,7 @@ def datasets_from_args(
 ) -> Datasets:
     """Return the train, validation and test datasets of the given lengths."""
     splits_examples = attention_format(args) == "thd" and args.context_parallel_size > 1
-    return build_datasets(
+    built = build_datasets(
         args.dataset,
         tokenizer_from_args(args),
         args.seq_length,
@@ -164,6 +219,29 @@ def datasets_from_args(
         max_seq_length=args.max_position_embeddings,
         log=log,
     )
+    train = built[0]
+    if log is not None and train is not None and len(train.rows) < args.global_batch_size:
+        log(
+            f"WARNING: dataset {args.dataset} fills {len(train.rows)} rows, fewer than "
+            f"global_batch_size {args.global_batch_size}, so that each step has some of them "
+            "several times: lower --global-batch-size, or --seq-length, or give more data"
+        )
+    return built
+
+
+def _check_mask(args: argparse.Namespace) -> None:
+    """Raise ValueError where the masks of the local layers cannot be held in memory."""
+    # Beside the boolean one, torch's attention keeps a floating one for each layer's backward.
+    num_copies = 1 if args.recompute_granularity == "full" else args.num_layers or 1
+    entries = args.micro_batch_size * args.seq_length**2 // args.context_parallel_size
+    need = entries * (1 + 4 * num_copies // args.pipeline_model_parallel_size)
+    total = psutil.virtual_memory().total
+    if need > total:
+        raise ValueError(
+            f"seq_length {args.seq_length} needs {need / 2**30:.0f} GiB of attention masks in the "
+            f"local layers, this machine has {total / 2**30:.0f}: lower --seq-length, or set "
+            "--context-parallel-size 1 and --no-packing, which need none"
+        )
 
 
 def _check_megatron_data(args: argparse.Namespace) -> None:

@@ -23,11 +23,15 @@ _SEQUENCE_KEYS = _KEYS[:-1]
 
 
 class Batch(NamedTuple):
-    """One microbatch on this rank: [b, s/cp], or [1, b * s/cp] in the thd format."""
+    """One microbatch on this rank: [b, s/cp], or [1, b * s/cp] in the thd format.
+
+    num_tokens: [], trained tokens of the microbatch on all context-parallel ranks together.
+    """
 
     tokens: torch.Tensor
     labels: torch.Tensor
     loss_mask: torch.Tensor
+    num_tokens: torch.Tensor
     position_ids: torch.Tensor
     padding_mask: torch.Tensor
     attention_mask: torch.Tensor | None
@@ -86,7 +90,7 @@ def forward_step(
         loss_mask=batch.loss_mask,
         **padding,
     )
-    return losses, partial(loss_func, batch.loss_mask)
+    return losses, partial(loss_func, batch.loss_mask, batch.num_tokens)
 
 
 def get_batch(
@@ -108,6 +112,8 @@ def get_batch(
         data = {key: value.long() for key, value in next(data_iterator).items() if key in _KEYS}
     batch = broadcast_data(_KEYS, data, torch.int64, tp_group=tp_group)
     cu_seqlens = batch["cu_seqlens"]
+    # Before the cut, so that context-parallel ranks need not ask each other.
+    num_tokens = batch["loss_mask"].sum()
     parts: dict[str, torch.Tensor] = {key: batch[key] for key in _SEQUENCE_KEYS}
     attention_mask, packed = None, None
     bounds = torch.tensor([0, parts["tokens"].shape[1]], device=cu_seqlens.device)
@@ -124,19 +130,30 @@ def get_batch(
             attention_mask = attention_mask.index_select(2, index)
     parts["loss_mask"] = parts["loss_mask"].float()
     parts["padding_mask"] = parts["padding_mask"].bool()
-    return Batch(**parts, attention_mask=attention_mask, packed_seq_params=packed)
+    return Batch(
+        **parts, num_tokens=num_tokens, attention_mask=attention_mask, packed_seq_params=packed
+    )
 
 
 def loss_func(
-    loss_mask: torch.Tensor, losses: torch.Tensor
+    loss_mask: torch.Tensor, num_tokens: torch.Tensor, losses: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor, dict[str, torch.Tensor]]:
-    """Return the summed loss of the trained tokens, their number and what Megatron logs.
+    """Return this rank's part of the objective, what Megatron divides it by, and what it logs.
 
-    Megatron divides: by the tokens of the whole batch under --calculate-per-token-loss, else by
-    those of each microbatch. Where it checks for NaN, a loss that is not finite stops the run.
+    loss_mask, losses: [b, s/cp]; num_tokens: [], of the microbatch on all context-parallel ranks.
+    The objective, which is what is logged, does not depend on the parallel layout:
+
+    * with --calculate-per-token-loss the mean over all trained tokens of the global batch. Megatron
+      adds up losses and numbers of all data- and context-parallel ranks (finalize_model_grads).
+    * without, the mean over the microbatches of the global batch of each one's mean over its
+      trained tokens, 0 where it has none (forward_step_calc_loss). So it depends on
+      --micro-batch-size; not on the data-parallel size, which deals out the same microbatches.
+      Megatron averages over context-parallel ranks too (DistributedDataParallel): each gives cp
+      times its sum, over the number of all.
+
+    Where Megatron checks for NaN, a loss that is not finite stops the run.
     """
     loss = (losses.view(-1).float() * loss_mask.view(-1)).sum()
-    num_tokens = loss_mask.sum().to(torch.int)
     args: Any = get_args()
     if args.check_for_nan_in_loss_and_grad:
         get_rerun_state_machine().validate_result(
@@ -146,7 +163,16 @@ def loss_func(
             tolerance=0.0,
             fatal=True,
         )
-    return loss, num_tokens, {"lm loss": torch.stack([loss.detach(), num_tokens.float()])}
+    if args.calculate_per_token_loss:
+        num_tokens = loss_mask.sum()
+        # A batch without trained tokens is logged as 0; any number of them absorbs the smallest.
+        weight = num_tokens.float().clamp(min=torch.finfo(torch.float32).tiny)
+        report = torch.stack([loss.detach(), weight])
+    else:
+        loss = loss * parallel_state.get_context_parallel_world_size()
+        mean = loss.detach() / num_tokens.clamp(min=1)
+        report = torch.stack([mean, torch.ones_like(mean)])
+    return loss, num_tokens.to(torch.int), {"lm loss": report}
 
 
 def merge_boundaries(cu_seqlens: torch.Tensor) -> torch.Tensor:

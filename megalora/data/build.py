@@ -3,10 +3,11 @@
 from collections.abc import Callable, Sequence
 from typing import Any, Literal
 
-from megalora.data.examples import Examples, encode_rows, gather_examples, hold_out
+from megalora.data.examples import encode_rows, gather_examples, hold_out, read_rows
 from megalora.data.packing import PackedDataset
-from megalora.data.rows import EMBEDDED, Row, load_rows, schema_of
-from megalora.data.tokenizers import Encoder, encoder_for
+from megalora.data.rows import EMBEDDED, files_left_out, load_rows, schema_of
+from megalora.data.sources import Rows
+from megalora.data.tokenizers import encoder_for
 
 type Datasets = tuple[PackedDataset | None, PackedDataset | None, PackedDataset | None]
 type SplitName = Literal["train", "valid", "test"]
@@ -34,26 +35,32 @@ def build_datasets(
         dataset a random `valid_fraction` of the training rows, which they then lose.
     num_samples: lengths of the three; None is one pass, 0 gives no dataset (None). Without a
         `test_split` there is no test dataset.
-    max_seq_length: the model's limit. log: receives a line for each dataset.
+    max_seq_length: the model's limit. log: receives a line for each dataset, and one warning that
+        names all of the data that is not trained on, or is in two datasets.
     Raises ValueError for anything in dataset, tokenizer or lengths that cannot be trained on.
     """
     check_lengths(seq_length, max_seq_length, valid_fraction)
     encoder = encoder_for(tokenizer)
     num_train, num_valid, num_test = num_samples
     valid_split = valid_split or default_valid_split(dataset)
-    rows: Sequence[Row] = load_rows(dataset, train_split)
-    valid_rows: Sequence[Row] = []
+    rows = load_rows(dataset, train_split)
+    valid_rows: Rows | None = None
+    warnings: list[str] = []
     if valid_split and num_valid != 0:
         valid_rows = load_rows(dataset, valid_split)
+        if num_shared := valid_rows.num_shared(rows):
+            warnings.append(f"{num_shared} of {len(valid_rows)} validation rows are trained on too")
     elif num_valid != 0:
         rows, valid_rows = hold_out(rows, valid_fraction, seed)
-    test_rows = load_rows(dataset, test_split) if test_split and num_test != 0 else []
+    test_rows = load_rows(dataset, test_split) if test_split and num_test != 0 else None
+    unused: set[str] = set()
 
-    def build(name: SplitName, rows: Sequence[Row], num: int | None) -> PackedDataset | None:
-        if len(rows) == 0 or num == 0:
+    def build(name: SplitName, rows: Rows | None, num: int | None) -> PackedDataset | None:
+        if rows is None or num == 0:
             return None
+        encoded = encode_rows(rows, schema_of(rows, dataset), encoder, seq_length, unused)
         built = PackedDataset(
-            _examples(rows, encoder, seq_length, dataset),
+            gather_examples(encoded, dataset),
             seq_length,
             encoder.pad_id,
             packing=packing,
@@ -67,11 +74,19 @@ def build_datasets(
             log(describe(built))
         return built
 
-    return (
+    built = (
         build("train", rows, num_train),
         build("valid", valid_rows, num_valid),
         build("test", test_rows, num_test),
     )
+    if unused:
+        warnings.append(f"nothing is made of {sorted(unused)}")
+    if left_out := files_left_out(dataset):
+        warnings.append(f"not read: {left_out}")
+    warnings += [f"{number} {note}" for note, number in encoder.notes.items()]
+    if warnings and log is not None:
+        log(f"WARNING: dataset {dataset}: {'; '.join(warnings)}")
+    return built
 
 
 def check_dataset(
@@ -84,15 +99,25 @@ def check_dataset(
     test_split: str | None = None,
     valid_fraction: float = 0.02,
     max_seq_length: int | None = None,
+    validates: bool = False,
 ) -> None:
-    """Raise what `build_datasets` would, by encoding only up to the first trainable example."""
+    """Raise what `build_datasets` would, by reading every row and encoding up to a trainable one.
+
+    What only encoding can find behind that row, such as a chat that its template refuses, is left.
+    validates: training rows are held out where there is no `valid_split`.
+    """
     check_lengths(seq_length, max_seq_length, valid_fraction)
     encoder = encoder_for(tokenizer)
     for split in filter(None, (train_split, valid_split, test_split)):
         rows = load_rows(dataset, split)
-        encoded = encode_rows(rows, schema_of(rows, dataset), encoder, seq_length)
-        if not any(any(tokens.trained[1:]) for tokens, _ in encoded):
-            gather_examples([], dataset)
+        schema = schema_of(rows, dataset)
+        for _ in read_rows(rows, schema):
+            pass
+        encoded = encode_rows(rows, schema, encoder, seq_length)
+        if not any(any(example.tokens.trained[1:]) for example in encoded):
+            gather_examples(encode_rows(rows, schema, encoder, seq_length), dataset)
+        if validates and not valid_split and split == train_split:
+            hold_out(rows, valid_fraction, seed=0)
 
 
 def check_lengths(seq_length: int, max_seq_length: int | None, valid_fraction: float) -> None:
@@ -122,15 +147,14 @@ def describe(dataset: PackedDataset) -> str:
     line = (
         f"{dataset.split_name} data: {len(examples.lengths)} examples, "
         f"{int(examples.trained.sum())} trained tokens of {len(examples.ids)}, "
-        f"{len(dataset.rows)} rows of {dataset.seq_length} ({dataset.fill:.1%} full)"
+        f"{len(dataset.rows)} rows of {dataset.seq_length} ({dataset.fill:.1%} full), "
+        f"read {len(dataset) / len(dataset.rows):.3g} times"
     )
     if examples.num_cut:
-        line += f"; {examples.num_cut} cut to --seq-length"
-    if examples.num_dropped:
-        line += f"; {examples.num_dropped} dropped, they have no token to train on"
+        line += (
+            f"; {examples.num_cut} examples cut to --seq-length, {examples.num_lost} tokens to "
+            f"train on lost in them, {examples.num_beyond} of them left out, they lost all"
+        )
+    if examples.num_unanswered:
+        line += f"; {examples.num_unanswered} left out, they have no answer to train on"
     return line
-
-
-def _examples(rows: Sequence[Row], encoder: Encoder, seq_length: int, dataset: str) -> Examples:
-    encoded = encode_rows(rows, schema_of(rows, dataset), encoder, seq_length)
-    return gather_examples(encoded, dataset)

@@ -1,9 +1,11 @@
 """Tokenizers, brought to one interface: text, prompt and completion, and chats to marked tokens."""
 
+from collections import Counter
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, Protocol
 
-type Message = dict[str, Any]
+from megalora.data.chat_template import ChatTemplate
+from megalora.data.chats import Chat
 
 
 class Tokens(NamedTuple):
@@ -14,9 +16,13 @@ class Tokens(NamedTuple):
 
 
 class Encoder(Protocol):
-    """What the datasets need from a tokenizer."""
+    """What the datasets need from a tokenizer.
+
+    notes: sentences on what happened to rows, each with the number of them.
+    """
 
     pad_id: int
+    notes: Counter[str]
 
     def text(self, text: str) -> Tokens:
         """Encode a document: every token is trained on."""
@@ -26,8 +32,12 @@ class Encoder(Protocol):
         """Encode a prompt and its completion: the completion is trained on."""
         ...
 
-    def chat(self, messages: Sequence[Message]) -> list[Tokens]:
+    def chat(self, chat: Chat) -> list[Tokens]:
         """Encode a conversation: what the assistant says is trained on."""
+        ...
+
+    def unread_keys(self, chat: Chat) -> set[str]:
+        """Return the keys of messages that no token comes from."""
         ...
 
 
@@ -58,6 +68,7 @@ class ByteEncoder:
     def __init__(self, tokenizer: ByteTokenizer) -> None:
         self.tokenizer = tokenizer
         self.pad_id = tokenizer.pad
+        self.notes: Counter[str] = Counter()
 
     def text(self, text: str) -> Tokens:
         """Encode a document: every token is trained on."""
@@ -70,20 +81,31 @@ class ByteEncoder:
         answer = [*tokenize(completion), self.tokenizer.eos]
         return _joined([(context, False), (answer, True)])
 
-    def chat(self, messages: Sequence[Message]) -> list[Tokens]:
+    def chat(self, chat: Chat) -> list[Tokens]:
         """Encode a conversation as bos, then role, content and eos of each message."""
         markers = {role: getattr(self.tokenizer, role) for role in ("system", "user", "assistant")}
+        hugging_face = "use --tokenizer-type HuggingFaceTokenizer"
+        calls = ["tool_calls"] if any("tool_calls" in m for m in chat.messages) else []
+        if given := [*(["tools"] if chat.tools else []), *chat.variables, *calls]:
+            raise ValueError(
+                f"the byte tokenizer takes no {given}: leave it out, or {hugging_face}"
+            )
         pieces = [([self.tokenizer.bos], False)]
-        for message in messages:
+        answers = set(chat.answers)
+        for number, message in enumerate(chat.messages):
             role = message["role"]
             if role not in markers:
                 raise ValueError(
                     f"messages has the role {role!r}, the byte tokenizer knows {list(markers)}: "
-                    "rename the role or use --tokenizer-type HuggingFaceTokenizer"
+                    f"rename the role or {hugging_face}"
                 )
             content = [*self.tokenizer.tokenize(message["content"]), self.tokenizer.eos]
-            pieces += [([markers[role]], False), (content, role == "assistant")]
+            pieces += [([markers[role]], False), (content, number in answers)]
         return [_joined(pieces)]
+
+    def unread_keys(self, chat: Chat) -> set[str]:
+        """Return the keys of messages that no token comes from."""
+        return _keys(chat)
 
 
 class HuggingFaceEncoder:
@@ -91,6 +113,8 @@ class HuggingFaceEncoder:
 
     def __init__(self, tokenizer: Any) -> None:
         self.tokenizer = tokenizer
+        self._template = ChatTemplate(tokenizer)
+        self.notes = self._template.notes
         if tokenizer.eos_token_id is None:
             raise ValueError(
                 "tokenizer_model has no end-of-text token: set eos_token in tokenizer_config.json"
@@ -109,41 +133,13 @@ class HuggingFaceEncoder:
         text = prompt + completion
         return self._closed(self._spans(text, [(len(prompt), len(text))]))
 
-    def chat(self, messages: Sequence[Message]) -> list[Tokens]:
-        """Encode a conversation by the chat template, in one example where that is exact.
+    def chat(self, chat: Chat) -> list[Tokens]:
+        """Encode a conversation by the chat template, in as few examples as are exact."""
+        return [self._spans(text, spans) for text, spans in self._template.examples(chat)]
 
-        Templates that render an earlier answer differently from the last one (Qwen3 drops its
-        reasoning) would teach the model what it never says: those give one example for each
-        answer, as the model sees it when it speaks. An answer without a question is context.
-        """
-        if not self.tokenizer.chat_template:
-            raise ValueError(
-                "dataset has `messages` but the tokenizer has no chat template: give "
-                "--chat-template, or columns `prompt` and `completion`"
-            )
-        answers = [i for i, m in enumerate(messages) if i > 0 and m["role"] == "assistant"]
-        renders = [self._render_answer(messages, i) for i in answers]
-        whole = self._render(messages)
-        if all(whole.startswith(through) for _, through in renders):
-            return [self._spans(whole, [(len(head), len(through)) for head, through in renders])]
-        return [self._spans(text, [(len(head), len(text))]) for head, text in renders]
-
-    def _render_answer(self, messages: Sequence[Message], index: int) -> tuple[str, str]:
-        """Return what the model is given before answer `index`, and that with the answer."""
-        head = self._render(messages[:index], add_generation_prompt=True)
-        through = self._render(messages[: index + 1])
-        if not through.startswith(head):
-            raise ValueError(
-                "chat template is not usable: its generation prompt is not how an answer begins, "
-                f"{head[-40:]!r} against {through[len(head) - 40 : len(head)]!r}: "
-                "give another --chat-template"
-            )
-        return head, through
-
-    def _render(self, messages: Sequence[Message], *, add_generation_prompt: bool = False) -> str:
-        return self.tokenizer.apply_chat_template(
-            list(messages), tokenize=False, add_generation_prompt=add_generation_prompt
-        )
+    def unread_keys(self, chat: Chat) -> set[str]:
+        """Return the keys of messages that no token comes from."""
+        return {key for key in _keys(chat) if not self._template.reads(key)}
 
     def _spans(self, text: str, spans: list[tuple[int, int]]) -> Tokens:
         """Encode `text`; tokens that begin in one of `spans` (in characters) are trained on."""
@@ -169,6 +165,7 @@ class MegatronEncoder:
         self.tokenizer = tokenizer
         pad_id = getattr(tokenizer, "pad", None)
         self.pad_id: int = tokenizer.eod if pad_id is None or pad_id < 0 else pad_id
+        self.notes: Counter[str] = Counter()
 
     def text(self, text: str) -> Tokens:
         """Encode a document and its end: every token is trained on."""
@@ -180,12 +177,16 @@ class MegatronEncoder:
         answer = [*tokenize(completion), self.tokenizer.eod]
         return _joined([(tokenize(prompt) if prompt else [], False), (answer, True)])
 
-    def chat(self, messages: Sequence[Message]) -> list[Tokens]:
+    def chat(self, chat: Chat) -> list[Tokens]:
         """Refuse: only Hugging Face and byte tokenizers mark what the assistant says."""
         raise ValueError(
             f"dataset has `messages`, which {type(self.tokenizer).__name__} cannot mark: use "
             "--tokenizer-type HuggingFaceTokenizer, or columns `prompt` and `completion`"
         )
+
+    def unread_keys(self, chat: Chat) -> set[str]:
+        """Return the keys of messages that no token comes from."""
+        return _keys(chat)
 
 
 def encoder_for(tokenizer: Any) -> Encoder:
@@ -199,6 +200,12 @@ def encoder_for(tokenizer: Any) -> Encoder:
         if callable(candidate) and hasattr(candidate, "convert_tokens_to_ids"):
             return HuggingFaceEncoder(candidate)
     return MegatronEncoder(tokenizer)
+
+
+def _keys(chat: Chat) -> set[str]:
+    """Return the keys of messages beside those that every encoder reads, or refuses."""
+    known = {"role", "content", "weight", "tool_calls"}
+    return {key for message in chat.messages for key in message} - known
 
 
 def _joined(pieces: Sequence[tuple[list[int], bool | list[bool]]]) -> Tokens:

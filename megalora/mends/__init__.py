@@ -1,4 +1,4 @@
-"""What Megatron from pip lacks on every device: a start, and layers without TransformerEngine.
+"""What Megatron lacks on every device: layers without TransformerEngine, equal sums on all layouts.
 
 Nothing happens on import. `install` changes Megatron's classes in place, for this process; it may
 come before or after the first import of megatron, but before a model is built.
@@ -16,6 +16,7 @@ def install() -> None:
         dataset_helpers,
         latent_attention,
         layers,
+        losses,
         optimizer,
         router,
     )
@@ -24,5 +25,6 @@ def install() -> None:
     layers.install()
     latent_attention.install()
     attention.install()
+    losses.install()
     optimizer.install()
     router.install()

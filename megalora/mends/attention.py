@@ -84,6 +84,12 @@ class CoreAttention(MegatronModule):
             query, key, value = (x.unsqueeze(1) for x in (query, key, value))
         causal = (attn_mask_type or self.attn_mask_type) in _CAUSAL
         allowed: torch.Tensor | None = None
+        if packed and causal and attention_bias is None and self.cp_group.size() == 1:
+            # Memory grows with the tokens; a mask of who may look at whom grows with their square.
+            sizes = _boundaries(packed_seq_params, query.shape[0]).diff().tolist()
+            parts = zip(*(x.split(sizes) for x in (query, key, value)), strict=True)
+            out = torch.cat([self._attend(q, k, v, None, True, None) for q, k, v in parts])
+            return out.flatten(2).squeeze(1)
         if packed or self.cp_group.size() > 1:
             if not causal:
                 raise ValueError(

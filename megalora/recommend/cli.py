@@ -59,7 +59,7 @@ def count_trained_tokens(dataset: str, tokenizer: str) -> int:
     rows = load_rows(dataset)
     encoder = encoder_for(_tokenizer(tokenizer))
     encoded = encode_rows(rows, schema_of(rows, dataset), encoder, seq_length=2**62)
-    return sum(sum(tokens.trained[1:]) for tokens, _ in encoded)
+    return sum(sum(example.tokens.trained[1:]) for example in encoded)
 
 
 def _add_model(parser: argparse.ArgumentParser) -> None:

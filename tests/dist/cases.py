@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from tests.dist.answers import Answers
 from tests.dist.layouts import Layout
 from tests.dist.models import MAMBA, MLA, MOE
 from tests.dist.training import Run
@@ -56,9 +57,17 @@ UNGATED = {
     "normalization": "LayerNorm",
 }
 SHARED_EXPERTS = {"moe_shared_expert_intermediate_size": 32}
+# Large enough to be a good part of the gradient.
+BALANCED = {
+    "moe_router_load_balancing_type": ["aux_loss", "seq_aux_loss"],
+    "moe_aux_loss_coeff": [0.5, 0.5],
+    "moe_z_loss_coeff": 0.05,
+}
 WITH_ROUTER = {"targets": ("all", "router")}
 KINDS = {
     "dense": _kind(layers=2),
+    # Its gradient is rounded to bf16, in the oracle too.
+    "fused cross entropy": _kind(cross_entropy_loss_fusion=True),
     "dense of 4 layers": _kind(layers=4),
     "tied embeddings": _kind(layers=2, tied=True),
     "ungated with biases": _kind(**UNGATED, add_bias_linear=True),
@@ -71,7 +80,11 @@ KINDS = {
     "multi-token prediction": _kind(
         layers=2, mtp_num_layers=1, lora={"targets": ("all", "eh_proj")}
     ),
+    "2 predicted tokens more": _kind(
+        layers=2, mtp_num_layers=2, lora={"targets": ("all", "eh_proj")}
+    ),
     "experts": _kind(**MOE, lora=WITH_ROUTER),
+    "balanced experts": _kind(**{**MOE, **BALANCED}, lora=WITH_ROUTER),
     "experts in 4 layers": _kind(layers=4, **MOE),
     "ungated experts": _kind(**MOE, **UNGATED, lora={"expert_rank": 3}),
     "shared-outer experts": _kind(**MOE, lora={"expert_mode": "shared_outer"}),
@@ -212,4 +225,36 @@ HYBRID = [
     Case(layout=EP2, kind="hybrid with experts"),
     Case(layout=TP2_EP2, kind="hybrid with experts"),
 ]
-CASES = [*DENSE, *EXPERTS, *HYBRID]
+
+
+def _answers(layout: Layout, kind: str, answers: Answers) -> Case:
+    return Case(layout=layout, kind=kind, note=str(answers), run=Run(answers=answers))
+
+
+BY_TOKEN, BY_MICROBATCH = Answers(per_token=True), Answers()
+CP2, PP2, DP2 = Layout(cp=2), Layout(pp=2), Layout(dp=2)
+ANSWERS = [
+    *(
+        _answers(layout, kind, answers)
+        for answers in (BY_TOKEN, BY_MICROBATCH)
+        for layout, kind in (
+            (CP2, "dense"),
+            (DP2, "dense"),
+            (CP2, "2 predicted tokens more"),
+            (PP2, "2 predicted tokens more"),
+            (CP2, "balanced experts"),
+            (EP2, "balanced experts"),
+            (TP2_SP, "balanced experts"),
+            (Layout(tp=2, sp=True, cp=2), "balanced experts"),
+            (Layout(cp=2, dp=2), "2 predicted tokens more"),
+        )
+    ),
+    *(
+        _answers(CP2, "dense", Answers(per_token=per_token, attention="mask", micro_batch_size=2))
+        for per_token in (True, False)
+    ),
+    _answers(TP2_SP, "2 predicted tokens more", BY_MICROBATCH),
+    _answers(Layout(pp=2, vpp=2), "dense of 4 layers", BY_MICROBATCH),
+    _answers(TP2, "fused cross entropy", BY_MICROBATCH),
+]
+CASES = [*DENSE, *EXPERTS, *HYBRID, *ANSWERS]

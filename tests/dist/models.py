@@ -59,7 +59,8 @@ def build_config(layout: Layout, **overrides: Any) -> TransformerConfig:
     Expert fields (`**MOE`) make it a mixture of experts, `**MLA` multi-latent attention.
     """
     config_class = MLATransformerConfig if "kv_lora_rank" in overrides else TransformerConfig
-    dtype = torch.bfloat16 if overrides.get("bf16") else torch.float32
+    halves = {"bf16": torch.bfloat16, "fp16": torch.float16}
+    dtype = next((halves[name] for name in halves if overrides.get(name)), torch.float32)
     virtual = layout.vpp is not None
     fields: dict[str, Any] = {
         **DENSE,
@@ -108,7 +109,11 @@ def build_model(
     """
     if pattern is not None:
         pattern = pattern if layout.pp > 1 else pattern.replace("|", "")
-        overrides = {"is_hybrid_model": True, "num_layers": get_hybrid_total_layer_count(pattern), **overrides}
+        overrides = {
+            "is_hybrid_model": True,
+            "num_layers": get_hybrid_total_layer_count(pattern),
+            **overrides,
+        }
     config = build_config(layout, **overrides)
     stages: list[int | None] = [None] if layout.vpp is None else list(range(layout.vpp))
     chunks = []

@@ -5,18 +5,27 @@ hide here. Adapter tensors are whole: lora_A [P r, in] and lora_B [out, r], expe
 """
 
 import re
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from megatron.core.models.gpt.gpt_model import GPTModel
+from megatron.core.transformer.moe.moe_utils import MoEAuxLossAutoScaler
 from megatron.core.transformer.multi_token_prediction import MTPLossAutoScaler
 from torch import Tensor
 
-from tests.dist.training import NUM_SEQUENCES, SEQ_LENGTH, VOCAB_SIZE
+from tests.dist.answers import Microbatch
 
 Tensors = dict[str, Tensor]
 # A usual epsilon of 1e-8 would turn the rounding of vanishing gradients into whole steps.
 BETAS, EPS, CLIP = (0.9, 0.999), 1e-5, 1.0
+
+
+class Step(NamedTuple):
+    """Of a batch: the objective, the loss of each token [b, s] and dX [b, s, h]."""
+
+    loss: float
+    token_losses: Tensor
+    dx: Tensor
 
 
 class Oracle:
@@ -47,7 +56,7 @@ class Oracle:
                 merged[name] = parameters[name] + self.alpha / b.shape[-1] * update
         return merged
 
-    def run(self, microbatch: Tensor) -> tuple[Tensor, Tensor]:
+    def run(self, weights: Tensors, microbatch: Microbatch) -> tuple[Tensor, Tensor]:
         """Return the loss of each token [b, s] and the input of the decoder [s, b, h]."""
         inputs = []
 
@@ -56,32 +65,47 @@ class Oracle:
             return inputs[-1]
 
         handle = self.model.embedding.register_forward_hook(keep)
-        positions = torch.arange(SEQ_LENGTH).expand(microbatch.shape[0], -1)
-        args = (microbatch[:, :-1], positions, None)
-        losses = torch.func.functional_call(
-            self.model, self.weights(), args, {"labels": microbatch[:, 1:]}
-        )
+        args = (microbatch.tokens, microbatch.positions, microbatch.attention_mask)
+        more = {"labels": microbatch.labels, "loss_mask": microbatch.loss_mask}
+        if self.model.config.num_moe_experts:
+            more["padding_mask"] = microbatch.padding_mask
+        losses = torch.func.functional_call(self.model, weights, args, more)
         handle.remove()
         return losses, inputs[0]
 
-    def backward(self, step: int) -> tuple[Tensor, Tensor]:
-        """Accumulate the gradients of a step's mean loss; return token losses and dX.
+    def backward(self, microbatches: list[Microbatch], *, per_token: bool) -> "Step":
+        """Accumulate the gradients of the mean loss of a step.
 
-        Both have the sequences of the batch as their first dimension: [b, s] and [b, s, h].
+        per_token: over all trained tokens; else the mean of each microbatch's mean.
         """
         for factor in self.factors.values():
             factor.grad = None
-        generator = torch.Generator().manual_seed(100 + step)
-        tokens = torch.randint(VOCAB_SIZE, (NUM_SEQUENCES, SEQ_LENGTH + 1), generator=generator)
-        MTPLossAutoScaler.set_loss_scale(torch.tensor(1.0 / NUM_SEQUENCES))
-        all_losses, all_dx = [], []
-        for microbatch in tokens.split(1):
-            losses, x = self.run(microbatch)
-            (losses.float().mean() / NUM_SEQUENCES).backward()
+        masks = [
+            torch.ones_like(m.tokens) if m.loss_mask is None else m.loss_mask for m in microbatches
+        ]
+        # A microbatch without a trained token has a mean of 0.
+        counts = [mask.sum().clamp(min=1) * len(masks) for mask in masks]
+        if per_token:
+            counts = [torch.stack(masks).sum().clamp(min=1)] * len(masks)
+        # By what Megatron's modules multiply the losses that they add inside.
+        scale = (1.0 / (counts[0] if per_token else torch.tensor(len(masks)))).view(1)
+        MTPLossAutoScaler.set_loss_scale(scale)
+        MoEAuxLossAutoScaler.main_loss_backward_scale = scale
+        merged = self.weights()
+        weights = {name: weight.detach().requires_grad_() for name, weight in merged.items()}
+        found, all_losses, all_dx = 0.0, [], []
+        for microbatch, mask, count in zip(microbatches, masks, counts, strict=True):
+            losses, x = self.run(weights, microbatch)
+            loss = (losses.float() * mask).sum() / count
+            loss.backward()
             assert x.grad is not None
+            found += float(loss)
             all_losses.append(losses.detach().float())
             all_dx.append(x.grad.transpose(0, 1))
-        return torch.cat(all_losses), torch.cat(all_dx)
+        # An expert that no token met has none.
+        met = [name for name, weight in weights.items() if weight.grad is not None]
+        torch.autograd.backward([merged[n] for n in met], [weights[n].grad for n in met])
+        return Step(found, torch.cat(all_losses), torch.cat(all_dx))
 
     def gradients(self) -> Tensors:
         """Return the gradient of every factor."""
@@ -116,9 +140,8 @@ class Oracle:
         if a.shape[0] == rank:
             return b @ a
         row_projection = projections(base.rpartition(".")[2], b.shape[0], self.model.config)
-        return torch.stack(
-            [b[row] @ a[p * rank : (p + 1) * rank] for row, p in enumerate(row_projection)]
-        )
+        a_of_row = a.unflatten(0, (-1, rank))[row_projection]
+        return (b[:, None] @ a_of_row)[:, 0]
 
 
 def projections(leaf: str, num_rows: int, config: Any) -> list[int]:

@@ -1,7 +1,8 @@
 """Compare adapters in a parallel layout with the unsharded oracle, one error for each quantity.
 
-`errors` runs a case and returns the largest relative error of the start values, token losses, dX,
-adapter gradients, gradient norms and the weights after NUM_STEPS of Megatron's optimizer.
+`errors` runs a case and returns the largest relative error of the start values, token losses, the
+objective as it is logged, dX, adapter gradients, gradient norms and the weights after NUM_STEPS of
+Megatron's optimizer.
 """
 
 import dataclasses
@@ -19,13 +20,14 @@ from torch import Tensor
 from megalora.builder import adapters, apply_lora
 from megalora.checkpoint import load_adapters
 from megalora.config import LoRAConfig
+from tests.dist.answers import Answers
 from tests.dist.cases import KINDS, Case
 from tests.dist.layouts import Layout, model_parallel, one_rank
 from tests.dist.models import build_model
 from tests.dist.oracle import EPS, Oracle, Tensors
 from tests.dist.training import NUM_SEQUENCES, SEQ_LENGTH, Run, context_parallel_cut, train
 
-NUM_STEPS = 5
+NUM_STEPS = 3
 LR = 1e-2
 ALPHA = 6.0
 STD_B = 0.2
@@ -38,6 +40,7 @@ class Truth:
     losses: Tensor
     dx: Tensor
     gradients: Tensors
+    objective: list[float]
     norms: list[float]
     start: Tensors
     end: Tensors
@@ -49,9 +52,14 @@ def lora_config(kind: str, **overrides: Any) -> LoRAConfig:
 
 
 @functools.cache
-def truth(world_size: int, kind: str, dtype: torch.dtype = torch.float32) -> Truth:
+def truth(
+    world_size: int,
+    kind: str,
+    dtype: torch.dtype = torch.float32,
+    answers: Answers | None = None,
+) -> Truth:
     """Run the oracle of a kind in fp32, from weights rounded to dtype, in every process."""
-    alone, model = one_rank(Layout(dp=world_size)), KINDS[kind].model
+    alone, model = one_rank(Layout(dp=world_size)), {**KINDS[kind].model, **objective(answers)}
     with model_parallel(alone):
         start = start_values(apply_lora(build_model(alone, **model), lora_config(kind)))
         (base,) = build_model(alone, **{**model, "tied": False})
@@ -61,17 +69,24 @@ def truth(world_size: int, kind: str, dtype: torch.dtype = torch.float32) -> Tru
         for parameter in base.parameters():
             parameter.data.copy_(parameter.data.to(dtype))
         start = {key: factor.to(dtype).float() for key, factor in start.items()}
-        return _train_oracle(Oracle(base, start, ALPHA), start)
+        return _train_oracle(Oracle(base, start, ALPHA), start, answers)
 
 
-def _train_oracle(oracle: Oracle, start: Tensors) -> Truth:
-    losses, dx = oracle.backward(0)
-    gradients, norms = oracle.gradients(), [oracle.step(1, LR)]
-    for step in range(1, NUM_STEPS):
-        oracle.backward(step)
-        norms.append(oracle.step(step + 1, LR))
+def objective(answers: Answers | None) -> dict[str, Any]:
+    """Return the fields of a configuration that say what is minimized."""
+    return {"calculate_per_token_loss": answers is not None and answers.per_token}
+
+
+def _train_oracle(oracle: Oracle, start: Tensors, answers: Answers | None) -> Truth:
+    run, per_token = Run(answers=answers), answers is not None and answers.per_token
+    steps, norms, gradients = [], [], {}
+    for number in range(NUM_STEPS):
+        steps.append(oracle.backward(run.whole_batch(number), per_token=per_token))
+        gradients = gradients or oracle.gradients()
+        norms.append(oracle.step(number + 1, LR))
     end = {key: factor.detach() for key, factor in oracle.factors.items()}
-    return Truth(losses, dx, gradients, norms, start, end)
+    first, losses = steps[0], [step.loss for step in steps]
+    return Truth(first.token_losses, first.dx, gradients, losses, norms, start, end)
 
 
 def start_values(chunks: list[Any]) -> Tensors:
@@ -185,35 +200,40 @@ class Probe:
         return self._whole(self.losses, None)
 
     def whole_dx(self) -> Tensor:
-        """Return dX [b, s, h] of the whole batch, for a loss that is the mean over its tokens."""
+        """Return dX [b, s, h] of the objective."""
         parts = [x.transpose(0, 1) for x in self.dx]
-        ranks = self.layout.dp * self.layout.cp
-        return self._whole(parts, self.layout.tp if self.layout.sp else None) / ranks
+        whole = self._whole(parts, self.layout.tp if self.layout.sp else None)
+        answers = self.run.answers
+        if answers is not None and answers.per_token:
+            # Megatron divides gradients by the trained tokens at the end of a step.
+            return whole / sum(m.loss_mask.sum() for m in answers.microbatches(0))
+        return whole / (self.layout.dp * self.layout.cp)
 
     def _whole(self, parts: list[Tensor], sequence_shards: int | None) -> Tensor:
         cut = context_parallel_cut(self.layout, self.run)
         if sequence_shards is not None:
             cut = cut.chunk(sequence_shards)[parallel_state.get_tensor_model_parallel_rank()]
-        data_rank = 0 if self.run.one_rank else parallel_state.get_data_parallel_rank()
+        data_rank = parallel_state.get_data_parallel_rank()
         everywhere: list[Any] = [None] * dist.get_world_size()
         dist.all_gather_object(everywhere, (data_rank, cut, torch.cat(parts) if parts else None))
         found = [entry for entry in everywhere if entry[2] is not None]
         tail = found[0][2].shape[2:]
         whole = torch.full((NUM_SEQUENCES, SEQ_LENGTH, *tail), float("nan"))
         for data_rank, cut, part in found:
-            first = data_rank * part.shape[0]
-            known = whole[first : first + part.shape[0], cut]
+            rows = torch.tensor(self.run.rows(data_rank, self.layout.dp))[:, None]
+            known = whole[rows, cut]
             if not known.isnan().all():
                 torch.testing.assert_close(known, part, rtol=1e-5, atol=1e-7)
-            whole[first : first + part.shape[0], cut] = part
+            whole[rows, cut] = part
         assert not whole.isnan().any()
         return whole
 
 
 def errors(case: Case) -> dict[str, float]:
     """Run a case and return its largest relative errors by quantity."""
-    layout, fields = case.layout, {**KINDS[case.kind].model, **case.fields}
-    expected = truth(layout.world_size, case.kind, case.dtype)
+    layout, answers = case.layout, case.run.answers
+    fields = {**KINDS[case.kind].model, **objective(answers), **case.fields}
+    expected = truth(layout.world_size, case.kind, case.dtype, answers)
     with model_parallel(layout):
         chunks = build_model(layout, **fields)
         apply_lora(chunks, lora_config(case.kind, ops=case.ops))
@@ -227,6 +247,7 @@ def errors(case: Case) -> dict[str, float]:
         found = {
             "start": largest(start, expected.start),
             "loss": relative(probe.whole_losses(), expected.losses),
+            "objective": relative(history[:, 0], torch.tensor(expected.objective)),
             "dX": relative(probe.whole_dx(), expected.dx),
             "norm": relative(history[:, 1], torch.tensor(expected.norms)),
             "weights": largest(assemble(chunks, torch.Tensor.detach), expected.end),

@@ -6,7 +6,9 @@ from typing import Any
 import pytest
 import torch
 from megatron.core import parallel_state
+from torch.nn.functional import scaled_dot_product_attention
 
+from megalora.mends import attention
 from tests.dist.layouts import Layout, model_parallel, one_rank, over
 from tests.dist.models import MLA, MOE, SEQ_LENGTH, build_model
 from tests.dist.training import Run, packed, train
@@ -116,6 +118,23 @@ def test_packed_sequences_do_not_see_each_other(layout: Layout) -> None:
     torch.testing.assert_close(packed[:, 4:12], alone)
     with pytest.raises(AssertionError):
         torch.testing.assert_close(mixed[:, 4:12], alone)
+
+
+@over(Layout())
+def test_packed_sequences_need_no_mask(layout: Layout, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A mask of who may look at whom would be as large as the square of a long row."""
+    masks = []
+
+    def attend(*args: Any, attn_mask: torch.Tensor | None = None, **kwargs: Any) -> torch.Tensor:
+        masks.append(attn_mask)
+        return scaled_dot_product_attention(*args, attn_mask=attn_mask, **kwargs)
+
+    monkeypatch.setattr(attention, "scaled_dot_product_attention", attend)
+    with model_parallel(layout):
+        (model,) = build_model(layout)
+        _logits(model, torch.arange(SEQ_LENGTH), PACKED.cu_seqlens)
+    assert masks
+    assert set(masks) == {None}
 
 
 @over(Layout(tp=2, sp=True))

@@ -17,6 +17,7 @@ from megatron.core.datasets.utils import Split
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from megatron.core.tokenizers import MegatronTokenizer
 from megatron.core.tokenizers.utils.build_tokenizer import build_tokenizer
+from megatron.training import global_vars
 from megatron.training.arguments import parse_args
 from megatron.training.datasets import data_samplers
 
@@ -24,6 +25,7 @@ from megalora.data import ByteTokenizer, PackedDataset, add_data_args, attention
 from megalora.data.arguments import AttentionFormat, check_data_args, tokenizer_from_args
 from megalora.data.examples import encode_rows, gather_examples
 from megalora.data.tokenizers import encoder_for
+from megalora.run_arguments import guard_tokenizer
 from tests.dist.layouts import Layout, model_parallel, one_rank, over
 from tests.dist.models import MOE, build_model
 
@@ -63,6 +65,7 @@ def args(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
         num_workers=0,
         exit_signal_handler=False,
         check_for_nan_in_loss_and_grad=True,
+        calculate_per_token_loss=True,
         num_experts=None,
         moe_router_load_balancing_type="none",
         sequence_parallel=False,
@@ -259,14 +262,13 @@ def test_later_pipeline_stages_get_their_sequence_shard_of_the_padding(layout: L
         assert batch._padding_mask(padding, model, sequence_parallel=False) is padding
 
 
-@pytest.mark.world_1
-def test_a_loss_that_is_not_finite_stops_the_run(args: SimpleNamespace) -> None:
+@over(Layout())
+def test_a_loss_that_is_not_finite_stops_the_run(layout: Layout, args: SimpleNamespace) -> None:
     mask = torch.tensor([1.0, 0.0])
-    loss, num_tokens, report = batch.loss_func(mask, torch.tensor([2.0, 3.0]))
-    assert (float(loss), int(num_tokens), report["lm loss"].tolist()) == (2.0, 1, [2.0, 1.0])
-    for value in (float("nan"), float("inf")):
-        with pytest.raises(RuntimeError, match="loss that is not finite"):
-            batch.loss_func(mask, torch.tensor([value, 0.0]))
+    with model_parallel(layout):
+        for value in (float("nan"), float("inf")):
+            with pytest.raises(RuntimeError, match="loss that is not finite"):
+                batch.loss_func(mask, mask.sum(), torch.tensor([value, 0.0]))
 
 
 @pytest.mark.world_1
@@ -285,6 +287,18 @@ def test_megatrons_own_parser_and_tokenizers_take_the_byte_tokenizer(
 
 
 @pytest.mark.world_1
+def test_a_run_without_a_tokenizer_is_told_what_to_set(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(global_vars, "build_tokenizer", global_vars.build_tokenizer)
+    guard_tokenizer()
+    guard_tokenizer()
+    monkeypatch.setattr(sys, "argv", ["train.py"])
+    remedies = {add_data_args: ", or --byte-tokenizer", lambda parser: parser: "--tokenizer-model DIR$"}
+    for add, remedy in remedies.items():
+        with pytest.raises(ValueError, match=rf"tokenizer_type is not given: set .*{remedy}"):
+            global_vars.build_tokenizer(parse_args(extra_args_provider=add))
+
+
+@pytest.mark.world_1
 def test_the_attention_format_follows_what_the_attention_can(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
@@ -293,7 +307,11 @@ def test_the_attention_format_follows_what_the_attention_can(
         packing=True,
         transformer_impl="transformer_engine",
         pipeline_model_parallel_size=2,
+        context_parallel_size=1,
         micro_batch_size=2,
+        multi_latent_attention=False,
+        window_size=None,
+        softmax_type="vanilla",
     )
     assert attention_format(args) == "mask"  # on the CPU
     monkeypatch.setattr("megatron.core.extensions.transformer_engine.HAVE_TE", True)
@@ -308,7 +326,41 @@ def test_the_attention_format_follows_what_the_attention_can(
     with pytest.raises(ValueError, match=r"'M\*' with packed examples.*set --no-packing"):
         attention_format(args)
     args.hybrid_layer_pattern = None
-    assert attention_format(args) == "mask"
+    assert attention_format(args) == "thd"
+    for name, value in (("window_size", (8, 0)), ("multi_latent_attention", True)):
+        before = getattr(args, name)
+        setattr(args, name, value)
+        assert attention_format(args) == "mask"
+        setattr(args, name, before)
+
+
+@pytest.mark.world_1
+def test_masks_that_no_memory_holds_are_refused() -> None:
+    args = argparse.Namespace(
+        dataset="/gone",
+        dataloader_type="single",
+        rank=1,
+        packing=True,
+        transformer_impl="local",
+        pipeline_model_parallel_size=1,
+        context_parallel_size=1,
+        micro_batch_size=1,
+        seq_length=10**6,
+        num_layers=1,
+        recompute_granularity=None,
+        multi_latent_attention=False,
+        window_size=None,
+        softmax_type="vanilla",
+    )
+    check_data_args(args)  # boundaries are enough
+    args.multi_latent_attention = True
+    with pytest.raises(ValueError, match=r"seq_length 1000000 needs 4657 GiB of attention masks"):
+        check_data_args(args)
+    args.packing = False
+    check_data_args(args)
+    args.context_parallel_size = 2
+    with pytest.raises(ValueError, match=r"needs 2328 GiB .*--context-parallel-size 1 and --no-pack"):
+        check_data_args(args)
 
 
 @pytest.mark.world_1

@@ -20,7 +20,10 @@ pytestmark = pytest.mark.skipif(not te.HAVE_TE, reason="TransformerEngine is not
 GROUPED = {"moe_grouped_gemm": True}
 CASES = [
     *(Case(layout=layout, kind="hybrid") for layout in (Layout(), TP2, TP2_SP, Layout(pp=2))),
-    *(Case(layout=layout, kind="hybrid with experts", fields=GROUPED) for layout in (Layout(), EP2)),
+    *(
+        Case(layout=layout, kind="hybrid with experts", fields=GROUPED)
+        for layout in (Layout(), EP2)
+    ),
 ]
 
 

@@ -6,19 +6,34 @@ from typing import Any
 
 import pytest
 import torch
+from megatron.core.models.gpt import gpt_model
+from megatron.core.transformer.moe import router
 
 import megalora.adapters
 import megalora.checkpoint
+import megalora.data.batch
 import megalora.init
 import megalora.layers
 from megalora.adapters import LoRAAdapter
 from megalora.bases import Split, State
 from megalora.collectives import Exchange, GatherFactor, group_size, own_shard
 from megalora.contract import ROUTES, Factor
-from tests.dist.cases import EP2, ETP2, OVERLAPPED, TP2, TP2_SP, Case
+from tests.dist.answers import Answers
+from tests.dist.cases import (
+    BY_MICROBATCH,
+    BY_TOKEN,
+    CP2,
+    EP2,
+    ETP2,
+    OVERLAPPED,
+    TP2,
+    TP2_SP,
+    Case,
+)
 from tests.dist.layouts import Layout
 from tests.dist.parity import errors, truth
 from tests.dist.test_parity import TOLERANCE, in_its_world
+from tests.dist.training import Run
 
 Break = Callable[[pytest.MonkeyPatch], None]
 
@@ -107,6 +122,23 @@ def parts_of_an_in_proj_taken_for_a_slice(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(megalora.checkpoint, "in_rank_order", lambda rows, sizes, tp_size: rows)
 
 
+def answers_counted_on_each_rank(patch: pytest.MonkeyPatch) -> None:
+    right = megalora.data.batch.loss_func
+
+    def wrong(loss_mask: torch.Tensor, _num_tokens: Any, losses: torch.Tensor) -> Any:
+        return right(loss_mask, loss_mask.sum(), losses)
+
+    patch.setattr(megalora.data.batch, "loss_func", wrong)
+
+
+def _answers(kind: str, answers: Answers, note: str) -> Case:
+    return Case(layout=CP2, kind=kind, note=note, run=Run(answers=answers))
+
+
+def as_megatron_has_it(module: Any, name: str) -> Break:
+    return lambda patch: patch.setattr(module, name, getattr(module, name).__wrapped__)
+
+
 BREAKS: list[tuple[Case, str, Break]] = [
     (
         Case(layout=TP2, note="no all-reduce of ds"),
@@ -154,6 +186,29 @@ BREAKS: list[tuple[Case, str, Break]] = [
         "gradient",
         shared_factors_reduced_like_experts,
     ),
+    (
+        _answers("dense", BY_MICROBATCH, "counted on each rank"),
+        "gradient",
+        answers_counted_on_each_rank,
+    ),
+    *(
+        (
+            _answers("2 predicted tokens more", answers, f"counted on each rank, {answers}"),
+            "gradient",
+            as_megatron_has_it(gpt_model, "process_mtp_loss"),
+        )
+        for answers in (BY_TOKEN, BY_MICROBATCH)
+    ),
+    (
+        _answers("balanced experts", BY_MICROBATCH, "z-loss of each rank"),
+        "gradient",
+        as_megatron_has_it(router.TopKRouter, "apply_z_loss"),
+    ),
+    (
+        _answers("balanced experts", BY_TOKEN, "balanced by all tokens of each rank"),
+        "gradient",
+        as_megatron_has_it(router, "get_tokens_per_expert_and_token_count"),
+    ),
 ]
 
 
@@ -164,7 +219,8 @@ BREAKS: list[tuple[Case, str, Break]] = [
 def test_a_broken_rule_is_noticed(
     case: Case, what: str, break_it: Break, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    truth(case.layout.world_size, case.kind, case.dtype)  # Unbroken, and kept.
+    # Unbroken, and kept.
+    truth(case.layout.world_size, case.kind, case.dtype, case.run.answers)
     break_it(monkeypatch)
     try:
         error = errors(case)[what]

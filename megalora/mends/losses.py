@@ -1,0 +1,145 @@
+"""Losses that Megatron adds inside of the model, where shards of a microbatch hold unequal counts.
+
+Loss masks and padding leave context- and sequence-parallel ranks with unequal numbers of tokens,
+down to none. Megatron 0.19 divides by each rank's own number; what is mended divides by the number
+of all ranks, as one process does.
+"""
+
+import copy
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from megatron.core.models.gpt import gpt_model
+from megatron.core.models.hybrid import hybrid_model
+from megatron.core.transformer import multi_token_prediction
+from megatron.core.transformer.moe import router
+
+
+def install() -> None:
+    """Count over all ranks of a microbatch in multi-token prediction and in the routers' losses."""
+    for module in (gpt_model, hybrid_model):
+        patched: Any = module
+        patched.process_mtp_loss = counted_over_context(multi_token_prediction.process_mtp_loss)
+    patched = router
+    patched.get_tokens_per_expert_and_token_count = mean_of_shards(
+        router.get_tokens_per_expert_and_token_count
+    )
+    patched = router.TopKRouter
+    patched.apply_z_loss = z_loss_over_shards(router.TopKRouter.apply_z_loss)
+
+
+def counted_over_context(process: Callable[..., Any]) -> Callable[..., Any]:
+    """Return process_mtp_loss with the mean of each depth over all context-parallel ranks.
+
+    Megatron's schedule gives every rank the weight 1 / microbatches, and then either averages over
+    cp ranks, or under calculate_per_token_loss divides by all trained tokens, which the mean of a
+    microbatch must be multiplied by.
+    """
+
+    @functools.wraps(process)
+    def counted(
+        *args: Any,
+        loss_mask: torch.Tensor | None,
+        labels: torch.Tensor | None,
+        compute_language_model_loss: Callable[..., torch.Tensor],
+        config: Any,
+        cp_group: Any = None,
+        packed_seq_params: Any = None,
+        **kwargs: Any,
+    ) -> Any:
+        if labels is not None and cp_group is not None and cp_group.size() > 1:
+            mask = torch.ones_like(labels) if loss_mask is None else loss_mask
+            own, of_all = _counts(mask, config.mtp_num_layers, cp_group, packed_seq_params)
+            weights = iter(cp_group.size() * own[1:].clamp(min=1) / of_all[1:].clamp(min=1))
+            compute = compute_language_model_loss
+
+            def compute_language_model_loss(*inputs: torch.Tensor) -> torch.Tensor:
+                # Of the next depth; Megatron divides by this rank's own count.
+                return compute(*inputs) * next(weights)
+
+            config = copy.copy(config)
+            if config.calculate_per_token_loss:
+                config.calculate_per_token_loss = False
+                config.mtp_loss_scaling_factor *= of_all[0] / cp_group.size()
+        return process(
+            *args,
+            loss_mask=loss_mask,
+            labels=labels,
+            compute_language_model_loss=compute_language_model_loss,
+            config=config,
+            cp_group=cp_group,
+            packed_seq_params=packed_seq_params,
+            **kwargs,
+        )
+
+    return counted
+
+
+def _counts(
+    mask: torch.Tensor, num_depths: int, cp_group: Any, packed_seq_params: Any
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return the trained tokens of each depth, [1 + num_depths], on this rank and on all ranks."""
+    sums = [mask.sum()]
+    for _ in range(num_depths):
+        mask, num_tokens = multi_token_prediction.roll_tensor(
+            mask, shifts=-1, dims=-1, cp_group=cp_group, packed_seq_params=packed_seq_params
+        )
+        sums.append(num_tokens)
+    own = torch.stack(sums).float()
+    return own, _sum_over(own, cp_group)
+
+
+def z_loss_over_shards(apply: Callable[..., Any]) -> Callable[..., Any]:
+    """Return TopKRouter.apply_z_loss with the mean over the valid tokens of all shards.
+
+    Megatron averages the means of the shards. Under calculate_per_token_loss it multiplies each by
+    its own number of valid tokens, which is right.
+    """
+
+    @functools.wraps(apply)
+    def apply_z_loss(
+        self: Any, logits: torch.Tensor, padding_mask: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        config, group = self.config, self.tp_cp_group
+        is_unequal = padding_mask is not None and group.size() > 1
+        if not is_unequal or config.moe_z_loss_coeff is None or self.calculate_per_token_loss:
+            return apply(self, logits, padding_mask=padding_mask)
+        valid = (~padding_mask).sum().float()
+        weight = group.size() * valid.clamp(min=1) / _sum_over(valid, group).clamp(min=1)
+        self.config = copy.copy(config)
+        self.config.moe_z_loss_coeff = config.moe_z_loss_coeff * weight
+        try:
+            return apply(self, logits, padding_mask=padding_mask)
+        finally:
+            self.config = config
+
+    return apply_z_loss
+
+
+def mean_of_shards(count: Callable[..., Any]) -> Callable[..., Any]:
+    """Return get_tokens_per_expert_and_token_count with the mean number of tokens of the shards.
+
+    Under calculate_per_token_loss the routers multiply a balancing loss by the tokens of one shard
+    times their number. NOTE: what Megatron returns is the sum of all, where padding is left out:
+    it is counted after an all-reduce in place.
+    """
+
+    @functools.wraps(count)
+    def counted(*, reduce_group: Any, with_padding_mask: bool = False, **kwargs: Any) -> Any:
+        tokens_per_expert, own, total = count(
+            reduce_group=reduce_group, with_padding_mask=with_padding_mask, **kwargs
+        )
+        if with_padding_mask:
+            own = total / reduce_group.size()
+        return tokens_per_expert, own, total
+
+    return counted
+
+
+def _sum_over(value: torch.Tensor, group: Any) -> torch.Tensor:
+    total = value.detach().clone()
+    dist.all_reduce(total, group=group)
+    return total

@@ -1,0 +1,113 @@
+"""What Megatron's optimizers keep in a checkpoint, where not every rank trains something.
+
+Rank 0 writes for all ranks what is not sharded: the parameter groups, with the number of steps that
+Adam has taken. Megatron 0.19 takes the steps that rank 0 counts, of which a rank without parameters
+has none: Adam would start anew, with the moments of its past. It cannot save an optimizer without
+any parameters in the whole model (the dense one, where experts alone have adapters), nor load where
+this rank's states are none. And it finds a group again by its rates, so that a run cannot change
+them, and takes groups that differ in epsilon for each other: here groups keep their order, their
+rates and epsilons are this run's, and the checkpoint gives moments and steps.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch.distributed as dist
+
+from megalora.collectives import union
+from megalora.schedule import say_changed
+
+Groups = list[dict[str, Any]]
+
+
+def complete(optimizer: Any) -> None:
+    """Give an optimizer all that a checkpoint of it must hold; all ranks must call it.
+
+    Groups without parameters on this rank get the steps that others have taken. Moments that no
+    step has made, because the loss scale was too large for each, become zeros.
+    """
+    parts = getattr(optimizer, "chained_optimizers", [optimizer])
+    for part in parts:
+        if part.param_groups and part.init_state_fn is not None:
+            part.init_state_fn(part.optimizer, part.config)
+    groups = [group for part in parts for group in part.param_groups]
+    own = {int(group["step"]) for group in groups if "step" in group}
+    steps = max(union(own, dist.group.WORLD), default=None)
+    for group in groups:
+        if not group["params"] and steps is not None:
+            group["step"] = steps
+
+
+def install() -> None:
+    """Let Megatron's optimizers save and load so; not to be called twice."""
+    from megatron.core.optimizer import distrib_optimizer, optimizer
+
+    kind: Any
+    for kind in (optimizer.FP32Optimizer, optimizer.Float16OptimizerWithFloat16Params):
+        kind.sharded_state_dict = _method(_sharded_state_dict, kind.sharded_state_dict)
+        kind._filter_and_reorder_param_groups = staticmethod(_in_order)
+    for kind in (
+        optimizer.FP32Optimizer,
+        optimizer.Float16OptimizerWithFloat16Params,
+        distrib_optimizer.DistributedOptimizer,
+    ):
+        kind.load_state_dict = _method(_load, kind.load_state_dict)
+    kind = optimizer.ChainedOptimizer
+    kind.__init__ = _method(_chain, kind.__init__)
+    # By which the distributed optimizer looks a group up among its own.
+    module: Any = distrib_optimizer
+    module.param_group_identifier_keys = (*module.param_group_identifier_keys, "eps")
+
+
+def _method(wrapper: Callable[..., Any], original: Any) -> Any:
+    return lambda self, *args, **kwargs: wrapper(self, original, *args, **kwargs)
+
+
+def _chain(self: Any, original: Callable[..., None], parts: list[Any]) -> None:
+    """Leave out what has no parameters on any rank, unless nothing is trained at all."""
+    original(self, [part for part in parts if part.optimizer is not None] or parts)
+
+
+def _sharded_state_dict(
+    self: Any,
+    original: Callable[..., dict[str, Any]],
+    model: Any,
+    is_loading: bool = False,
+    **kwargs: Any,
+) -> dict[str, Any]:
+    state = original(self, model, is_loading, **kwargs)
+    if not any(state.get("fp32_from_fp16_params", [True])):
+        # Rank 0 would write an empty list where others have main parameters.
+        del state["fp32_from_fp16_params"]
+    if is_loading:
+        # Else the groups would have to be as many as the checkpoint's.
+        del state.get("optimizer", state)["param_groups"]
+    return state
+
+
+def _load(self: Any, original: Callable[..., None], state_dict: dict[str, Any]) -> None:
+    part = state_dict.get("optimizer", state_dict)
+    # What is empty in the checkpoint is left out of what is read.
+    part.setdefault("state", {})
+    if "optimizer" in state_dict:
+        state_dict.setdefault("fp32_from_fp16_params", [])
+    part["param_groups"] = _going_on(part["param_groups"], self.optimizer)
+    original(self, state_dict)
+
+
+def _going_on(stored: Groups, optimizer: Any) -> Groups:
+    """Return this run's groups, as a state has them, at the number of steps of the stored ones."""
+    groups: Groups = optimizer.state_dict()["param_groups"]
+    for name in ("betas", "eps"):
+        say_changed(f"Adam's {name}", _values(groups, name), _values(stored, name))
+    steps = [group["step"] for group in stored if "step" in group]
+    return [{**group, "step": steps[0]} for group in groups] if steps else groups
+
+
+def _values(groups: Groups, name: str) -> str:
+    return " and ".join(sorted({str(group[name]) for group in groups if name in group}))
+
+
+def _in_order(current: Groups, loaded: Groups) -> Groups:
+    """Pair groups by place: the loaded ones are this run's own."""
+    return loaded

@@ -1,0 +1,88 @@
+"""What a resumed run learns by: its own rates, on a schedule of the shape that it had.
+
+Megatron wants every number of a resumed run's schedule to be the checkpoint's, or one flag that
+says which of the two to follow: --override-opt-param-scheduler or
+--use-checkpoint-opt-param-scheduler, which mean here what they mean there. Without either, rates
+and weight decay are this run's, and so is what decides nothing: a constant rate has no end.
+"""
+
+import argparse
+from collections.abc import Callable, Mapping
+from typing import Any
+
+_RATES = ("max_lr", "min_lr", "start_wd", "end_wd")
+_FLAGS = {
+    "lr_decay_style": "--lr-decay-style",
+    "lr_decay_steps": "--lr-decay-iters, by default --train-iters",
+    "lr_warmup_steps": "--lr-warmup-iters or --lr-warmup-fraction",
+    "wd_incr_style": "--weight-decay-incr-style",
+    "wd_incr_steps": "--train-iters",
+}
+
+
+def install() -> None:
+    """Let Megatron's scheduler go on so; not to be called twice."""
+    from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
+
+    kind: Any = OptimizerParamScheduler
+    original = kind.load_state_dict
+    kind.load_state_dict = lambda self, state: _load(self, original, state)
+
+
+def take_rates(args: argparse.Namespace, stored: Mapping[str, Any] | None) -> None:
+    """Put a checkpoint's rates into args where --use-checkpoint-opt-param-scheduler asks for them.
+
+    To be called before the optimizer is made: its groups have rates of their own. stored: the
+    state of the checkpoint's scheduler, None where it has none.
+    """
+    if stored and args.use_checkpoint_opt_param_scheduler and not args.no_load_optim:
+        args.lr, args.min_lr = stored["max_lr"], stored["min_lr"]
+
+
+def _load(self: Any, original: Callable[..., None], stored: dict[str, Any]) -> None:
+    if not (self.override_opt_param_scheduler or self.use_checkpoint_opt_param_scheduler):
+        own = self.state_dict()
+        _check_same_shape(own, stored)
+        for name in _RATES:
+            say_changed(name, own[name], stored[name])
+        stored = {**own, "num_steps": stored["num_steps"]}
+    original(self, stored)
+    # Megatron sets the groups' weight decay before it has read it.
+    self.step(0)
+
+
+def say_changed(name: str, own: object, stored: object) -> None:
+    """Print what a resumed run does otherwise than the one that it goes on from."""
+    from megatron.training import print_rank_0
+
+    if own != stored:
+        print_rank_0(f"> LoRA: going on with {name} {own} instead of the checkpoint's {stored}")
+
+
+def _check_same_shape(own: Mapping[str, Any], stored: Mapping[str, Any]) -> None:
+    """Raise ValueError where this run's schedule changes rates at other times or in another way."""
+    done = stored["num_steps"]
+    ours, theirs = _shape(own, done), _shape(stored, done)
+    wrong = [
+        f"{name} ({_FLAGS[name]}) is {own[name]} but the checkpoint has {stored[name]}"
+        for name in _FLAGS
+        if own[name] != stored[name] and ours.get(name) != theirs.get(name)
+    ]
+    if wrong:
+        raise ValueError(
+            f"{'; '.join(wrong)} (steps are samples): set --override-opt-param-scheduler to follow "
+            "this run's schedule from here, --use-checkpoint-opt-param-scheduler to follow the "
+            "checkpoint's, or give the flags that it had"
+        )
+
+
+def _shape(schedule: Mapping[str, Any], done: int) -> dict[str, Any]:
+    """Return what decides when and how the rates change from `done` samples on."""
+    shape = {"lr_decay_style": schedule["lr_decay_style"]}
+    if schedule["lr_decay_style"] != "constant":
+        shape["lr_decay_steps"] = schedule["lr_decay_steps"]
+    if schedule["lr_decay_style"] != "constant" or done < schedule["lr_warmup_steps"]:
+        shape["lr_warmup_steps"] = schedule["lr_warmup_steps"]
+    if schedule["start_wd"] != schedule["end_wd"]:
+        shape |= {name: schedule[name] for name in ("wd_incr_style", "wd_incr_steps")}
+    return shape
