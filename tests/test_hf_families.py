@@ -1,6 +1,7 @@
 """What a config.json means: sizes, flags, names and parts of tensors, without Megatron."""
 
 import json
+from dataclasses import replace
 
 import pytest
 
@@ -255,3 +256,21 @@ def test_every_family_is_named_by_its_architecture():
         "Qwen3ForCausalLM",
         "Qwen3MoeForCausalLM",
     }
+
+
+@pytest.mark.parametrize(
+    ("changes", "layers"),
+    [
+        ({}, [0, 1, 2, 3]),
+        ({"mlp_only_layers": [0, 2]}, [1, 3]),
+        ({"decoder_sparse_step": 2}, [1, 3]),
+    ],
+    ids=str,
+)
+def test_layers_with_experts_are_read_from_either_side(
+    changes: dict[str, object], layers: list[int]
+) -> None:
+    shape = model_shape({**QWEN3_30B_A3B, "num_hidden_layers": 4, **changes})
+    assert shape.moe_layers == layers
+    assert replace(shape, moe_layer_freq=2).moe_layers == [0, 2]
+    assert replace(shape, num_moe_experts=0).moe_layers == []
