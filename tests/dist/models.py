@@ -60,6 +60,7 @@ def build_config(layout: Layout, **overrides: Any) -> TransformerConfig:
     """
     config_class = MLATransformerConfig if "kv_lora_rank" in overrides else TransformerConfig
     dtype = torch.bfloat16 if overrides.get("bf16") else torch.float32
+    dtype = torch.float16 if overrides.get("fp16") else dtype
     virtual = layout.vpp is not None
     fields: dict[str, Any] = {
         **DENSE,

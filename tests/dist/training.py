@@ -36,7 +36,8 @@ class Run:
     With `one_rank` the averages over data-parallel ranks are those of one rank alone, which makes
     the unsharded reference of a layout available in its own processes. `cu_seqlens` packs the
     tokens of each sequence into shorter ones. `answers` trains on these by the example's own route
-    instead of on all of random tokens. `on_gradients` is called with the step's number when the
+    instead of on all of random tokens. `loss_scale` is where that of fp16 starts, which Megatron
+    halves after a step that overflows. `on_gradients` is called with the step's number when the
     gradients are complete and the optimizer has not yet run.
     """
 
@@ -46,6 +47,7 @@ class Run:
     num_steps: int = NUM_STEPS
     lr: float = 1e-2
     adam_eps: float = 1e-8
+    loss_scale: float = 1.0
     distributed_optimizer: bool = False
     overlap: bool = False
     cu_seqlens: tuple[int, ...] | None = None
@@ -73,7 +75,7 @@ class Run:
 def train(chunks: list[GPTModel], layout: Layout, run: Run | None = None) -> torch.Tensor:
     """Train on fixed random tokens; return [num_steps, 2]: mean loss and gradient norm by step.
 
-    The same numbers come back on every rank.
+    The same numbers come back on every rank; the norm of a step that was skipped is NaN.
     """
     run = run or Run()
     config = get_model_config(chunks[0])
@@ -93,7 +95,7 @@ def train(chunks: list[GPTModel], layout: Layout, run: Run | None = None) -> tor
         if run.on_gradients is not None:
             run.on_gradients(step)
         stepped: Any = optimizer.step()
-        history.append((loss, float(stepped[1])))
+        history.append((loss, float("nan") if stepped[1] is None else float(stepped[1])))
     if run.overlap and run.distributed_optimizer:
         # The gathering of the last step's parameters would wait for the next forward pass.
         for model in models:
@@ -111,7 +113,8 @@ def _wrap(chunks: list[GPTModel], run: Run) -> list[DistributedDataParallel]:
         bucket_size=5000 if run.overlap else None,
         grad_reduce_in_fp32=True,
     )
-    inner = [Float16Module(config, c) for c in chunks] if config.bf16 else chunks
+    is_half = config.bf16 or config.fp16
+    inner = [Float16Module(config, c) for c in chunks] if is_half else chunks
     return [
         DistributedDataParallel(config, ddp_config, chunk, disable_bucketing=index > 0)
         for index, chunk in enumerate(inner)
@@ -126,6 +129,9 @@ def _optimizer_config(config: Any, run: Run) -> OptimizerConfig:
         weight_decay=0.0,
         clip_grad=1.0,
         bf16=config.bf16,
+        fp16=config.fp16,
+        initial_loss_scale=run.loss_scale,
+        hysteresis=1,
         params_dtype=config.params_dtype,
         use_distributed_optimizer=run.distributed_optimizer,
         overlap_param_gather=run.overlap and run.distributed_optimizer,
