@@ -152,6 +152,7 @@ setup(
             "ruff==0.17.6",
             "pyright[nodejs]==1.1.414",
             "matplotlib",
+            "tensorboard",
         ],
     },
     entry_points={"console_scripts": ["megalora = megalora.__main__:main"]},

@@ -15,8 +15,8 @@ from typing import Any
 
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "benchmarks/results/parity.json"
-QUANTITIES = ("loss", "dX", "gradient", "norm", "weights")
-TITLES = ("token losses", "dX", "gradients", "their norm", "weights after 5 steps")
+QUANTITIES = ("loss", "objective", "dX", "gradient", "norm", "weights")
+TITLES = ("token losses", "objective", "dX", "gradients", "their norm", "weights after 5 steps")
 
 
 def main() -> None:
@@ -88,7 +88,8 @@ def table(rows: Iterable[dict[str, Any]], today: str) -> str:
             row["kind"] + (f" ({row['note']})" if row["note"] else "") for row in cases
         )
         cells = [_largest(cases, quantity) for quantity in QUANTITIES]
-        name = layout if dtype == "float32" else f"{layout}, bf16"
+        half = {"bfloat16": ", bf16", "float16": ", fp16"}
+        name = layout + half.get(dtype, "")
         lines.append(f"| {name} | {'; '.join(kinds)} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
 

@@ -1,5 +1,6 @@
-"""Adam as apex and TransformerEngine lay it out."""
+"""Adam as apex and TransformerEngine lay it out, and one loss scale for all parts of a model."""
 
+import functools
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -12,9 +13,32 @@ _torch: Any = torch
 
 
 def install() -> None:
-    """Give Megatron FusedAdam where neither TransformerEngine nor apex brings theirs."""
+    """Scale fp16 losses by one number; give Megatron FusedAdam where no other package does."""
+    chained: Any = optimizer.ChainedOptimizer
+    chained.prepare_grads = scaled_together(chained.prepare_grads)
     if optimizer.USING_PYTORCH_OPTIMIZER:
         replace_adam()
+
+
+def scaled_together(prepare: Callable[..., bool]) -> Callable[..., bool]:
+    """Return ChainedOptimizer.prepare_grads with the same loss scale in every part of the chain.
+
+    Losses are scaled by the first part's. Megatron changes only that of the part that overflowed,
+    as experts do without dense layers, and each part then divides by its own.
+    """
+
+    @functools.wraps(prepare)
+    def prepare_grads(self: Any) -> bool:
+        parts = [getattr(part, "grad_scaler", None) for part in self.chained_optimizers]
+        scalers = [scaler for scaler in parts if scaler is not None]
+        before = [scaler.state_dict() for scaler in scalers]
+        found_inf = prepare(self)
+        for scaler, state in zip(scalers, before, strict=True):
+            scaler.load_state_dict(state)
+            scaler.update(found_inf)
+        return found_inf
+
+    return prepare_grads
 
 
 def replace_adam() -> None:

@@ -36,7 +36,8 @@ class Case:
     @property
     def dtype(self) -> torch.dtype:
         """Return the precision of weights and activations."""
-        return torch.bfloat16 if self.fields.get("bf16") else torch.float32
+        half = torch.float16 if self.fields.get("fp16") else torch.float32
+        return torch.bfloat16 if self.fields.get("bf16") else half
 
     def __str__(self) -> str:
         """Name the case, as in `tp2-sp moe, distributed optimizer`."""
@@ -71,6 +72,7 @@ KINDS = {
     "dense of 4 layers": _kind(layers=4),
     "tied embeddings": _kind(layers=2, tied=True),
     "ungated with biases": _kind(**UNGATED, add_bias_linear=True),
+    "unembedding alone": _kind(layers=2, lora={"targets": ("unembed",)}),
     "padded vocabulary": _kind(vocab_size=72, lora={"targets": ("unembed", "linear_proj")}),
     "shared A": _kind(lora={"shared_a": True}),
     "2 query groups": _kind(num_query_groups=2),
@@ -97,6 +99,7 @@ KINDS = {
     ),
 }
 
+CP2, PP2, DP2 = Layout(cp=2), Layout(pp=2), Layout(dp=2)
 TP2, TP2_SP = Layout(tp=2), Layout(tp=2, sp=True)
 TP4, TP4_SP = Layout(tp=4), Layout(tp=4, sp=True)
 TP2_DP2 = Layout(tp=2, sp=True, dp=2)
@@ -127,6 +130,9 @@ def _with(note: str, **fields: Any) -> dict[str, Any]:
     return {"note": note, "fields": fields}
 
 
+# Half precision rounds every activation: fp16 by an eighth of what bf16 does.
+BF16 = _with("bf16", bf16=True)
+FP16 = {**_with("fp16", fp16=True), "run": Run(loss_scale=2.0**13)}
 FUSED = _with("fused accumulation", gradient_accumulation_fusion=True)
 ALLGATHER = _with("allgather dispatcher", moe_token_dispatcher_type="allgather")
 OVERLAPPED_SHARED = _with("overlapped", moe_shared_expert_overlap=True)
@@ -157,7 +163,8 @@ DENSE = [
     Case(layout=TP2_SP, **_selective("core_attn", "mlp")),
     Case(layout=TP2_SP, **FUSED),
     Case(layout=TP2, kind="latent attention", **FUSED),
-    Case(layout=TP2_SP, **_with("bf16", bf16=True)),
+    Case(layout=TP2_SP, **BF16),
+    *(Case(layout=layout, **FP16) for layout in (TP2_SP, PP2, CP2)),
     Case(layout=Layout(pp=2)),
     Case(layout=Layout(pp=2), **RECOMPUTED),
     Case(layout=Layout(pp=2), kind="tied embeddings"),
@@ -173,7 +180,7 @@ DENSE = [
     Case(layout=TP4_SP, kind="2 query groups"),
     Case(layout=TP4_SP, kind="latent attention"),
     Case(layout=TP2_DP2, **OVERLAPPED),
-    Case(layout=TP2_DP2, **{**OVERLAPPED, "note": "bf16", "fields": {"bf16": True}}),
+    Case(layout=TP2_DP2, **{**OVERLAPPED, **BF16}),
     Case(layout=TP2_DP2, **{**OVERLAPPED, **FUSED}),
     Case(layout=Layout(tp=2, sp=True, pp=2), kind="tied embeddings"),
     Case(layout=Layout(tp=2, sp=True, cp=2)),
@@ -201,6 +208,7 @@ EXPERTS = [
     Case(layout=TP2_EP2, kind="experts", **_selective("moe")),
     Case(layout=EP2, kind="shared-outer experts", **FUSED),
     Case(layout=TP2_EP2, kind="experts", **FUSED),
+    Case(layout=TP2_EP2, kind="experts", **FP16),
     Case(layout=Layout(dp=4, ep=4), kind="experts"),
     Case(layout=Layout(dp=4, ep=2), kind="shared-outer experts"),
     Case(layout=EP2_ETP2, kind="experts"),
@@ -232,7 +240,6 @@ def _answers(layout: Layout, kind: str, answers: Answers) -> Case:
 
 
 BY_TOKEN, BY_MICROBATCH = Answers(per_token=True), Answers()
-CP2, PP2, DP2 = Layout(cp=2), Layout(pp=2), Layout(dp=2)
 ANSWERS = [
     *(
         _answers(layout, kind, answers)

@@ -57,8 +57,12 @@ def truth(
     kind: str,
     dtype: torch.dtype = torch.float32,
     answers: Answers | None = None,
+    skipped: tuple[int, ...] = (),
 ) -> Truth:
-    """Run the oracle of a kind in fp32, from weights rounded to dtype, in every process."""
+    """Run the oracle of a kind in fp32, from weights rounded to dtype, in every process.
+
+    skipped: steps whose gradients are not used.
+    """
     alone, model = one_rank(Layout(dp=world_size)), {**KINDS[kind].model, **objective(answers)}
     with model_parallel(alone):
         start = start_values(apply_lora(build_model(alone, **model), lora_config(kind)))
@@ -69,7 +73,7 @@ def truth(
         for parameter in base.parameters():
             parameter.data.copy_(parameter.data.to(dtype))
         start = {key: factor.to(dtype).float() for key, factor in start.items()}
-        return _train_oracle(Oracle(base, start, ALPHA), start, answers)
+        return _train_oracle(Oracle(base, start, ALPHA), start, answers, skipped)
 
 
 def objective(answers: Answers | None) -> dict[str, Any]:
@@ -77,13 +81,16 @@ def objective(answers: Answers | None) -> dict[str, Any]:
     return {"calculate_per_token_loss": answers is not None and answers.per_token}
 
 
-def _train_oracle(oracle: Oracle, start: Tensors, answers: Answers | None) -> Truth:
+def _train_oracle(
+    oracle: Oracle, start: Tensors, answers: Answers | None, skipped: tuple[int, ...]
+) -> Truth:
     run, per_token = Run(answers=answers), answers is not None and answers.per_token
     steps, norms, gradients = [], [], {}
     for number in range(NUM_STEPS):
         steps.append(oracle.backward(run.whole_batch(number), per_token=per_token))
         gradients = gradients or oracle.gradients()
-        norms.append(oracle.step(number + 1, LR))
+        if number not in skipped:
+            norms.append(oracle.step(len(norms) + 1, LR))
     end = {key: factor.detach() for key, factor in oracle.factors.items()}
     first, losses = steps[0], [step.loss for step in steps]
     return Truth(first.token_losses, first.dx, gradients, losses, norms, start, end)
@@ -192,7 +199,8 @@ class Probe:
     def on_gradients(self, _step: int) -> None:
         """Take the gradients of the first step."""
         if self.first and not self.run.distributed_optimizer:
-            self.gradients = assemble(self.chunks, lambda p: p.main_grad.float())
+            scale = self.run.loss_scale
+            self.gradients = assemble(self.chunks, lambda p: p.main_grad.float() / scale)
         self.first = False
 
     def whole_losses(self) -> Tensor:
@@ -203,6 +211,7 @@ class Probe:
         """Return dX [b, s, h] of the objective."""
         parts = [x.transpose(0, 1) for x in self.dx]
         whole = self._whole(parts, self.layout.tp if self.layout.sp else None)
+        whole /= self.run.loss_scale
         answers = self.run.answers
         if answers is not None and answers.per_token:
             # Megatron divides gradients by the trained tokens at the end of a step.

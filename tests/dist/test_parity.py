@@ -8,7 +8,17 @@ import torch
 from tests.dist.cases import CASES, Case
 from tests.dist.parity import errors
 
-TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 5e-2}
+
+def tolerance(dtype: torch.dtype, what: str) -> float:
+    """Return the largest relative error that rounding explains; the oracle has fp32 activations.
+
+    Half precision rounds each of them by up to eps / 2, independently, and a gradient has seen some
+    tens: 1 to 2 eps is measured. Adam moves a weight by the rate however small its gradient is, so
+    that those whose sign is lost in rounding are off by twice the rate.
+    """
+    if dtype == torch.float32:
+        return 1e-5
+    return 2e-2 if what == "weights" else 3 * torch.finfo(dtype).eps
 
 
 def in_its_world(case: Case) -> Any:
@@ -20,5 +30,7 @@ def in_its_world(case: Case) -> Any:
 def test_adapters_train_as_in_the_unsharded_model(case: Case) -> None:
     found = errors(case)
     assert found["start"] == 0.0
-    too_large = {what: error for what, error in found.items() if error > TOLERANCE[case.dtype]}
+    too_large = {
+        what: error for what, error in found.items() if error > tolerance(case.dtype, what)
+    }
     assert not too_large

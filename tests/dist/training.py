@@ -36,7 +36,8 @@ class Run:
     With `one_rank` the averages over data-parallel ranks are those of one rank alone, which makes
     the unsharded reference of a layout available in its own processes. `cu_seqlens` packs the
     tokens of each sequence into shorter ones. `answers` trains on these by the example's own route
-    instead of on all of random tokens. `on_gradients` is called with the step's number when the
+    instead of on all of random tokens. `loss_scale` is where that of fp16 starts, which Megatron
+    halves after a step that overflows. `on_gradients` is called with the step's number when the
     gradients are complete and the optimizer has not yet run.
     """
 
@@ -46,6 +47,7 @@ class Run:
     num_steps: int = NUM_STEPS
     lr: float = 1e-2
     adam_eps: float = 1e-8
+    loss_scale: float = 1.0
     distributed_optimizer: bool = False
     overlap: bool = False
     cu_seqlens: tuple[int, ...] | None = None
@@ -96,7 +98,7 @@ class Trainer:
     def step(self, number: int) -> tuple[float, float]:
         """Do a training step on its own tokens; return the mean loss and the gradient norm.
 
-        The same loss comes back on every rank; the norm is 0 where the loss scale was too large.
+        The same loss comes back on every rank; the norm of a step that was skipped is NaN.
         """
         for model in self.models:
             model.zero_grad_buffer()
@@ -105,13 +107,13 @@ class Trainer:
         if self.run.on_gradients is not None:
             self.run.on_gradients(number)
         stepped: Any = self.optimizer.step()
-        return loss, float(stepped[1] or 0.0)
+        return loss, float("nan") if stepped[1] is None else float(stepped[1])
 
 
 def train(chunks: list[GPTModel], layout: Layout, run: Run | None = None) -> torch.Tensor:
     """Train on fixed random tokens; return [num_steps, 2]: mean loss and gradient norm by step.
 
-    The same numbers come back on every rank.
+    The same numbers come back on every rank; the norm of a step that was skipped is NaN.
     """
     run = run or Run()
     trainer = Trainer(chunks, layout, run)
@@ -152,6 +154,9 @@ def _optimizer_config(config: Any, run: Run) -> OptimizerConfig:
         weight_decay=0.0,
         clip_grad=1.0,
         bf16=config.bf16,
+        fp16=config.fp16,
+        initial_loss_scale=run.loss_scale,
+        hysteresis=1,
         params_dtype=config.params_dtype,
         use_distributed_optimizer=run.distributed_optimizer,
         overlap_param_gather=run.overlap and run.distributed_optimizer,
