@@ -98,7 +98,7 @@ class Trainer:
     def step(self, number: int) -> tuple[float, float]:
         """Do a training step on its own tokens; return the mean loss and the gradient norm.
 
-        The same loss comes back on every rank; the norm of a step that was skipped is NaN.
+        The same loss comes back on every rank; the norm of a step that was skipped is infinite.
         """
         for model in self.models:
             model.zero_grad_buffer()
@@ -107,13 +107,13 @@ class Trainer:
         if self.run.on_gradients is not None:
             self.run.on_gradients(number)
         stepped: Any = self.optimizer.step()
-        return loss, float("nan") if stepped[1] is None else float(stepped[1])
+        return loss, float("inf") if stepped[1] is None else float(stepped[1])
 
 
 def train(chunks: list[GPTModel], layout: Layout, run: Run | None = None) -> torch.Tensor:
     """Train on fixed random tokens; return [num_steps, 2]: mean loss and gradient norm by step.
 
-    The same numbers come back on every rank; the norm of a step that was skipped is NaN.
+    The same numbers come back on every rank; the norm of a step that was skipped is infinite.
     """
     run = run or Run()
     trainer = Trainer(chunks, layout, run)
