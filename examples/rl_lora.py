@@ -260,6 +260,12 @@ def check_args(args: argparse.Namespace) -> None:
                 f"{name} is {getattr(args, name)}: the loop samples and learns with one model, "
                 f"whole and without dropout; set it to {limit}"
             )
+    for name in ("moe_aux_loss_coeff", "moe_z_loss_coeff", "mtp_num_layers"):
+        if getattr(args, name):
+            raise ValueError(
+                f"{name} is {getattr(args, name)}: the loop's loss is of sampled answers, beside "
+                "which nothing scales a loss that the model adds itself; leave it out"
+            )
     if not args.lora_rank or args.lora_dropout:
         raise ValueError(
             f"lora_rank is {args.lora_rank} and lora_dropout {args.lora_dropout}: the reference "

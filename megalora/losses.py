@@ -36,7 +36,9 @@ def group_advantages(rewards: Tensor, group_size: int) -> Tensor:
 def policy_gradient_loss(
     learner_logprobs: Tensor, sampler_logprobs: Tensor, advantages: Tensor, mask: Tensor
 ) -> Tensor:
-    """Return the loss summed over all sampled tokens; divide by what the run counts.
+    """Return the loss summed over the sampled tokens given; divide by what the run counts.
+
+    Under context parallelism: by the number on all ranks, as `megalora.data.batch.loss_func` does.
 
     learner_logprobs: [s, b], of the sampled tokens, with gradient. sampler_logprobs: [s, b], of the
     same tokens when they were sampled; its gradient is not used. advantages: [b], one for each

@@ -83,6 +83,7 @@ def refusal(changes: dict[str, Any]) -> str:
     fields: dict[str, Any] = {
         **dict.fromkeys(("pipeline_model_parallel_size", "context_parallel_size"), 1),
         **dict.fromkeys(("attention_dropout", "hidden_dropout"), 0.0),
+        **dict.fromkeys(("moe_aux_loss_coeff", "moe_z_loss_coeff", "mtp_num_layers")),
         **{"calculate_per_token_loss": False, "lora_rank": 8, "lora_dropout": None},
         **{"global_batch_size": 64, "data_parallel_size": 2, "group_size": 8, "num_updates": 2},
     }
@@ -100,6 +101,7 @@ def refusal(changes: dict[str, Any]) -> str:
         ({"pipeline_model_parallel_size": 2}, "pipeline_model_parallel_size is 2"),
         ({"hidden_dropout": 0.1}, "hidden_dropout is 0.1"),
         ({"lora_rank": 0}, "lora_rank is 0"),
+        ({"moe_z_loss_coeff": 1e-3}, "moe_z_loss_coeff is 0.001"),
         ({"global_batch_size": 48}, "global_batch_size 48 over 2 data-parallel ranks"),
     ],
 )
