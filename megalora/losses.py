@@ -38,7 +38,7 @@ def policy_gradient_loss(
 ) -> Tensor:
     """Return the loss summed over the sampled tokens given; divide by what the run counts.
 
-    Under context parallelism that is the number on all ranks (`megalora.data.batch.loss_func`).
+    Under context parallelism: by the number on all ranks, as `megalora.data.batch.loss_func` does.
 
     learner_logprobs: [s, b], of the sampled tokens, with gradient. sampler_logprobs: [s, b], of the
     same tokens when they were sampled; its gradient is not used. advantages: [b], one for each

@@ -7,7 +7,7 @@ of all ranks, as one process does.
 
 import copy
 import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -54,7 +54,13 @@ def counted_over_context(process: Callable[..., Any]) -> Callable[..., Any]:
             mask = torch.ones_like(labels) if loss_mask is None else loss_mask
             own, of_all = _counts(mask, config.mtp_num_layers, cp_group, packed_seq_params)
             weights = iter(cp_group.size() * own[1:].clamp(min=1) / of_all[1:].clamp(min=1))
-            compute_language_model_loss = _weighted(compute_language_model_loss, weights)
+            compute = compute_language_model_loss
+
+            def weighted(*inputs: torch.Tensor) -> torch.Tensor:
+                # Of the next depth; Megatron divides by this rank's own count.
+                return compute(*inputs) * next(weights)
+
+            compute_language_model_loss = weighted
             config = copy.copy(config)
             if config.calculate_per_token_loss:
                 config.calculate_per_token_loss = False
@@ -73,23 +79,14 @@ def counted_over_context(process: Callable[..., Any]) -> Callable[..., Any]:
     return counted
 
 
-def _weighted(
-    compute_loss: Callable[..., torch.Tensor], weights: Iterator[torch.Tensor]
-) -> Callable[..., torch.Tensor]:
-    """Return compute_loss times the next weight: Megatron calls it for one depth after another."""
-    return lambda *inputs: compute_loss(*inputs) * next(weights)
-
-
 def _counts(
     mask: torch.Tensor, num_depths: int, cp_group: Any, packed_seq_params: Any
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Return the trained tokens of each depth, [1 + num_depths], on this rank and on all ranks."""
     sums = [mask.sum()]
+    roll: Any = multi_token_prediction.roll_tensor
     for _ in range(num_depths):
-        rolled: Any = multi_token_prediction.roll_tensor(
-            mask, shifts=-1, dims=-1, cp_group=cp_group, packed_seq_params=packed_seq_params
-        )
-        mask, num_tokens = rolled
+        mask, num_tokens = roll(mask, cp_group=cp_group, packed_seq_params=packed_seq_params)
         sums.append(num_tokens)
     own = torch.stack(sums).float()
     return own, _sum_over(own, cp_group)
@@ -107,9 +104,8 @@ def z_loss_over_shards(apply: Callable[..., Any]) -> Callable[..., Any]:
         self: Any, logits: torch.Tensor, padding_mask: torch.Tensor | None = None
     ) -> torch.Tensor:
         config, group = self.config, self.tp_cp_group
-        if padding_mask is None or group.size() == 1:
-            return apply(self, logits, padding_mask=padding_mask)
-        if config.moe_z_loss_coeff is None or self.calculate_per_token_loss:
+        has_own_mean = config.moe_z_loss_coeff is not None and not self.calculate_per_token_loss
+        if padding_mask is None or group.size() == 1 or not has_own_mean:
             return apply(self, logits, padding_mask=padding_mask)
         valid = (~padding_mask).sum().float()
         weight = group.size() * valid.clamp(min=1) / _sum_over(valid, group).clamp(min=1)

@@ -65,6 +65,8 @@ def model_parallel(layout: Layout) -> Iterator[None]:
     """Set Megatron's process groups and random numbers up for `layout`, then take them down."""
     import torch.distributed as dist
     from megatron.core import parallel_state, tensor_parallel
+    from megatron.core.transformer.moe.moe_logging import destroy_moe_metrics_tracker
+    from megatron.core.transformer.multi_token_prediction import MTPLossLoggingHelper
 
     assert dist.get_world_size() == layout.world_size, (
         f"{layout} needs {layout.world_size} processes, this run has {dist.get_world_size()}"
@@ -82,3 +84,6 @@ def model_parallel(layout: Layout) -> Iterator[None]:
         yield
     finally:
         parallel_state.destroy_model_parallel()
+        # What is to be logged has a place for each layer and depth of this model.
+        MTPLossLoggingHelper.tracker.clear()
+        destroy_moe_metrics_tracker()
