@@ -28,7 +28,6 @@ from megalora.outputs import (
 from megalora.run_arguments import (
     add_exchange_args,
     check_checkpoint_args,
-    check_eval_args,
     check_same_optimizer,
     refuse_fsdp,
     with_hf_flags,
@@ -95,7 +94,6 @@ class LoRARun:
                 f"hf_model {args.hf_model!r} and pretrained_checkpoint "
                 f"{args.pretrained_checkpoint!r} are two bases: leave one of them out"
             )
-        check_eval_args(args)
         set_auto_lr(args, self.config)
         if self.config is not None:
             refuse_fsdp(args)

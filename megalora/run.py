@@ -16,6 +16,7 @@ from typing import Any
 
 from megalora import writers
 from megalora.arguments import add_lora_args
+from megalora.data.arguments import check_eval_args
 from megalora.launch import (
     LoRARun,
     add_exchange_args,
@@ -100,7 +101,9 @@ class Launcher:
     ) -> Any:
         from megatron.training import get_args
 
-        self.run = LoRARun(get_args())  # type: ignore[arg-type]
+        args_of_run: Any = get_args()
+        check_eval_args(args_of_run)
+        self.run = LoRARun(args_of_run)
         config = getattr(cfg_container, "model", None)
         if config is not None:
             if not hasattr(config, "pre_wrap_hooks"):

@@ -129,15 +129,6 @@ def check_checkpoint_args(args: argparse.Namespace) -> None:
         args.dist_ckpt_optim_fully_reshardable = True
 
 
-def check_eval_args(args: argparse.Namespace) -> None:
-    """Raise ValueError without --eval-interval, which Megatron divides by."""
-    if args.eval_interval is None and not args.skip_train and not args.full_validation:
-        raise ValueError(
-            "eval_interval is not given: set --eval-interval 1000, and --eval-iters 0 for no "
-            "validation"
-        )
-
-
 def check_same_optimizer(args: argparse.Namespace, description: Mapping[str, Any]) -> None:
     """Raise ValueError where the states of a checkpoint's optimizer do not fit this run's kind.
 

@@ -17,8 +17,8 @@ from megalora.data import (
     datasets_from_args,
     tokenizer_from_args,
 )
+from megalora.data.arguments import check_eval_args
 from megalora.data.rows import load_rows
-from megalora.run_arguments import check_eval_args
 from tests.test_data import ANSWER, ROWS, TOKENIZER, write_jsonl
 
 pytestmark = pytest.mark.usefixtures("datasets_cache")

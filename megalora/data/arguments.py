@@ -169,6 +169,7 @@ def check_data_args(args: argparse.Namespace) -> None:
 
     Only global rank 0 reads the dataset; its exit makes torchrun end the others.
     """
+    check_eval_args(args)
     is_masked = attention_format(args) == "mask"
     if is_masked or (args.context_parallel_size > 1 and _has_local_layers(args)):
         _check_mask(args)
@@ -194,6 +195,15 @@ def check_data_args(args: argparse.Namespace) -> None:
         max_seq_length=args.max_position_embeddings,
         validates=args.full_validation or args.eval_iters != 0,
     )
+
+
+def check_eval_args(args: argparse.Namespace) -> None:
+    """Raise ValueError without --eval-interval, which Megatron divides by."""
+    if args.eval_interval is None and not args.skip_train and not args.full_validation:
+        raise ValueError(
+            "eval_interval is not given: set --eval-interval 1000, and --eval-iters 0 for no "
+            "validation"
+        )
 
 
 def datasets_from_args(
