@@ -16,7 +16,7 @@ from typing import Any
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "benchmarks/results/parity.json"
 QUANTITIES = ("loss", "objective", "dX", "gradient", "norm", "weights")
-TITLES = ("token losses", "objective", "dX", "gradients", "their norm", "weights after 5 steps")
+TITLES = ("token losses", "objective", "dX", "gradients", "their norm", "weights after 3 steps")
 
 
 def main() -> None:

@@ -22,7 +22,7 @@ from megatron.training.argument_utils import (  # noqa: E402
 )
 from megatron.training.arguments import parse_and_validate_args  # noqa: E402
 
-from megalora.data import add_data_args, check_data_args  # noqa: E402
+from megalora.data import add_data_args, check_data_args, check_eval_args  # noqa: E402
 from megalora.data.batch import datasets_provider, forward_step  # noqa: E402
 
 
@@ -39,6 +39,7 @@ def main() -> None:
         sys.argv[1:] = launch.with_hf_flags(sys.argv[1:])
         args = parse_and_validate_args(extra_args_provider=add_args)
         lora = launch.LoRARun(args)
+        check_eval_args(args)
         check_data_args(args)
         if args.hybrid_layer_pattern:
             model_config = hybrid_config_from_args(args)

@@ -16,7 +16,7 @@ from typing import Any
 
 from megalora import writers
 from megalora.arguments import add_lora_args
-from megalora.data.arguments import check_eval_args
+from megalora.data import check_eval_args
 from megalora.launch import (
     LoRARun,
     add_exchange_args,

@@ -169,7 +169,6 @@ def check_data_args(args: argparse.Namespace) -> None:
 
     Only global rank 0 reads the dataset; its exit makes torchrun end the others.
     """
-    check_eval_args(args)
     is_masked = attention_format(args) == "mask"
     if is_masked or (args.context_parallel_size > 1 and _has_local_layers(args)):
         _check_mask(args)

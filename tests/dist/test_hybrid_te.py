@@ -13,7 +13,7 @@ from megalora.mends.attention import CoreAttention
 from tests.dist.cases import EP2, TP2, TP2_SP, Case
 from tests.dist.layouts import Layout
 from tests.dist.parity import errors, truth
-from tests.dist.test_parity import TOLERANCE, in_its_world
+from tests.dist.test_parity import in_its_world, tolerance
 from tests.te_on_cpu import kernels_of_torch
 
 pytestmark = pytest.mark.skipif(not te.HAVE_TE, reason="TransformerEngine is not installed")
@@ -37,7 +37,7 @@ def test_adapters_on_the_default_layers_train_alike(
         monkeypatch.setattr(tests.dist.models, "STACK", default_stack())
         found = errors(case)
     assert found["start"] == 0.0
-    too_large = {what: e for what, e in found.items() if e > TOLERANCE[torch.float32]}
+    too_large = {what: e for what, e in found.items() if e > tolerance(torch.float32, what)}
     assert not too_large
 
 
