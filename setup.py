@@ -153,6 +153,7 @@ setup(
             "pyright[nodejs]==1.1.414",
             "matplotlib",
             "tensorboard",
+            "wandb",
         ],
     },
     entry_points={"console_scripts": ["megalora = megalora.__main__:main"]},

@@ -1,6 +1,5 @@
 """What Megatron's writers are given of a run of adapters: the loss and the learning rate."""
 
-import importlib.util
 import struct
 from collections.abc import Iterator
 from pathlib import Path
@@ -10,7 +9,6 @@ import pytest
 from tests.forked import Ranks
 from tests.tiny import LORA, flags, train
 
-HAVE_WANDB = importlib.util.find_spec("wandb") is not None
 # Of LevelDB's logs: the size of a block, and kinds of parts of a record.
 BLOCK, WHOLE, LAST = 32768, 1, 4
 RATES = [0.005, 0.01, 0.01]
@@ -21,9 +19,8 @@ def run(base: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Ranks, Pa
     """Three steps in two stages, of which the first has nothing to train."""
     directory = tmp_path_factory.mktemp("metrics")
     writers = ["--tensorboard-dir", directory / "tensorboard", "--lr-warmup-iters", 2]
-    if HAVE_WANDB:
-        writers += ["--wandb-project", "adapters", "--wandb-exp-name", "three-steps"]
-        writers += ["--wandb-save-dir", directory / "wandb"]
+    writers += ["--wandb-project", "adapters", "--wandb-exp-name", "three-steps"]
+    writers += ["--wandb-save-dir", directory / "wandb"]
     more = ["--pretrained-checkpoint", base, *LORA, "--lora-targets", "unembed", *flags("pp2")]
     env = {"WANDB_MODE": "offline", "WANDB_SILENT": "true"}
     ranks = train(2, directory / "run", *more, *writers, iters=3, env=env)
@@ -48,7 +45,6 @@ def test_tensorboard_gets_the_loss_and_the_learning_rate(run: tuple[Ranks, Path]
     assert rates == pytest.approx(RATES)
 
 
-@pytest.mark.skipif(not HAVE_WANDB, reason="wandb is not installed")
 def test_weights_and_biases_gets_the_same_offline(run: tuple[Ranks, Path]) -> None:
     ranks, directory = run
     (file,) = (directory / "wandb").glob("**/*.wandb")
