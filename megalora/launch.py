@@ -2,8 +2,6 @@
 
 import argparse
 import contextlib
-import functools
-import itertools
 import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -25,6 +23,7 @@ from megalora.outputs import (
     say_how_to_write,
     write_outputs,
 )
+from megalora.rates import factor_overrides
 from megalora.run_arguments import (
     add_exchange_args,
     check_checkpoint_args,
@@ -269,42 +268,6 @@ def resumed_config(args: argparse.Namespace, description: dict[str, Any] | None)
     config = LoRAConfig.from_dict({**stored, **given})
     check_same_adapters(description, {**description, "config": config.to_dict()})
     return config
-
-
-def factor_overrides(config: LoRAConfig, args: argparse.Namespace) -> dict[Any, Any]:
-    """Return Megatron's optimizer overrides for lora_A and lora_B.
-
-    --decoupled-lr, Megatron's rate of the embedding and the output layer, is the rate of the
-    unembedding's adapter: that is what is trained of them.
-    """
-    from megatron.core.optimizer.optimizer_config import ParamKey, ParamWithNamePredicate
-
-    min_lr = args.min_lr or 0.0
-    rates = {False: (args.lr, min_lr), True: (args.lr, min_lr)}
-    if args.decoupled_lr is not None:
-        decoupled_min_lr = min_lr if args.decoupled_min_lr is None else args.decoupled_min_lr
-        rates[True] = args.decoupled_lr, decoupled_min_lr
-    overrides = {}
-    for (is_output, (lr, least)), (factor, eps, ratio) in itertools.product(
-        rates.items(),
-        (("lora_A", config.eps_a, 1.0), ("lora_B", config.eps_b, config.lr_ratio)),
-    ):
-        change: dict[str, float] = {} if eps is None else {"eps": eps}
-        if (lr * ratio, least * ratio) != (args.lr, min_lr):
-            change |= {"max_lr": lr * ratio, "min_lr": least * ratio}
-        if change:
-            predicate = ParamWithNamePredicate(
-                name=f"{factor} of the unembedding" if is_output else factor,
-                fn=functools.partial(_is_factor, factor, is_output),
-            )
-            overrides[ParamKey(with_name_predicate=predicate)] = change
-    return overrides
-
-
-def _is_factor(factor: str, is_output: bool, param: torch.nn.Parameter, name: str) -> bool:
-    return getattr(param, "lora_factor", None) == factor and is_output == (
-        "output_layer_lora." in name
-    )
 
 
 @contextlib.contextmanager

@@ -2,7 +2,6 @@
 
 import os
 import socket
-import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
@@ -14,6 +13,7 @@ import torch.distributed as dist
 from megalora import cpu
 from megalora.cpu import signs
 from tests.forked import ROOT, with_root
+from tests.watchdog import run_watched
 
 
 @pytest.mark.parametrize("file", ["proc/driver/nvidia/version", "dev/nvidia0", "dev/nvidiactl"])
@@ -85,7 +85,7 @@ def test_a_sibling_with_a_gpu_is_a_sign() -> None:
     with ThreadPoolExecutor(2) as pool:
         on_cpu = [pool.submit(signs.sibling_signs, rank) for rank in ranks[::2]]
         assert signs.tell_siblings("cuda", ranks[1]) is not None
-        found = [future.result(timeout=60) for future in on_cpu]
+        found = [future.result() for future in on_cpu]
     assert found == [["rank 1 of this run has a CUDA device"]] * 2
 
 
@@ -116,17 +116,17 @@ def test_a_sign_ends_the_run_unless_cpu_is_asked_for(monkeypatch: pytest.MonkeyP
 @pytest.mark.parametrize(
     "program", [["examples/pretrain_lora.py"], ["-m", "megalora", "run", "examples/demo.py"]]
 )
-def test_the_message_names_node_rank_cause_and_what_to_do(program: list[str]) -> None:
+def test_the_message_names_node_rank_cause_and_what_to_do(
+    program: list[str], tmp_path: Path
+) -> None:
     # As on one node of two whose driver is broken; not the first rank there.
     node = {"RANK": "11", "LOCAL_RANK": "3", "WORLD_SIZE": "16", "LOCAL_WORLD_SIZE": "8"}
-    finished = subprocess.run(
+    finished = run_watched(
         # A GPU that does not exist, also on machines that have some.
         [sys.executable, *program, "--lora-rank", "8"],
+        tmp_path,
         cwd=ROOT,
         env={**os.environ, **node, "CUDA_VISIBLE_DEVICES": "99", "PYTHONPATH": with_root()},
-        capture_output=True,
-        text=True,
-        timeout=300,
     )
     assert finished.returncode == 1
     (line,) = [line for line in finished.stderr.splitlines() if line.startswith("error:")]

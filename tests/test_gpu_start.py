@@ -7,7 +7,6 @@ import importlib.util
 import json
 import os
 import shlex
-import subprocess
 import sys
 from pathlib import Path
 
@@ -16,6 +15,7 @@ import pytest
 from tests.examples import run_example
 from tests.forked import ROOT, SCRIPT, Ranks, free_port
 from tests.tiny import EXPERTS, LORA, TRAIN
+from tests.watchdog import run_watched
 
 pytestmark = pytest.mark.skipif(
     importlib.util.find_spec("transformer_engine") is not None,
@@ -41,16 +41,15 @@ MODELS = {
 TRAINED = [*TRAIN, *LORA, "--train-iters", "3"]
 
 
-def on_fake_gpu(*words: object) -> str:
+def on_fake_gpu(logs: Path, *words: object) -> str:
     """Return what a program wrote that ended well on the fake GPU, in one process."""
+    logs.mkdir()
     alone = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "localhost"}
-    finished = subprocess.run(
+    finished = run_watched(
         [sys.executable, "-m", "tests.as_on_gpu", *(str(word) for word in words)],
+        logs,
         cwd=ROOT,
         env={**os.environ, **alone, "MASTER_PORT": str(free_port()), "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        timeout=600,
     )
     text = finished.stdout + finished.stderr
     assert finished.returncode == 0, text[-5000:]
@@ -68,7 +67,9 @@ def test_the_example_trains_as_on_the_cpu(kind: str, tmp_path: Path) -> None:
     rows = [{"prompt": f"{a}+{b}=", "completion": str(a + b)} for a in range(12) for b in range(9)]
     dataset.write_text("\n".join(json.dumps(row) for row in rows))
     words = [*MODELS[kind], *TRAINED, "--byte-tokenizer", "--dataset", dataset, "--save"]
-    text = on_fake_gpu(ROOT / "examples" / "pretrain_lora.py", *words, tmp_path / "gpu")
+    text = on_fake_gpu(
+        tmp_path / "gpu-logs", ROOT / "examples" / "pretrain_lora.py", *words, tmp_path / "gpu"
+    )
     on_cpu = run_example("pretrain_lora.py", [*words, tmp_path / "cpu"], tmp_path / "logs")
     assert "Megatron runs on the CPU" not in text
     assert "without TransformerEngine this run has transformer_impl=local" in text
@@ -81,7 +82,7 @@ def test_the_example_trains_as_on_the_cpu(kind: str, tmp_path: Path) -> None:
 
 def test_megalora_run_trains_as_on_the_cpu(tmp_path: Path) -> None:
     words = [*MODELS["latent"], *TRAINED, "--vocab-size", 255]
-    text = on_fake_gpu("run", SCRIPT, *words)
+    text = on_fake_gpu(tmp_path / "gpu-logs", "run", SCRIPT, *words)
     on_cpu = Ranks(1, words, tmp_path / "logs").succeed()
     assert losses(text) == pytest.approx(list(on_cpu.losses().values()), rel=1e-3)
     assert len(losses(text)) == 3

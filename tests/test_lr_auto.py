@@ -130,7 +130,7 @@ def first_updates(
 
     from benchmarks.regret.model import build, start_megatron
     from megalora import apply_lora
-    from megalora.launch import factor_overrides
+    from megalora.rates import factor_overrides
 
     start_megatron()
     model, lora = build("dense"), LoRAConfig(rank=4, **changes)

@@ -84,7 +84,9 @@ def objective(answers: Answers | None) -> dict[str, Any]:
 def _train_oracle(
     oracle: Oracle, start: Tensors, answers: Answers | None, skipped: tuple[int, ...]
 ) -> Truth:
-    run, per_token = Run(answers=answers), answers is not None and answers.per_token
+    # The mean of equally large microbatches is that of all their sequences at once.
+    run = Run(answers=answers, micro_batch_size=NUM_SEQUENCES)
+    per_token = answers is not None and answers.per_token
     steps, norms, gradients = [], [], {}
     for number in range(NUM_STEPS):
         steps.append(oracle.backward(run.whole_batch(number), per_token=per_token))
@@ -250,7 +252,13 @@ def errors(case: Case) -> dict[str, float]:
         load_adapters(chunks, start)
         probe = Probe(chunks, layout, case.run)
         run = dataclasses.replace(
-            case.run, num_steps=NUM_STEPS, lr=LR, adam_eps=EPS, on_gradients=probe.on_gradients
+            case.run,
+            # Two microbatches on each rank; in stages as many as there are.
+            micro_batch_size=2 if layout.dp == layout.pp == 1 else 1,
+            num_steps=NUM_STEPS,
+            lr=LR,
+            adam_eps=EPS,
+            on_gradients=probe.on_gradients,
         )
         history = train(chunks, layout, run)
         found = {

@@ -23,7 +23,7 @@ from megalora import saving
 from megalora.arguments import add_lora_args
 from megalora.builder import apply_lora
 from megalora.config import LoRAConfig
-from megalora.launch import factor_overrides
+from megalora.rates import factor_overrides
 from megalora.resume import find_on_all_ranks
 from megalora.run_arguments import add_exchange_args, check_checkpoint_args
 from megalora.schedule import take_rates
