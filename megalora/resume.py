@@ -6,7 +6,6 @@ latest_checkpointed_iteration.txt last. A save that was killed therefore leaves 
 checkpoint before, or an empty tracker.
 """
 
-import functools
 import hashlib
 import json
 import os
@@ -20,6 +19,7 @@ from typing import Any, Literal
 import torch.distributed as dist
 
 from megalora.read_checkpoint import read_description
+from megalora.replace import replace_once
 
 OnCorrupt = Literal["previous", "stop"]
 TRACKER = "latest_checkpointed_iteration.txt"
@@ -98,21 +98,16 @@ def guard_checkpoint_args() -> None:
     """
     from megatron.training import checkpointing
 
-    original = checkpointing.load_args_from_checkpoint
-    if getattr(original, "is_megalora", False):
-        return
-
-    @functools.wraps(original)
-    def load_args(args: Any, load_arg: str = "load", *more: Any, **kwargs: Any) -> Any:
+    def load_args(
+        original: Callable[..., Any], args: Any, load_arg: str = "load", *more: Any, **kwargs: Any
+    ) -> Any:
         if load_arg == "load" and args.load and args.lora_rank:
             find_checkpoint(
                 args.load, step=args.ckpt_step, on_corrupt=args.lora_on_corrupt, warn=_say_once
             )
         return original(args, load_arg, *more, **kwargs)
 
-    patched: Any = load_args
-    patched.is_megalora = True
-    checkpointing.load_args_from_checkpoint = patched
+    replace_once(checkpointing, "load_args_from_checkpoint", load_args)
 
 
 def end_where_done() -> None:
@@ -123,12 +118,7 @@ def end_where_done() -> None:
     """
     from megatron.training import get_args, print_rank_0, training
 
-    original = training.build_train_valid_test_data_iterators
-    if getattr(original, "is_megalora", False):
-        return
-
-    @functools.wraps(original)
-    def build(provider: Any) -> Any:
+    def build(original: Callable[..., Any], provider: Any) -> Any:
         args: Any = get_args()
         if not args.train_iters or args.iteration < args.train_iters:
             return original(provider)
@@ -136,9 +126,7 @@ def end_where_done() -> None:
         args.do_train = args.do_valid = args.do_test = False
         return None, None, None
 
-    patched: Any = build
-    patched.is_megalora = True
-    training.build_train_valid_test_data_iterators = patched
+    replace_once(training, "build_train_valid_test_data_iterators", build)
 
 
 def iteration_directory(root: Path, iteration: int) -> Path:

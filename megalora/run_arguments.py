@@ -1,13 +1,13 @@
 """The flags of a run beside --lora-*: bases and adapters in, adapters out, their checkpoints."""
 
 import argparse
-import functools
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from megalora import cpu
 from megalora.auto_lr import add_auto_lr_args
+from megalora.replace import replace_once
 
 
 def add_exchange_args(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
@@ -58,13 +58,7 @@ def guard_tokenizer() -> None:
     """
     from megatron.training import global_vars
 
-    patched: Any = global_vars
-    original = patched.build_tokenizer
-    if getattr(original, "is_megalora", False):
-        return
-
-    @functools.wraps(original)
-    def build_tokenizer(args: Any, **kwargs: Any) -> Any:
+    def build_tokenizer(original: Callable[..., Any], args: Any, **kwargs: Any) -> Any:
         if args.tokenizer_type is None:
             bytes_too = ", or --byte-tokenizer, which needs no files"
             raise ValueError(
@@ -73,9 +67,7 @@ def guard_tokenizer() -> None:
             )
         return original(args, **kwargs)
 
-    guarded: Any = build_tokenizer
-    guarded.is_megalora = True
-    patched.build_tokenizer = guarded
+    replace_once(global_vars, "build_tokenizer", build_tokenizer)
 
 
 def with_hf_flags(argv: Sequence[str]) -> list[str]:

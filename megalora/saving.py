@@ -13,6 +13,7 @@ import torch.distributed as dist
 from torch.distributed.checkpoint.api import CheckpointException
 
 from megalora import optimizer_state, schedule, writers
+from megalora.replace import replace_once
 from megalora.resume import iteration_directory, read_iteration
 
 _POLL_S = 0.05
@@ -56,19 +57,12 @@ def save_last_by_default() -> None:
     """
     from megatron.training import arguments
 
-    original = arguments.validate_args
-    if getattr(original, "is_megalora", False):
-        return
-
-    @functools.wraps(original)
-    def validate(args: Any, *more: Any, **kwargs: Any) -> Any:
+    def validate(original: Callable[..., Any], args: Any, *more: Any, **kwargs: Any) -> Any:
         if args.save and args.lora_rank and args.save_interval is None:
             args.save_interval = args.train_iters or _NEVER
         return original(args, *more, **kwargs)
 
-    patched: Any = validate
-    patched.is_megalora = True
-    arguments.validate_args = patched
+    replace_once(arguments, "validate_args", validate)
 
 
 class Saver:
