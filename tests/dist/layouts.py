@@ -39,15 +39,17 @@ class Layout:
         return "-".join(parts) or "single"
 
 
+def world(layout: Layout) -> pytest.MarkDecorator:
+    """Return the mark of the world that a layout needs."""
+    return getattr(pytest.mark, f"world_{layout.world_size}")
+
+
 def over(*layouts: Layout) -> pytest.MarkDecorator:
     """Run a test that takes `layout` over these layouts, each in the world that it needs."""
     return pytest.mark.parametrize(
         "layout",
         [
-            pytest.param(
-                layout, id=str(layout), marks=getattr(pytest.mark, f"world_{layout.world_size}")
-            )
-            for layout in layouts
+            pytest.param(layout, id=str(layout), marks=world(layout)) for layout in layouts
         ],
     )
 

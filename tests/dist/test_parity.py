@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from tests.dist.cases import CASES, Case
+from tests.dist.layouts import world
 from tests.dist.parity import errors
 
 
@@ -22,8 +23,7 @@ def tolerance(dtype: torch.dtype, what: str) -> float:
 
 
 def in_its_world(case: Case) -> Any:
-    mark = getattr(pytest.mark, f"world_{case.layout.world_size}")
-    return pytest.param(case, id=str(case), marks=mark)
+    return pytest.param(case, id=str(case), marks=world(case.layout))
 
 
 @pytest.mark.parametrize("case", map(in_its_world, CASES))

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from megalora.checkpoint import gather_adapters
-from tests.dist.layouts import Layout, model_parallel
+from tests.dist.layouts import Layout, model_parallel, world
 from tests.dist.resuming import HALF, ITERATIONS, Cell, Resumable, differences, shared_directory
 
 EXPERTS = ("*.experts.linear_fc1", "*.experts.linear_fc2")
@@ -49,11 +49,6 @@ CELLS = [
     Cell(layout=PP2_EP2, kind="experts", model=LATE, targets=EXPERTS, flags=BF16),
     Cell(layout=TP2_PP2, targets=("unembed",), flags=DISTRIBUTED),
 ]
-
-
-def world(layout: Layout) -> pytest.MarkDecorator:
-    """Return the mark of the world that a layout needs."""
-    return getattr(pytest.mark, f"world_{layout.world_size}")
 
 
 def over_cells(cells: list[Cell]) -> pytest.MarkDecorator:
