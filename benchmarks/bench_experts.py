@@ -20,8 +20,8 @@ from _results import append, machine, print_rows
 from _timing import Ceilings, Variant, assert_agreement, ceilings, floor_row, measure
 from torch import Tensor
 
-from megalora.contract import LOCAL_ROUTE
-from megalora.layers import Journey, adapt
+from megalora.adapters.routes import LOCAL_ROUTE
+from megalora.adapters.sandwich import Call, adapt
 from megalora.ops import backend
 
 NUM_EXPERTS = 128
@@ -114,7 +114,7 @@ def variants_of(
         return base(x) + scale * F.grouped_mm(s, wide_b.mT, offs=ends.int())
 
     def megalora(x: Tensor) -> Tensor:
-        journey = Journey(
+        call = Call(
             ops=ops,
             route=LOCAL_ROUTE,
             scale=scale,
@@ -122,7 +122,7 @@ def variants_of(
             a_offsets=ends,
             b_offsets=ends,
         )
-        return adapt(lambda x: (base(x), None), x, lora_A, lora_B, journey)[0]
+        return adapt(lambda x: (base(x), None), x, lora_A, lora_B, call)[0]
 
     return [
         Variant("frozen", base, [], [weight]),

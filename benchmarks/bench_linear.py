@@ -25,8 +25,8 @@ from _results import append, machine, print_rows
 from _timing import Variant, assert_agreement, ceilings, floor_row, measure, that_run
 from torch import Tensor
 
-from megalora.contract import LOCAL_ROUTE
-from megalora.layers import Journey, adapt, add_update
+from megalora.adapters.routes import LOCAL_ROUTE
+from megalora.adapters.sandwich import Call, adapt, add_update
 from megalora.ops import backend
 
 ALPHA = 32.0
@@ -164,7 +164,7 @@ def own_variant(
     lora_A, lora_B = factors(case, weight)
     if case.form == "main_grad":
         add_to_main_grad([lora_A, lora_B])
-    journey = Journey(
+    call = Call(
         ops=backend("fused"),
         route=LOCAL_ROUTE,
         scale=ALPHA / case.rank,
@@ -180,8 +180,8 @@ def own_variant(
         os.environ["MEGALORA_CUDA_ROUTE"] = cuda_route
         if case.form == "after":
             normed = before(x)
-            return add_update(normed, F.linear(normed, weight), lora_A, lora_B, journey)
-        return adapt(lambda x: (F.linear(x, weight), None), x, lora_A, lora_B, journey)[0]
+            return add_update(normed, F.linear(normed, weight), lora_A, lora_B, call)
+        return adapt(lambda x: (F.linear(x, weight), None), x, lora_A, lora_B, call)[0]
 
     name = "megalora" if cuda_route == "auto" else f"megalora, {cuda_route}"
     return Variant(name, forward, [lora_A, lora_B], [weight])

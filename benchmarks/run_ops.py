@@ -10,7 +10,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import torch
 
-from megalora import fused, reference
+from megalora.ops import fused, reference
 from tests.op_cases import CASES, TOLERANCE, draw, on, relative_error, run_all
 
 

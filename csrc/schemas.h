@@ -4,7 +4,7 @@
 
 namespace megalora {
 
-// Dense without offsets, grouped over experts with them; megalora/reference.py says what each op
+// Dense without offsets, grouped over experts with them; megalora/ops/reference.py says what each op
 // computes.
 inline void define_ops(torch::Library& m) {
   m.def("shrink(Tensor x, Tensor lora_A, Tensor? offsets, float p, Tensor? seed) -> Tensor");

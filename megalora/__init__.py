@@ -7,8 +7,8 @@ from megalora.arguments import add_lora_args, lora_config_from_args
 from megalora.config import LoRAConfig
 
 if TYPE_CHECKING:
+    from megalora.adapters.merge import merge, unmerge
     from megalora.builder import apply_lora, lora_hook, set_enabled
-    from megalora.merging import merge, unmerge
 
 __version__ = "0.1.0"
 
@@ -29,8 +29,8 @@ _LAZY = {
     "apply_lora": "builder",
     "lora_hook": "builder",
     "set_enabled": "builder",
-    "merge": "merging",
-    "unmerge": "merging",
+    "merge": "adapters.merge",
+    "unmerge": "adapters.merge",
 }
 
 

@@ -12,14 +12,15 @@ from megatron.core.transformer.moe.experts import SequentialMLP
 from megatron.core.transformer.transformer_layer import TransformerLayer
 from torch.distributed import ProcessGroup
 
-from megalora import checkpoint, pissa
-from megalora.adapters import LinearAdapter, LoRAAdapter, adapters, bind
-from megalora.bases import Base, Style, describe, describe_sequential, refusal
-from megalora.collectives import group_size, union
+from megalora.adapters import pissa
+from megalora.adapters.adapter import LinearAdapter, LoRAAdapter, bind, named_adapters
+from megalora.adapters.bases import Base, Style, describe, describe_sequential, refusal
+from megalora.adapters.collectives import group_size, union
+from megalora.adapters.experts import GroupedAdapter, SequentialAdapter, bind_sequential
+from megalora.adapters.rows import is_mamba_mixer, part_sizes
+from megalora.adapters.start import reset_parameters
+from megalora.checkpoint.state import install_checkpointing
 from megalora.config import LoRAConfig
-from megalora.experts import GroupedAdapter, SequentialAdapter, bind_sequential
-from megalora.init import reset_parameters
-from megalora.parts import is_mamba_mixer, part_sizes
 from megalora.targets import (
     MAMBA,
     ModelFacts,
@@ -66,7 +67,7 @@ def apply_lora(model_chunks: ModelChunks, config: LoRAConfig) -> ModelChunks:
     for chunk, pairs in zip(model_chunks, made, strict=True):
         chunk.requires_grad_(False)
         _attach(pairs)
-        checkpoint.install(chunk, config, model_facts(chunk))
+        install_checkpointing(chunk, config, model_facts(chunk))
         _freeze_router_bias(chunk)
         _make_embedding_require_grad(chunk)
     if config.init == "pissa":
@@ -76,7 +77,7 @@ def apply_lora(model_chunks: ModelChunks, config: LoRAConfig) -> ModelChunks:
 
 def set_enabled(model_chunks: Sequence[torch.nn.Module], enabled: bool) -> None:
     """Switch all adapters on or off; off, the model is its base (a reference policy)."""
-    for _, adapter in adapters(model_chunks):
+    for _, adapter in named_adapters(model_chunks):
         adapter.enabled = enabled
 
 
@@ -119,7 +120,7 @@ def _check_unwrapped(chunk: torch.nn.Module) -> None:
             f"model chunk is a {type(chunk).__name__}, which is wrapped already: "
             "call apply_lora before DDP and Float16Module, or use lora_hook in pre_wrap_hooks"
         )
-    if next(adapters([chunk]), None) is not None:
+    if next(named_adapters([chunk]), None) is not None:
         raise ValueError("model chunk has adapters already: call apply_lora once")
 
 
@@ -232,7 +233,9 @@ def _make_embedding_require_grad(chunk: Any) -> None:
     by themselves (recomputation, the schedule plan of --overlap-moe-expert-parallel-comm): those
     then drop the gradients of everything inside, mostly without an error.
     """
-    has_adapters = any(not name.startswith("output_layer_lora") for name, _ in adapters([chunk]))
+    has_adapters = any(
+        not name.startswith("output_layer_lora") for name, _ in named_adapters([chunk])
+    )
     # The schedule plan runs backward through every layer, adapted or not.
     if not has_adapters and not chunk.config.overlap_moe_expert_parallel_comm:
         return

@@ -12,10 +12,18 @@ import torch
 
 from megalora import cpu
 from megalora.arguments import given_lora_fields, lora_config_from_args
-from megalora.auto_lr import set_auto_lr
+from megalora.checkpoint.schedule import take_rates
 from megalora.config import LoRAConfig
 from megalora.hf.shape import refuse_hybrid
-from megalora.outputs import (
+from megalora.training.auto_lr import set_auto_lr
+from megalora.training.flags import (
+    add_exchange_args,
+    check_checkpoint_args,
+    check_same_optimizer,
+    refuse_fsdp,
+    with_hf_flags,
+)
+from megalora.training.outputs import (
     at_end,
     check_output_args,
     check_outputs,
@@ -23,19 +31,11 @@ from megalora.outputs import (
     say_how_to_write,
     write_outputs,
 )
-from megalora.rates import factor_overrides
-from megalora.run_arguments import (
-    add_exchange_args,
-    check_checkpoint_args,
-    check_same_optimizer,
-    refuse_fsdp,
-    with_hf_flags,
-)
-from megalora.schedule import take_rates
+from megalora.training.rates import factor_overrides
 
 # NOTE: scripts import this before `prepare_megatron`: only functions import megatron.
 if TYPE_CHECKING:
-    from megalora.resume import Found
+    from megalora.checkpoint.find import Found
 
 # All that a launch script needs, from one module.
 __all__ = [
@@ -98,10 +98,10 @@ class LoRARun:
             refuse_fsdp(args)
             check_checkpoint_args(args)
             self._install_optimizer_overrides()
-            from megalora import resume, saving
+            from megalora.checkpoint import find, save
 
-            saving.install()
-            resume.end_where_done()
+            save.install()
+            find.end_where_done()
 
     def hooks(self) -> list[Hook]:
         """Return the hooks for the `pre_wrap_hooks` of a model configuration."""
@@ -117,9 +117,9 @@ class LoRARun:
             if self.args.hf_model:
                 self._load_hf_base(model_chunks)
             return model_chunks
-        from megalora.base_weights import fingerprint
         from megalora.builder import apply_lora
-        from megalora.checkpoint import describe_base
+        from megalora.checkpoint.base import fingerprint
+        from megalora.checkpoint.state import describe_base
 
         description = found.description if found else None
         self.config = resumed_config(self.args, description)
@@ -133,7 +133,7 @@ class LoRARun:
         self.model = apply_lora(model_chunks, self.config)
         describe_base(self.model, base)
         if self.args.lora_load and description is None:
-            from megalora.exchange import load_into_model
+            from megalora.hf.exchange import load_into_model
 
             load_into_model(self.model, self.args.lora_load, self.config)
         self._leave_adapters_to_megatron(has_adapters=description is not None)
@@ -157,7 +157,7 @@ class LoRARun:
             write_outputs(self.model, args, self.config)
 
     def _find_checkpoint(self) -> "Found | None":
-        from megalora.resume import find_on_all_ranks
+        from megalora.checkpoint.find import find_on_all_ranks
 
         args = self.args
         found = find_on_all_ranks(
@@ -184,7 +184,7 @@ class LoRARun:
 
     def _load_base(self, model_chunks: ModelChunks, found: "Found | None") -> str | None:
         """Load the base that the flags name, and return where it is from."""
-        from megalora.base_weights import load_base
+        from megalora.checkpoint.base import load_base
 
         args = self.args
         whole_model = found is not None and found.description is None
@@ -204,7 +204,7 @@ class LoRARun:
 
     def _check_base(self, stored: dict[str, Any] | None, own: dict[str, Any]) -> None:
         """Raise ValueError where this base is not the one that the adapters were trained on."""
-        from megalora.base_weights import differences
+        from megalora.checkpoint.base import differences
 
         if stored is None:
             _say("WARNING: checkpoint does not say which base its adapters were trained on")
@@ -262,7 +262,7 @@ def resumed_config(args: argparse.Namespace, description: dict[str, Any] | None)
     given = {**given_lora_fields(args), "rank": args.lora_rank}
     if description is None:
         return LoRAConfig(**given)
-    from megalora.checkpoint import check_same_adapters
+    from megalora.checkpoint.state import check_same_adapters
 
     stored = {name: value for name, value in description["config"].items() if name != "ops"}
     config = LoRAConfig.from_dict({**stored, **given})

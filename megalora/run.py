@@ -14,8 +14,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from megalora import writers
 from megalora.arguments import add_lora_args
+from megalora.checkpoint import writers
 from megalora.data import check_eval_args
 from megalora.launch import (
     LoRARun,

@@ -60,7 +60,7 @@ class AdapterSpec:
     segments: sizes of one period of output columns, block p belonging to projection p; empty
         where one A serves all columns.
     gated: output is [gate; up], of which a rank owns [gate_k; up_k].
-    parts: sizes of blocks of output rows of which a rank owns a part each (`megalora.parts`);
+    parts: sizes of blocks of output rows of which a rank owns a part each (`adapters.rows`);
         empty where a rank owns a slice of the whole.
     shared_a, shared_b: the factor is one over all experts (`shared_outer`).
     """

@@ -210,7 +210,7 @@ def _fork_results() -> None:
     """Fork the process that holds what writers answer; a spawned one imports torch once more."""
     from megatron.core.dist_checkpointing.strategies import filesystem_async
 
-    from megalora import writers
+    from megalora.checkpoint import writers
 
     megatron: Any = filesystem_async
     megatron.get_write_results_queue = functools.partial(megatron.get_write_results_queue, "fork")

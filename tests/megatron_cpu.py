@@ -19,12 +19,12 @@ import megatron.training.training  # noqa: E402, F401
 from megatron.training.argument_utils import ArgumentGroupFactory  # noqa: E402
 from megatron.training.arguments import add_megatron_arguments  # noqa: E402
 
-import megalora.base_weights  # noqa: E402
 import megalora.builder  # noqa: E402
-import megalora.exchange  # noqa: E402
-import megalora.fused  # noqa: E402
+import megalora.checkpoint.base  # noqa: E402
+import megalora.checkpoint.save  # noqa: E402
+import megalora.hf.exchange  # noqa: E402
+import megalora.ops.fused  # noqa: E402
 import megalora.run  # noqa: E402
-import megalora.saving  # noqa: E402
 
 # Megatron reads the helps of its flags out of its source, which takes longer than a tiny run's
 # training: do so once, before ranks are forked.

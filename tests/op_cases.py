@@ -6,8 +6,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from megalora import reference
-from megalora.ops import Ops
+from megalora.ops import Ops, reference
 
 TOLERANCE = {
     torch.float64: 1e-12,

@@ -4,9 +4,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from megalora import layers
-from megalora.contract import LOCAL_ROUTE
-from megalora.layers import Journey, add_update
+from megalora.adapters import sandwich
+from megalora.adapters.routes import LOCAL_ROUTE
+from megalora.adapters.sandwich import Call, add_update
 from megalora.ops import backend
 
 SCALE = 0.7
@@ -38,7 +38,7 @@ def expected(x: Tensor, weight: Tensor, lora_A: Tensor, lora_B: Tensor, ends: li
 @pytest.mark.parametrize("ends", [[], [5, 5, 12]], ids=["dense", "experts"])
 def test_every_gradient_of_an_adapter_behind_its_base_is_right(ops: str, ends: list[int]) -> None:
     offsets = torch.tensor(ends) if ends else None
-    journey = Journey(
+    call = Call(
         ops=backend(ops),
         route=LOCAL_ROUTE,
         scale=SCALE,
@@ -48,7 +48,7 @@ def test_every_gradient_of_an_adapter_behind_its_base_is_right(ops: str, ends: l
     )
     x, weight, lora_A, lora_B = leaves(len(ends))
     normed = torch.nn.functional.rms_norm(x, (6,))
-    got = add_update(normed, normed @ weight.mT, lora_A, lora_B, journey)
+    got = add_update(normed, normed @ weight.mT, lora_A, lora_B, call)
     wanted = expected(x, weight, lora_A, lora_B, ends)
     torch.testing.assert_close(got, wanted)
     dy = torch.randn(got.shape, dtype=torch.double)
@@ -59,6 +59,6 @@ def test_every_gradient_of_an_adapter_behind_its_base_is_right(ops: str, ends: l
 
 
 def test_a_lost_part_of_the_gradient_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(layers, "_add_to_x_grad", lambda dx, ds, x, full_a, journey: dx)
+    monkeypatch.setattr(sandwich, "_add_to_x_grad", lambda dx, ds, x, full_a, call: dx)
     with pytest.raises(AssertionError):
         test_every_gradient_of_an_adapter_behind_its_base_is_right("reference", [])

@@ -32,12 +32,13 @@ def find(root: Path, on_corrupt: str = "previous", step: int | None = None) -> t
 
 
 def _find(root: Path, on_corrupt: str, step: int | None) -> tuple[int | None, list[str], str]:
-    from megalora import resume
+
+    from megalora.checkpoint import find
 
     warnings: list[str] = []
-    resume.read_description = lambda directory: DESCRIPTION
+    find.read_description = lambda directory: DESCRIPTION
     try:
-        found = resume.find_checkpoint(
+        found = find.find_checkpoint(
             root,
             step=step,
             on_corrupt=on_corrupt,  # type: ignore[arg-type]

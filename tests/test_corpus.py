@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from megalora import corpus
+from megalora.data import corpus
 
 type Rows = dict[str, list[dict[str, str]]]
 

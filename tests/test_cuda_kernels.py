@@ -14,8 +14,7 @@ import pytest
 import torch
 from torch.utils.cpp_extension import include_paths, library_paths
 
-from megalora import fused, reference
-from megalora.ops import Ops
+from megalora.ops import Ops, fused, reference
 from tests.op_cases import (
     CASES,
     TOLERANCE,

@@ -4,9 +4,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from megalora import fused, reference
-from megalora.contract import LOCAL_ROUTE
-from megalora.layers import Journey, adapt
+from megalora.adapters.routes import LOCAL_ROUTE
+from megalora.adapters.sandwich import Call, adapt
+from megalora.ops import fused, reference
 from tests.op_cases import CASES, TOLERANCE, Case, draw, on, relative_error, run_all
 
 pytestmark = [
@@ -88,13 +88,13 @@ def test_grouped_ops_do_not_wait_for_the_gpu() -> None:
 
 def test_both_passes_of_an_adapted_linear_replay_from_a_graph() -> None:
     given = on("cuda", draw(LARGE[1], torch.bfloat16))
-    journey = Journey(ops=fused, route=LOCAL_ROUTE, scale=0.7, segments=given.segments)
+    call = Call(ops=fused, route=LOCAL_ROUTE, scale=0.7, segments=given.segments)
     weight = torch.randn(given.y.shape[1], given.x.shape[1], device="cuda", dtype=torch.bfloat16)
     leaves = [t.clone().requires_grad_() for t in (given.x, given.lora_A, given.lora_B)]
 
     def both_passes() -> list[Tensor]:
         x, lora_A, lora_B = leaves
-        y, _ = adapt(lambda x: (x @ weight.T, None), x, lora_A, lora_B, journey)
+        y, _ = adapt(lambda x: (x @ weight.T, None), x, lora_A, lora_B, call)
         return [y, *torch.autograd.grad(y, leaves, given.y)]
 
     stream = torch.cuda.Stream()

@@ -7,7 +7,8 @@ from typing import Any
 
 import pytest
 
-from megalora import LoRAConfig, auto_lr
+from megalora import LoRAConfig
+from megalora.training import auto_lr
 from tests.examples import run_example
 from tests.forked import Ranks, call
 from tests.tiny import EXPERTS, LORA, MODEL, TRAIN
@@ -130,7 +131,7 @@ def first_updates(
 
     from benchmarks.regret.model import build, start_megatron
     from megalora import apply_lora
-    from megalora.rates import factor_overrides
+    from megalora.training.rates import factor_overrides
 
     start_megatron()
     model, lora = build("dense"), LoRAConfig(rank=4, **changes)

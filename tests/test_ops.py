@@ -10,8 +10,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.autograd.gradcheck import GradcheckError
 
-from megalora import fused, reference
-from megalora.ops import backend
+from megalora.ops import backend, fused, reference
 from tests.op_cases import CASES, TOLERANCE, Case, assert_matches_reference, draw, relative_error
 
 SEED = torch.tensor([11])

@@ -48,7 +48,7 @@ def vocab_size(flags: dict[str, Any]) -> int:
     """Return the rows that an export has, with a tokenizer of 100 tokens."""
     from megatron import training
 
-    from megalora.outputs import hf_vocab_size
+    from megalora.training.outputs import hf_vocab_size
 
     patched: Any = training
     patched.get_tokenizer = lambda: SimpleNamespace(vocab_size=100)

@@ -84,7 +84,7 @@ def back_to(source: Path, target: Path, iteration: int) -> Path:
 
 def read_all(directory: Path, iteration: int) -> dict[str, torch.Tensor]:
     """Read the adapters and, unsharded, all tensors of the optimizer."""
-    from megalora.read_checkpoint import read_tensors
+    from megalora.checkpoint.read import read_tensors
 
     return read_tensors(directory / f"iter_{iteration:07d}", lambda key: True)
 

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from megalora import corpus
+from megalora.data import corpus
 from megalora.data.chats import Row
 from megalora.data.sources import ArrowTable, Rows, Source, Table, json_source
 

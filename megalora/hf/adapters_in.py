@@ -32,7 +32,7 @@ def from_hf(
     Only linears of which a projection has factors are returned. A lower rank is filled with zeros,
     a scale is folded into B in fp32. What is filled, and a projection without factors beside one
     that has some, has B zero; its A comes from fresh_a(name, shape, seed) where that is given
-    (`megalora.init.draw_uniform`), so that training can use it, and is zero otherwise.
+    (`megalora.adapters.start.draw_uniform`), so that training can use it, and is zero otherwise.
     padded_vocab_size: rows of Megatron's output_layer.
     Raises ValueError for a module that this model or configuration has no adapter for, for a higher
     rank, and for factors that differ where the configuration shares them.

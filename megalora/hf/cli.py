@@ -124,7 +124,7 @@ def _import(args: argparse.Namespace) -> int:
         expert_rank=args.expert_rank or config.expert_rank,
     )
     prepare()
-    from megalora.init import draw_uniform
+    from megalora.adapters.start import draw_uniform
 
     tensors = from_hf(
         factors,

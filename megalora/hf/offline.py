@@ -50,12 +50,12 @@ def one_process() -> Iterator[None]:
 
 
 def read_adapter(directory: str | Path) -> tuple[dict[str, Tensor], LoRAConfig, ModelFacts]:
-    """Read an adapter checkpoint; see `megalora.read_checkpoint.read_adapter_checkpoint`.
+    """Read an adapter checkpoint; see `megalora.checkpoint.read.read_adapter_checkpoint`.
 
     Raises ValueError for that of a hybrid model.
     """
     with one_process():
-        from megalora.read_checkpoint import read_adapter_checkpoint
+        from megalora.checkpoint.read import read_adapter_checkpoint
 
         found = read_adapter_checkpoint(directory)
     refuse_hybrid(found[2].hybrid_layer_pattern)
@@ -136,7 +136,7 @@ def write_adapter_checkpoint(
         from megatron.core import dist_checkpointing
         from megatron.core.dist_checkpointing.mapping import ShardedTensor
 
-        from megalora.read_checkpoint import DESCRIPTION
+        from megalora.checkpoint.read import DESCRIPTION
 
         model: dict[str, Any] = {
             key: ShardedTensor.from_rank_offsets(key, _gated(key, tensor).contiguous())

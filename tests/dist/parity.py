@@ -17,8 +17,8 @@ from megatron.core import parallel_state
 from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTensorFactory
 from torch import Tensor
 
-from megalora.builder import adapters, apply_lora
-from megalora.checkpoint import load_adapters
+from megalora.builder import named_adapters, apply_lora
+from megalora.checkpoint.state import load_adapters
 from megalora.config import LoRAConfig
 from tests.dist.answers import Answers
 from tests.dist.cases import KINDS, Case
@@ -121,7 +121,7 @@ def assemble(chunks: list[Any], value: Callable[[Any], Tensor]) -> Tensors:
     """
     own = [
         (shard.key, shard.global_shape, _where(shard), shard.data)
-        for name, adapter in adapters(chunks)
+        for name, adapter in named_adapters(chunks)
         for sharded in adapter.sharded_tensors(f"{name}.").values()
         for shard in _shards(sharded, value(sharded.data).clone())
     ]

@@ -19,14 +19,14 @@ import torch.distributed as dist
 from megatron.core import num_microbatches_calculator, tensor_parallel
 from megatron.training import arguments, global_vars, initialize, training
 
-from megalora import saving
+from megalora.checkpoint import save
 from megalora.arguments import add_lora_args
 from megalora.builder import apply_lora
 from megalora.config import LoRAConfig
-from megalora.rates import factor_overrides
-from megalora.resume import find_on_all_ranks
-from megalora.run_arguments import add_exchange_args, check_checkpoint_args
-from megalora.schedule import take_rates
+from megalora.training.rates import factor_overrides
+from megalora.checkpoint.find import find_on_all_ranks
+from megalora.training.flags import add_exchange_args, check_checkpoint_args
+from megalora.checkpoint.schedule import take_rates
 from tests.dist.cases import KINDS
 from tests.dist.layouts import Layout
 from tests.dist.models import build_model
@@ -202,5 +202,5 @@ def _args(cell: Cell, directory: Path, flags: str) -> argparse.Namespace:
         args.rank, None, NUM_SEQUENCES, 1, cell.layout.dp
     )
     initialize._set_random_seed(args.seed)
-    saving.install()
+    save.install()
     return args

@@ -9,7 +9,7 @@ from megatron.core.dist_checkpointing import ShardedTensor
 from megatron.core.dist_checkpointing.mapping import ShardedObject
 from torch.distributed.checkpoint.api import CheckpointException
 
-from megalora.base_weights import _load_by_stored_names
+from megalora.checkpoint.base import _load_by_stored_names
 
 TE_NORM = "decoder.layers.pre_mlp_layernorm.weight"
 OWN_NORM = "decoder.layers.mlp.linear_fc1.layer_norm_weight"

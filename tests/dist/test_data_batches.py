@@ -25,7 +25,7 @@ from megalora.data import ByteTokenizer, PackedDataset, add_data_args, attention
 from megalora.data.arguments import AttentionFormat, check_data_args, tokenizer_from_args
 from megalora.data.examples import encode_rows, gather_examples
 from megalora.data.tokenizers import encoder_for
-from megalora.run_arguments import guard_tokenizer
+from megalora.training.flags import guard_tokenizer
 from tests.dist.layouts import Layout, model_parallel, one_rank, over
 from tests.dist.models import MOE, build_model
 

@@ -6,11 +6,11 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from megalora.builder import adapters, apply_lora
-from megalora.checkpoint import gather_adapters, load_adapters
+from megalora.builder import named_adapters, apply_lora
+from megalora.checkpoint.state import gather_adapters, load_adapters
 from megalora.config import LoRAConfig
-from megalora.merging import merge, unmerge
-from megalora.parts import in_rank_order, in_whole_order
+from megalora.adapters.merge import merge, unmerge
+from megalora.adapters.rows import in_rank_order, in_whole_order
 from tests.dist.cases import KINDS, TP2, TP2_SP
 from tests.dist.layouts import Layout, model_parallel, one_rank, over
 from tests.dist.models import build_model
@@ -56,7 +56,7 @@ def test_a_rank_holds_the_rows_that_its_in_proj_computes(layout: Layout) -> None
         chunks = apply_lora(base(layout), lora_config("hybrid"))
         start = start_values(chunks)
         load_adapters(chunks, start)
-        own = dict(adapters(chunks))[f"{IN_PROJ}_lora"].lora_B
+        own = dict(named_adapters(chunks))[f"{IN_PROJ}_lora"].lora_B
     parts = start[f"{IN_PROJ}_lora.lora_B"].split([64, 64, 24, 24, 8])
     assert own.equal(torch.cat([part.chunk(2)[dist.get_rank()] for part in parts]))
 
@@ -112,9 +112,9 @@ def test_projections_of_other_layers_are_refused_by_name(layout: Layout) -> None
         message = r"decoder\.layers\.3\.mixer\.in_proj of GatedDeltaNet.*attn mlp unembed"
         with pytest.raises(ValueError, match=message):
             apply_lora(chunks, LoRAConfig(rank=4))
-        assert next(adapters(chunks), None) is None
+        assert next(named_adapters(chunks), None) is None
         apply_lora(chunks, LoRAConfig(rank=4, targets=("attn", "mlp", "decoder.layers.0.*")))
-        assert f"{IN_PROJ}_lora" in dict(adapters(chunks))
+        assert f"{IN_PROJ}_lora" in dict(named_adapters(chunks))
 
 
 class AbsorbedMLASelfAttention(torch.nn.Module):

@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 import torch
 
-from megalora.builder import adapters, apply_lora
+from megalora.builder import named_adapters, apply_lora
 from megalora.config import LoRAConfig
 from tests.dist.layouts import Layout, model_parallel, over
 from tests.dist.models import SEQ_LENGTH, VOCAB_SIZE, build_model
@@ -35,8 +35,8 @@ def losses(
 
 
 def adam(model: Any, config: LoRAConfig, lr: float, init: float) -> torch.optim.Adam:
-    factors_a = [adapter.lora_A for _, adapter in adapters([model])]
-    factors_b = [adapter.lora_B for _, adapter in adapters([model])]
+    factors_a = [adapter.lora_A for _, adapter in named_adapters([model])]
+    factors_b = [adapter.lora_B for _, adapter in named_adapters([model])]
     with torch.no_grad():
         for factor in factors_a:
             factor.mul_(init)

@@ -11,8 +11,8 @@ import torch.distributed as dist
 from megatron.core import parallel_state
 from megatron.core.optimizer import ChainedOptimizer
 
-from megalora.builder import adapters, apply_lora
-from megalora.checkpoint import load_adapters
+from megalora.builder import named_adapters, apply_lora
+from megalora.checkpoint.state import load_adapters
 from tests.dist.cases import EP2, FP16, KINDS, PP2, TP2_SP
 from tests.dist.layouts import Layout, model_parallel
 from tests.dist.models import build_model
@@ -32,7 +32,7 @@ def overflow(chunks: list[Any], only: str) -> None:
     """
     is_shared = parallel_state.get_data_parallel_world_size() > 1 and only != "experts"
     if is_shared or dist.get_rank() == dist.get_world_size() - 1:
-        adapter = [adapter for name, adapter in adapters(chunks) if only in name][-1]
+        adapter = [adapter for name, adapter in named_adapters(chunks) if only in name][-1]
         adapter.lora_B.main_grad.view(-1)[0] = float("inf")
 
 

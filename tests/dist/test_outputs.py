@@ -8,9 +8,9 @@ import pytest
 import torch.distributed as dist
 
 from megalora.builder import apply_lora
-from megalora.checkpoint import gather_adapters, whole_shapes
-from megalora.exchange import check_export
-from megalora.outputs import check_outputs
+from megalora.checkpoint.state import gather_adapters, whole_shapes
+from megalora.hf.exchange import check_export
+from megalora.training.outputs import check_outputs
 from tests.dist.cases import EP2, KINDS, TP2_SP
 from tests.dist.layouts import Layout, model_parallel, over
 from tests.dist.models import VOCAB_SIZE, build_model

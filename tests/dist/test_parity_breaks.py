@@ -9,15 +9,15 @@ import torch
 from megatron.core.models.gpt import gpt_model
 from megatron.core.transformer.moe import router
 
-import megalora.adapters
-import megalora.checkpoint
+import megalora.adapters.adapter
+import megalora.checkpoint.state
 import megalora.data.batch
-import megalora.init
-import megalora.layers
-from megalora.adapters import LoRAAdapter
-from megalora.bases import Split, State
-from megalora.collectives import Exchange, GatherFactor, group_size, own_shard
-from megalora.contract import ROUTES, Factor
+import megalora.adapters.start
+import megalora.adapters.sandwich
+from megalora.adapters.adapter import LoRAAdapter
+from megalora.adapters.bases import Split, State
+from megalora.adapters.collectives import Collective, GatherFactor, group_size, own_shard
+from megalora.adapters.routes import ROUTES, FactorUse
 from tests.dist.answers import Answers
 from tests.dist.cases import (
     BF16,
@@ -51,7 +51,7 @@ def one_sum_missing(patch: pytest.MonkeyPatch) -> None:
     def wrong(self: LoRAAdapter, state: State) -> Any:
         broken = self.spec.name == "decoder.layers.0.mlp.linear_fc1"
         route = right(self, state)
-        return dataclasses.replace(route, backward=Exchange.NONE) if broken else route
+        return dataclasses.replace(route, backward=Collective.NONE) if broken else route
 
     patch.setattr(LoRAAdapter, "_route", wrong)
 
@@ -61,16 +61,16 @@ def slice_of_another_rank(patch: pytest.MonkeyPatch) -> None:
         size = group_size(group)
         return full if size == 1 else full.chunk(size, dim)[(group.rank() + 1) % size]
 
-    patch.setattr(megalora.layers, "own_shard", wrong)
+    patch.setattr(megalora.adapters.sandwich, "own_shard", wrong)
 
 
 def swapped_segments(patch: pytest.MonkeyPatch) -> None:
-    right = megalora.adapters.local_segments
+    right = megalora.adapters.adapter.local_segments
 
     def wrong(segments: tuple[int, ...], *args: Any, **kwargs: Any) -> list[int]:
         return right(segments[::-1], *args, **kwargs)
 
-    patch.setattr(megalora.adapters, "local_segments", wrong)
+    patch.setattr(megalora.adapters.adapter, "local_segments", wrong)
 
 
 def scale_off_by_a_thousandth(patch: pytest.MonkeyPatch) -> None:
@@ -116,12 +116,12 @@ def shards_counted_as_replicas(patch: pytest.MonkeyPatch) -> None:
 
 
 def start_drawn_from_local_sizes(patch: pytest.MonkeyPatch) -> None:
-    right = megalora.init.draw_uniform
+    right = megalora.adapters.start.draw_uniform
 
     def wrong(name: str, shape: tuple[int, ...], seed: int) -> torch.Tensor:
         return right(name, shape, seed) * 2**0.5
 
-    patch.setattr(megalora.init, "draw_uniform", wrong)
+    patch.setattr(megalora.adapters.start, "draw_uniform", wrong)
 
 
 def adapters_called_without_their_hooks(patch: pytest.MonkeyPatch) -> None:
@@ -132,7 +132,7 @@ def adapters_called_without_their_hooks(patch: pytest.MonkeyPatch) -> None:
 
 
 def parts_of_an_in_proj_taken_for_a_slice(patch: pytest.MonkeyPatch) -> None:
-    patch.setattr(megalora.checkpoint, "in_rank_order", lambda rows, sizes, tp_size: rows)
+    patch.setattr(megalora.checkpoint.state, "in_rank_order", lambda rows, sizes, tp_size: rows)
 
 
 def answers_counted_on_each_rank(patch: pytest.MonkeyPatch) -> None:
@@ -156,17 +156,17 @@ BREAKS: list[tuple[Case, str, Break]] = [
     (
         Case(layout=TP2, note="no all-reduce of ds"),
         "gradient",
-        route(Split.COLUMN, State.REPLICATED, backward=Exchange.NONE),
+        route(Split.COLUMN, State.REPLICATED, backward=Collective.NONE),
     ),
     (
         Case(layout=TP2, note="no all-reduce of s"),
         "loss",
-        route(Split.ROW, State.REPLICATED, forward=Exchange.NONE),
+        route(Split.ROW, State.REPLICATED, forward=Collective.NONE),
     ),
     (
         Case(layout=TP2_SP, note="dA sliced, not summed"),
         "gradient",
-        route(Split.COLUMN, State.TOKEN_SHARD, a=Factor.SLICED),
+        route(Split.COLUMN, State.TOKEN_SHARD, a=FactorUse.SLICED),
     ),
     (Case(layout=TP2, note="another rank's slice"), "gradient", slice_of_another_rank),
     *(

@@ -10,7 +10,7 @@ from megatron.core import parallel_state
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from megalora.builder import adapters, apply_lora, set_enabled
+from megalora.builder import named_adapters, apply_lora, set_enabled
 from tests.dist.cases import KINDS, TP2, TP2_SP
 from tests.dist.layouts import Layout, model_parallel, over
 from tests.dist.models import SEQ_LENGTH, build_model
@@ -44,7 +44,7 @@ def one_layer(layout: Layout, kind: str = "dense") -> Any:
     """Build a model of one layer with adapters whose B is not zero."""
     model = {**KINDS[kind].model, "num_layers": 1}
     (chunk,) = apply_lora(build_model(layout, **model), lora_config(kind))
-    for name, adapter in adapters([chunk]):
+    for name, adapter in named_adapters([chunk]):
         adapter.lora_B.data.copy_(draw_b(name, adapter.lora_B))
     return chunk
 
@@ -202,7 +202,7 @@ def test_no_weight_gradient_is_computed_for_the_base(layout: Layout) -> None:
 
 
 def _adapter_numbers(chunks: list[Any]) -> int:
-    return sum(p.numel() for _, adapter in adapters(chunks) for p in adapter.parameters())
+    return sum(p.numel() for _, adapter in named_adapters(chunks) for p in adapter.parameters())
 
 
 @pytest.mark.parametrize("kind", ["dense", "experts"])

@@ -7,10 +7,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from megalora.adapters import LoRAAdapter
+from megalora.adapters.adapter import LoRAAdapter
 from megalora.builder import apply_lora
-from megalora.checkpoint import load_adapters
-from megalora.reference import dropout_mask
+from megalora.checkpoint.state import load_adapters
+from megalora.ops.reference import dropout_mask
 from tests.dist.cases import ETP2, KINDS, RECOMPUTED, TP2, TP2_SP
 from tests.dist.layouts import Layout, model_parallel, over
 from tests.dist.models import build_model

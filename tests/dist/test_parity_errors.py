@@ -6,8 +6,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from megalora.builder import adapters, apply_lora
-from megalora.checkpoint import load_adapters
+from megalora.builder import named_adapters, apply_lora
+from megalora.checkpoint.state import load_adapters
 from megalora.config import LoRAConfig
 from tests.dist.cases import KINDS
 from tests.dist.layouts import Layout, model_parallel, over
@@ -100,7 +100,7 @@ def test_a_whole_adapted_linear_passes_gradcheck(layout: Layout, name: str, back
         model = {"num_layers": 1, "params_dtype": torch.float64}
         (chunk,) = apply_lora(build_model(layout, **model), lora_config("dense", ops=backend))
         linear = chunk.get_submodule(f"decoder.layers.0.{name}")
-        adapter = dict(adapters([chunk]))[f"decoder.layers.0.{name}_lora"]
+        adapter = dict(named_adapters([chunk]))[f"decoder.layers.0.{name}_lora"]
         adapter.lora_B.data.copy_(draw_b(name, adapter.lora_B))
         x = draw_b("x", torch.empty(2, 1, adapter.base.in_features, dtype=torch.float64))
 

@@ -6,8 +6,8 @@ from typing import Any
 import pytest
 import torch
 
-from megalora.builder import adapters, apply_lora
-from megalora.checkpoint import load_adapters
+from megalora.builder import named_adapters, apply_lora
+from megalora.checkpoint.state import load_adapters
 from tests.dist.cases import KINDS, TP2, TP2_SP
 from tests.dist.layouts import Layout, model_parallel, over
 from tests.dist.models import build_model
@@ -26,7 +26,7 @@ def gradients(layout: Layout, run: Run, **fields: Any) -> tuple[Tensors, set[boo
         found: list[tuple[Tensors, set[bool]]] = []
 
         def keep(_step: int) -> None:
-            params = [p for _, adapter in adapters(chunks) for p in adapter.parameters()]
+            params = [p for _, adapter in named_adapters(chunks) for p in adapter.parameters()]
             filled = {bool(p.grad_added_to_main_grad) for p in params}  # type: ignore[attr-defined]
             found.append((assemble(chunks, lambda p: p.main_grad.clone()), filled))
 

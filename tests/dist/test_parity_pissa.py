@@ -7,10 +7,10 @@ import torch
 from torch import Tensor
 
 from megalora.builder import apply_lora
-from megalora.checkpoint import gather_adapters
+from megalora.checkpoint.state import gather_adapters
 from megalora.config import LoRAConfig
-from megalora.merging import merge
-from megalora.pissa import at_start
+from megalora.adapters.merge import merge
+from megalora.adapters.pissa import at_start
 from tests.dist.cases import ETP2, KINDS, TP2_EP2, TP2_SP
 from tests.dist.layouts import Layout, model_parallel, one_rank, over
 from tests.dist.models import build_model

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from megalora.builder import adapters, apply_lora
+from megalora.builder import named_adapters, apply_lora
 from megalora.config import LoRAConfig
 from megalora.recommend import Layout as GpuLayout
 from megalora.recommend import ModelShape, adapter_parameters, gpu_memory, step_flops
@@ -54,7 +54,7 @@ def group_of(name: str) -> str:
 def attached(model: list[Any]) -> dict[str, int]:
     """Count this rank's adapter parameters by group."""
     counts = Counter[str]()
-    for name, adapter in adapters(model):
+    for name, adapter in named_adapters(model):
         counts[group_of(name)] += sum(p.numel() for p in adapter.parameters())
     return dict(counts)
 

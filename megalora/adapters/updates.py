@@ -3,8 +3,8 @@
 import torch
 from torch import Tensor
 
-from megalora.adapters import LoRAAdapter
-from megalora.bases import Style
+from megalora.adapters.adapter import LoRAAdapter
+from megalora.adapters.bases import Style
 
 
 def weight_updates(adapter: LoRAAdapter) -> list[Tensor]:

@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 
 
-class Exchange(Enum):
+class Collective(Enum):
     """How a tensor of tokens [n, r] travels between the shrink and the expand."""
 
     NONE = "none"
@@ -42,20 +42,20 @@ def done(tensor: Tensor) -> Pending:
     return Pending(lambda: tensor)
 
 
-def start_exchange(tensor: Tensor, exchange: Exchange, group: ProcessGroup | None) -> Pending:
-    """Start an exchange over the first dimension.
+def start_collective(tensor: Tensor, collective: Collective, group: ProcessGroup | None) -> Pending:
+    """Start a collective over the first dimension.
 
     tensor: [n, ...] for all-gather (result [t n, ...]) and all-reduce (in place),
     [t n, ...] for reduce-scatter (result [n, ...]).
     """
     size = group_size(group)
-    if exchange is Exchange.NONE or size == 1:
+    if collective is Collective.NONE or size == 1:
         return done(tensor)
     tensor = tensor.contiguous()
     tail = tensor.shape[1:]
-    if exchange is Exchange.ALL_REDUCE:
+    if collective is Collective.ALL_REDUCE:
         return Pending(lambda: tensor, dist.all_reduce(tensor, group=group, async_op=True))
-    if exchange is Exchange.ALL_GATHER:
+    if collective is Collective.ALL_GATHER:
         out = tensor.new_empty(tensor.shape[0] * size, *tail)
         work = dist.all_gather_into_tensor(out, tensor, group=group, async_op=True)
     else:

@@ -18,12 +18,12 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 
 from megalora import ops
-from megalora.bases import Base, Split, State, Style, state
-from megalora.collectives import group_size, start_gather
+from megalora.adapters.bases import Base, Split, State, Style, state
+from megalora.adapters.collectives import group_size, start_gather
+from megalora.adapters.routes import ROUTES, FactorUse, Route
+from megalora.adapters.rows import sharded_parts
+from megalora.adapters.sandwich import Call, adapt, add_update
 from megalora.config import LoRAConfig
-from megalora.contract import ROUTES, Factor, Route
-from megalora.layers import Journey, adapt, add_update
-from megalora.parts import sharded_parts
 from megalora.targets import AdapterSpec, local_segments
 
 
@@ -32,10 +32,10 @@ class LoRAAdapter(torch.nn.Module):
 
     lora_A: [P r, i/t] where A's input is split over the tensor-parallel group, always.
     lora_B: [o/t, r]; [2, f/t, r] where the base is a gated linear_fc1, of which a rank owns gate_k
-    and up_k; the rows of Mamba's in_proj are those that `megalora.parts` describes. Grouped
+    and up_k; the rows of Mamba's in_proj are those that `megalora.adapters.rows` describes. Grouped
     adapters have the local experts as a first dimension, but for a factor that is shared over all
     experts (`shared_outer`), which is split over the dense group.
-    start: the first values of both on the CPU, where the base gave them away (`megalora.pissa`).
+    start: the first values of both on the CPU, where the base gave them away (`adapters.pissa`).
     """
 
     base: Base
@@ -114,7 +114,7 @@ class LoRAAdapter(torch.nn.Module):
     def sharded_state_dict(
         self, prefix: str = "", sharded_offsets: tuple = (), metadata: dict | None = None
     ) -> dict[str, ShardedTensor]:
-        """Give nothing to a traversal of the base: `megalora.checkpoint` collects the adapters."""
+        """Give nothing to a traversal of the base: `checkpoint.state` collects the adapters."""
         return {}
 
     def _parameter(
@@ -175,8 +175,8 @@ class LoRAAdapter(torch.nn.Module):
         route = ROUTES[self.base.split, tensor_state]
         # A factor shared over experts is split over the dense group, over which every rank holds
         # a part of its gradient, so its gradient is summed wherever it is used.
-        a = Factor.SUMMED if self.spec.shared_a else route.a
-        b = Factor.SUMMED if self.spec.shared_b else route.b
+        a = FactorUse.SUMMED if self.spec.shared_a else route.a
+        b = FactorUse.SUMMED if self.spec.shared_b else route.b
         return Route(a, b, route.forward, route.backward)
 
     def _seed(self, tensor_state: State, device: torch.device) -> Tensor | None:
@@ -192,10 +192,10 @@ class LoRAAdapter(torch.nn.Module):
         distinct = self.base.split is Split.ROW or tensor_state is State.TOKEN_SHARD
         return seed + self.base.tp_rank if distinct else seed
 
-    def _journey(self, x: Tensor, offsets: Tensor | None = None) -> Journey:
+    def _call(self, x: Tensor, offsets: Tensor | None = None) -> Call:
         tensor_state = state(self.base)
         seed = self._seed(tensor_state, x.device)
-        return Journey(
+        return Call(
             ops=self.ops,
             route=self._route(tensor_state),
             scale=self.spec.scale,
@@ -254,7 +254,7 @@ class LinearAdapter(LoRAAdapter):
             return self._after_layernorm(base_forward(x, *args, **kwargs))
         if self.base.style is Style.ROUTER:
             return self._beside_router(base_forward, x)
-        journey = self._journey(x)
+        call = self._call(x)
         gather = kwargs.pop("runtime_gather_output", None)
         if gather is None:
             gather = getattr(self.base.module, "gather_output", False)
@@ -262,10 +262,10 @@ class LinearAdapter(LoRAAdapter):
             # B's shard meets the columns of this rank: gather the sum, not the base's part.
             kwargs["runtime_gather_output"] = False
 
-        def call(inner: Tensor) -> tuple[Tensor, Any]:
+        def run_base(inner: Tensor) -> tuple[Tensor, Any]:
             return base_forward(inner, *args, **kwargs)
 
-        y, bias = adapt(call, x, self.lora_A, self.b_rows(), journey)
+        y, bias = adapt(run_base, x, self.lora_A, self.b_rows(), call)
         if gather:
             y = gather_from_tensor_model_parallel_region(y, group=self.base.group)
         return y, bias
@@ -276,18 +276,18 @@ class LinearAdapter(LoRAAdapter):
             y, bias, normed = result
         else:
             (y, normed), bias = result
-        journey = self._journey(normed)
-        return add_update(normed, y, self.lora_A, self.b_rows(), journey), bias
+        call = self._call(normed)
+        return add_update(normed, y, self.lora_A, self.b_rows(), call), bias
 
     def _beside_router(self, base_forward: Callable[..., Any], x: Tensor) -> Tensor:
         # The gate may compute in fp32 or fp64; the update is made in the adapter's precision.
         logits = base_forward(x)
         update = x.new_zeros(*x.shape[:-1], self.base.out_features)
-        update = add_update(x, update, self.lora_A, self.b_rows(), self._journey(x))
+        update = add_update(x, update, self.lora_A, self.b_rows(), self._call(x))
         return logits + update.to(logits.dtype)
 
 
-def adapters(model_chunks: Sequence[torch.nn.Module]) -> Iterator[tuple[str, LoRAAdapter]]:
+def named_adapters(model_chunks: Sequence[torch.nn.Module]) -> Iterator[tuple[str, LoRAAdapter]]:
     """Yield the adapters of model chunks, wrapped or not, with their global names."""
     for chunk in model_chunks:
         for module in chunk.modules():

@@ -20,7 +20,7 @@ def _load(library: Path) -> None:
     torch.ops.load_library(library)
 
 
-_load(Path(__file__).with_name("_C.so"))
+_load(Path(__file__).parents[1] / "_C.so")
 _ops = torch.ops.megalora
 
 

@@ -12,9 +12,9 @@ from typing import Any
 import torch.distributed as dist
 from torch.distributed.checkpoint.api import CheckpointException
 
-from megalora import optimizer_state, schedule, writers
+from megalora.checkpoint import optimizer_state, schedule, writers
+from megalora.checkpoint.find import iteration_directory, read_iteration
 from megalora.replace import replace_once
-from megalora.resume import iteration_directory, read_iteration
 
 _POLL_S = 0.05
 # An interval in iterations that no run reaches: Megatron saves at the end of it all the same.

@@ -148,11 +148,11 @@ def backend(name: str) -> Ops:
     """
     name = os.environ.get(ENVIRONMENT) or name
     if name == "fused":
-        from megalora import fused
+        from megalora.ops import fused
 
         return fused
     if name == "reference":
-        from megalora import reference
+        from megalora.ops import reference
 
         return reference
     raise ValueError(f"ops backend {name!r} is unknown: use 'fused' or 'reference'")

@@ -17,15 +17,15 @@ import torch.distributed as dist
 from megatron.core import parallel_state
 from torch import Tensor
 
-from megalora.adapters import LoRAAdapter, adapters
-from megalora.collectives import group_size, own_shard, start_gather, union
+from megalora.adapters.adapter import LoRAAdapter, named_adapters
+from megalora.adapters.collectives import group_size, own_shard, start_gather, union
+from megalora.adapters.rows import in_rank_order, in_whole_order
+from megalora.checkpoint.read import DESCRIPTION, is_adapter_key
 from megalora.config import LoRAConfig
-from megalora.parts import in_rank_order, in_whole_order
-from megalora.read_checkpoint import DESCRIPTION, is_adapter_key
 from megalora.targets import ModelFacts
 
 
-def install(chunk: Any, config: LoRAConfig, facts: ModelFacts) -> None:
+def install_checkpointing(chunk: Any, config: LoRAConfig, facts: ModelFacts) -> None:
     """Make a model chunk save and load its adapters, or its base while that is asked for."""
     chunk.megalora_description = {"config": config.to_dict(), "model": asdict(facts)}
     chunk.hide_loss_modules = functools.partial(_base_only, chunk)
@@ -50,7 +50,7 @@ def gather_adapters(model_chunks: Sequence[torch.nn.Module]) -> dict[str, Tensor
     come first, [E, ...]. On the CPU. All ranks must call it.
     """
     own: dict[str, Tensor] = {}
-    for name, adapter in adapters(model_chunks):
+    for name, adapter in named_adapters(model_chunks):
         own[f"{name}.lora_A"] = _unshard(adapter, adapter.lora_A, -1)
         own[f"{name}.lora_B"] = _unshard(adapter, adapter.lora_B, -2)
     stages = parallel_state.get_pipeline_model_parallel_group()
@@ -73,7 +73,7 @@ def whole_shapes(model_chunks: Sequence[torch.nn.Module]) -> dict[str, list[int]
     """
     own = {
         f"{name}.{factor}": _flat_shape(adapter, dim)
-        for name, adapter in adapters(model_chunks)
+        for name, adapter in named_adapters(model_chunks)
         for factor, dim in (("lora_A", -1), ("lora_B", -2))
     }
     everywhere: list[dict[str, list[int]]] = [{} for _ in range(dist.get_world_size())]
@@ -95,7 +95,7 @@ def load_adapters(
     """
     own = {
         f"{name}.{factor}": (adapter, getattr(adapter, factor), dim)
-        for name, adapter in adapters(model_chunks)
+        for name, adapter in named_adapters(model_chunks)
         for factor, dim in (("lora_A", -1), ("lora_B", -2))
     }
     stages: Any = parallel_state.get_pipeline_model_parallel_group()

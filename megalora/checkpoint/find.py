@@ -1,7 +1,7 @@
 """Which checkpoint a run goes on from: the newest intact one, whatever happened while it was saved.
 
 Megatron writes an iteration's tensors first, then its metadata.json, then (asked by
-`megalora.saving`) integrity.json with the SHA-256 of every file, and the tracker file
+`megalora.checkpoint.save`) integrity.json with the SHA-256 of every file, and the tracker file
 latest_checkpointed_iteration.txt last. A save that was killed therefore leaves the tracker on the
 checkpoint before, or an empty tracker.
 """
@@ -18,7 +18,7 @@ from typing import Any, Literal
 
 import torch.distributed as dist
 
-from megalora.read_checkpoint import read_description
+from megalora.checkpoint.read import read_description
 from megalora.replace import replace_once
 
 OnCorrupt = Literal["previous", "stop"]

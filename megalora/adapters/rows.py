@@ -15,7 +15,7 @@ from megatron.core.dist_checkpointing.mapping import ReplicaId, ShardedTensorFac
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
-from megalora.collectives import group_size
+from megalora.adapters.collectives import group_size
 
 # Megatron's names of the parts, in their order.
 PARTS = ("z", "x", "B", "C", "dt")

@@ -4,8 +4,8 @@ from collections.abc import Sequence
 
 import torch
 
-from megalora.builder import adapters
-from megalora.updates import base_weights, change_base
+from megalora.adapters.updates import base_weights, change_base
+from megalora.builder import named_adapters
 
 
 def merge(model_chunks: Sequence[torch.nn.Module]) -> None:
@@ -27,12 +27,12 @@ def unmerge(model_chunks: Sequence[torch.nn.Module]) -> None:
 
 def check(model_chunks: Sequence[torch.nn.Module]) -> None:
     """Raise ValueError where `merge` would, on this rank."""
-    for _, adapter in adapters(model_chunks):
+    for _, adapter in named_adapters(model_chunks):
         base_weights(adapter)
 
 
 def _change(model_chunks: Sequence[torch.nn.Module], *, sign: float, enabled_before: bool) -> None:
-    found = list(adapters(model_chunks))
+    found = list(named_adapters(model_chunks))
     for name, adapter in found:
         if adapter.enabled != enabled_before:
             what = "merged already" if enabled_before else "not merged"

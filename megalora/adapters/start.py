@@ -6,8 +6,8 @@ import math
 import torch
 from torch import Tensor
 
-from megalora.adapters import LoRAAdapter
-from megalora.collectives import own_shard
+from megalora.adapters.adapter import LoRAAdapter
+from megalora.adapters.collectives import own_shard
 
 
 def reset_parameters(adapter: LoRAAdapter) -> None:

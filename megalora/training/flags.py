@@ -6,8 +6,8 @@ from pathlib import Path
 from typing import Any
 
 from megalora import cpu
-from megalora.auto_lr import add_auto_lr_args
 from megalora.replace import replace_once
+from megalora.training.auto_lr import add_auto_lr_args
 
 
 def add_exchange_args(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
@@ -16,8 +16,8 @@ def add_exchange_args(parser: argparse.ArgumentParser) -> argparse.ArgumentParse
     Also guards what Megatron does right after parsing: it follows --use-checkpoint-args, asks for
     --save-interval, and makes the tokenizer.
     """
-    from megalora.resume import guard_checkpoint_args
-    from megalora.saving import save_last_by_default
+    from megalora.checkpoint.find import guard_checkpoint_args
+    from megalora.checkpoint.save import save_last_by_default
 
     guard_checkpoint_args()
     save_last_by_default()
@@ -124,7 +124,7 @@ def check_checkpoint_args(args: argparse.Namespace) -> None:
 def check_same_optimizer(args: argparse.Namespace, description: Mapping[str, Any]) -> None:
     """Raise ValueError where the states of a checkpoint's optimizer do not fit this run's kind.
 
-    description: of `megalora.read_checkpoint.read_description`.
+    description: of `megalora.checkpoint.read.read_description`.
     """
     stored = description.get("distributed_optimizer")
     if args.no_load_optim or stored in (None, args.use_distributed_optimizer):

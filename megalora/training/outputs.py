@@ -15,7 +15,7 @@ import torch
 import torch.distributed as dist
 
 from megalora.config import LoRAConfig
-from megalora.run_arguments import may_export_to
+from megalora.training.flags import may_export_to
 
 
 @contextlib.contextmanager
@@ -55,7 +55,8 @@ def check_outputs(
 
     All ranks must call it, once the adapters are attached. Warns of what a server would refuse.
     """
-    from megalora import exchange, merging
+    from megalora.adapters import merge
+    from megalora.hf import exchange
 
     if args.export_hf:
         _raise_everywhere(lambda: _check_writable("export_hf", args.export_hf), only=0)
@@ -66,14 +67,14 @@ def check_outputs(
             print(f"WARNING: export_hf: {warning}", flush=True)
     if args.save_merged:
         _raise_everywhere(lambda: _check_writable("save_merged", args.save_merged))
-        _raise_everywhere(lambda: merging.check(model_chunks))
+        _raise_everywhere(lambda: merge.check(model_chunks))
 
 
 def write_outputs(
     model_chunks: Sequence[torch.nn.Module], args: argparse.Namespace, config: LoRAConfig
 ) -> None:
     """Write what --export-hf and --save-merged ask for. All ranks must call it."""
-    from megalora import exchange
+    from megalora.hf import exchange
 
     if args.export_hf:
         exchange.export_model(
@@ -102,7 +103,7 @@ def outputs_have_to_wait(args: argparse.Namespace) -> bool:
 
 def say_how_to_write(args: argparse.Namespace, config: LoRAConfig) -> None:
     """Print, on rank 0, by which commands the outputs come from the checkpoint in --save."""
-    from megalora.resume import read_iteration
+    from megalora.checkpoint.find import read_iteration
 
     if args.rank != 0 or not (args.export_hf or args.save_merged):
         return

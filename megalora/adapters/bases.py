@@ -15,7 +15,7 @@ from megatron.core.transformer.moe.experts import SequentialMLP, TEGroupedMLP
 from megatron.core.transformer.moe.router import TopKRouter
 from torch.distributed import ProcessGroup
 
-from megalora.collectives import group_size
+from megalora.adapters.collectives import group_size
 
 
 class Split(Enum):

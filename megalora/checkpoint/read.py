@@ -12,8 +12,8 @@ from torch.distributed.checkpoint.filesystem import FileSystemReader
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from torch.distributed.checkpoint.state_dict_loader import load
 
+from megalora.adapters.rows import join_parts, whole_key
 from megalora.config import LoRAConfig
-from megalora.parts import join_parts, whole_key
 from megalora.targets import ModelFacts
 
 # Key of the adapters' description in a checkpoint's common state.

@@ -10,18 +10,18 @@ from typing import Any, Literal
 import torch
 import torch.distributed as dist
 
-from megalora.base_weights import changed
-from megalora.checkpoint import gather_adapters, load_adapters, whole_shapes
+from megalora.adapters.merge import merge
+from megalora.adapters.pissa import at_start
+from megalora.adapters.start import draw_uniform
+from megalora.checkpoint.base import changed
+from megalora.checkpoint.read import read_adapter_checkpoint
+from megalora.checkpoint.state import gather_adapters, load_adapters, whole_shapes
 from megalora.config import LoRAConfig
 from megalora.hf.adapters import from_hf, to_hf
 from megalora.hf.families import family_of, read_config
 from megalora.hf.peft import CONFIG_NAME, read_adapter, write_adapter
 from megalora.hf.servers import refusals
 from megalora.hf.shape import ModelShape, refuse_hybrid
-from megalora.init import draw_uniform
-from megalora.merging import merge
-from megalora.pissa import at_start
-from megalora.read_checkpoint import read_adapter_checkpoint
 
 OUTPUT_B = "output_layer_lora.lora_B"
 

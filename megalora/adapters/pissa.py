@@ -11,12 +11,12 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
-from megalora.adapters import LoRAAdapter
-from megalora.bases import Split
-from megalora.collectives import group_size, own_shard, start_gather
-from megalora.parts import in_rank_order, in_whole_order
-from megalora.reference import owners
-from megalora.updates import base_weights, change_base
+from megalora.adapters.adapter import LoRAAdapter
+from megalora.adapters.bases import Split
+from megalora.adapters.collectives import group_size, own_shard, start_gather
+from megalora.adapters.rows import in_rank_order, in_whole_order
+from megalora.adapters.updates import base_weights, change_base
+from megalora.ops.reference import owners
 
 
 def start_from_base(model_chunks: Sequence[torch.nn.Module]) -> None:

@@ -7,11 +7,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megalora.adapters import LoRAAdapter
-from megalora.bases import Split, state
-from megalora.collectives import GatherFactor
-from megalora.contract import LOCAL_ROUTE
-from megalora.layers import Journey, adapt
+from megalora.adapters.adapter import LoRAAdapter
+from megalora.adapters.bases import Split, state
+from megalora.adapters.collectives import GatherFactor
+from megalora.adapters.routes import LOCAL_ROUTE
+from megalora.adapters.sandwich import Call, adapt
 
 
 class GroupedAdapter(LoRAAdapter):
@@ -28,9 +28,9 @@ class GroupedAdapter(LoRAAdapter):
         # From pageable memory, too, a copy that blocks nothing is staged before it returns.
         splits = torch.as_tensor(m_splits, dtype=torch.int64).to(x.device, non_blocking=True)
         offsets = splits.cumsum(0)
-        journey = self._journey(x, offsets)
+        call = self._call(x, offsets)
         return adapt(
-            lambda inner: base_forward(inner, m_splits), x, self.lora_A, self.b_rows(), journey
+            lambda inner: base_forward(inner, m_splits), x, self.lora_A, self.b_rows(), call
         )
 
 
@@ -57,7 +57,7 @@ class SequentialAdapter(LoRAAdapter):
     ) -> Any:
         """Call one expert's linear with its adapter around it."""
         seed = self._seed(state(self.base), x.device)
-        journey = Journey(
+        call = Call(
             ops=self.ops,
             route=LOCAL_ROUTE,
             scale=self.spec.scale,
@@ -65,7 +65,7 @@ class SequentialAdapter(LoRAAdapter):
             dropout=self.config.dropout if seed is not None else 0.0,
             seed=seed,
         )
-        return adapt(base_forward, x, *factors, journey)
+        return adapt(base_forward, x, *factors, call)
 
 
 class SequentialBinding:

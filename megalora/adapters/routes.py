@@ -9,11 +9,11 @@ says what a rank does with its shards and how s [n, r] and its gradient travel.
 from dataclasses import dataclass
 from enum import Enum
 
-from megalora.bases import Split, State
-from megalora.collectives import Exchange
+from megalora.adapters.bases import Split, State
+from megalora.adapters.collectives import Collective
 
 
-class Factor(Enum):
+class FactorUse(Enum):
     """What a rank does with its shard of lora_A or lora_B."""
 
     LOCAL = "used as it is"
@@ -25,34 +25,38 @@ class Factor(Enum):
 class Route:
     """One row of the sharding contract."""
 
-    a: Factor
-    b: Factor
-    forward: Exchange
-    backward: Exchange
+    a: FactorUse
+    b: FactorUse
+    forward: Collective
+    backward: Collective
 
 
 # NOTE: two collectives are not hidden: the gather of A where s itself must travel (column, token
 # shard), and what is left of the reduce-scatter of dA behind the update of dX.
 ROUTES: dict[tuple[Split, State], Route] = {
     (Split.COLUMN, State.TOKEN_SHARD): Route(
-        Factor.SUMMED, Factor.LOCAL, Exchange.ALL_GATHER, Exchange.REDUCE_SCATTER
+        FactorUse.SUMMED, FactorUse.LOCAL, Collective.ALL_GATHER, Collective.REDUCE_SCATTER
     ),
     (Split.COLUMN, State.REPLICATED): Route(
-        Factor.SLICED, Factor.LOCAL, Exchange.NONE, Exchange.ALL_REDUCE
+        FactorUse.SLICED, FactorUse.LOCAL, Collective.NONE, Collective.ALL_REDUCE
     ),
-    (Split.COLUMN, State.PARTIAL): Route(Factor.SUMMED, Factor.LOCAL, Exchange.NONE, Exchange.NONE),
+    (Split.COLUMN, State.PARTIAL): Route(
+        FactorUse.SUMMED, FactorUse.LOCAL, Collective.NONE, Collective.NONE
+    ),
     (Split.ROW, State.TOKEN_SHARD): Route(
-        Factor.LOCAL, Factor.SUMMED, Exchange.REDUCE_SCATTER, Exchange.ALL_GATHER
+        FactorUse.LOCAL, FactorUse.SUMMED, Collective.REDUCE_SCATTER, Collective.ALL_GATHER
     ),
     (Split.ROW, State.REPLICATED): Route(
-        Factor.LOCAL, Factor.SLICED, Exchange.ALL_REDUCE, Exchange.NONE
+        FactorUse.LOCAL, FactorUse.SLICED, Collective.ALL_REDUCE, Collective.NONE
     ),
-    (Split.ROW, State.PARTIAL): Route(Factor.LOCAL, Factor.SUMMED, Exchange.NONE, Exchange.NONE),
+    (Split.ROW, State.PARTIAL): Route(
+        FactorUse.LOCAL, FactorUse.SUMMED, Collective.NONE, Collective.NONE
+    ),
     (Split.DUPLICATED, State.TOKEN_SHARD): Route(
-        Factor.SUMMED, Factor.SUMMED, Exchange.NONE, Exchange.NONE
+        FactorUse.SUMMED, FactorUse.SUMMED, Collective.NONE, Collective.NONE
     ),
     (Split.DUPLICATED, State.REPLICATED): Route(
-        Factor.SLICED, Factor.SLICED, Exchange.NONE, Exchange.NONE
+        FactorUse.SLICED, FactorUse.SLICED, Collective.NONE, Collective.NONE
     ),
 }
-LOCAL_ROUTE = Route(Factor.LOCAL, Factor.LOCAL, Exchange.NONE, Exchange.NONE)
+LOCAL_ROUTE = Route(FactorUse.LOCAL, FactorUse.LOCAL, Collective.NONE, Collective.NONE)

@@ -14,8 +14,8 @@ from typing import Any
 
 import torch.distributed as dist
 
-from megalora.collectives import union
-from megalora.schedule import say_changed
+from megalora.adapters.collectives import union
+from megalora.checkpoint.schedule import say_changed
 
 Groups = list[dict[str, Any]]
 

@@ -1,0 +1,1 @@
+"""The adapters: their parameters and shards, what travels around each base, and how they run."""

@@ -1,0 +1,272 @@
+"""LoRA around a base linear: its routes (`adapters.routes`) for dense and expert layers alike.
+
+t tensor-parallel size, n tokens, i/o in/out features, r rank, c scale.
+
+The adapter sandwiches its base. `BeforeBase` computes s = x Aᵀ as far as possible and starts what
+must travel. `AfterBase` finishes the travel and adds c s Bᵀ in place. In backward the order is
+reversed: AfterBase computes ds and starts its travel, the base computes its own dX, then BeforeBase
+finishes the travel and adds ds A in place into that dX. So every collective but the two named
+beside the routes hides behind the base's GEMM.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.distributed import ProcessGroup
+
+from megalora.adapters.collectives import (
+    Collective,
+    Pending,
+    done,
+    group_size,
+    own_shard,
+    start_collective,
+    start_gather,
+    start_reduce_scatter,
+)
+from megalora.adapters.routes import FactorUse, Route
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Call:
+    """Everything about one call of an adapter but its tensors.
+
+    group: tensor-parallel group of the token tensors; a_group, b_group: groups over which lora_A
+    and lora_B are sharded. a_offsets, b_offsets: token offsets [E] of a grouped factor, None where
+    the factor is one for all tokens. segments: of the columns of y that lora_B (gathered where the
+    route says so) covers. seed: int64 [1] of the dropout mask, None without dropout.
+    a_param, b_param: the factors' parameters where backward adds their gradients to Megatron's
+    main_grad (gradient accumulation fusion), None where autograd gets them.
+    """
+
+    ops: Any
+    route: Route
+    scale: float
+    segments: list[int]
+    group: ProcessGroup | None = None
+    a_group: ProcessGroup | None = None
+    b_group: ProcessGroup | None = None
+    a_offsets: Tensor | None = None
+    b_offsets: Tensor | None = None
+    dropout: float = 0.0
+    seed: Tensor | None = None
+    a_param: torch.nn.Parameter | None = None
+    b_param: torch.nn.Parameter | None = None
+
+
+class _InFlight:
+    """Tensors on their way between BeforeBase and AfterBase, in both directions."""
+
+    __slots__ = ("b", "d_a_factor", "d_b", "ds", "lora_A", "s", "x")
+
+    def __init__(self) -> None:
+        self.x: Tensor | None = None
+        self.lora_A: Tensor | None = None
+        self.s: Pending | None = None
+        self.b: Pending | None = None
+        self.ds: Pending | None = None
+        self.d_a_factor: Pending | None = None
+        self.d_b: Pending | None = None
+
+
+class BeforeBase(torch.autograd.Function):
+    """Before the base: pass x through, compute s, start what travels.
+
+    x: [..., i] as the base reads it. Returns x and an empty anchor that orders AfterBase after it.
+    dgrad: dx += ds A, in place in the base's own dX. wgrad: dA, dB.
+    """
+
+    @staticmethod
+    def forward(  # type: ignore[override]
+        ctx, x: Tensor, lora_A: Tensor, lora_B: Tensor, call: Call, in_flight: _InFlight
+    ) -> tuple[Tensor, Tensor]:
+        ctx.call, ctx.in_flight, ctx.b_shape = call, in_flight, lora_B.shape
+        ctx.save_for_backward(x, lora_A)
+        ctx.set_materialize_grads(False)
+        _start_forward(x, lora_A, lora_B, call, in_flight)
+        passed = x.detach()
+        if not ctx.needs_input_grad[0]:
+            ctx.mark_non_differentiable(passed)
+        return passed, x.new_empty(0)
+
+    @staticmethod
+    def backward(ctx, dx: Tensor | None, _anchor: Tensor | None):  # type: ignore[override]
+        call, in_flight = ctx.call, ctx.in_flight
+        x, lora_A = ctx.saved_tensors
+        assert in_flight.ds is not None
+        ds = in_flight.ds.wait()
+        d_a = _start_a_grad(ds, x, call) if ctx.needs_input_grad[1] else None
+        if ctx.needs_input_grad[0]:
+            full_a = in_flight.d_a_factor.wait() if in_flight.d_a_factor is not None else lora_A
+            dx = _add_to_x_grad(dx, ds, x, full_a, call)
+        d_a = _deliver(d_a, call.a_param, lora_A.shape)
+        d_b = _deliver(in_flight.d_b, call.b_param, ctx.b_shape)
+        in_flight.ds = in_flight.d_a_factor = in_flight.d_b = None
+        return dx, d_a, d_b, None, None
+
+
+class AfterBase(torch.autograd.Function):
+    """After the base: finish what travels, add c s Bᵀ in place into y [..., o].
+
+    dgrad: ds = c dY B, started on its way; dY itself passes on to the base. wgrad: dB, started.
+    """
+
+    @staticmethod
+    def forward(ctx, y: Tensor, anchor: Tensor, call: Call, in_flight: _InFlight) -> Tensor:  # type: ignore[override]
+        s, full_b = _finish_forward(call, in_flight)
+        ctx.call, ctx.in_flight = call, in_flight
+        ctx.save_for_backward(s, full_b)
+        ctx.lora_A = in_flight.lora_A
+        in_flight.x = in_flight.lora_A = in_flight.s = in_flight.b = None
+        call.ops.expand_(y, s, full_b, call.scale, call.b_offsets, call.segments)
+        # A fresh handle: y may be a view that autograd forbids to change in place.
+        return y.detach()
+
+    @staticmethod
+    def backward(ctx, dy: Tensor):  # type: ignore[override]
+        s, full_b = ctx.saved_tensors
+        _start_backward(dy, s, full_b, ctx.lora_A, ctx.call, ctx.in_flight)
+        return dy, dy.new_empty(0), None, None
+
+
+def _add_to_x_grad(dx: Tensor | None, ds: Tensor, x: Tensor, full_a: Tensor, call: Call) -> Tensor:
+    """Add ds A to dx in place; write it in one pass where there is no dx of the base's yet."""
+    if dx is None and call.a_offsets is None and call.dropout == 0.0:
+        return torch.matmul(ds, full_a)
+    if dx is None:
+        dx = torch.zeros_like(x)
+    call.ops.shrink_dgrad_(dx, ds, full_a, call.a_offsets, p=call.dropout, seed=call.seed)
+    return dx
+
+
+def adapt(
+    base_forward: Any, x: Tensor, lora_A: Tensor, lora_B: Tensor, call: Call
+) -> tuple[Tensor, Any]:
+    """Run a base linear with its adapter around it.
+
+    base_forward: callable of x that returns (y, rest). Returns (y + c s Bᵀ, rest).
+    """
+    in_flight = _InFlight()
+    x, anchor = BeforeBase.apply(x, lora_A, lora_B, call, in_flight)  # type: ignore[misc]
+    y, rest = base_forward(x)
+    return AfterBase.apply(y, anchor, call, in_flight), rest  # type: ignore[return-value]
+
+
+def add_update(x: Tensor, y: Tensor, lora_A: Tensor, lora_B: Tensor, call: Call) -> Tensor:
+    """Add an adapter whose input is known only after its base has run: y + c s Bᵀ."""
+    in_flight = _InFlight()
+    _, anchor = BeforeBase.apply(x, lora_A, lora_B, call, in_flight)  # type: ignore[misc]
+    return AfterBase.apply(y, anchor, call, in_flight)  # type: ignore[return-value]
+
+
+def _start_forward(
+    x: Tensor, lora_A: Tensor, lora_B: Tensor, call: Call, in_flight: _InFlight
+) -> None:
+    route = call.route
+    in_flight.x, in_flight.lora_A = x, lora_A
+    gathers_b = route.b is not FactorUse.LOCAL
+    in_flight.b = start_gather(lora_B, -2, call.b_group) if gathers_b else done(lora_B)
+    gathers_a = route.a is not FactorUse.LOCAL
+    a = start_gather(lora_A, -1, call.a_group) if gathers_a else done(lora_A)
+
+    def shrink() -> Tensor:
+        return call.ops.shrink(x, a.wait(), call.a_offsets, p=call.dropout, seed=call.seed)
+
+    # Where s does not travel, the gather of A hides behind the base and s is computed after it.
+    deferred = gathers_a and route.forward is Collective.NONE and group_size(call.a_group) > 1
+    if deferred:
+        in_flight.s = Pending(shrink)
+    else:
+        in_flight.s = start_collective(shrink(), route.forward, call.group)
+
+
+def _finish_forward(call: Call, in_flight: _InFlight) -> tuple[Tensor, Tensor]:
+    assert in_flight.s is not None
+    assert in_flight.b is not None
+    return in_flight.s.wait(), in_flight.b.wait()
+
+
+def _start_backward(
+    dy: Tensor,
+    s: Tensor,
+    full_b: Tensor,
+    lora_A: Tensor,
+    call: Call,
+    in_flight: _InFlight,
+) -> None:
+    ops, route = call.ops, call.route
+    if route.a is not FactorUse.LOCAL:
+        in_flight.d_a_factor = start_gather(lora_A, -1, call.a_group)
+    segments = call.segments
+    how = (call.scale, call.b_offsets, segments)
+    if route.b is FactorUse.SLICED:
+        ds = ops.expand_dgrad(dy, full_b, *how)
+        in_flight.ds = start_collective(ds, route.backward, call.group)
+        in_flight.d_b = _sliced_b_grad(dy, s, full_b, call)
+        return
+    if route.b is FactorUse.LOCAL and call.b_param is not None:
+        main_grad = _main_grad(call.b_param, full_b.shape)
+        ds = ops.expand_backward_(main_grad, dy, s, full_b, *how)
+        in_flight.ds = start_collective(ds, route.backward, call.group)
+        return
+    ds, d_b = ops.expand_backward(dy, s, full_b, *how)
+    in_flight.ds = start_collective(ds, route.backward, call.group)
+    is_summed = route.b is FactorUse.SUMMED
+    in_flight.d_b = start_reduce_scatter(d_b, -2, call.b_group) if is_summed else done(d_b)
+
+
+def _sliced_b_grad(dy: Tensor, s: Tensor, full_b: Tensor, call: Call) -> Pending | None:
+    how = (call.scale, call.b_offsets, call.segments)
+    if call.segments:
+        # A shard may begin within a period of columns: slice the gradient, not dy.
+        d_b = call.ops.expand_wgrad(dy, s, full_b, *how)
+        return done(own_shard(d_b, -2, call.b_group))
+    dy = own_shard(dy, -1, call.b_group)
+    shard = own_shard(full_b, -2, call.b_group)
+    if call.b_param is not None:
+        call.ops.expand_wgrad_(_main_grad(call.b_param, shard.shape), dy, s, *how)
+        return None
+    return done(call.ops.expand_wgrad(dy, s, shard, *how))
+
+
+def _start_a_grad(ds: Tensor, x: Tensor, call: Call) -> Pending | None:
+    route, how = call.route, {"p": call.dropout, "seed": call.seed}
+    if route.a is FactorUse.SLICED and call.dropout > 0.0:
+        # The mask counts elements of the whole x: slice the gradient, not x.
+        d_a = call.ops.shrink_wgrad(ds, x, call.a_offsets, **how)
+        return done(own_shard(d_a, -1, call.a_group).contiguous())
+    if route.a is FactorUse.SLICED:
+        x = own_shard(x, -1, call.a_group)
+    if route.a is not FactorUse.SUMMED and call.a_param is not None:
+        experts = () if call.a_offsets is None else call.a_offsets.shape
+        main_grad = _main_grad(call.a_param, (*experts, ds.shape[-1], x.shape[-1]))
+        call.ops.shrink_wgrad_(main_grad, ds, x, call.a_offsets, **how)
+        return None
+    d_a = call.ops.shrink_wgrad(ds, x, call.a_offsets, **how)
+    if route.a is FactorUse.SUMMED:
+        return start_reduce_scatter(d_a, -1, call.a_group)
+    return done(d_a)
+
+
+def _main_grad(param: torch.nn.Parameter, shape: Sequence[int]) -> Tensor:
+    """Return Megatron's gradient buffer of a parameter in the shape of the factor's rows."""
+    return param.main_grad.view(shape)  # type: ignore[attr-defined]
+
+
+def _deliver(
+    gradient: Pending | None, param: torch.nn.Parameter | None, shape: Sequence[int]
+) -> Tensor | None:
+    """Return what autograd gets: the gradient, or a stand-in where main_grad has it already.
+
+    DDP's hook, which starts the reduction, runs only where autograd has something to accumulate,
+    and drops it where grad_added_to_main_grad is set.
+    """
+    if param is None:
+        return gradient and gradient.wait()
+    if gradient is not None:
+        _main_grad(param, shape).add_(gradient.wait())
+    param.grad_added_to_main_grad = True  # type: ignore[attr-defined]
+    return param.new_empty(shape)

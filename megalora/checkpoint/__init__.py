@@ -1,0 +1,1 @@
+"""Adapter checkpoints: written, found, verified and read on any parallel layout."""

@@ -1,0 +1,1 @@
+"""One training run: its flags, its rates and its outputs."""
