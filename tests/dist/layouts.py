@@ -48,9 +48,7 @@ def over(*layouts: Layout) -> pytest.MarkDecorator:
     """Run a test that takes `layout` over these layouts, each in the world that it needs."""
     return pytest.mark.parametrize(
         "layout",
-        [
-            pytest.param(layout, id=str(layout), marks=world(layout)) for layout in layouts
-        ],
+        [pytest.param(layout, id=str(layout), marks=world(layout)) for layout in layouts],
     )
 
 

@@ -198,7 +198,7 @@ def _separate_norm(key: str) -> str:
 
 
 def _draw(key: str, shape: tuple[int, ...], prepended: int) -> torch.Tensor:
-    """Draw a full tensor: a matrix N(0, 1 / in), norm and skip weights N(1, .1²), biases N(0, .1²)."""
+    """Draw a whole tensor: matrix N(0, 1 / in), norm and skip weights N(1, .1²), bias N(0, .1²)."""
     generator = torch.Generator().manual_seed(zlib.crc32(key.encode()))
     full = torch.randn(shape, generator=generator)
     if len(shape) - prepended >= 2:

@@ -17,7 +17,7 @@ from megatron.core import parallel_state
 from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTensorFactory
 from torch import Tensor
 
-from megalora.builder import named_adapters, apply_lora
+from megalora.builder import apply_lora, named_adapters
 from megalora.checkpoint.state import load_adapters
 from megalora.config import LoRAConfig
 from tests.dist.answers import Answers

@@ -19,14 +19,14 @@ import torch.distributed as dist
 from megatron.core import num_microbatches_calculator, tensor_parallel
 from megatron.training import arguments, global_vars, initialize, training
 
-from megalora.checkpoint import save
 from megalora.arguments import add_lora_args
 from megalora.builder import apply_lora
-from megalora.config import LoRAConfig
-from megalora.training.rates import factor_overrides
+from megalora.checkpoint import save
 from megalora.checkpoint.find import find_on_all_ranks
-from megalora.training.flags import add_exchange_args, check_checkpoint_args
 from megalora.checkpoint.schedule import take_rates
+from megalora.config import LoRAConfig
+from megalora.training.flags import add_exchange_args, check_checkpoint_args
+from megalora.training.rates import factor_overrides
 from tests.dist.cases import KINDS
 from tests.dist.layouts import Layout
 from tests.dist.models import build_model

@@ -292,7 +292,10 @@ def test_a_run_without_a_tokenizer_is_told_what_to_set(monkeypatch: pytest.Monke
     guard_tokenizer()
     guard_tokenizer()
     monkeypatch.setattr(sys, "argv", ["train.py"])
-    remedies = {add_data_args: ", or --byte-tokenizer", lambda parser: parser: "--tokenizer-model DIR$"}
+    remedies = {
+        add_data_args: ", or --byte-tokenizer",
+        lambda parser: parser: "--tokenizer-model DIR$",
+    }
     for add, remedy in remedies.items():
         with pytest.raises(ValueError, match=rf"tokenizer_type is not given: set .*{remedy}"):
             global_vars.build_tokenizer(parse_args(extra_args_provider=add))
@@ -359,7 +362,9 @@ def test_masks_that_no_memory_holds_are_refused() -> None:
     args.packing = False
     check_data_args(args)
     args.context_parallel_size = 2
-    with pytest.raises(ValueError, match=r"needs 2328 GiB .*--context-parallel-size 1 and --no-pack"):
+    with pytest.raises(
+        ValueError, match=r"needs 2328 GiB .*--context-parallel-size 1 and --no-pack"
+    ):
         check_data_args(args)
 
 

@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 import torch
 
-from megalora.builder import named_adapters, apply_lora
+from megalora.builder import apply_lora, named_adapters
 from megalora.config import LoRAConfig
 from tests.dist.layouts import Layout, model_parallel, over
 from tests.dist.models import SEQ_LENGTH, VOCAB_SIZE, build_model

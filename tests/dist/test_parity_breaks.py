@@ -10,10 +10,10 @@ from megatron.core.models.gpt import gpt_model
 from megatron.core.transformer.moe import router
 
 import megalora.adapters.adapter
+import megalora.adapters.sandwich
+import megalora.adapters.start
 import megalora.checkpoint.state
 import megalora.data.batch
-import megalora.adapters.start
-import megalora.adapters.sandwich
 from megalora.adapters.adapter import LoRAAdapter
 from megalora.adapters.bases import Split, State
 from megalora.adapters.collectives import Collective, GatherFactor, group_size, own_shard

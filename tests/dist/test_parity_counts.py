@@ -10,7 +10,7 @@ from megatron.core import parallel_state
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from megalora.builder import named_adapters, apply_lora, set_enabled
+from megalora.builder import apply_lora, named_adapters, set_enabled
 from tests.dist.cases import KINDS, TP2, TP2_SP
 from tests.dist.layouts import Layout, model_parallel, over
 from tests.dist.models import SEQ_LENGTH, build_model

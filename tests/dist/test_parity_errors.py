@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from megalora.builder import named_adapters, apply_lora
+from megalora.builder import apply_lora, named_adapters
 from megalora.checkpoint.state import load_adapters
 from megalora.config import LoRAConfig
 from tests.dist.cases import KINDS

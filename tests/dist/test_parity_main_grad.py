@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 import torch
 
-from megalora.builder import named_adapters, apply_lora
+from megalora.builder import apply_lora, named_adapters
 from megalora.checkpoint.state import load_adapters
 from tests.dist.cases import KINDS, TP2, TP2_SP
 from tests.dist.layouts import Layout, model_parallel, over

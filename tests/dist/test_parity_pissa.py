@@ -6,11 +6,11 @@ import pytest
 import torch
 from torch import Tensor
 
+from megalora.adapters.merge import merge
+from megalora.adapters.pissa import at_start
 from megalora.builder import apply_lora
 from megalora.checkpoint.state import gather_adapters
 from megalora.config import LoRAConfig
-from megalora.adapters.merge import merge
-from megalora.adapters.pissa import at_start
 from tests.dist.cases import ETP2, KINDS, TP2_EP2, TP2_SP
 from tests.dist.layouts import Layout, model_parallel, one_rank, over
 from tests.dist.models import build_model

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from megalora.builder import named_adapters, apply_lora
+from megalora.builder import apply_lora, named_adapters
 from megalora.config import LoRAConfig
 from megalora.recommend import Layout as GpuLayout
 from megalora.recommend import ModelShape, adapter_parameters, gpu_memory, step_flops

@@ -226,4 +226,6 @@ def test_a_checkpoint_without_the_number_of_steps_is_warned_of(
         lose_steps(whole)
         whole.save()
         Resumable(cell, tmp_path).load()
-    assert "WARNING: checkpoint does not say how many steps Adam has taken" in capfd.readouterr().out
+    assert (
+        "WARNING: checkpoint does not say how many steps Adam has taken" in capfd.readouterr().out
+    )
