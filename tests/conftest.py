@@ -8,7 +8,14 @@ import pytest
 from tests.tiny import train
 
 # Workers are given them in this order, before all others: what takes longest must not be last.
-LONGEST = ["test_dist", "test_checkpoint_resume", "test_checkpoint_faults", "test_gpu_check"]
+LONGEST = [
+    "test_dist",
+    "test_checkpoint_resume",
+    "test_checkpoint_faults",
+    "test_gpu_check",
+    "test_launch_examples",
+    "test_types",
+]
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
