@@ -20,7 +20,7 @@ from torch.distributed import ProcessGroup
 from megalora import ops
 from megalora.adapters.bases import Base, Split, State, Style, state
 from megalora.adapters.collectives import group_size, start_gather
-from megalora.adapters.routes import ROUTES, FactorUse, Route
+from megalora.adapters.routes import ROUTES, Route, ShardUse
 from megalora.adapters.rows import sharded_parts
 from megalora.adapters.sandwich import Call, adapt, add_update
 from megalora.config import LoRAConfig
@@ -175,8 +175,8 @@ class LoRAAdapter(torch.nn.Module):
         route = ROUTES[self.base.split, tensor_state]
         # A factor shared over experts is split over the dense group, over which every rank holds
         # a part of its gradient, so its gradient is summed wherever it is used.
-        a = FactorUse.SUMMED if self.spec.shared_a else route.a
-        b = FactorUse.SUMMED if self.spec.shared_b else route.b
+        a = ShardUse.SUMMED if self.spec.shared_a else route.a
+        b = ShardUse.SUMMED if self.spec.shared_b else route.b
         return Route(a, b, route.forward, route.backward)
 
     def _seed(self, tensor_state: State, device: torch.device) -> Tensor | None:

@@ -14,8 +14,8 @@ from torch import Tensor
 from megalora.adapters.adapter import LoRAAdapter
 from megalora.adapters.bases import Split
 from megalora.adapters.collectives import group_size, own_shard, start_gather
+from megalora.adapters.merge import base_weights, change_base
 from megalora.adapters.rows import in_rank_order, in_whole_order
-from megalora.adapters.updates import base_weights, change_base
 from megalora.ops.reference import owners
 
 

@@ -9,7 +9,7 @@ import torch.distributed as dist
 from megalora.adapters.merge import merge, unmerge
 from megalora.adapters.rows import in_rank_order, in_whole_order
 from megalora.builder import apply_lora, named_adapters
-from megalora.checkpoint.state import gather_adapters, load_adapters
+from megalora.checkpoint.gather import gather_adapters, load_adapters
 from megalora.config import LoRAConfig
 from tests.dist.cases import KINDS, TP2, TP2_SP
 from tests.dist.layouts import Layout, model_parallel, one_rank, over

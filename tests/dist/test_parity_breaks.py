@@ -12,12 +12,12 @@ from megatron.core.transformer.moe import router
 import megalora.adapters.adapter
 import megalora.adapters.sandwich
 import megalora.adapters.start
-import megalora.checkpoint.state
+import megalora.checkpoint.gather
 import megalora.data.batch
 from megalora.adapters.adapter import LoRAAdapter
 from megalora.adapters.bases import Split, State
 from megalora.adapters.collectives import Collective, GatherFactor, group_size, own_shard
-from megalora.adapters.routes import ROUTES, FactorUse
+from megalora.adapters.routes import ROUTES, ShardUse
 from tests.dist.answers import Answers
 from tests.dist.cases import (
     BF16,
@@ -132,7 +132,7 @@ def adapters_called_without_their_hooks(patch: pytest.MonkeyPatch) -> None:
 
 
 def parts_of_an_in_proj_taken_for_a_slice(patch: pytest.MonkeyPatch) -> None:
-    patch.setattr(megalora.checkpoint.state, "in_rank_order", lambda rows, sizes, tp_size: rows)
+    patch.setattr(megalora.checkpoint.gather, "in_rank_order", lambda rows, sizes, tp_size: rows)
 
 
 def answers_counted_on_each_rank(patch: pytest.MonkeyPatch) -> None:
@@ -166,7 +166,7 @@ BREAKS: list[tuple[Case, str, Break]] = [
     (
         Case(layout=TP2_SP, note="dA sliced, not summed"),
         "gradient",
-        route(Split.COLUMN, State.TOKEN_SHARD, a=FactorUse.SLICED),
+        route(Split.COLUMN, State.TOKEN_SHARD, a=ShardUse.SLICED),
     ),
     (Case(layout=TP2, note="another rank's slice"), "gradient", slice_of_another_rank),
     *(

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from megalora.adapters.adapter import LoRAAdapter
 from megalora.builder import apply_lora
-from megalora.checkpoint.state import load_adapters
+from megalora.checkpoint.gather import load_adapters
 from megalora.ops.reference import dropout_mask
 from tests.dist.cases import ETP2, KINDS, RECOMPUTED, TP2, TP2_SP
 from tests.dist.layouts import Layout, model_parallel, over
