@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from megalora.adapters.adapter import LoRAAdapter, named_adapters
-from megalora.adapters.bases import Style
+from megalora.adapters.rows import join_projections, split_projections
 
 
 def merge(model_chunks: Sequence[torch.nn.Module]) -> None:
@@ -37,12 +37,7 @@ def base_weights(adapter: LoRAAdapter) -> list[Tensor]:
 
     Raises ValueError where one is shared (tied embeddings) or quantized.
     """
-    base = adapter.base
-    if base.style is Style.GROUPED and hasattr(base.module, "local_experts"):
-        leaf = adapter.spec.name.rpartition(".")[2]
-        weights = [getattr(expert, leaf).weight for expert in base.module.local_experts]
-    else:
-        weights = base.weights()
+    weights = adapter.base.weights()
     for weight in weights:
         # The last pipeline stage has a copy of the first one's embedding, which alone is saved.
         if getattr(weight, "shared_embedding", False):
@@ -63,24 +58,14 @@ def change_base(adapter: LoRAAdapter, *, sign: float) -> None:
 
 def _updates(adapter: LoRAAdapter) -> list[Tensor]:
     """Return c B A in fp32 for each local weight of the base, [o/split, i/split]."""
-    a, b = (factor.float() for factor in adapter.full_factors())
-    num = max(1, adapter.base.num_experts)
-    a_list = a.unbind(0) if adapter.a_experts else (a,) * num
-    b_list = b.unbind(0) if adapter.b_experts else (b,) * num
-    segments = adapter.segments()
-    return [
-        adapter.spec.scale * _product(a, b, segments) for a, b in zip(a_list, b_list, strict=True)
-    ]
+    segments, scale = adapter.segments(), adapter.spec.scale
+    return [scale * _product(a.float(), b.float(), segments) for a, b in adapter.full_pairs()]
 
 
 def _product(a: Tensor, b: Tensor, segments: list[int]) -> Tensor:
     """Return B A where each block of B's rows meets its projection's rows of A."""
-    if not segments:
-        return b @ a
-    rank = b.shape[1]
-    periods = b.view(-1, sum(segments), rank)
-    blocks = zip(periods.split(segments, 1), a.split(rank, 0), strict=True)
-    return torch.cat([b_block @ a_block for b_block, a_block in blocks], 1).flatten(0, 1)
+    own = zip(split_projections(b, segments), a.split(b.shape[1]), strict=True)
+    return join_projections([b_rows @ a_rows for b_rows, a_rows in own], segments)
 
 
 def _change(model_chunks: Sequence[torch.nn.Module], *, sign: float, enabled_before: bool) -> None:

@@ -96,8 +96,12 @@ def check_same_adapters(stored: Mapping[str, Any], given: Mapping[str, Any]) -> 
 
     Fields that may change between runs (dropout, learning rates, epsilons, backend) are ignored.
     """
-    fixed = ("rank", "alpha", "targets", "expert_rank", "expert_mode", "shared_a", "rslora", "init")
-    ours, theirs = given["config"], stored["config"]
+    fixed = (
+        *("kind", "rank", "alpha", "targets", "expert_rank", "expert_mode", "shared_a"),
+        *("rslora", "init"),
+    )
+    # Checkpoints from before a field was made have its default.
+    ours, theirs = (LoRAConfig.from_dict(one["config"]).to_dict() for one in (given, stored))
     wrong = [
         f"lora_{name} is {ours[name]!r} but the checkpoint has {theirs[name]!r}"
         for name in fixed

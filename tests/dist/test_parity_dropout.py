@@ -145,7 +145,7 @@ def _whole(shard: Tensor, dim: int, size: int) -> Tensor:
 
 def _expand(s: Tensor, b: Tensor, adapter: Any) -> Tensor:
     """Return s Bᵀ, projections taken from linear_qkv's periods."""
-    rank, segments = adapter.spec.rank, adapter.spec.segments
+    rank, segments = adapter.spec.rank, adapter.spec.rows.period
     if not segments:
         return s @ b.T
     row_projection = torch.arange(len(segments)).repeat_interleave(torch.tensor(segments))
