@@ -37,6 +37,7 @@ def add_lora_args(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
     add("--lora-eps-a", type=float, help="Adam epsilon of A (default: --adam-eps)")
     add("--lora-eps-b", type=float, help="Adam epsilon of B (default: --adam-eps)")
     add("--lora-ops", choices=get_args(OpsBackend), help="default fused")
+    add("--lora-kind", help="kind of adapter, one of megalora.adapters.kinds (default lora)")
     return parser
 
 

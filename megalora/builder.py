@@ -8,20 +8,20 @@ import torch.distributed as dist
 from megatron.core import parallel_state
 from megatron.core.models.common.embeddings.language_model_embedding import LanguageModelEmbedding
 from megatron.core.ssm.mamba_layer import MambaLayer
-from megatron.core.transformer.moe.experts import SequentialMLP
+from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.transformer_layer import TransformerLayer
 from torch.distributed import ProcessGroup
 
 from megalora.adapters import pissa
-from megalora.adapters.adapter import LinearAdapter, LoRAAdapter, bind, named_adapters
-from megalora.adapters.bases import Base, Style, describe, describe_sequential, refusal
+from megalora.adapters.adapter import LoRAAdapter, named_adapters
+from megalora.adapters.bases import Base, base_linears, refusal
 from megalora.adapters.collectives import group_size, union
-from megalora.adapters.experts import GroupedAdapter, SequentialAdapter, bind_sequential
-from megalora.adapters.rows import is_mamba_mixer, part_sizes
-from megalora.adapters.start import reset_parameters
+from megalora.adapters.rows import parts_of
+from megalora.adapters.styles import ADAPTERS
 from megalora.checkpoint.state import install_checkpointing
 from megalora.config import LoRAConfig
 from megalora.targets import (
+    ADAPTER_SUFFIX,
     MAMBA,
     ModelFacts,
     check_all_matched,
@@ -125,23 +125,14 @@ def _check_unwrapped(chunk: torch.nn.Module) -> None:
 
 
 def _candidates(chunk: torch.nn.Module) -> Iterator[_Candidate]:
-    modules = dict(chunk.named_modules())
     layer_numbers = {
         name: module.layer_number
-        for name, module in modules.items()
+        for name, module in chunk.named_modules()
         if isinstance(module, TransformerLayer | MambaLayer) and name.startswith("decoder.")
     }
-    for name, module in modules.items():
-        whole = global_name(name, layer_numbers)
-        if isinstance(module, SequentialMLP):
-            for leaf in ("linear_fc1", "linear_fc2"):
-                base = describe_sequential(module, leaf)
-                yield _Candidate(f"{whole}.{leaf}", base, module)
-            continue
-        if ".local_experts." in name or name == "":
-            continue
-        if (base := describe(module)) is not None:
-            yield _Candidate(whole, base, modules[name.rpartition(".")[0]])
+    for name, base in base_linears(chunk):
+        parent = chunk.get_submodule(name.rpartition(".")[0])
+        yield _Candidate(global_name(name, layer_numbers), base, parent)
 
 
 def _make_adapters(
@@ -156,20 +147,14 @@ def _make_adapters(
 
 
 def _attach(pairs: list[tuple[_Candidate, LoRAAdapter]]) -> None:
-    sequential: dict[torch.nn.Module, dict[str, SequentialAdapter]] = {}
     for candidate, adapter in pairs:
-        reset_parameters(adapter)
-        candidate.parent.add_module(candidate.leaf + "_lora", adapter)
-        if isinstance(adapter, SequentialAdapter):
-            sequential.setdefault(candidate.parent, {})[candidate.leaf] = adapter
-        else:
-            bind(adapter)
-    for adapters_of_experts in sequential.values():
-        bind_sequential(adapters_of_experts)
+        adapter.reset_parameters()
+        candidate.parent.add_module(candidate.leaf + ADAPTER_SUFFIX, adapter)
+        adapter.bind()
 
 
 def _make_adapter(
-    candidate: _Candidate, config: LoRAConfig, facts: ModelFacts, model_config: Any
+    candidate: _Candidate, config: LoRAConfig, facts: ModelFacts, model_config: TransformerConfig
 ) -> LoRAAdapter:
     base = candidate.base
     spec = plan(
@@ -178,15 +163,11 @@ def _make_adapter(
         config,
         facts,
         is_expert=base.is_expert,
-        parts=part_sizes(candidate.parent) if candidate.leaf == "in_proj" else (),
+        parts=parts_of(candidate.parent) if candidate.leaf == "in_proj" else None,
     )
-    if isinstance(base.module, SequentialMLP):
-        kind = SequentialAdapter
-    else:
-        kind = GroupedAdapter if base.style is Style.GROUPED else LinearAdapter
     weight = next(base.module.parameters(), None)
     device = torch.device(torch.cuda.current_device()) if weight is None else weight.device
-    return kind(
+    return ADAPTERS[base.style](
         base,
         spec,
         config,
@@ -207,7 +188,7 @@ def _process_group(group: Any) -> ProcessGroup | None:
 
 def _refuse_bypasses(chunk: torch.nn.Module, chosen: list[_Candidate]) -> None:
     for candidate in chosen:
-        if candidate.leaf in MAMBA and not is_mamba_mixer(candidate.parent):
+        if candidate.leaf in MAMBA and parts_of(candidate.parent) is None:
             raise ValueError(
                 f"lora_targets select {candidate.name} of {type(candidate.parent).__name__}: of "
                 f"{' and '.join(MAMBA)}, only Mamba-2's (MambaMixer) have adapters; use "
@@ -234,7 +215,7 @@ def _make_embedding_require_grad(chunk: Any) -> None:
     then drop the gradients of everything inside, mostly without an error.
     """
     has_adapters = any(
-        not name.startswith("output_layer_lora") for name, _ in named_adapters([chunk])
+        not name.startswith("output_layer" + ADAPTER_SUFFIX) for name, _ in named_adapters([chunk])
     )
     # The schedule plan runs backward through every layer, adapted or not.
     if not has_adapters and not chunk.config.overlap_moe_expert_parallel_comm:

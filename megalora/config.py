@@ -29,6 +29,7 @@ class LoRAConfig:
     lr_ratio: learning rate of B over that of A.
     eps_a, eps_b: Adam's epsilon for A and for B; None means the optimizer's own.
     ops: `fused` C++/CUDA kernels, or `reference` in plain torch for debugging.
+    kind: which factors an adapter has, an entry of `megalora.adapters.kinds.KINDS`.
     """
 
     rank: int
@@ -45,6 +46,7 @@ class LoRAConfig:
     eps_a: float | None = None
     eps_b: float | None = None
     ops: OpsBackend = "fused"
+    kind: str = "lora"
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "targets", tuple(self.targets))

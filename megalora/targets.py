@@ -1,7 +1,8 @@
 """Which modules get which adapter: pure planning, without process groups or tensors."""
 
+import itertools
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 
@@ -28,6 +29,8 @@ PRESETS: dict[str, tuple[str, ...]] = {
     "unembed": ("output_layer",),
     "all": (*ATTENTION, *MLP, *MAMBA, "output_layer"),
 }
+# Behind the name of its base in an adapter's.
+ADAPTER_SUFFIX = "_lora"
 ADAPTABLE = (*PRESETS["all"], "router", "eh_proj")
 
 
@@ -52,38 +55,86 @@ class ModelFacts:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Rows:
+    """How the rows of an output [o, ...] are ordered, whole and on a tensor-parallel rank.
+
+    What it means for tensors is in `adapters.rows`.
+
+    blocks: sizes of the blocks that the whole consists of; a rank owns a part of each, one after
+        the other: gate and up of a gated linear, the parts of Mamba's in_proj, else one block.
+    names: the blocks' names where a checkpoint stores each by itself; blocks without names are of
+        one size, and a checkpoint stores them as one tensor with a dimension for them.
+    period: sizes of one period of rows, block p of every period belonging to projection p; empty
+        where one A serves all rows.
+    padded: the last rows are padding, whose number follows the tensor-parallel size.
+    """
+
+    blocks: tuple[int, ...]
+    names: tuple[str, ...] = ()
+    period: tuple[int, ...] = ()
+    padded: bool = False
+
+    @property
+    def size(self) -> int:
+        """Number of rows of the whole."""
+        return sum(self.blocks)
+
+    @property
+    def num_projections(self) -> int:
+        """Number of Hugging Face projections that own rows."""
+        return max(1, len(self.period))
+
+    def segments(self, tp_rank: int, tp_size: int) -> list[int]:
+        """Return the sizes of one period of a rank's rows, empty where one A serves them all.
+
+        Whole periods where a rank owns some; else the part of its one period that a rank owns
+        (fewer query groups than ranks). Raises ValueError where its rows cross two periods.
+        """
+        if len(self.blocks) > 1:
+            return [size // tp_size for size in self.period]
+        period, width = sum(self.period), self.size // tp_size
+        if not period or width % period == 0:
+            return list(self.period)
+        start = tp_rank * width % period
+        if start + width > period:
+            raise ValueError(
+                f"{width} output columns of rank {tp_rank} cross a query group of {period} "
+                "columns: use a tensor-parallel size that divides num_query_groups or is a "
+                "multiple of it"
+            )
+        ends = list(itertools.accumulate(self.period))
+        return [
+            max(0, min(start + width, end) - max(start, end - size))
+            for size, end in zip(self.period, ends, strict=True)
+        ]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class AdapterSpec:
     """The form of one adapter, sizes global.
 
     name: global module name of the base, such as `decoder.layers.3.mlp.linear_fc1`.
-    rank: rank r of one projection; lora_A stacks num_projections of them.
-    segments: sizes of one period of output columns, block p belonging to projection p; empty
-        where one A serves all columns.
-    gated: output is [gate; up], of which a rank owns [gate_k; up_k].
-    parts: sizes of blocks of output rows of which a rank owns a part each (`adapters.rows`);
-        empty where a rank owns a slice of the whole.
+    rank: rank r of one projection; lora_A stacks those of all projections.
+    rows: of the output.
     shared_a, shared_b: the factor is one over all experts (`shared_outer`).
     """
 
     name: str
     rank: int
     scale: float
-    num_projections: int = 1
-    segments: tuple[int, ...] = ()
-    gated: bool = False
-    parts: tuple[int, ...] = ()
+    rows: Rows
     shared_a: bool = False
     shared_b: bool = False
 
     @property
-    def adapter_name(self) -> str:
-        """Global name of the adapter, a sibling of its base."""
-        return self.name + "_lora"
+    def num_projections(self) -> int:
+        """Number of Hugging Face projections that the base fuses, each with an A of its own."""
+        return self.rows.num_projections
 
     @property
-    def is_unembedding(self) -> bool:
-        """Whether its output columns are the vocabulary, padding included."""
-        return self.name.endswith("output_layer")
+    def adapter_name(self) -> str:
+        """Global name of the adapter, a sibling of its base."""
+        return self.name + ADAPTER_SUFFIX
 
 
 def matching_target(name: str, targets: Iterable[str]) -> str | None:
@@ -137,54 +188,45 @@ def plan(
     facts: ModelFacts,
     *,
     is_expert: bool,
-    parts: tuple[int, ...] = (),
+    parts: Mapping[str, int] | None = None,
 ) -> AdapterSpec:
-    """Return the form of the adapter of the base linear with this global name."""
+    """Return the form of the adapter of the base linear with this global name.
+
+    parts: names and sizes of the blocks of output rows, where these have names.
+    """
     leaf = name.rpartition(".")[2]
     rank = config.resolve_expert_rank(facts.moe_router_topk) if is_expert else config.rank
-    gated = leaf == "linear_fc1" and facts.gated_linear_unit
-    segments = () if config.shared_a else _segments(leaf, out_features, facts, gated=gated)
+    gated = is_gated(name, facts)
+    blocks = (out_features // 2,) * 2 if gated else (out_features,)
+    rows = Rows(
+        blocks=tuple(parts.values()) if parts else blocks,
+        names=tuple(parts or ()),
+        period=() if config.shared_a else _period(leaf, blocks, facts),
+        padded=leaf == "output_layer",
+    )
     shared = is_expert and config.expert_mode == "shared_outer"
     return AdapterSpec(
         name=name,
         rank=rank,
         scale=config.scale(rank),
-        num_projections=max(1, len(segments)),
-        segments=segments,
-        gated=gated,
-        parts=parts,
+        rows=rows,
         shared_a=shared and leaf == "linear_fc1",
         shared_b=shared and leaf == "linear_fc2",
     )
 
 
-def local_segments(
-    segments: tuple[int, ...], out_features: int, *, gated: bool, tp_rank: int, tp_size: int
-) -> list[int]:
-    """Return the segments of one rank's output columns.
+def is_gated(name: str, facts: ModelFacts) -> bool:
+    """Say whether the output of the base linear with this name is [gate; up]."""
+    return facts.gated_linear_unit and name.rpartition(".")[2] == "linear_fc1"
 
-    Whole periods where a rank owns some; else the part of its one period that a rank owns (fewer
-    query groups than ranks).
-    """
-    if not segments:
-        return []
-    if gated:
-        return [size // tp_size for size in segments]
-    period, width = sum(segments), out_features // tp_size
-    if width % period == 0:
-        return list(segments)
-    start = tp_rank * width % period
-    if start + width > period:
-        raise ValueError(
-            f"{width} output columns of rank {tp_rank} cross a query group of {period} columns: "
-            "use a tensor-parallel size that divides num_query_groups or is a multiple of it"
-        )
-    sizes, begin = [], 0
-    for size in segments:
-        overlap = min(start + width, begin + size) - max(start, begin)
-        sizes.append(max(0, overlap))
-        begin += size
-    return sizes
+
+def qkv_period(
+    num_attention_heads: int, num_query_groups: int, kv_channels: int, *, output_gate: bool = False
+) -> tuple[int, int, int]:
+    """Return the rows of q, k and v of one query group of linear_qkv, which repeats them."""
+    heads = num_attention_heads // num_query_groups
+    # An output gate's rows belong to the query projection.
+    return heads * kv_channels * (2 if output_gate else 1), kv_channels, kv_channels
 
 
 def global_name(name: str, layer_numbers: dict[str, int]) -> str:
@@ -198,16 +240,18 @@ def global_name(name: str, layer_numbers: dict[str, int]) -> str:
     return f"{found.group(1)}.{layer_numbers[found.group(0)] - 1}{name[found.end() :]}"
 
 
-def _segments(leaf: str, out_features: int, facts: ModelFacts, *, gated: bool) -> tuple[int, ...]:
-    if gated:
-        return (out_features // 2, out_features // 2)
+def _period(leaf: str, blocks: tuple[int, ...], facts: ModelFacts) -> tuple[int, ...]:
+    if len(blocks) > 1:
+        return blocks
     if leaf == "linear_qkv":
-        heads = facts.num_attention_heads // facts.num_query_groups
-        # An output gate's rows belong to the query projection.
-        query = heads * facts.kv_channels * (2 if facts.attention_output_gate else 1)
-        return (query, facts.kv_channels, facts.kv_channels)
+        return qkv_period(
+            facts.num_attention_heads,
+            facts.num_query_groups,
+            facts.kv_channels,
+            output_gate=facts.attention_output_gate,
+        )
     if leaf == "linear_kv":
         return (facts.kv_channels, facts.kv_channels)
     if leaf == "linear_qkv_down_proj":
-        return (facts.q_lora_rank, out_features - facts.q_lora_rank)
+        return (facts.q_lora_rank, sum(blocks) - facts.q_lora_rank)
     return ()

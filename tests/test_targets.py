@@ -9,10 +9,10 @@ from megalora.config import LoRAConfig
 from megalora.targets import (
     AdapterSpec,
     ModelFacts,
+    Rows,
     check_all_matched,
     check_targets,
     global_name,
-    local_segments,
     matching_target,
     plan,
 )
@@ -78,29 +78,29 @@ def test_a_model_without_linears_is_an_error() -> None:
 
 
 def test_each_hugging_face_projection_has_its_own_a() -> None:
-    assert spec(QKV, 128).segments == (16, 8, 8)
+    assert spec(QKV, 128).rows == Rows(blocks=(128,), period=(16, 8, 8))
     assert spec(QKV, 128).num_projections == 3
-    assert spec(FC1, 96).segments == (48, 48)
-    assert spec(FC1, 96).gated
+    assert spec(FC1, 96).rows == Rows(blocks=(48, 48), period=(48, 48))
     assert spec(FC2, 32).num_projections == 1
-    assert spec("output_layer", 64).segments == ()
+    assert spec("output_layer", 64).rows == Rows(blocks=(64,), padded=True)
 
 
 def test_one_a_for_a_fused_linear_on_request() -> None:
     shared = spec(QKV, 128, shared_a=True)
-    assert (shared.segments, shared.num_projections) == ((), 1)
-    assert spec(FC1, 96, shared_a=True).gated, "its output is still split as gate and up"
+    assert (shared.rows.period, shared.num_projections) == ((), 1)
+    gated = spec(FC1, 96, shared_a=True).rows
+    assert gated == Rows(blocks=(48, 48)), "its output is still split as gate and up"
 
 
 def test_rows_of_an_output_gate_belong_to_the_query() -> None:
     facts = dataclasses.replace(FACTS, attention_output_gate=True)
     gated = plan(QKV, 192, LoRAConfig(rank=4), facts, is_expert=False)
-    assert gated.segments == (32, 8, 8)
+    assert gated.rows.period == (32, 8, 8)
 
 
 def test_the_joint_down_projection_of_latent_attention_has_two_projections() -> None:
     name = f"{LAYER}.self_attention.linear_qkv_down_proj"
-    assert spec(name, 40).segments == (16, 24)
+    assert spec(name, 40).rows.period == (16, 24)
 
 
 def test_experts_share_the_rank_of_one_token() -> None:
@@ -120,9 +120,8 @@ def test_shared_outer_shares_the_outer_factors() -> None:
 
 @pytest.mark.parametrize("tp_size", [1, 2, 4])
 def test_ranks_with_whole_query_groups_repeat_the_period(tp_size: int) -> None:
-    for tp_rank in range(tp_size):
-        local = local_segments((16, 8, 8), 128, gated=False, tp_rank=tp_rank, tp_size=tp_size)
-        assert local == [16, 8, 8]
+    rows = Rows(blocks=(128,), period=(16, 8, 8))
+    assert all(rows.segments(tp_rank, tp_size) == [16, 8, 8] for tp_rank in range(tp_size))
 
 
 @pytest.mark.parametrize(("groups", "tp_size"), [(1, 2), (1, 4), (2, 4), (2, 8), (4, 4)])
@@ -131,18 +130,18 @@ def test_ranks_with_parts_of_a_query_group_own_every_column_once(groups: int, tp
     whole = [p for _ in range(groups) for p, size in enumerate(period) for _ in range(size)]
     columns: list[int] = []
     for tp_rank in range(tp_size):
-        local = local_segments(period, 48 * groups, gated=False, tp_rank=tp_rank, tp_size=tp_size)
+        local = Rows(blocks=(48 * groups,), period=period).segments(tp_rank, tp_size)
         columns += [p for p, size in enumerate(local) for _ in range(size)]
     assert columns == whole
 
 
 def test_columns_across_query_groups_are_refused() -> None:
     with pytest.raises(ValueError, match="cross a query group of 48 columns"):
-        local_segments((32, 8, 8), 48 * 2, gated=False, tp_rank=1, tp_size=3)
+        Rows(blocks=(48 * 2,), period=(32, 8, 8)).segments(1, 3)
 
 
 def test_a_rank_of_a_gated_linear_owns_a_part_of_gate_and_of_up() -> None:
-    assert local_segments((48, 48), 96, gated=True, tp_rank=1, tp_size=4) == [12, 12]
+    assert Rows(blocks=(48, 48), period=(48, 48)).segments(1, 4) == [12, 12]
 
 
 def test_layer_numbers_become_global() -> None:

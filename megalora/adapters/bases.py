@@ -1,10 +1,12 @@
 """What Megatron's linears look like to an adapter: one description for every backend.
 
-Nothing here wraps a base layer. `describe` says how a module's weight is split and how large it is;
+Nothing here wraps a base layer. `describe` says how a module's weight is split and how large it is,
+by a table that has an entry for each kind of base (how it is called is in `adapters.styles`);
 `state` reads, at run time, in which state the token tensors around it are.
 """
 
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
 from enum import Enum
 from typing import Any, cast
 
@@ -40,6 +42,7 @@ class Style(Enum):
     LINEAR = "linear"
     LAYERNORM_LINEAR = "linear with a fused layer norm before it"
     GROUPED = "grouped linear"
+    SEQUENTIAL = "linear of experts that are called one by one"
     ROUTER = "router"
 
 
@@ -47,7 +50,8 @@ class Style(Enum):
 class Base:
     """A base linear W [out_features, in_features], sizes global, split over `group`.
 
-    num_experts: local experts of a grouped linear, 0 for a dense one.
+    num_experts: local experts of their linear, 0 for a dense one. linears: those of experts that
+    are called one by one, `module` being what calls them.
     """
 
     module: Any
@@ -58,6 +62,7 @@ class Base:
     out_features: int
     num_experts: int = 0
     is_expert: bool = False
+    linears: tuple[torch.nn.Module, ...] = ()
 
     @property
     def tp_size(self) -> int:
@@ -71,6 +76,8 @@ class Base:
 
     def weights(self) -> list[torch.Tensor]:
         """Return the local weights: one, or one for each local expert."""
+        if self.linears:
+            return [linear.get_parameter("weight") for linear in self.linears]
         if self.num_experts == 0:
             weight = self.module.weight
             if weight is None:
@@ -92,35 +99,23 @@ _TE_GROUPED_COLUMN: tuple[Any, ...] = (te.TEColumnParallelGroupedLinear,) if _TE
 _TE_ALL = _TE_LAYERNORM + _TE_COLUMN + _TE_ROW + _TE_LINEAR
 
 
-def describe(module: Any) -> Base | None:
-    """Describe a module as a base linear; None where it is something else."""
-    if isinstance(module, _TE_GROUPED):
-        return _describe_te_grouped(module)
-    if isinstance(module, _TE_ALL):
-        return _describe_te(module)
-    if isinstance(module, ColumnParallelLinear | RowParallelLinear):
-        return _describe_megatron(module)
-    if isinstance(module, TopKRouter):
-        out_features, in_features = module.weight.shape
-        group = cast(Any, module.tp_group)
-        return Base(module, Split.DUPLICATED, Style.ROUTER, group, in_features, out_features)
-    return None
+def base_linears(root: torch.nn.Module) -> Iterator[tuple[str, Base]]:
+    """Yield all base linears of a module with their names; experts' are one for all of them."""
+    inner: set[torch.nn.Module] = set()
+    for name, module in root.named_modules():
+        if module in inner:
+            continue
+        for leaf, base in describe(module).items():
+            yield f"{name}.{leaf}".strip("."), base
+            inner |= set(module.modules())
 
 
-def describe_sequential(experts: SequentialMLP, name: str) -> Base:
-    """Describe linear `name` of all local experts of a SequentialMLP as one grouped linear."""
-    first = describe(getattr(experts.local_experts[0], name))
-    assert first is not None
-    return Base(
-        experts,
-        first.split,
-        Style.GROUPED,
-        first.group,
-        first.in_features,
-        first.out_features,
-        num_experts=len(experts.local_experts),
-        is_expert=True,
-    )
+def describe(module: torch.nn.Module) -> dict[str, Base]:
+    """Describe the base linears that a module is, or whose calls it makes, by name inside it."""
+    for kinds, describe_one in _DESCRIPTIONS:
+        if isinstance(module, kinds):
+            return describe_one(module)
+    return {}
 
 
 def state(base: Base) -> State:
@@ -163,18 +158,44 @@ def refusal(module: Any) -> str | None:
     return None
 
 
-def _describe_megatron(module: Any) -> Base:
-    column = isinstance(module, ColumnParallelLinear)
-    if not column and not module.input_is_parallel:
+def _by_itself(describe_one: Callable[[Any], Base]) -> Callable[[Any], dict[str, Base]]:
+    return lambda module: {"": describe_one(module)}
+
+
+def _describe_sequential(experts: SequentialMLP) -> dict[str, Base]:
+    """Describe each linear of all local experts as one grouped linear."""
+    return {name: _of_all_experts(experts, name) for name in ("linear_fc1", "linear_fc2")}
+
+
+def _of_all_experts(experts: SequentialMLP, name: str) -> Base:
+    linears = tuple(getattr(expert, name) for expert in experts.local_experts)
+    return replace(
+        describe(linears[0])[""],
+        module=experts,
+        style=Style.SEQUENTIAL,
+        num_experts=len(linears),
+        is_expert=True,
+        linears=linears,
+    )
+
+
+def _describe_router(module: TopKRouter) -> Base:
+    out_features, in_features = module.weight.shape
+    group = cast(ProcessGroup, module.tp_group)
+    return Base(module, Split.DUPLICATED, Style.ROUTER, group, in_features, out_features)
+
+
+def _describe_megatron(module: ColumnParallelLinear | RowParallelLinear) -> Base:
+    if isinstance(module, RowParallelLinear) and not module.input_is_parallel:
         raise ValueError(
             "RowParallelLinear with input_is_parallel=False has no adapter: "
             "build it with input_is_parallel=True or leave it out of lora_targets"
         )
     return Base(
         module,
-        Split.COLUMN if column else Split.ROW,
+        Split.ROW if isinstance(module, RowParallelLinear) else Split.COLUMN,
         Style.LINEAR,
-        cast(Any, module.tp_group),
+        cast(ProcessGroup, module.tp_group),
         module.input_size,
         module.output_size,
         is_expert=module.is_expert,
@@ -215,3 +236,13 @@ def _describe_te_grouped(module: Any) -> Base:
         num_experts=module.num_gemms,
         is_expert=True,
     )
+
+
+# The first that fits: TransformerEngine's classes are each other's parents.
+_DESCRIPTIONS: tuple[tuple[tuple[type, ...], Callable[[Any], dict[str, Base]]], ...] = (
+    (_TE_GROUPED, _by_itself(_describe_te_grouped)),
+    (_TE_ALL, _by_itself(_describe_te)),
+    ((ColumnParallelLinear, RowParallelLinear), _by_itself(_describe_megatron)),
+    ((SequentialMLP,), _describe_sequential),
+    ((TopKRouter,), _by_itself(_describe_router)),
+)

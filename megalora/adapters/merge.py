@@ -3,9 +3,10 @@
 from collections.abc import Sequence
 
 import torch
+from torch import Tensor
 
-from megalora.adapters.updates import base_weights, change_base
-from megalora.builder import named_adapters
+from megalora.adapters.adapter import LoRAAdapter, named_adapters
+from megalora.adapters.rows import join_projections, split_projections
 
 
 def merge(model_chunks: Sequence[torch.nn.Module]) -> None:
@@ -29,6 +30,42 @@ def check(model_chunks: Sequence[torch.nn.Module]) -> None:
     """Raise ValueError where `merge` would, on this rank."""
     for _, adapter in named_adapters(model_chunks):
         base_weights(adapter)
+
+
+def base_weights(adapter: LoRAAdapter) -> list[Tensor]:
+    """Return the local base weights that an adapter adds to, one for each local expert.
+
+    Raises ValueError where one is shared (tied embeddings) or quantized.
+    """
+    weights = adapter.base.weights()
+    for weight in weights:
+        # The last pipeline stage has a copy of the first one's embedding, which alone is saved.
+        if getattr(weight, "shared_embedding", False):
+            raise ValueError(f"base weight of {adapter.spec.name} is shared: embeddings are tied")
+        if not weight.is_floating_point() or weight.element_size() < 2:
+            raise ValueError(
+                f"base weight of {adapter.spec.name} is {weight.dtype}: changing it needs 16 bits"
+            )
+    return weights
+
+
+@torch.no_grad()
+def change_base(adapter: LoRAAdapter, *, sign: float) -> None:
+    """Add sign * c B A to every local base weight, computed in fp32 and rounded once."""
+    for weight, update in zip(base_weights(adapter), _updates(adapter), strict=True):
+        weight.copy_(weight.float().add_(update, alpha=sign))
+
+
+def _updates(adapter: LoRAAdapter) -> list[Tensor]:
+    """Return c B A in fp32 for each local weight of the base, [o/split, i/split]."""
+    segments, scale = adapter.segments(), adapter.spec.scale
+    return [scale * _product(a.float(), b.float(), segments) for a, b in adapter.full_pairs()]
+
+
+def _product(a: Tensor, b: Tensor, segments: list[int]) -> Tensor:
+    """Return B A where each block of B's rows meets its projection's rows of A."""
+    own = zip(split_projections(b, segments), a.split(b.shape[1]), strict=True)
+    return join_projections([b_rows @ a_rows for b_rows, a_rows in own], segments)
 
 
 def _change(model_chunks: Sequence[torch.nn.Module], *, sign: float, enabled_before: bool) -> None:

@@ -13,10 +13,9 @@ from torch import Tensor
 
 from megalora.adapters.adapter import LoRAAdapter
 from megalora.adapters.bases import Split
-from megalora.adapters.collectives import group_size, own_shard, start_gather
-from megalora.adapters.rows import in_rank_order, in_whole_order
-from megalora.adapters.updates import base_weights, change_base
-from megalora.ops.reference import owners
+from megalora.adapters.collectives import start_gather
+from megalora.adapters.merge import base_weights, change_base
+from megalora.adapters.rows import join_projections, split_projections, to_whole
 
 
 def start_from_base(model_chunks: Sequence[torch.nn.Module]) -> None:
@@ -49,8 +48,9 @@ def at_start(model_chunks: Sequence[torch.nn.Module]) -> Iterator[None]:
     held = []
     for chunk in model_chunks:
         for module in chunk.modules():
-            if isinstance(module, LoRAAdapter) and module.start is not None:
-                for param, start in zip((module.lora_A, module.lora_B), module.start, strict=True):
+            if isinstance(module, LoRAAdapter):
+                for name, start in module.start.items():
+                    param = module.get_parameter(name)
                     held.append((param, param.data))
                     param.data = start.to(param.device)
     try:
@@ -62,8 +62,10 @@ def at_start(model_chunks: Sequence[torch.nn.Module]) -> Iterator[None]:
 
 def _check(adapter: LoRAAdapter) -> None:
     base_weights(adapter)
-    rows = torch.bincount(_row_projections(adapter, torch.device("cpu")))
-    limit = min(int(rows.min()), adapter.base.in_features)
+    rows = adapter.spec.rows
+    # Of each projection, in all its periods.
+    owned = [rows.size * size // sum(rows.period) for size in rows.period] or [rows.size]
+    limit = min(*owned, adapter.base.in_features)
     if adapter.spec.rank > limit:
         raise ValueError(
             f"lora_rank {adapter.spec.rank} exceeds the {limit} singular values of a projection of "
@@ -73,15 +75,14 @@ def _check(adapter: LoRAAdapter) -> None:
 
 @torch.no_grad()
 def _split(adapter: LoRAAdapter) -> None:
-    factors = [_decompose(adapter, _whole(adapter, w)) for w in base_weights(adapter)]
-    a = torch.stack([a for a, _ in factors]) if adapter.base.num_experts else factors[0][0]
-    b = torch.stack([b for _, b in factors]) if adapter.base.num_experts else factors[0][1]
-    if parts := adapter.spec.parts:
-        b = in_rank_order(b, parts, group_size(adapter.b_group))
-    adapter.lora_A.copy_(own_shard(a, -1, adapter.a_group))
-    adapter.lora_B.copy_(own_shard(b.view(adapter.b_shape()), -2, adapter.b_group))
+    pairs = [_decompose(adapter, _whole(adapter, weight)) for weight in base_weights(adapter)]
+    for name, whole in zip(("lora_A", "lora_B"), zip(*pairs, strict=True), strict=True):
+        stacked = torch.stack(whole) if adapter.base.num_experts else whole[0]
+        adapter.get_parameter(name).copy_(adapter.shardings[name].shard_features(stacked))
     change_base(adapter, sign=-1.0)
-    adapter.start = (adapter.lora_A.detach().cpu().clone(), adapter.lora_B.detach().cpu().clone())
+    adapter.start = {
+        sharding.factor.name: param.detach().cpu().clone() for param, sharding in adapter.factors()
+    }
 
 
 def _whole(adapter: LoRAAdapter, weight: Tensor) -> Tensor:
@@ -89,31 +90,18 @@ def _whole(adapter: LoRAAdapter, weight: Tensor) -> Tensor:
     base, weight = adapter.base, weight.float()
     if base.split is Split.DUPLICATED:
         return weight
-    if base.split is Split.ROW:
-        return start_gather(weight, -1, base.group).wait()
-    if adapter.spec.gated:
-        # This rank holds [gate_k; up_k].
-        weight = weight.unflatten(0, (2, -1))
-        return start_gather(weight, -2, base.group).wait().flatten(0, 1)
-    whole = start_gather(weight, -2, base.group).wait()
-    parts = adapter.spec.parts
-    return in_whole_order(whole, parts, base.tp_size) if parts else whole
+    dim = -1 if base.split is Split.ROW else -2
+    ranks = start_gather(weight, dim, base.group).wait()
+    return ranks if dim == -1 else to_whole(ranks, adapter.spec.rows, base.tp_size, dim)
 
 
 def _decompose(adapter: LoRAAdapter, weight: Tensor) -> tuple[Tensor, Tensor]:
     """Return A [P r, i] and B [o, r] of one weight [o, i]."""
-    projection = _row_projections(adapter, weight.device)
-    b = weight.new_empty(weight.shape[0], adapter.spec.rank)
-    all_a = []
-    for index in range(adapter.spec.num_projections):
-        rows = projection == index
-        u, s, vh = torch.linalg.svd(weight[rows], full_matrices=False)
-        root = (s[: adapter.spec.rank] / adapter.spec.scale).sqrt()
-        b[rows] = u[:, : adapter.spec.rank] * root
-        all_a.append(root[:, None] * vh[: adapter.spec.rank])
-    return torch.cat(all_a), b
-
-
-def _row_projections(adapter: LoRAAdapter, device: torch.device) -> Tensor:
-    """Return the projection of each global output row, int64 [o]."""
-    return owners(adapter.spec.segments, adapter.base.out_features, device)
+    rank, period = adapter.spec.rank, adapter.spec.rows.period
+    all_a, all_b = [], []
+    for rows in split_projections(weight, period):
+        u, s, vh = torch.linalg.svd(rows, full_matrices=False)
+        root = (s[:rank] / adapter.spec.scale).sqrt()
+        all_a.append(root[:, None] * vh[:rank])
+        all_b.append(u[:, :rank] * root)
+    return torch.cat(all_a), join_projections(all_b, period)

@@ -13,7 +13,7 @@ from megalora.adapters.bases import Split, State
 from megalora.adapters.collectives import Collective
 
 
-class FactorUse(Enum):
+class ShardUse(Enum):
     """What a rank does with its shard of lora_A or lora_B."""
 
     LOCAL = "used as it is"
@@ -25,8 +25,8 @@ class FactorUse(Enum):
 class Route:
     """One row of the sharding contract."""
 
-    a: FactorUse
-    b: FactorUse
+    a: ShardUse
+    b: ShardUse
     forward: Collective
     backward: Collective
 
@@ -35,28 +35,28 @@ class Route:
 # shard), and what is left of the reduce-scatter of dA behind the update of dX.
 ROUTES: dict[tuple[Split, State], Route] = {
     (Split.COLUMN, State.TOKEN_SHARD): Route(
-        FactorUse.SUMMED, FactorUse.LOCAL, Collective.ALL_GATHER, Collective.REDUCE_SCATTER
+        ShardUse.SUMMED, ShardUse.LOCAL, Collective.ALL_GATHER, Collective.REDUCE_SCATTER
     ),
     (Split.COLUMN, State.REPLICATED): Route(
-        FactorUse.SLICED, FactorUse.LOCAL, Collective.NONE, Collective.ALL_REDUCE
+        ShardUse.SLICED, ShardUse.LOCAL, Collective.NONE, Collective.ALL_REDUCE
     ),
     (Split.COLUMN, State.PARTIAL): Route(
-        FactorUse.SUMMED, FactorUse.LOCAL, Collective.NONE, Collective.NONE
+        ShardUse.SUMMED, ShardUse.LOCAL, Collective.NONE, Collective.NONE
     ),
     (Split.ROW, State.TOKEN_SHARD): Route(
-        FactorUse.LOCAL, FactorUse.SUMMED, Collective.REDUCE_SCATTER, Collective.ALL_GATHER
+        ShardUse.LOCAL, ShardUse.SUMMED, Collective.REDUCE_SCATTER, Collective.ALL_GATHER
     ),
     (Split.ROW, State.REPLICATED): Route(
-        FactorUse.LOCAL, FactorUse.SLICED, Collective.ALL_REDUCE, Collective.NONE
+        ShardUse.LOCAL, ShardUse.SLICED, Collective.ALL_REDUCE, Collective.NONE
     ),
     (Split.ROW, State.PARTIAL): Route(
-        FactorUse.LOCAL, FactorUse.SUMMED, Collective.NONE, Collective.NONE
+        ShardUse.LOCAL, ShardUse.SUMMED, Collective.NONE, Collective.NONE
     ),
     (Split.DUPLICATED, State.TOKEN_SHARD): Route(
-        FactorUse.SUMMED, FactorUse.SUMMED, Collective.NONE, Collective.NONE
+        ShardUse.SUMMED, ShardUse.SUMMED, Collective.NONE, Collective.NONE
     ),
     (Split.DUPLICATED, State.REPLICATED): Route(
-        FactorUse.SLICED, FactorUse.SLICED, Collective.NONE, Collective.NONE
+        ShardUse.SLICED, ShardUse.SLICED, Collective.NONE, Collective.NONE
     ),
 }
-LOCAL_ROUTE = Route(FactorUse.LOCAL, FactorUse.LOCAL, Collective.NONE, Collective.NONE)
+LOCAL_ROUTE = Route(ShardUse.LOCAL, ShardUse.LOCAL, Collective.NONE, Collective.NONE)

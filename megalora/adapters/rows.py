@@ -1,84 +1,119 @@
-"""Rows of Mamba's in_proj: parts of unequal sizes, each split over tensor-parallel ranks by itself.
+"""The order of an output's rows (`targets.Rows`) in tensors: whole, on a rank, and as stored.
 
-Rank k holds [z_k; x_k; B_k; C_k; dt_k], which is no slice of the whole [z; x; B; C; dt]. Whole
-tensors (`gather_adapters`, the checkpoint's reader) are in the order of the whole; a checkpoint
-stores each part as a tensor of its own, as Megatron stores the base weight's, so that it loads on
-any number of ranks.
+Tensor-parallel rank k holds a part of every block, as in [gate_k; up_k] or [z_k; x_k; B_k; C_k;
+dt_k], which is no slice of the whole [gate; up] or [z; x; B; C; dt]. Whole tensors are in the order
+of the whole; a checkpoint stores blocks so that they load on any number of ranks. `dim`, negative,
+is the dimension of the rows everywhere. Nothing here needs Megatron.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
-from megatron.core.dist_checkpointing import ShardedTensor
-from megatron.core.dist_checkpointing.mapping import ReplicaId, ShardedTensorFactory
 from torch import Tensor
-from torch.distributed import ProcessGroup
 
-from megalora.adapters.collectives import group_size
-
-# Megatron's names of the parts, in their order.
-PARTS = ("z", "x", "B", "C", "dt")
+from megalora.targets import Rows
 
 
-def is_mamba_mixer(module: torch.nn.Module) -> bool:
-    """Say whether a module is Megatron's MambaMixer, without importing it and its kernels."""
-    return any(kind.__name__ == "MambaMixer" for kind in type(module).__mro__)
+def to_ranks(whole: Tensor, rows: Rows, tp_size: int, dim: int) -> Tensor:
+    """Turn the rows of the whole into those of rank 0, 1, ..., so that a rank's are a slice."""
+    if len(rows.blocks) == 1:
+        return whole
+    blocks = [block.unflatten(dim, (tp_size, -1)) for block in whole.split(rows.blocks, dim)]
+    return torch.cat(blocks, dim).flatten(dim - 1, dim)
 
 
-def part_sizes(mixer: Any) -> tuple[int, ...]:
-    """Return the global number of rows of each part of a MambaMixer's in_proj."""
-    groups = mixer.ngroups * mixer.d_state
-    return (mixer.d_inner, mixer.d_inner, groups, groups, mixer.nheads)
+def to_whole(ranks: Tensor, rows: Rows, tp_size: int, dim: int) -> Tensor:
+    """Turn the rows of rank 0, 1, ... into those of the whole; the inverse of `to_ranks`."""
+    if len(rows.blocks) == 1:
+        return ranks
+    parts = ranks.unflatten(dim, (tp_size, -1)).split([n // tp_size for n in rows.blocks], dim)
+    return torch.cat([part.flatten(dim - 1, dim) for part in parts], dim)
 
 
-def in_whole_order(rows: Tensor, sizes: tuple[int, ...], tp_size: int) -> Tensor:
-    """Turn all ranks' rows [t * o/t, ...], one rank after the other, into those of the whole."""
-    ranks = rows.unflatten(0, (tp_size, -1))
-    blocks = ranks.split([size // tp_size for size in sizes], 1)
-    return torch.cat([block.flatten(0, 1) for block in blocks])
+def to_stored(own: Tensor, rows: Rows, tp_size: int, dim: int) -> dict[str, Tensor]:
+    """Return what a checkpoint has of a rank's rows, by what comes behind their key.
+
+    Each part of named blocks is a tensor; of unnamed ones there is one, [..., blocks, o/t, ...].
+    """
+    if rows.names:
+        parts = own.split([size // tp_size for size in rows.blocks], dim)
+        return {f".{name}": part for name, part in zip(rows.names, parts, strict=True)}
+    return {"": own.unflatten(dim, (len(rows.blocks), -1)) if len(rows.blocks) > 1 else own}
 
 
-def in_rank_order(rows: Tensor, sizes: tuple[int, ...], tp_size: int) -> Tensor:
-    """Turn the rows of the whole [o, ...] into all ranks', so that shards of it are theirs."""
-    blocks = [part.unflatten(0, (tp_size, -1)) for part in rows.split(sizes)]
+def from_stored(stored: Sequence[Tensor], dim: int, *, has_blocks: bool) -> Tensor:
+    """Return the rows of what a checkpoint has, in order; the inverse of `to_stored`.
+
+    has_blocks: whether unnamed blocks have a dimension of their own.
+    """
+    if len(stored) > 1:
+        return torch.cat(list(stored), dim)
+    return stored[0].flatten(dim - 1, dim) if has_blocks else stored[0]
+
+
+def fit_padding(whole: Tensor, rows: Rows, dim: int) -> Tensor:
+    """Trim or fill the rows of padding, where the whole is of another tensor-parallel size."""
+    missing = rows.size - whole.shape[dim]
+    if not rows.padded or missing == 0:
+        return whole
+    if missing < 0:
+        return whole.narrow(dim, 0, rows.size)
+    shape = list(whole.shape)
+    shape[dim] = missing
+    return torch.cat([whole, whole.new_zeros(shape)], dim)
+
+
+def split_projections(values: Tensor, period: Sequence[int]) -> list[Tensor]:
+    """Split rows [o, ...] into those of every projection, which alternate by `period`."""
+    if not period:
+        return [values]
+    blocks = values.unflatten(0, (-1, sum(period))).split(list(period), 1)
+    return [block.flatten(0, 1) for block in blocks]
+
+
+def join_projections(values: Sequence[Tensor], period: Sequence[int]) -> Tensor:
+    """Put the rows of every projection in their order; the inverse of `split_projections`."""
+    if not period:
+        return values[0]
+    # A rank's one period may lack a projection.
+    num = sum(own.shape[0] for own in values) // sum(period)
+    blocks = [own.unflatten(0, (num, size)) for own, size in zip(values, period, strict=True)]
     return torch.cat(blocks, 1).flatten(0, 1)
 
 
-def sharded_parts(
-    key: str, rows: Tensor, sizes: tuple[int, ...], group: ProcessGroup | None, replica: ReplicaId
-) -> ShardedTensorFactory:
-    """Describe a rank's rows [o/t, r] to Megatron's checkpointing as one tensor for each part.
+# By the class of the module that an in_proj is in: Megatron's names of the parts of its rows, in
+# order, and their global sizes. Not by the class itself, which would import its kernels.
+PARTS: dict[str, dict[str, Callable[[Any], int]]] = {
+    "MambaMixer": {
+        "z": lambda mixer: mixer.d_inner,
+        "x": lambda mixer: mixer.d_inner,
+        "B": lambda mixer: mixer.ngroups * mixer.d_state,
+        "C": lambda mixer: mixer.ngroups * mixer.d_state,
+        "dt": lambda mixer: mixer.nheads,
+    }
+}
 
-    Megatron builds the optimizer's states by the same factory.
-    """
-    tp_size = group_size(group)
-    offsets = [] if group is None else [(0, group.rank(), tp_size)]
 
-    @torch.no_grad()
-    def build(
-        key: str, rows: Tensor, replica_id: ReplicaId, flattened_range: slice | None
-    ) -> list[ShardedTensor]:
-        assert flattened_range is None, "states are saved as fully reshardable"
-        blocks = rows.split([size // tp_size for size in sizes])
-        return [
-            ShardedTensor.from_rank_offsets(f"{key}.{name}", block, *offsets, replica_id=replica_id)
-            for name, block in zip(PARTS, blocks, strict=True)
-        ]
-
-    return ShardedTensorFactory(key, rows, build, torch.cat, replica)  # type: ignore[arg-type]
+def parts_of(module: torch.nn.Module) -> dict[str, int] | None:
+    """Return names and global sizes of the parts of a module's in_proj, None where unknown."""
+    for kind in type(module).__mro__:
+        if parts := PARTS.get(kind.__name__):
+            return {name: size(module) for name, size in parts.items()}
+    return None
 
 
 def whole_key(key: str) -> str:
     """Return the key of the tensor that a stored key is of, or is a part of."""
     tensor, _, part = key.rpartition(".")
-    return tensor if part in PARTS else key
+    return tensor if any(part in parts for parts in PARTS.values()) else key
 
 
-def join_parts(stored: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Put the parts of stored tensors together; the others pass."""
-    joined = {}
+def stored_by_tensor(stored: Mapping[str, Tensor]) -> dict[str, list[Tensor]]:
+    """Return what is stored of each whole tensor: its parts in their order, or the one that is."""
+    found: dict[str, list[Tensor]] = {}
     for key in sorted({whole_key(key) for key in stored}):
-        found = [stored[name] for part in PARTS if (name := f"{key}.{part}") in stored]
-        joined[key] = torch.cat(found) if found else stored[key]
-    return joined
+        orders = [[f"{key}.{part}" for part in parts] for parts in PARTS.values()]
+        complete = (order for order in orders if all(name in stored for name in order))
+        found[key] = [stored[name] for name in next(complete, [key])]
+    return found

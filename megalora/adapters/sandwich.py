@@ -27,7 +27,7 @@ from megalora.adapters.collectives import (
     start_gather,
     start_reduce_scatter,
 )
-from megalora.adapters.routes import FactorUse, Route
+from megalora.adapters.routes import Route, ShardUse
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -167,9 +167,9 @@ def _start_forward(
 ) -> None:
     route = call.route
     in_flight.x, in_flight.lora_A = x, lora_A
-    gathers_b = route.b is not FactorUse.LOCAL
+    gathers_b = route.b is not ShardUse.LOCAL
     in_flight.b = start_gather(lora_B, -2, call.b_group) if gathers_b else done(lora_B)
-    gathers_a = route.a is not FactorUse.LOCAL
+    gathers_a = route.a is not ShardUse.LOCAL
     a = start_gather(lora_A, -1, call.a_group) if gathers_a else done(lora_A)
 
     def shrink() -> Tensor:
@@ -198,23 +198,23 @@ def _start_backward(
     in_flight: _InFlight,
 ) -> None:
     ops, route = call.ops, call.route
-    if route.a is not FactorUse.LOCAL:
+    if route.a is not ShardUse.LOCAL:
         in_flight.d_a_factor = start_gather(lora_A, -1, call.a_group)
     segments = call.segments
     how = (call.scale, call.b_offsets, segments)
-    if route.b is FactorUse.SLICED:
+    if route.b is ShardUse.SLICED:
         ds = ops.expand_dgrad(dy, full_b, *how)
         in_flight.ds = start_collective(ds, route.backward, call.group)
         in_flight.d_b = _sliced_b_grad(dy, s, full_b, call)
         return
-    if route.b is FactorUse.LOCAL and call.b_param is not None:
+    if route.b is ShardUse.LOCAL and call.b_param is not None:
         main_grad = _main_grad(call.b_param, full_b.shape)
         ds = ops.expand_backward_(main_grad, dy, s, full_b, *how)
         in_flight.ds = start_collective(ds, route.backward, call.group)
         return
     ds, d_b = ops.expand_backward(dy, s, full_b, *how)
     in_flight.ds = start_collective(ds, route.backward, call.group)
-    is_summed = route.b is FactorUse.SUMMED
+    is_summed = route.b is ShardUse.SUMMED
     in_flight.d_b = start_reduce_scatter(d_b, -2, call.b_group) if is_summed else done(d_b)
 
 
@@ -234,19 +234,19 @@ def _sliced_b_grad(dy: Tensor, s: Tensor, full_b: Tensor, call: Call) -> Pending
 
 def _start_a_grad(ds: Tensor, x: Tensor, call: Call) -> Pending | None:
     route, how = call.route, {"p": call.dropout, "seed": call.seed}
-    if route.a is FactorUse.SLICED and call.dropout > 0.0:
+    if route.a is ShardUse.SLICED and call.dropout > 0.0:
         # The mask counts elements of the whole x: slice the gradient, not x.
         d_a = call.ops.shrink_wgrad(ds, x, call.a_offsets, **how)
         return done(own_shard(d_a, -1, call.a_group).contiguous())
-    if route.a is FactorUse.SLICED:
+    if route.a is ShardUse.SLICED:
         x = own_shard(x, -1, call.a_group)
-    if route.a is not FactorUse.SUMMED and call.a_param is not None:
+    if route.a is not ShardUse.SUMMED and call.a_param is not None:
         experts = () if call.a_offsets is None else call.a_offsets.shape
         main_grad = _main_grad(call.a_param, (*experts, ds.shape[-1], x.shape[-1]))
         call.ops.shrink_wgrad_(main_grad, ds, x, call.a_offsets, **how)
         return None
     d_a = call.ops.shrink_wgrad(ds, x, call.a_offsets, **how)
-    if route.a is FactorUse.SUMMED:
+    if route.a is ShardUse.SUMMED:
         return start_reduce_scatter(d_a, -1, call.a_group)
     return done(d_a)
 

@@ -12,9 +12,11 @@ from torch.distributed.checkpoint.filesystem import FileSystemReader
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from torch.distributed.checkpoint.state_dict_loader import load
 
-from megalora.adapters.rows import join_parts, whole_key
+from megalora.adapters.factors import from_checkpoint
+from megalora.adapters.kinds import kind_named
+from megalora.adapters.rows import whole_key
 from megalora.config import LoRAConfig
-from megalora.targets import ModelFacts
+from megalora.targets import ADAPTER_SUFFIX, ModelFacts
 
 # Key of the adapters' description in a checkpoint's common state.
 DESCRIPTION = "megalora"
@@ -32,11 +34,9 @@ def read_adapter_checkpoint(
     described = read_description(path)
     if described is None:
         raise ValueError(f"{path} has no adapters: it is not a checkpoint that megalora wrote")
-    loaded = join_parts(
-        read_tensors(path, lambda key: is_adapter_key(whole_key(key)) and _is_weight(key))
-    )
-    tensors = {key: _join_gated(key, loaded[key]) for key in sorted(loaded)}
-    return tensors, LoRAConfig.from_dict(described["config"]), ModelFacts(**described["model"])
+    config, facts = LoRAConfig.from_dict(described["config"]), ModelFacts(**described["model"])
+    stored = read_tensors(path, lambda key: is_adapter_key(whole_key(key)) and _is_weight(key))
+    return from_checkpoint(stored, kind_named(config.kind).factors, facts), config, facts
 
 
 def read_tensors(directory: Path, wanted: Callable[[str], bool]) -> dict[str, Tensor]:
@@ -81,7 +81,7 @@ def read_description(directory: Path) -> dict[str, Any] | None:
 
 def is_adapter_key(key: str) -> bool:
     """Tell a factor of an adapter, or its optimizer states, from other tensors."""
-    return key.endswith(("_lora.lora_A", "_lora.lora_B"))
+    return key.rpartition(".")[0].endswith(ADAPTER_SUFFIX)
 
 
 def _optimizer(common: dict[str, Any]) -> bool | None:
@@ -98,16 +98,6 @@ def _is_model(key: object) -> bool:
 def _is_weight(key: str) -> bool:
     """Tell a weight from its optimizer states."""
     return not key.startswith("optimizer")
-
-
-def _join_gated(key: str, tensor: Tensor) -> Tensor:
-    """Return a stored tensor with gate and up as one dimension, [(E,) 2 f, r]."""
-    if not key.endswith("linear_fc1_lora.lora_B"):
-        return tensor
-    # Dense [o, r] and gated [2, f, r]; grouped [E, o, r] and gated [E, 2, f, r].
-    is_grouped = ".experts." in key
-    gated = tensor.dim() == (4 if is_grouped else 3)
-    return tensor.flatten(-3, -2) if gated else tensor
 
 
 def _iteration_directory(directory: Path) -> Path:

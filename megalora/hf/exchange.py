@@ -14,8 +14,8 @@ from megalora.adapters.merge import merge
 from megalora.adapters.pissa import at_start
 from megalora.adapters.start import draw_uniform
 from megalora.checkpoint.base import changed
+from megalora.checkpoint.gather import gather_adapters, load_adapters, whole_shapes
 from megalora.checkpoint.read import read_adapter_checkpoint
-from megalora.checkpoint.state import gather_adapters, load_adapters, whole_shapes
 from megalora.config import LoRAConfig
 from megalora.hf.adapters import from_hf, to_hf
 from megalora.hf.families import family_of, read_config

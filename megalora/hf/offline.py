@@ -136,11 +136,13 @@ def write_adapter_checkpoint(
         from megatron.core import dist_checkpointing
         from megatron.core.dist_checkpointing.mapping import ShardedTensor
 
+        from megalora.adapters.factors import to_checkpoint
+        from megalora.adapters.kinds import kind_named
         from megalora.checkpoint.read import DESCRIPTION
 
+        stored = to_checkpoint(tensors, kind_named(config.kind).factors, facts)
         model: dict[str, Any] = {
-            key: ShardedTensor.from_rank_offsets(key, _gated(key, tensor).contiguous())
-            for key, tensor in tensors.items()
+            key: ShardedTensor.from_rank_offsets(key, tensor) for key, tensor in stored.items()
         }
         model[DESCRIPTION] = json.dumps({"config": config.to_dict(), "model": asdict(facts)})
         state = {"model": model, "iteration": 0, "checkpoint_version": 3.0}
@@ -148,13 +150,6 @@ def write_adapter_checkpoint(
         iteration.mkdir()
         dist_checkpointing.save(state, str(iteration))
         (target / _TRACKER).write_text("0")
-
-
-def _gated(key: str, tensor: Tensor) -> Tensor:
-    """Give gate and up their own dimension, which a checkpoint has: [(E,) 2, f, r]."""
-    if not key.endswith("linear_fc1_lora.lora_B"):
-        return tensor
-    return tensor.unflatten(-2, (2, tensor.shape[-2] // 2))
 
 
 def import_base(

@@ -18,7 +18,7 @@ from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTenso
 from torch import Tensor
 
 from megalora.builder import apply_lora, named_adapters
-from megalora.checkpoint.state import load_adapters
+from megalora.checkpoint.gather import load_adapters
 from megalora.config import LoRAConfig
 from tests.dist.answers import Answers
 from tests.dist.cases import KINDS, Case

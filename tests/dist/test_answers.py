@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from megalora.builder import apply_lora
-from megalora.checkpoint.state import load_adapters
+from megalora.checkpoint.gather import load_adapters
 from tests.dist import answers
 from tests.dist.answers import Answers
 from tests.dist.cases import BY_MICROBATCH, BY_TOKEN, CP2, KINDS

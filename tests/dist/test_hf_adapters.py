@@ -12,7 +12,7 @@ import torch.distributed as dist
 from peft import LoraConfig, get_peft_model
 
 from megalora.builder import apply_lora
-from megalora.checkpoint.state import gather_adapters, load_adapters
+from megalora.checkpoint.gather import gather_adapters, load_adapters
 from megalora.config import LoRAConfig
 from megalora.hf.adapters import from_hf, to_hf
 from megalora.hf.base_out import hf_config, save_hf_base

@@ -7,10 +7,11 @@ import torch
 import torch.distributed as dist
 
 from megalora.adapters.merge import merge, unmerge
-from megalora.adapters.rows import in_rank_order, in_whole_order
+from megalora.adapters.rows import to_ranks, to_whole
 from megalora.builder import apply_lora, named_adapters
-from megalora.checkpoint.state import gather_adapters, load_adapters
+from megalora.checkpoint.gather import gather_adapters, load_adapters
 from megalora.config import LoRAConfig
+from megalora.targets import Rows
 from tests.dist.cases import KINDS, TP2, TP2_SP
 from tests.dist.layouts import Layout, model_parallel, one_rank, over
 from tests.dist.models import build_model
@@ -32,10 +33,10 @@ def base(layout: Layout) -> list[Any]:
 
 @over(Layout())
 def test_every_rank_owns_a_piece_of_every_part(layout: Layout) -> None:
-    whole = torch.arange(8)[:, None]
-    ranks = in_rank_order(whole, (4, 4), 2)
+    whole, rows = torch.arange(8)[:, None], Rows(blocks=(4, 4))
+    ranks = to_ranks(whole, rows, 2, -2)
     assert ranks.flatten().tolist() == [0, 1, 4, 5, 2, 3, 6, 7]
-    assert in_whole_order(ranks, (4, 4), 2).equal(whole)
+    assert to_whole(ranks, rows, 2, -2).equal(whole)
 
 
 @over(Layout(), TP2, Layout(pp=2))

@@ -12,7 +12,7 @@ from megatron.core import parallel_state
 from megatron.core.optimizer import ChainedOptimizer
 
 from megalora.builder import apply_lora, named_adapters
-from megalora.checkpoint.state import load_adapters
+from megalora.checkpoint.gather import load_adapters
 from tests.dist.cases import EP2, FP16, KINDS, PP2, TP2_SP
 from tests.dist.layouts import Layout, model_parallel
 from tests.dist.models import build_model

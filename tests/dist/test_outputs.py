@@ -8,7 +8,7 @@ import pytest
 import torch.distributed as dist
 
 from megalora.builder import apply_lora
-from megalora.checkpoint.state import gather_adapters, whole_shapes
+from megalora.checkpoint.gather import gather_adapters, whole_shapes
 from megalora.hf.exchange import check_export
 from megalora.training.outputs import check_outputs
 from tests.dist.cases import EP2, KINDS, TP2_SP

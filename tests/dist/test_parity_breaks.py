@@ -10,14 +10,14 @@ from megatron.core.models.gpt import gpt_model
 from megatron.core.transformer.moe import router
 
 import megalora.adapters.adapter
+import megalora.adapters.factors
 import megalora.adapters.sandwich
-import megalora.adapters.start
-import megalora.checkpoint.state
 import megalora.data.batch
 from megalora.adapters.adapter import LoRAAdapter
 from megalora.adapters.bases import Split, State
 from megalora.adapters.collectives import Collective, GatherFactor, group_size, own_shard
-from megalora.adapters.routes import ROUTES, FactorUse
+from megalora.adapters.routes import ROUTES, ShardUse
+from megalora.targets import Rows
 from tests.dist.answers import Answers
 from tests.dist.cases import (
     BF16,
@@ -65,12 +65,12 @@ def slice_of_another_rank(patch: pytest.MonkeyPatch) -> None:
 
 
 def swapped_segments(patch: pytest.MonkeyPatch) -> None:
-    right = megalora.adapters.adapter.local_segments
+    right = Rows.segments
 
-    def wrong(segments: tuple[int, ...], *args: Any, **kwargs: Any) -> list[int]:
-        return right(segments[::-1], *args, **kwargs)
+    def wrong(self: Rows, tp_rank: int, tp_size: int) -> list[int]:
+        return right(dataclasses.replace(self, period=self.period[::-1]), tp_rank, tp_size)
 
-    patch.setattr(megalora.adapters.adapter, "local_segments", wrong)
+    patch.setattr(Rows, "segments", wrong)
 
 
 def scale_off_by_a_thousandth(patch: pytest.MonkeyPatch) -> None:
@@ -116,12 +116,12 @@ def shards_counted_as_replicas(patch: pytest.MonkeyPatch) -> None:
 
 
 def start_drawn_from_local_sizes(patch: pytest.MonkeyPatch) -> None:
-    right = megalora.adapters.start.draw_uniform
+    right = megalora.adapters.adapter.start_values
 
-    def wrong(name: str, shape: tuple[int, ...], seed: int) -> torch.Tensor:
-        return right(name, shape, seed) * 2**0.5
+    def wrong(*args: Any) -> torch.Tensor | float:
+        return right(*args) * 2**0.5
 
-    patch.setattr(megalora.adapters.start, "draw_uniform", wrong)
+    patch.setattr(megalora.adapters.adapter, "start_values", wrong)
 
 
 def adapters_called_without_their_hooks(patch: pytest.MonkeyPatch) -> None:
@@ -132,7 +132,21 @@ def adapters_called_without_their_hooks(patch: pytest.MonkeyPatch) -> None:
 
 
 def parts_of_an_in_proj_taken_for_a_slice(patch: pytest.MonkeyPatch) -> None:
-    patch.setattr(megalora.checkpoint.state, "in_rank_order", lambda rows, sizes, tp_size: rows)
+    right = megalora.adapters.factors.to_ranks
+
+    def wrong(whole: torch.Tensor, rows: Rows, tp_size: int, dim: int) -> torch.Tensor:
+        return whole if rows.names else right(whole, rows, tp_size, dim)
+
+    patch.setattr(megalora.adapters.factors, "to_ranks", wrong)
+
+
+def gate_and_up_taken_for_a_slice(patch: pytest.MonkeyPatch) -> None:
+    right = megalora.adapters.factors.to_ranks
+
+    def wrong(whole: torch.Tensor, rows: Rows, tp_size: int, dim: int) -> torch.Tensor:
+        return right(whole, rows, tp_size, dim) if rows.names else whole
+
+    patch.setattr(megalora.adapters.factors, "to_ranks", wrong)
 
 
 def answers_counted_on_each_rank(patch: pytest.MonkeyPatch) -> None:
@@ -166,7 +180,7 @@ BREAKS: list[tuple[Case, str, Break]] = [
     (
         Case(layout=TP2_SP, note="dA sliced, not summed"),
         "gradient",
-        route(Split.COLUMN, State.TOKEN_SHARD, a=FactorUse.SLICED),
+        route(Split.COLUMN, State.TOKEN_SHARD, a=ShardUse.SLICED),
     ),
     (Case(layout=TP2, note="another rank's slice"), "gradient", slice_of_another_rank),
     *(
@@ -185,6 +199,11 @@ BREAKS: list[tuple[Case, str, Break]] = [
         Case(layout=TP2_SP, kind="hybrid", note="parts taken for a slice"),
         "loss",
         parts_of_an_in_proj_taken_for_a_slice,
+    ),
+    (
+        Case(layout=TP2_SP, note="gate and up taken for a slice"),
+        "loss",
+        gate_and_up_taken_for_a_slice,
     ),
     (
         # Megatron gathers a module's parameters in a hook before its call.

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from megalora.adapters.adapter import LoRAAdapter
 from megalora.builder import apply_lora
-from megalora.checkpoint.state import load_adapters
+from megalora.checkpoint.gather import load_adapters
 from megalora.ops.reference import dropout_mask
 from tests.dist.cases import ETP2, KINDS, RECOMPUTED, TP2, TP2_SP
 from tests.dist.layouts import Layout, model_parallel, over
@@ -145,7 +145,7 @@ def _whole(shard: Tensor, dim: int, size: int) -> Tensor:
 
 def _expand(s: Tensor, b: Tensor, adapter: Any) -> Tensor:
     """Return s Bᵀ, projections taken from linear_qkv's periods."""
-    rank, segments = adapter.spec.rank, adapter.spec.segments
+    rank, segments = adapter.spec.rank, adapter.spec.rows.period
     if not segments:
         return s @ b.T
     row_projection = torch.arange(len(segments)).repeat_interleave(torch.tensor(segments))

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from megalora.builder import apply_lora, named_adapters
-from megalora.checkpoint.state import load_adapters
+from megalora.checkpoint.gather import load_adapters
 from megalora.config import LoRAConfig
 from tests.dist.cases import KINDS
 from tests.dist.layouts import Layout, model_parallel, over

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from megalora.builder import apply_lora
-from megalora.checkpoint.state import load_adapters
+from megalora.checkpoint.gather import load_adapters
 from tests.dist.cases import EP2, ETP2, KINDS, TP2_EP2
 from tests.dist.layouts import Layout, model_parallel, one_rank, over
 from tests.dist.models import build_model

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from megalora.builder import apply_lora, named_adapters
-from megalora.checkpoint.state import load_adapters
+from megalora.checkpoint.gather import load_adapters
 from tests.dist.cases import KINDS, TP2, TP2_SP
 from tests.dist.layouts import Layout, model_parallel, over
 from tests.dist.models import build_model

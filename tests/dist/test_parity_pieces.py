@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from megalora.builder import apply_lora
-from megalora.checkpoint.state import load_adapters
+from megalora.checkpoint.gather import load_adapters
 from tests.dist.cases import EP2, KINDS
 from tests.dist.layouts import Layout, model_parallel, over
 from tests.dist.models import build_model

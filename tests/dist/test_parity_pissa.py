@@ -9,7 +9,7 @@ from torch import Tensor
 from megalora.adapters.merge import merge
 from megalora.adapters.pissa import at_start
 from megalora.builder import apply_lora
-from megalora.checkpoint.state import gather_adapters
+from megalora.checkpoint.gather import gather_adapters
 from megalora.config import LoRAConfig
 from tests.dist.cases import ETP2, KINDS, TP2_EP2, TP2_SP
 from tests.dist.layouts import Layout, model_parallel, one_rank, over

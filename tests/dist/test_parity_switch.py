@@ -8,7 +8,7 @@ from torch import Tensor
 
 from megalora.adapters.merge import merge, unmerge
 from megalora.builder import apply_lora, set_enabled
-from megalora.checkpoint.state import load_adapters
+from megalora.checkpoint.gather import load_adapters
 from tests.dist.cases import EP2, ETP2, KINDS, TP2, TP2_EP2, TP2_SP, TP4_SP
 from tests.dist.layouts import Layout, model_parallel, over
 from tests.dist.models import build_model

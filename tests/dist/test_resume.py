@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from megalora.checkpoint.state import gather_adapters
+from megalora.checkpoint.gather import gather_adapters
 from tests.dist.layouts import Layout, model_parallel, world
 from tests.dist.resuming import HALF, ITERATIONS, Cell, Resumable, differences, shared_directory
 

@@ -13,7 +13,7 @@ from megatron.core.transformer.moe.experts import GroupedMLPSubmodules, TEGroupe
 from torch import Tensor
 
 from megalora.builder import apply_lora
-from megalora.checkpoint.state import load_adapters
+from megalora.checkpoint.gather import load_adapters
 from megalora.config import LoRAConfig
 from tests.dist.cases import TP2, TP2_SP
 from tests.dist.layouts import Layout, model_parallel, over

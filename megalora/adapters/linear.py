@@ -1,0 +1,81 @@
+"""The adapters of dense linears, and of the router's gate."""
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+from megatron.core.tensor_parallel import gather_from_tensor_model_parallel_region
+from torch import Tensor
+
+from megalora.adapters.adapter import LoRAAdapter
+from megalora.adapters.bases import Split
+from megalora.adapters.sandwich import adapt, add_update
+
+LinearForward = Callable[..., tuple[Tensor, Tensor | None]]
+
+
+class LinearAdapter(LoRAAdapter):
+    """Adapt a dense linear that gives (y, bias): Megatron's own or TransformerEngine's."""
+
+    def forward(
+        self, base_forward: LinearForward, x: Tensor, *args: object, **kwargs: object
+    ) -> tuple[Tensor, Tensor | None]:
+        """Call the base with its adapter around it; returns what the base returns."""
+        if not self.enabled:
+            return base_forward(x, *args, **kwargs)
+        gather = kwargs.pop("runtime_gather_output", None)
+        if gather is None:
+            gather = getattr(self.base.module, "gather_output", False)
+        if self.base.split is Split.COLUMN and hasattr(self.base.module, "gather_output"):
+            # B's shard meets the columns of this rank: gather the sum, not the base's part.
+            kwargs["runtime_gather_output"] = False
+
+        def run_base(inner: Tensor) -> tuple[Tensor, Tensor | None]:
+            return base_forward(inner, *args, **kwargs)
+
+        a, b = self.pair()
+        y, bias = adapt(run_base, x, a, b, self._call(x, a, b))
+        if gather:
+            y = gather_from_tensor_model_parallel_region(y, group=self.base.group)
+        return y, bias
+
+
+class LayerNormLinearAdapter(LoRAAdapter):
+    """Adapt a linear of TransformerEngine with a layer norm before it, after it has run."""
+
+    def forward(self, base_forward: Callable[..., Any], x: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Call the base and add to it; returns (y, bias), as the base does without an adapter."""
+        result = base_forward(x)
+        # NOTE: the local layer norm output only. The gathered one loses its gradient inside TE.
+        if self.base.module.te_return_bias:
+            y, bias, normed = result
+        else:
+            (y, normed), bias = result
+        if not self.enabled:
+            return y, bias
+        a, b = self.pair()
+        return add_update(normed, y, a, b, self._call(normed, a, b)), bias
+
+    def bind(self) -> None:
+        """Wrap the base's forward, and ask it for its layer norm's output."""
+        self.base.module.return_layernorm_output = True
+        self.base.module.return_layernorm_output_gathered = False
+        super().bind()
+
+
+class RouterAdapter(LoRAAdapter):
+    """Adapt the gate of a router, which may compute in fp32 or fp64."""
+
+    def forward(self, base_forward: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+        """Return the logits with the update, made in the adapter's precision."""
+        logits = base_forward(x)
+        if not self.enabled:
+            return logits
+        update = x.new_zeros(*x.shape[:-1], self.base.out_features)
+        a, b = self.pair()
+        return logits + add_update(x, update, a, b, self._call(x, a, b)).to(logits.dtype)
+
+    def bind(self) -> None:
+        """Wrap the router's gate alone."""
+        router = self.base.module
+        router.gating = functools.partial(self, router.gating)
