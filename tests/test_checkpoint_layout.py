@@ -136,7 +136,9 @@ def test_a_manifest_of_files_elsewhere_is_refused_unread(checkpoint: Path, name:
     assert "integrity.json is damaged" in ", ".join(layout.find_damage(checkpoint))
 
 
-@pytest.mark.parametrize("manifest", ["[]", "{}", '{"algorithm": "sha256", "files": 3}', "[" * 9999])
+@pytest.mark.parametrize(
+    "manifest", ["[]", "{}", '{"algorithm": "sha256", "files": 3}', "[" * 9999]
+)
 def test_json_that_is_no_manifest_is_damage(checkpoint: Path, manifest: str) -> None:
     (checkpoint / "integrity.json").write_text(manifest)
     assert "integrity.json is damaged" in ", ".join(layout.find_damage(checkpoint))

@@ -14,6 +14,7 @@ from megalora.checkpoint.layout import (
     RELEASE,
     TRACKER,
     Iteration,
+    choice_of,
     find_damage,
     has_manifest,
     iteration_directory,
@@ -156,7 +157,8 @@ def _check(
     that something other than megalora saved it.
     """
     if not directory.is_dir():
-        return None, "the directory is missing"
+        there = list_iterations(directory.parent)
+        return None, f"it is missing, but {TRACKER} or --ckpt-step names it: {choice_of(there)}"
     is_verified = has_manifest(directory)
     if not is_verified and not is_named:
         return None, None
@@ -168,7 +170,7 @@ def _check(
         return None, str(error)
     if description is not None and iteration == RELEASE:
         # Megatron takes its weights alone.
-        description |= {"distributed_optimizer": None, "schedule": None}
+        description = {**description, "distributed_optimizer": None, "schedule": None}
     found = Found(str(directory), _number(iteration), description)
     return found, f"it has no {MANIFEST}" if description and not is_verified else None
 

@@ -16,7 +16,7 @@ import hashlib
 import json
 import os
 import socket
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path, PurePath
@@ -106,8 +106,12 @@ def find_directory(path: Path) -> Path:
         problem = f"{path / TRACKER} names {directory.name}, which is missing"
     if problem is None:
         return directory
-    choice = f"write {' or '.join(map(str, there))} into it" if there else "copy it again"
-    raise ValueError(f"{problem}: {choice}")
+    raise ValueError(f"{problem}: {choice_of(there)}")
+
+
+def choice_of(there: Sequence[Iteration]) -> str:
+    """Say what to write into a tracker file, where it names no checkpoint that is there."""
+    return f"write {' or '.join(map(str, there))} into it" if there else "copy it again"
 
 
 def verify(directory: Path) -> None:

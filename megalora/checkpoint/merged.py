@@ -25,9 +25,11 @@ def save_merged(model_chunks: Sequence[torch.nn.Module], directory: str | os.Pat
         "no_save_rng": True,
         "async_save": False,
         "verify_integrity": True,
+        # A release has no iteration: runs that load it start at 0, with their first sample.
+        "consumed_train_samples": 0,
+        "skipped_train_samples": 0,
     }
     with changed(cast(Any, get_args()), weights_only), contextlib.ExitStack() as stack:
         for chunk in model_chunks:
             stack.enter_context(cast(Any, chunk).hide_loss_modules())
-        # A release has no iteration: runs that load it start at 0.
         checkpointing.save_checkpoint(0, list(model_chunks), None, None, 0, release=True)
