@@ -133,9 +133,9 @@ class LoRARun:
         self.model = apply_lora(model_chunks, self.config)
         describe_base(self.model, base)
         if self.args.lora_load and description is None:
-            from megalora.hf.exchange import load_into_model
+            from megalora.hf.exchange import load_adapter
 
-            load_into_model(self.model, self.args.lora_load, self.config)
+            load_adapter(self.model, self.args.lora_load, self.config)
         self._leave_adapters_to_megatron(has_adapters=description is not None)
         check_outputs(self.model, self.args, self.config)
         _report(self.model)
@@ -194,7 +194,8 @@ class LoRARun:
         directory = args.load if whole_model else args.pretrained_checkpoint
         if not directory:
             return None
-        load_base(model_chunks, directory, args, step=args.ckpt_step if whole_model else None)
+        step = args.ckpt_step if whole_model else None
+        load_base(model_chunks, directory, args, step=step, is_verified=whole_model)
         return str(Path(directory).resolve())
 
     def _load_hf_base(self, model_chunks: ModelChunks) -> None:

@@ -138,6 +138,37 @@ def test_an_older_iteration_is_taken_where_the_user_sets_the_tracker_back(tmp_pa
     assert find(tmp_path) == (2, [], "")
 
 
+def test_a_release_is_taken_where_the_tracker_file_names_it(tmp_path: Path) -> None:
+    save(tmp_path, 2).rename(tmp_path / "release")
+    save(tmp_path, 4)
+    (tmp_path / "latest_checkpointed_iteration.txt").write_text("release")
+    assert find(tmp_path) == (0, [], "")
+    assert find(tmp_path, step=4) == (0, [], "")
+
+
+def test_a_release_is_older_than_any_iteration(tmp_path: Path) -> None:
+    save(tmp_path, 2).rename(tmp_path / "release")
+    (save(tmp_path, 4) / "__0_0.distcp").write_bytes(b"")
+    assert find(tmp_path)[0] == 0
+    assert tracked(tmp_path) == "release"
+
+
+def test_a_torn_tracker_file_is_written_for_the_step_that_is_asked_for(tmp_path: Path) -> None:
+    save(tmp_path, 2)
+    save(tmp_path, 4)
+    (tmp_path / "latest_checkpointed_iteration.txt").write_text("")
+    assert find(tmp_path, step=2)[0] == 2
+    # Megatron reads it before it looks at --ckpt-step, and would end without an error.
+    assert tracked(tmp_path) == "2"
+
+
+def test_a_torn_tracker_file_without_checkpoints_starts_anew_and_says_so(tmp_path: Path) -> None:
+    (tmp_path / "latest_checkpointed_iteration.txt").write_text("")
+    iteration, warnings, error = find(tmp_path)
+    assert (iteration, error) == (None, "")
+    assert "starting anew" in warnings[0]
+
+
 def test_a_step_that_is_asked_for_is_taken_or_refused(tmp_path: Path) -> None:
     save(tmp_path, 2)
     save(tmp_path, 4)

@@ -1,9 +1,12 @@
 """The frozen base of a run: loading it, and telling whether it is the one that was trained on."""
 
+import argparse
 import contextlib
 import math
 import re
 from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from types import ModuleType
 from typing import Any, cast
 
 import torch
@@ -19,7 +22,10 @@ from megatron.core.dist_checkpointing.mapping import (
     is_main_replica,
 )
 from megatron.core.dist_checkpointing.serialization import load_sharded_metadata
+from megatron.training import checkpointing
 from torch.distributed.checkpoint.api import CheckpointException
+
+from megalora.checkpoint.layout import TRACKER, find_directory, verify_on_all_ranks
 
 # Of a family's norm. Sums are in fp64, so layouts differ by rounding alone; rounding to another
 # precision moves a sum by about 2e-3 of the norm.
@@ -30,20 +36,21 @@ _NORM_NAMES = ("pre_mlp_layernorm.", "mlp.linear_fc1.layer_norm_")
 
 
 def load_base(
-    model_chunks: Sequence[torch.nn.Module], directory: str, args: Any, *, step: int | None = None
+    model_chunks: Sequence[torch.nn.Module],
+    directory: str,
+    args: argparse.Namespace,
+    *,
+    step: int | None = None,
+    is_verified: bool = False,
 ) -> None:
     """Load a Megatron checkpoint of the base into chunks that have no adapters yet.
 
     Megatron's own loader reads it, of any format and layout that it knows. step: the iteration,
-    None for the newest. Raises ValueError where it does not fit the model.
+    None for the newest. is_verified: its checksums have been looked at. All ranks must call it.
+    Raises ValueError where its files are damaged or do not fit the model.
     """
-    from megatron.training import checkpointing
-
-    if not checkpointing.checkpoint_exists(directory):
-        raise ValueError(
-            f"pretrained_checkpoint {directory!r} has no latest_checkpointed_iteration.txt: "
-            "give the directory that a Megatron run saved its checkpoints in"
-        )
+    if not is_verified:
+        _verify(Path(directory))
     # What --finetune means: weights only, from iteration 0.
     as_finetuning = {
         "finetune": True,
@@ -65,9 +72,20 @@ def load_base(
             ) from error
 
 
+def _verify(root: Path) -> None:
+    # Before rank 0 reads all of it: another node may not see the directory.
+    directory = find_directory(root)
+    if directory == root:
+        raise ValueError(
+            f"pretrained_checkpoint {str(root)!r} has no {TRACKER}: give the directory that a "
+            "Megatron run saved its checkpoints in"
+        )
+    verify_on_all_ranks(directory)
+
+
 def _load_by_stored_names(
     state_dict: dict[str, Any], checkpoint_dir: str, *rest: Any, **options: Any
-) -> Any:
+) -> object:
     """Load a checkpoint that the other kind of layers saved: Megatron's own, TransformerEngine's.
 
     It may lack TransformerEngine's `_extra_state`, which holds FP8 statistics and nothing else:
@@ -170,7 +188,7 @@ def _main_shards(model_chunks: Sequence[torch.nn.Module]) -> Iterator[ShardedTen
 
 
 @contextlib.contextmanager
-def changed(args: Any, values: Mapping[str, Any]) -> Iterator[None]:
+def changed(args: argparse.Namespace | ModuleType, values: Mapping[str, Any]) -> Iterator[None]:
     """Give Megatron's flags, or a module, other values for a while."""
     before = {name: getattr(args, name, None) for name in values}
     vars(args).update(values)

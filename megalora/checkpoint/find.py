@@ -1,37 +1,40 @@
 """Which checkpoint a run goes on from: the newest intact one, whatever happened while it was saved.
 
-Megatron writes an iteration's tensors first, then its metadata.json, then (asked by
-`megalora.checkpoint.save`) integrity.json with the SHA-256 of every file, and the tracker file
-latest_checkpointed_iteration.txt last. A save that was killed therefore leaves the tracker on the
-checkpoint before, or an empty tracker.
+A save that was killed leaves the tracker file on the checkpoint before, or an empty tracker file.
 """
 
-import hashlib
-import json
 import os
-import socket
-from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-import torch.distributed as dist
-
+from megalora.checkpoint.layout import (
+    MANIFEST,
+    RELEASE,
+    TRACKER,
+    Iteration,
+    choice_of,
+    find_damage,
+    has_manifest,
+    iteration_directory,
+    list_iterations,
+    on_rank_zero,
+    read_tracker,
+    write_tracker,
+)
 from megalora.checkpoint.read import read_description
 from megalora.replace import replace_once
 
 OnCorrupt = Literal["previous", "stop"]
-TRACKER = "latest_checkpointed_iteration.txt"
-MANIFEST = "integrity.json"
-_READ_BYTES = 1 << 22
 
 
 @dataclass(frozen=True, slots=True)
 class Found:
     """A checkpoint to load.
 
-    description: what megalora stored with the adapters; None for a checkpoint of a whole model.
+    iteration: the last one trained, 0 for a release. description: what megalora stored with the
+    adapters; None for a checkpoint of a whole model.
     """
 
     directory: str
@@ -43,17 +46,11 @@ def find_on_all_ranks(
     load: str | None, *, step: int | None, on_corrupt: OnCorrupt, warn: Callable[[str], None]
 ) -> Found | None:
     """Find the checkpoint on rank 0, which alone reads and checks its files, and tell all ranks."""
-    result: list[Any] = [None, None]
-    if dist.get_rank() == 0 and load:
-        try:
-            result[0] = find_checkpoint(load, step=step, on_corrupt=on_corrupt, warn=warn)
-        except ValueError as error:
-            result[1] = str(error)
-    dist.broadcast_object_list(result, src=0)
-    found, error = result
-    if error is not None:
-        raise ValueError(error)
-    return found
+
+    def find() -> Found | None:
+        return find_checkpoint(load, step=step, on_corrupt=on_corrupt, warn=warn) if load else None
+
+    return on_rank_zero(find)
 
 
 def find_checkpoint(
@@ -66,27 +63,30 @@ def find_checkpoint(
     ValueError. Also raises it where no checkpoint is intact.
     """
     root = Path(load)
-    tracked, tracker_defect = _read_tracker(root)
-    if tracked == "release":
-        return Found(str(root / "release"), 0, read_description(root / "release"))
-    candidates = [step] if step else _candidates(root, tracked)
-    defects = [tracker_defect] if tracker_defect and not step else []
+    tracker = read_tracker(root)
+    # As for Megatron, which finds no iteration beside a release.
+    named = RELEASE if tracker.newest == RELEASE else step or tracker.newest
+    defects = [tracker.defect] if tracker.defect else []
+    candidates = _candidates(root, named, only=bool(step) or named == RELEASE)
     for iteration in candidates:
         directory = iteration_directory(root, iteration)
-        found, defect = _check(directory, iteration, is_named=iteration in (tracked, step))
+        found, defect = _check(directory, iteration, is_named=iteration == named)
         if found is None:
             defects += [f"{directory}: {defect}"] if defect else []
             continue
         if defect is not None:
             warn(f"WARNING: checkpoint {directory} is not verified: {defect}")
         _report(defects, iteration, on_corrupt, warn)
-        if iteration not in (tracked, step):
-            _write_tracker(root, iteration)
+        if iteration != named or tracker.defect:
+            _go_back(root, iteration)
         return found
     if defects and candidates:
         raise ValueError(
-            f"load {root} has no intact checkpoint to go on from: {'; '.join(defects)}"
+            f"load {root} has no intact checkpoint to go on from: {'; '.join(defects)}: copy it "
+            "again from where it is intact, or give another directory"
         )
+    for defect in defects:
+        warn(f"WARNING: {defect}, and no checkpoint is beside it: starting anew")
     return None
 
 
@@ -129,72 +129,27 @@ def end_where_done() -> None:
     replace_once(training, "build_train_valid_test_data_iterators", build)
 
 
-def iteration_directory(root: Path, iteration: int) -> Path:
-    """Return Megatron's directory of an iteration."""
-    return root / f"iter_{iteration:07d}"
-
-
-def damaged_files(directory: Path) -> list[str]:
-    """Return what contradicts the manifest of a checkpoint; FileNotFoundError where it has none."""
-    text = (directory / MANIFEST).read_bytes()
-    try:
-        digests: dict[str, str] = json.loads(text)["files"]
-    except (ValueError, KeyError, TypeError):
-        return [f"{MANIFEST} is torn"]
-
-    def check(name: str) -> str | None:
-        try:
-            is_same = _sha256(directory / name) == digests[name]
-        except OSError as error:
-            return f"{name} cannot be read ({error.strerror})"
-        return None if is_same else f"{name} does not match its checksum"
-
-    with ThreadPoolExecutor(max_workers=8) as pool:
-        return [damage for damage in pool.map(check, sorted(digests)) if damage]
-
-
-def read_iteration(root: Path) -> int | None:
-    """Return the iteration that the tracker file names, None where there is none."""
-    tracked, _ = _read_tracker(root)
-    return tracked if isinstance(tracked, int) else None
-
-
 def _say_once(message: str) -> None:
     if os.environ.get("RANK", "0") == "0":
         print(message, flush=True)
 
 
-def _sha256(path: Path) -> str:
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while chunk := file.read(_READ_BYTES):
-            digest.update(chunk)
-    return digest.hexdigest()
+def _candidates(root: Path, named: Iteration | None, *, only: bool) -> Sequence[Iteration]:
+    """Return the checkpoints to try, newest first; none is newer than the tracker file says."""
+    there = list_iterations(root)
+    if named is None:
+        return there
+    older: list[Iteration] = [each for each in there if _number(each) < _number(named)]
+    return (named,) if only else (named, *older)
 
 
-def _read_tracker(root: Path) -> tuple[int | Literal["release"] | None, str | None]:
-    """Return what the tracker file names, and what is wrong with it."""
-    try:
-        text = (root / TRACKER).read_text(errors="replace").strip()
-    except FileNotFoundError:
-        return None, None
-    if text == "release":
-        return "release", None
-    if text.isascii() and text.isdigit():
-        return int(text), None
-    return None, f"{root / TRACKER} holds {text[:20]!r} instead of an iteration"
+def _number(iteration: Iteration) -> int:
+    return 0 if iteration == RELEASE else iteration
 
 
-def _candidates(root: Path, tracked: int | Literal["release"] | None) -> list[int]:
-    """Return the iterations to try, newest first; none is newer than the tracker file says."""
-    names = [path.name.removeprefix("iter_") for path in root.glob("iter_*") if path.is_dir()]
-    iterations = {int(name) for name in names if name.isascii() and name.isdigit()}
-    if isinstance(tracked, int):
-        iterations = {i for i in iterations if i <= tracked} | {tracked}
-    return sorted(iterations, reverse=True)
-
-
-def _check(directory: Path, iteration: int, *, is_named: bool) -> tuple[Found | None, str | None]:
+def _check(
+    directory: Path, iteration: Iteration, *, is_named: bool
+) -> tuple[Found | None, str | None]:
     """Return the checkpoint where it is intact, and what is wrong or unknown about it.
 
     Neither is returned for what a killed save left, which is nothing to warn of. is_named: the
@@ -202,25 +157,26 @@ def _check(directory: Path, iteration: int, *, is_named: bool) -> tuple[Found | 
     that something other than megalora saved it.
     """
     if not directory.is_dir():
-        return None, "the directory is missing"
-    warning = None
-    try:
-        damage = damaged_files(directory)
-    except FileNotFoundError:
-        if not is_named:
-            return None, None
-        damage, warning = [], f"it has no {MANIFEST}"
-    if damage:
+        there = list_iterations(directory.parent)
+        return None, f"it is missing, but {TRACKER} or --ckpt-step names it: {choice_of(there)}"
+    is_verified = has_manifest(directory)
+    if not is_verified and not is_named:
+        return None, None
+    if damage := find_damage(directory):
         return None, ", ".join(damage)
     try:
         description = read_description(directory)
     except ValueError as error:
         return None, str(error)
-    return Found(str(directory), iteration, description), warning if description else None
+    if description is not None and iteration == RELEASE:
+        # Megatron takes its weights alone.
+        description = {**description, "distributed_optimizer": None, "schedule": None}
+    found = Found(str(directory), _number(iteration), description)
+    return found, f"it has no {MANIFEST}" if description and not is_verified else None
 
 
 def _report(
-    defects: list[str], iteration: int, on_corrupt: OnCorrupt, warn: Callable[[str], None]
+    defects: list[str], iteration: Iteration, on_corrupt: OnCorrupt, warn: Callable[[str], None]
 ) -> None:
     if defects and on_corrupt == "stop":
         raise ValueError(
@@ -230,14 +186,12 @@ def _report(
     for defect in defects:
         warn(f"WARNING: damaged checkpoint: {defect}")
     if defects:
-        warn(f"WARNING: going on from iteration {iteration}, the newest that is intact")
+        warn(f"WARNING: going on from iteration {iteration} instead")
 
 
-def _write_tracker(root: Path, iteration: int) -> None:
-    beside = root / f".{TRACKER}.{socket.gethostname()}.{os.getpid()}"
+def _go_back(root: Path, iteration: Iteration) -> None:
     try:
-        beside.write_text(str(iteration))
-        beside.replace(root / TRACKER)
+        write_tracker(root, iteration)
     except OSError as error:
         raise ValueError(
             f"load {root} must go back to iteration {iteration} and its {TRACKER} cannot be "

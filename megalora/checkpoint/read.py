@@ -1,13 +1,15 @@
 """Reading adapter checkpoints without a model: whole tensors and what is stored with them."""
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 from megatron.core import dist_checkpointing
 from torch import Tensor
+from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.filesystem import FileSystemReader
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from torch.distributed.checkpoint.state_dict_loader import load
@@ -15,6 +17,7 @@ from torch.distributed.checkpoint.state_dict_loader import load
 from megalora.adapters.factors import from_checkpoint
 from megalora.adapters.kinds import kind_named
 from megalora.adapters.rows import whole_key
+from megalora.checkpoint.layout import METADATA, find_directory, verify
 from megalora.config import LoRAConfig
 from megalora.targets import ADAPTER_SUFFIX, ModelFacts
 
@@ -22,15 +25,22 @@ from megalora.targets import ADAPTER_SUFFIX, ModelFacts
 DESCRIPTION = "megalora"
 
 
-def read_adapter_checkpoint(
-    directory: str | Path,
-) -> tuple[dict[str, Tensor], LoRAConfig, ModelFacts]:
+Adapters = tuple[dict[str, Tensor], LoRAConfig, ModelFacts]
+
+
+def read_adapter_checkpoint(directory: str | Path) -> Adapters:
     """Read an adapter checkpoint without its base: unsharded tensors, configuration, model sizes.
 
-    directory: an iteration's directory, or one that holds latest_checkpointed_iteration.txt.
-    Raises ValueError where it is no adapter checkpoint.
+    directory: a checkpoint's own, or one that holds latest_checkpointed_iteration.txt. Raises
+    ValueError where a file is not what was saved, or where it is no adapter checkpoint.
     """
-    path = _iteration_directory(Path(directory))
+    path = find_directory(Path(directory))
+    verify(path)
+    return read_adapters(path)
+
+
+def read_adapters(path: Path) -> Adapters:
+    """Read the adapters of a checkpoint's own directory, whose files are verified already."""
     described = read_description(path)
     if described is None:
         raise ValueError(f"{path} has no adapters: it is not a checkpoint that megalora wrote")
@@ -42,13 +52,14 @@ def read_adapter_checkpoint(
 def read_tensors(directory: Path, wanted: Callable[[str], bool]) -> dict[str, Tensor]:
     """Read whole tensors of an iteration's directory by key, without any process group."""
     reader = FileSystemReader(str(directory))
-    stored = reader.read_metadata().state_dict_metadata
-    tensors: dict[str, Any] = {
-        key: torch.empty(entry.size, dtype=entry.properties.dtype)
-        for key, entry in stored.items()
-        if isinstance(entry, TensorStorageMetadata) and wanted(key)
-    }
-    load(tensors, storage_reader=reader, no_dist=True)
+    with _reading(directory):
+        stored = reader.read_metadata().state_dict_metadata
+        tensors: dict[str, Any] = {
+            key: torch.empty(entry.size, dtype=entry.properties.dtype)
+            for key, entry in stored.items()
+            if isinstance(entry, TensorStorageMetadata) and wanted(key)
+        }
+        load(tensors, storage_reader=reader, no_dist=True)
     return tensors
 
 
@@ -60,15 +71,13 @@ def read_description(directory: Path) -> dict[str, Any] | None:
     `schedule`: the scheduler's state, or None. None for a checkpoint of a whole model. Raises
     ValueError where it cannot be read.
     """
-    if not dist_checkpointing.check_is_distributed_checkpoint(str(directory)):
-        if any(directory.glob("mp_rank_*")) or (directory / ".metadata").is_file():
+    with _reading(directory):
+        is_distributed = dist_checkpointing.check_is_distributed_checkpoint(str(directory))
+        common = dist_checkpointing.load_common_state_dict(str(directory)) if is_distributed else {}
+    if not is_distributed:
+        if any(directory.glob("mp_rank_*")) or (directory / METADATA).is_file():
             return None
         raise ValueError(f"{directory} is not a Megatron checkpoint")
-    try:
-        common = dist_checkpointing.load_common_state_dict(str(directory))
-    # Damaged files raise whatever the unpickler runs into.
-    except Exception as error:
-        raise ValueError(f"{directory} cannot be read: {error}") from error
     for key, part in common.items():
         if _is_model(key) and DESCRIPTION in part:
             return {
@@ -82,6 +91,16 @@ def read_description(directory: Path) -> dict[str, Any] | None:
 def is_adapter_key(key: str) -> bool:
     """Tell a factor of an adapter, or its optimizer states, from other tensors."""
     return key.rpartition(".")[0].endswith(ADAPTER_SUFFIX)
+
+
+@contextmanager
+def _reading(directory: Path) -> Iterator[None]:
+    """Raise ValueError for what damaged files without checksums lead to, whatever it is."""
+    try:
+        yield
+    # torch's CheckpointException is no Exception.
+    except (Exception, CheckpointException) as error:
+        raise ValueError(f"checkpoint {directory} cannot be read: {error}") from error
 
 
 def _optimizer(common: dict[str, Any]) -> bool | None:
@@ -98,13 +117,3 @@ def _is_model(key: object) -> bool:
 def _is_weight(key: str) -> bool:
     """Tell a weight from its optimizer states."""
     return not key.startswith("optimizer")
-
-
-def _iteration_directory(directory: Path) -> Path:
-    tracker = directory / "latest_checkpointed_iteration.txt"
-    if not tracker.is_file():
-        return directory
-    text = tracker.read_text().strip()
-    if not text.isdigit():
-        raise ValueError(f"{tracker} holds {text!r}: it must hold an iteration number")
-    return directory / f"iter_{int(text):07d}"

@@ -13,7 +13,7 @@ import torch.distributed as dist
 from torch.distributed.checkpoint.api import CheckpointException
 
 from megalora.checkpoint import optimizer_state, schedule, writers
-from megalora.checkpoint.find import iteration_directory, read_iteration
+from megalora.checkpoint.layout import iteration_directory, read_iteration
 from megalora.replace import replace_once
 
 _POLL_S = 0.05

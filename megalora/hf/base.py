@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megalora.hf.checkpoint_files import HFWeights
 from megalora.hf.families import megatron_args, read_config, rope
+from megalora.hf.safetensors_files import HFWeights
 from megalora.hf.weights import Piece, Placement, Shard, Weights
 
 _LAYER = re.compile(r"decoder\.layers\.\d+")

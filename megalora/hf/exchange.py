@@ -1,21 +1,19 @@
-"""Adapters and merged weights between a running model and directories."""
+"""Adapters between a running model and directories: PEFT's, or a checkpoint to start from."""
 
-import contextlib
 import os
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 import torch.distributed as dist
 
-from megalora.adapters.merge import merge
 from megalora.adapters.pissa import at_start
 from megalora.adapters.start import draw_uniform
-from megalora.checkpoint.base import changed
 from megalora.checkpoint.gather import gather_adapters, load_adapters, whole_shapes
-from megalora.checkpoint.read import read_adapter_checkpoint
+from megalora.checkpoint.layout import find_directory, on_rank_zero, verify
+from megalora.checkpoint.read import read_adapters
 from megalora.config import LoRAConfig
 from megalora.hf.adapters import from_hf, to_hf
 from megalora.hf.families import family_of, read_config
@@ -26,8 +24,8 @@ from megalora.hf.shape import ModelShape, refuse_hybrid
 OUTPUT_B = "output_layer_lora.lora_B"
 
 
-def load_into_model(
-    model_chunks: Sequence[Any], directory: str | os.PathLike[str], config: LoRAConfig
+def load_adapter(
+    model_chunks: Sequence[torch.nn.Module], directory: str | os.PathLike[str], config: LoRAConfig
 ) -> None:
     """Set a model's adapters from a PEFT directory or an adapter checkpoint: weights only.
 
@@ -37,29 +35,45 @@ def load_into_model(
     """
     path = Path(directory)
     if (path / CONFIG_NAME).is_file():
-        shape = model_shape(model_chunks)
-        factors = read_adapter(path, hidden_size=shape.hidden_size)
-        tensors = from_hf(
-            factors,
-            config,
-            shape,
-            padded_vocab_size=_padded_vocab_size(model_chunks),
-            fresh_a=draw_uniform,
-        )
-        load_adapters(model_chunks, tensors, allow_missing=True)
-        return
-    tensors, stored, _ = read_adapter_checkpoint(path)
+        _load_peft(model_chunks, path, config)
+    else:
+        _load_checkpoint(model_chunks, path, config)
+
+
+def _load_peft(
+    model_chunks: Sequence[torch.nn.Module], directory: Path, config: LoRAConfig
+) -> None:
+    shape = model_shape(model_chunks)
+    tensors = from_hf(
+        read_adapter(directory, hidden_size=shape.hidden_size),
+        config,
+        shape,
+        padded_vocab_size=_padded_vocab_size(model_chunks),
+        fresh_a=draw_uniform,
+    )
+    load_adapters(model_chunks, tensors, allow_missing=True)
+
+
+def _load_checkpoint(
+    model_chunks: Sequence[torch.nn.Module], directory: Path, config: LoRAConfig
+) -> None:
+    def intact() -> Path:
+        found = find_directory(directory)
+        verify(found)
+        return found
+
+    tensors, stored, _ = read_adapters(on_rank_zero(intact))
     if stored.scale(stored.rank) != config.scale(config.rank):
         raise ValueError(
-            f"lora_load {str(path)!r} was trained at scale {stored.scale(stored.rank):g}, this run "
-            f"has {config.scale(config.rank):g}: set --lora-alpha {stored.alpha:g} and "
+            f"lora_load {str(directory)!r} was trained at scale {stored.scale(stored.rank):g}, "
+            f"this run has {config.scale(config.rank):g}: set --lora-alpha {stored.alpha:g} and "
             f"--lora-rank {stored.rank}"
         )
     load_adapters(model_chunks, tensors)
 
 
-def export_model(
-    model_chunks: Sequence[Any],
+def export_adapter(
+    model_chunks: Sequence[torch.nn.Module],
     directory: str | os.PathLike[str],
     *,
     config: LoRAConfig,
@@ -95,9 +109,13 @@ def export_model(
 
 
 def check_export(
-    model_chunks: Sequence[Any], *, config: LoRAConfig, vocab_size: int, hf_model: str | None
+    model_chunks: Sequence[torch.nn.Module],
+    *,
+    config: LoRAConfig,
+    vocab_size: int,
+    hf_model: str | None,
 ) -> list[str]:
-    """Raise ValueError where `export_model` would, and return what servers would refuse.
+    """Raise ValueError where `export_adapter` would, and return what servers would refuse.
 
     It names and splits tensors of the adapters' shapes without values. All ranks must call it, and
     all raise the same.
@@ -111,28 +129,7 @@ def check_export(
     return refusals(factors, vocab_size, family_of(read_config(hf_model)) if hf_model else None)
 
 
-def save_merged(model_chunks: Sequence[Any], directory: str | os.PathLike[str]) -> None:
-    """Merge the adapters and save the model as an ordinary Megatron checkpoint of weights.
-
-    Any Megatron run starts from it by --pretrained-checkpoint or --load. The model stays merged.
-    """
-    from megatron.training import checkpointing, get_args
-
-    merge(model_chunks)
-    weights_only = {
-        "save": str(directory),
-        "no_save_optim": True,
-        "no_save_rng": True,
-        "async_save": False,
-    }
-    with changed(get_args(), weights_only), contextlib.ExitStack() as stack:
-        for chunk in model_chunks:
-            stack.enter_context(chunk.hide_loss_modules())
-        # A release has no iteration: runs that load it start at 0.
-        checkpointing.save_checkpoint(0, list(model_chunks), None, None, 0, release=True)
-
-
-def model_shape(model_chunks: Sequence[Any]) -> ModelShape:
+def model_shape(model_chunks: Sequence[torch.nn.Module]) -> ModelShape:
     """Return the sizes of a model that Hugging Face names depend on; ValueError for a hybrid."""
     refuse_hybrid(getattr(model_chunks[0], "hybrid_layer_pattern", None))
     sizes = vars(model_chunks[0].config)

@@ -8,7 +8,6 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from megalora.hf.checkpoint_files import HFWeights
 from megalora.hf.factors import LoRAFactors, check_finite, summarise
 from megalora.hf.files import (
     MODEL,
@@ -18,6 +17,7 @@ from megalora.hf.files import (
     whole_directory,
     write_json,
 )
+from megalora.hf.safetensors_files import HFWeights
 
 _EMBEDDING, _UNEMBEDDING = "model.embed_tokens.weight", "lm_head.weight"
 _FUSED = re.compile(r"(.+\.experts)\.(gate_up_proj|down_proj)")

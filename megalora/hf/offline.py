@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from torch._C._distributed_c10d import HashStore
 
+from megalora.checkpoint.layout import RELEASE, Iteration, iteration_directory, write_tracker
 from megalora.config import LoRAConfig
 from megalora.hf.base import load_hf_base
 from megalora.hf.factors import LoRAFactors, same_scale
@@ -19,8 +20,6 @@ from megalora.hf.files import whole_directory
 from megalora.hf.linears import locate
 from megalora.hf.shape import ModelShape, refuse_hybrid
 from megalora.targets import ModelFacts
-
-_TRACKER = "latest_checkpointed_iteration.txt"
 
 
 def prepare() -> None:
@@ -133,7 +132,6 @@ def write_adapter_checkpoint(
         moe_layer_freq=shape.moe_layer_freq,
     )
     with whole_directory(directory, overwrite=overwrite) as target, one_process():
-        from megatron.core import dist_checkpointing
         from megatron.core.dist_checkpointing.mapping import ShardedTensor
 
         from megalora.adapters.factors import to_checkpoint
@@ -145,11 +143,18 @@ def write_adapter_checkpoint(
             key: ShardedTensor.from_rank_offsets(key, tensor) for key, tensor in stored.items()
         }
         model[DESCRIPTION] = json.dumps({"config": config.to_dict(), "model": asdict(facts)})
-        state = {"model": model, "iteration": 0, "checkpoint_version": 3.0}
-        iteration = target / f"iter_{0:07d}"
-        iteration.mkdir()
-        dist_checkpointing.save(state, str(iteration))
-        (target / _TRACKER).write_text("0")
+        _save(model, target, 0)
+
+
+def _save(model: Mapping[str, Any], target: Path, iteration: Iteration) -> None:
+    """Save weights as Megatron's training does, with a manifest of checksums."""
+    from megatron.core import dist_checkpointing
+
+    directory = iteration_directory(target, iteration)
+    directory.mkdir()
+    state = {"model": model, "iteration": 0, "checkpoint_version": 3.0}
+    dist_checkpointing.save(state, str(directory), verify_integrity=True)
+    write_tracker(target, iteration)
 
 
 def import_base(
@@ -168,19 +173,12 @@ def import_base(
     config = read_config(hf_model)
     family_of(config)
     with whole_directory(directory, overwrite=overwrite) as target, one_process():
-        from megatron.core import dist_checkpointing, parallel_state
+        from megatron.core import parallel_state
 
         model = build_base(config, dtype)
         load_hf_base([model], hf_model, progress=progress)
         group = parallel_state.get_data_parallel_group(with_context_parallel=True)
-        state = {
-            "model": model.sharded_state_dict(metadata={"dp_cp_group": group}),
-            "iteration": 0,
-            "checkpoint_version": 3.0,
-        }
-        (target / "release").mkdir()
-        dist_checkpointing.save(state, str(target / "release"))
-        (target / _TRACKER).write_text("release")
+        _save(model.sharded_state_dict(metadata={"dp_cp_group": group}), target, RELEASE)
         return sum(param.numel() for param in model.parameters())
 
 

@@ -74,10 +74,11 @@ def write_outputs(
     model_chunks: Sequence[torch.nn.Module], args: argparse.Namespace, config: LoRAConfig
 ) -> None:
     """Write what --export-hf and --save-merged ask for. All ranks must call it."""
+    from megalora.checkpoint.merged import save_merged
     from megalora.hf import exchange
 
     if args.export_hf:
-        exchange.export_model(
+        exchange.export_adapter(
             model_chunks,
             args.export_hf,
             config=config,
@@ -86,7 +87,7 @@ def write_outputs(
             vocab_size=hf_vocab_size(args),
         )
     if args.save_merged:
-        exchange.save_merged(model_chunks, args.save_merged)
+        save_merged(model_chunks, args.save_merged)
 
 
 def outputs_have_to_wait(args: argparse.Namespace) -> bool:
@@ -103,7 +104,7 @@ def outputs_have_to_wait(args: argparse.Namespace) -> bool:
 
 def say_how_to_write(args: argparse.Namespace, config: LoRAConfig) -> None:
     """Print, on rank 0, by which commands the outputs come from the checkpoint in --save."""
-    from megalora.checkpoint.find import read_iteration
+    from megalora.checkpoint.layout import read_iteration
 
     if args.rank != 0 or not (args.export_hf or args.save_merged):
         return

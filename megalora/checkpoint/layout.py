@@ -1,0 +1,209 @@
+"""A directory of checkpoints: its names, its tracker file, and the checksums of its files.
+
+Megatron writes in this order, and so does whatever saves here:
+
+    iter_0000003/*.distcp, .metadata    tensors and other objects, and where each is
+    iter_0000003/metadata.json          the format: all tensors are written
+    iter_0000003/integrity.json         the manifest: SHA-256 of every file above
+    latest_checkpointed_iteration.txt   the tracker file: 3
+
+A release is a checkpoint without an iteration, in `release`; the tracker file holds that word.
+Megatron takes its weights alone and trains from iteration 0. Everyone who reads a checkpoint asks
+here which one it is, and whether its files are those that were saved.
+"""
+
+import hashlib
+import json
+import os
+import socket
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path, PurePath
+from typing import Literal
+
+import torch.distributed as dist
+
+TRACKER = "latest_checkpointed_iteration.txt"
+RELEASE: Literal["release"] = "release"
+METADATA = ".metadata"
+FORMAT = "metadata.json"
+MANIFEST = "integrity.json"
+# What a reader would take for a part of the checkpoint; others may leave notes beside it.
+_PARTS = (".distcp", ".pt", METADATA, FORMAT)
+
+# The name of a checkpoint: its iteration, or that it has none.
+Iteration = int | Literal["release"]
+
+
+@dataclass(frozen=True, slots=True)
+class Tracker:
+    """What a tracker file says: the newest checkpoint, or what is wrong with the file."""
+
+    newest: Iteration | None
+    defect: str | None = None
+
+
+def iteration_directory(root: Path, iteration: Iteration) -> Path:
+    """Return Megatron's directory of a checkpoint."""
+    return root / (RELEASE if iteration == RELEASE else f"iter_{iteration:07d}")
+
+
+def list_iterations(root: Path) -> list[Iteration]:
+    """Return the checkpoints that have a directory, newest first, a release last."""
+    names = [path.name.removeprefix("iter_") for path in root.glob("iter_*")]
+    numbers = sorted({int(name) for name in names if _is_number(name)}, reverse=True)
+    return [each for each in (*numbers, RELEASE) if iteration_directory(root, each).is_dir()]
+
+
+def read_tracker(root: Path) -> Tracker:
+    """Read the tracker file; without one nothing is the newest, and nothing is wrong."""
+    path = root / TRACKER
+    try:
+        text = path.read_text(errors="replace").strip()
+    except (FileNotFoundError, NotADirectoryError):
+        return Tracker(None)
+    except OSError as error:
+        return Tracker(None, f"{path} cannot be read ({error.strerror})")
+    if text == RELEASE:
+        return Tracker(RELEASE)
+    if _is_number(text):
+        return Tracker(int(text))
+    return Tracker(None, f"{path} holds {text[:20]!r} instead of an iteration or '{RELEASE}'")
+
+
+def read_iteration(root: Path) -> int | None:
+    """Return the iteration that the tracker file names, None where it names none."""
+    newest = read_tracker(root).newest
+    return newest if isinstance(newest, int) else None
+
+
+def write_tracker(root: Path, newest: Iteration) -> None:
+    """Write the tracker file, whole or not at all."""
+    beside = root / f".{TRACKER}.{socket.gethostname()}.{os.getpid()}"
+    try:
+        with beside.open("w") as file:
+            file.write(str(newest))
+            file.flush()
+            os.fsync(file.fileno())
+        beside.replace(root / TRACKER)
+    finally:
+        beside.unlink(missing_ok=True)
+
+
+def find_directory(path: Path) -> Path:
+    """Return the directory of the checkpoint that a directory's tracker file names.
+
+    path: a directory of checkpoints; or that of one checkpoint, which is returned. Raises
+    ValueError where the tracker file is damaged or missing, or names what is not there.
+    """
+    tracker, there = read_tracker(path), list_iterations(path)
+    directory = path if tracker.newest is None else iteration_directory(path, tracker.newest)
+    problem = tracker.defect
+    if tracker == Tracker(None) and there:
+        problem = f"{path} has no {TRACKER}"
+    elif directory != path and not directory.is_dir():
+        problem = f"{path / TRACKER} names {directory.name}, which is missing"
+    if problem is None:
+        return directory
+    raise ValueError(f"{problem}: {choice_of(there)}")
+
+
+def choice_of(there: Sequence[Iteration]) -> str:
+    """Say what to write into a tracker file, where it names no checkpoint that is there."""
+    return f"write {' or '.join(map(str, there))} into it" if there else "copy it again"
+
+
+def verify(directory: Path) -> None:
+    """Raise ValueError where a checkpoint's files are not those that were saved, naming them.
+
+    directory: of one checkpoint. Without a manifest nothing is claimed and nothing is checked:
+    plain Megatron writes one only with --verify-integrity.
+    """
+    if found := find_damage(directory):
+        root = directory.parent
+        names = [iteration_directory(root, each).name for each in list_iterations(root)]
+        others = [name for name in names if name != directory.name]
+        raise ValueError(
+            f"checkpoint {directory} is damaged: {', '.join(found)}: copy it again from where it "
+            f"is intact, or use another{f' ({", ".join(others)})' if others else ''}"
+        )
+
+
+def verify_on_all_ranks(directory: Path) -> None:
+    """Verify a checkpoint on rank 0 and raise its ValueError on all. All ranks must call it."""
+    on_rank_zero(lambda: verify(directory))
+
+
+def find_damage(directory: Path) -> list[str]:
+    """Return what contradicts a checkpoint's manifest, a text for each file that does."""
+    try:
+        digests = _read_manifest(directory)
+    except ValueError as error:
+        return [str(error)]
+    if digests is None:
+        return []
+    with ThreadPoolExecutor(max_workers=8) as pool:
+        checked = pool.map(lambda name: _damage(directory / name, digests[name]), sorted(digests))
+        found = [damage for damage in checked if damage]
+    extra = {path.name for path in directory.iterdir() if path.name.endswith(_PARTS)} - {*digests}
+    return found + [f"{name} is not in {MANIFEST}" for name in sorted(extra)]
+
+
+def has_manifest(directory: Path) -> bool:
+    """Say whether checksums were saved with a checkpoint."""
+    return (directory / MANIFEST).exists()
+
+
+def on_rank_zero[T](read: Callable[[], T]) -> T:
+    """Return, on every rank, what rank 0 alone reads; or raise its ValueError on every rank.
+
+    Files that all ranks use are hashed once, and all end with the same sentence. All ranks must
+    call it.
+    """
+    values: list[T] = []
+    problem: str | None = None
+    if dist.get_rank() == 0:
+        try:
+            values = [read()]
+        except (OSError, ValueError) as error:
+            problem = str(error)
+    result: list[tuple[list[T], str | None]] = [(values, problem)]
+    dist.broadcast_object_list(result, src=0)
+    values, problem = result[0]
+    if problem is not None:
+        raise ValueError(problem)
+    return values[0]
+
+
+def _read_manifest(directory: Path) -> dict[str, str] | None:
+    """Return the SHA-256 of each file by name, None where there is no manifest."""
+    try:
+        manifest = json.loads((directory / MANIFEST).read_bytes())
+        algorithm, digests = manifest["algorithm"], manifest["files"]
+        names = [name for name in digests if PurePath(name).name != name]
+    except FileNotFoundError:
+        return None
+    except OSError as error:
+        raise ValueError(f"{MANIFEST} cannot be read ({error.strerror})") from None
+    except (ValueError, KeyError, TypeError, RecursionError):
+        raise ValueError(f"{MANIFEST} is damaged, it holds no checksums") from None
+    if names or algorithm != "sha256" or not isinstance(digests, dict):
+        raise ValueError(f"{MANIFEST} is damaged, it has no SHA-256 of files of its own directory")
+    return digests
+
+
+def _damage(path: Path, digest: str) -> str | None:
+    try:
+        # Only a file ends: a manifest could name a device.
+        if not path.is_file():
+            return f"{path.name} is missing"
+        with path.open("rb") as file:
+            is_same = hashlib.file_digest(file, "sha256").hexdigest() == digest
+    except OSError as error:
+        return f"{path.name} cannot be read ({error.strerror})"
+    return None if is_same else f"{path.name} does not match its checksum in {MANIFEST}"
+
+
+def _is_number(text: str) -> bool:
+    return text.isascii() and text.isdigit()
