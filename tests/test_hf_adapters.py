@@ -12,7 +12,7 @@ from megalora.config import LoRAConfig
 from megalora.hf.adapters import from_hf, to_hf
 from megalora.hf.factors import LoRAFactors
 from megalora.hf.peft import read_adapter, write_adapter
-from megalora.hf.shape import ModelShape
+from megalora.model.shape import ModelShape
 
 DENSE = ModelShape(
     num_layers=2,

@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from megalora.hf.factors import LoRAFactors
-from megalora.hf.families import FAMILIES
 from megalora.hf.servers import refusals
+from megalora.model.families import FAMILIES
 from tests.forked import Ranks, call
 from tests.tiny import EXPERTS, LORA, MODEL, TRAIN
 

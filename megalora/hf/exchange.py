@@ -18,10 +18,10 @@ from megalora.checkpoint.read import read_adapter_checkpoint
 from megalora.checkpoint.state import gather_adapters, load_adapters, whole_shapes
 from megalora.config import LoRAConfig
 from megalora.hf.adapters import from_hf, to_hf
-from megalora.hf.families import family_of, read_config
 from megalora.hf.peft import CONFIG_NAME, read_adapter, write_adapter
 from megalora.hf.servers import refusals
-from megalora.hf.shape import ModelShape, refuse_hybrid
+from megalora.model.config_json import family_of, read_config
+from megalora.model.shape import ModelShape, refuse_hybrid
 
 OUTPUT_B = "output_layer_lora.lora_B"
 

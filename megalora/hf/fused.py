@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from megalora.hf.shape import ModelShape
+from megalora.model.shape import ModelShape
 
 
 def split_qkv(fused: Tensor, shape: ModelShape) -> list[Tensor]:

@@ -1,9 +1,14 @@
 """Put the rules and the costs together: one recommendation, as text and as JSON."""
 
+import argparse
 from dataclasses import asdict, dataclass
 from typing import Any
 
 from megalora.config import LoRAConfig
+from megalora.model.families import rate_exponents
+from megalora.model.megatron import args_shape
+from megalora.model.presets import named_shape
+from megalora.model.shape import ModelShape
 from megalora.recommend.costs import (
     Flops,
     Layout,
@@ -12,9 +17,9 @@ from megalora.recommend.costs import (
     gpu_memory,
     step_flops,
 )
+from megalora.recommend.linears import Group, base_parameters
 from megalora.recommend.rules import (
     COSTLY_BATCH_SIZE,
-    EXPONENTS,
     RULE_ALPHA,
     SAFE_BATCH_SIZE,
     Capacity,
@@ -25,7 +30,6 @@ from megalora.recommend.rules import (
     learning_rates,
     two_number_basis,
 )
-from megalora.recommend.shapes import Group, ModelShape
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -60,7 +64,7 @@ class Recommendation:
         """Return the LoRA learning rate; ValueError where the family is unknown."""
         if not self.rates.known:
             low, high = self.rates.lora
-            known = " and ".join(EXPONENTS)
+            known = " and ".join(rate_exponents())
             raise ValueError(
                 f"lr is auto, but the rule was fitted to {known}, and the model's family is "
                 f"{self.rates.family or 'unknown'}: name the one that it is built like by "
@@ -79,11 +83,7 @@ class Recommendation:
         """Return everything as JSON-ready values, sizes in bytes."""
         room = self.capacity
         return {
-            "model": asdict(self.shape)
-            | {
-                "dense_layers": list(self.shape.dense_layers),
-                "base_parameters": self.shape.base_parameters,
-            },
+            "model": _sizes(self.shape),
             "lora": self.config.to_dict(),
             "layout": asdict(self.layout) | {"num_gpus": self.layout.num_gpus},
             "trainable_parameters": {**self.parameters, "all": self.trainable},
@@ -127,6 +127,7 @@ def recommend(
     room = None if bits is None else capacity(shape, config, *bits)
     covered = rates.known and config.init == "uniform"
     notes = [
+        *([f"adapters only as Megatron has them: {shape.unmapped}"] if shape.unmapped else []),
         *_rate_notes(rates, config),
         *_capacity_notes(room, config),
         *_batch_notes(_positive("batch_size", batch_size), rl_episodes),
@@ -146,16 +147,18 @@ def recommend(
     )
 
 
-def recommend_for_args(args: Any, config: LoRAConfig, *, family: str = "") -> Recommendation:
+def recommend_for_args(
+    args: argparse.Namespace, config: LoRAConfig, *, family: str = ""
+) -> Recommendation:
     """Apply the rules to a training run's parsed Megatron arguments.
 
     The model is that of `args.hf_model` where there is one. family: the learning rate rule's, where
     the sizes do not tell.
     """
     if getattr(args, "hf_model", None):
-        shape = ModelShape.from_name(args.hf_model, family=family)
+        shape = named_shape(args.hf_model, family=family)
     else:
-        shape = ModelShape.from_megatron_args(args, family=family)
+        shape = args_shape(args, family=family)
     samples, batch_size = getattr(args, "train_samples", None), args.global_batch_size
     return recommend(
         shape,
@@ -164,6 +167,25 @@ def recommend_for_args(args: Any, config: LoRAConfig, *, family: str = "") -> Re
         batch_size=batch_size,
         layout=Layout.from_megatron_args(args),
     )
+
+
+# Names of sizes in JSON that are shorter than Megatron's.
+_JSON_NAMES = {
+    "num_moe_experts": "num_experts",
+    "moe_shared_expert_intermediate_size": "shared_expert_size",
+    "moe_shared_expert_gate": "shared_expert_gate",
+    "gated_linear_unit": "gated",
+    "qk_layernorm": "qk_norm",
+    "add_qkv_bias": "qkv_bias",
+    "tied_embeddings": "tied",
+}
+
+
+def _sizes(shape: ModelShape) -> dict[str, Any]:
+    sizes = {_JSON_NAMES.get(name, name): value for name, value in asdict(shape).items()}
+    del sizes["moe_layer_freq"]
+    layers = {"dense_layers": shape.dense_layers}
+    return {**sizes, **layers, "base_parameters": base_parameters(shape)}
 
 
 def _positive(name: str, value: int | None) -> int | None:
@@ -176,7 +198,7 @@ def _rate_notes(rates: Rates, config: LoRAConfig) -> list[str]:
     notes = []
     if not rates.known:
         notes.append(
-            f"the learning rate rule was fitted to {' and '.join(EXPONENTS)}, not to "
+            f"the learning rate rule was fitted to {' and '.join(rate_exponents())}, not to "
             f"{rates.family or 'this model, whose family is unknown'}: the range spans those "
             "families, sweep it"
         )
@@ -219,9 +241,9 @@ def _model_rows(result: Recommendation) -> list[tuple[str, str]]:
         adapters += f", {config.expert_mode} of rank "
         adapters += str(config.resolve_expert_rank(shape.moe_router_topk))
     parts = [f"{group} {count:,}" for group, count in result.parameters.items()]
-    share = result.trainable / shape.base_parameters
+    share = result.trainable / base_parameters(shape)
     rows = [
-        ("model", f"{shape.name}, {shape.base_parameters:,} parameters"),
+        ("model", f"{shape.name}, {base_parameters(shape):,} parameters"),
         ("adapters", adapters),
         ("trainable", f"{result.trainable:,} ({share:.2%} of the base): {', '.join(parts)}"),
         (
