@@ -70,8 +70,7 @@ def hf_config(
     Raises ValueError where the family cannot describe the model.
     """
     if model_type not in mapped_families():
-        known = ", ".join(mapped_families())
-        raise ValueError(f"model_type is {model_type!r}: must be one of {known}")
+        raise ValueError(f"model_type is {model_type!r}: must be in {mapped_families()}")
     family = FAMILIES[model_type]
     if chunk.rotary_scaling:
         raise ValueError("the model has rope scaling: give save_hf_base its original config.json")

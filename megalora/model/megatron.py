@@ -94,15 +94,7 @@ def args_shape(args: argparse.Namespace, *, family: str = "") -> ModelShape:
         value = getattr(args, name, None)
         return default if value is None else value
 
-    for flag in _UNDESCRIBED:
-        if value := given(flag, None):
-            raise ValueError(
-                f"{flag} is {value!r}, whose linears are not described here: "
-                "count the adapters of the built model with `megalora inspect`"
-            )
-    for flag in ("num_layers", "hidden_size", "num_attention_heads"):
-        if not given(flag, 0):
-            raise ValueError(f"{flag} is missing: give --{flag.replace('_', '-')}")
+    _check_described(args)
     vocab_size = given("padded_vocab_size", given("vocab_size", 0))
     if not vocab_size:
         raise ValueError("vocab_size is missing: give --vocab-size")
@@ -131,6 +123,18 @@ def args_shape(args: argparse.Namespace, *, family: str = "") -> ModelShape:
     return shape if family else as_preset(shape)
 
 
+def _check_described(args: argparse.Namespace) -> None:
+    for flag in _UNDESCRIBED:
+        if value := getattr(args, flag, None):
+            raise ValueError(
+                f"{flag} is {value!r}, whose linears are not described here: "
+                "count the adapters of the built model with `megalora inspect`"
+            )
+    for flag in ("num_layers", "hidden_size", "num_attention_heads"):
+        if not getattr(args, flag, None):
+            raise ValueError(f"{flag} is missing: give --{flag.replace('_', '-')}")
+
+
 def _expert_sizes(args: argparse.Namespace, ffn: int) -> dict[str, Any]:
     frequency, layers = getattr(args, "moe_layer_freq", None) or 1, range(args.num_layers)
     if isinstance(frequency, int):
@@ -140,14 +144,12 @@ def _expert_sizes(args: argparse.Namespace, ffn: int) -> dict[str, Any]:
             f"moe_layer_freq has {len(frequency)} entries for {len(layers)} layers: give one for "
             "each"
         )
+    shared = getattr(args, "moe_shared_expert_intermediate_size", None)
     return {
         "num_moe_experts": args.num_experts,
         "moe_router_topk": args.moe_router_topk,
         "moe_ffn_hidden_size": getattr(args, "moe_ffn_hidden_size", None) or ffn,
         "moe_layer_freq": 1 if all(frequency) else frequency,
-        "moe_shared_expert_intermediate_size": getattr(
-            args, "moe_shared_expert_intermediate_size", None
-        )
-        or 0,
+        "moe_shared_expert_intermediate_size": shared or 0,
         "moe_shared_expert_gate": getattr(args, "moe_shared_expert_gate", False),
     }
