@@ -8,9 +8,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import save_file
 
 from megalora.config import LoRAConfig
 from megalora.hf.adapters import from_hf, to_hf
+from megalora.hf.checkpoint_files import HFWeights
 from megalora.hf.servers import refusals
 from megalora.hf.weights import Piece, Placement, Shard, Weights
 from megalora.model import families
@@ -37,7 +39,12 @@ FAMILIES = (
         model_type="toy",
         architecture="ToyForCausalLM",
         rate=Rate("toys", 0.5),
-        names=Names(layer="blocks.{}.", unembedding="head", modules=MODULES),
+        names=Names(
+            layer="blocks.{}.",
+            unembedding="head",
+            modules=MODULES,
+            stacked={"moe.w13": "mlp.experts.linear_fc1"},
+        ),
         megatron={**LLAMA_LIKE, "normalization": "LayerNorm"},
         qkv_bias=True,
         experts=Experts(count=("n_experts",)),
@@ -77,6 +84,27 @@ def test_one_file_gives_the_mapping_of_weights() -> None:
     assert expected["blocks.1.attn.q.bias"] == (32,)
     assert expected["blocks.1.moe.3.w3.weight"] == (24, 32)
     assert expected["head.weight"] == (80, 32)
+
+
+@pytest.mark.parametrize(
+    ("model_type", "stacked", "one"),
+    [
+        ("toy", "blocks.1.moe.w13", "blocks.1.moe.2.w3.weight"),
+        ("qwen3_moe", "model.layers.1.mlp.experts.gate_up_proj", "mlp.experts.2.up_proj.weight"),
+    ],
+)
+@pytest.mark.usefixtures("toy")
+def test_one_file_says_how_a_layers_experts_are_stacked(
+    model_type: str, stacked: str, one: str, tmp_path: Path
+) -> None:
+    whole = torch.randn(4, 2 * 24, 32)
+    save_file({stacked: whole}, tmp_path / "model.safetensors")
+    files = HFWeights(tmp_path, families.names_of(model_type))
+    assert len(files.shapes) == 4 * 2
+    [name] = [name for name in files.shapes if name.endswith(one)]
+    assert files.shapes[name] == (24, 32)
+    assert torch.equal(files.read(name, 5, 3), whole[2, 24 + 5 : 24 + 8])
+    assert torch.equal(files.read(name, 5, 3, (8, 16)), whole[2, 24 + 5 : 24 + 8, 8:16])
 
 
 @pytest.mark.usefixtures("toy")

@@ -12,6 +12,7 @@ from torch import Tensor
 from megalora.hf.checkpoint_files import HFWeights
 from megalora.hf.weights import Piece, Placement, Shard, Weights
 from megalora.model.config_json import read_config
+from megalora.model.families import names_of
 from megalora.model.megatron import megatron_args
 from megalora.model.rope import rope
 from megalora.model.shape import ModelShape
@@ -56,7 +57,7 @@ def load_hf_base(
     where the model was built with other sizes or options than its config.json has.
     """
     config = read_config(directory)
-    files = HFWeights(directory)
+    files = HFWeights(directory, names_of(config["model_type"]))
     jobs = []
     chunks = cast("Sequence[GPTModel]", model_chunks)
     for chunk in chunks:

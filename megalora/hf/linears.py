@@ -6,11 +6,10 @@ from dataclasses import dataclass
 
 from megalora.config import LoRAConfig
 from megalora.model.families import names_of
-from megalora.model.family import Names
+from megalora.model.family import Names, without_numbers
 from megalora.model.shape import ModelShape
 
 _LAYER = re.compile(r"decoder\.layers\.(\d+)\.(.+)")
-_NUMBER = re.compile(r"(?<=\.)\d+(?=\.)")
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,13 +100,14 @@ def find_linear(name: str, shape: ModelShape) -> tuple[int | None, Linear]:
 
 def locate(name: str, shape: ModelShape) -> tuple[int | None, Linear, int, str] | None:
     """Return (layer, linear, expert, projection) of a Hugging Face name, None where none is."""
-    found = _by_hf_name(names_of(shape.model_type)).get(_NUMBER.sub("{}", name))
+    pattern, numbers = without_numbers(name)
+    found = _by_hf_name(names_of(shape.model_type)).get(pattern)
     if found is None:
         return None
     linear, projection = found
     if linear.is_unembedding:
         return None, linear, 0, projection
-    layer, *experts = map(int, _NUMBER.findall(name))
+    layer, *experts = numbers
     expert = experts[0] if experts else 0
     if layer >= shape.num_layers or (linear.is_expert and expert >= shape.num_moe_experts):
         return None

@@ -1,7 +1,10 @@
 """What a row of the table of families says."""
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+
+_NUMBER = re.compile(r"(?<=\.)\d+(?=\.)")
 
 # Of a decoder layer as transformers writes it: Llama's names, and those that others added.
 DECODER: Mapping[str, tuple[str, ...]] = {
@@ -19,6 +22,16 @@ DECODER: Mapping[str, tuple[str, ...]] = {
     "mlp.shared_experts.linear_fc1": ("mlp.shared_expert.gate_proj", "mlp.shared_expert.up_proj"),
     "mlp.shared_experts.linear_fc2": ("mlp.shared_expert.down_proj",),
 }
+# transformers 5 may store all experts of a layer in one tensor [E, rows, columns].
+STACKED: Mapping[str, str] = {
+    "mlp.experts.gate_up_proj": "mlp.experts.linear_fc1",
+    "mlp.experts.down_proj": "mlp.experts.linear_fc2",
+}
+
+
+def without_numbers(name: str) -> tuple[str, list[int]]:
+    """Return a module's name with `{}` for each number in it, and these numbers."""
+    return _NUMBER.sub("{}", name), [int(number) for number in _NUMBER.findall(name)]
 
 
 # By identity, so that what is derived from names can be kept for them.
@@ -29,6 +42,7 @@ class Names:
     layer: what the names of a layer's modules start with, `{}` being the layer's number.
     modules: Megatron module of a layer -> the Hugging Face modules whose rows it stacks, in order,
         `{}` being an expert's number. linear_qkv stacks them once for each query group.
+    stacked: tensor of all experts of a layer -> the Megatron module whose modules it stacks.
     """
 
     embedding: str = "model.embed_tokens"
@@ -36,6 +50,7 @@ class Names:
     unembedding: str = "lm_head"
     layer: str = "model.layers.{}."
     modules: Mapping[str, tuple[str, ...]] = field(default_factory=lambda: DECODER)
+    stacked: Mapping[str, str] = field(default_factory=lambda: STACKED)
 
     def in_layer(self, module: str) -> tuple[str, ...]:
         """Return the whole names for a Megatron module, `{}` for the layer and for the expert."""
