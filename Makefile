@@ -16,18 +16,21 @@ export MKL_NUM_THREADS ?= 1
 WORKERS ?= -n logical --maxprocesses 8 --dist loadfile --no-loadscope-reorder
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
 
-.PHONY: demo test lint bench parity figures gpu-kit clean
+.PHONY: demo test lint style bench parity figures gpu-kit clean
 
 demo: .venv/built
 	$(BIN)/python examples/demo.py --output demo
 
-test: lint
+# The types are checked by one of the tests (tests/test_types.py), beside the others.
+test: style
 	$(BIN)/python -m pytest $(WORKERS)
 
-lint: .venv/built
+lint: style
+	$(BIN)/pyright
+
+style: .venv/built
 	$(BIN)/ruff format --check
 	$(BIN)/ruff check
-	$(BIN)/pyright
 
 bench: .venv/built
 	$(BIN)/python benchmarks/bench_linear.py

@@ -7,14 +7,29 @@ import pytest
 
 from tests.tiny import train
 
-# Workers are given them in this order, before all others: what takes longest must not be last.
-LONGEST = ["test_dist", "test_checkpoint_resume", "test_checkpoint_faults", "test_gpu_check"]
+WORLDS = "test_dist"
+# Workers are given them in this order, before all others: what takes longest must not be last. The
+# worlds of two and four processes come to one worker: beside each other they wait for cores.
+LONGEST = [
+    "test_dist[2]",
+    "test_gpu_check",
+    "test_dist[4]",
+    "test_launch_examples",
+    "test_checkpoint_faults",
+    "test_checkpoint_resume",
+    "test_types",
+]
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Start with what takes longest."""
     places = {name: place for place, name in enumerate(LONGEST)}
-    items.sort(key=lambda item: places.get(item.path.stem, len(places)))
+    items.sort(key=lambda item: places.get(_name(item), len(places)))
+
+
+def _name(item: pytest.Item) -> str:
+    stem = item.path.stem
+    return f"{stem}[{item.name.partition('[')[2]}" if stem == WORLDS else stem
 
 
 @pytest.hookimpl(optionalhook=True)
@@ -24,7 +39,7 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
 
     class Scheduling(LoadFileScheduling):
         def _split_scope(self, nodeid: str) -> str:
-            return nodeid if "test_dist.py" in nodeid else super()._split_scope(nodeid)
+            return nodeid if f"{WORLDS}.py" in nodeid else super()._split_scope(nodeid)
 
     return Scheduling(config, log)
 

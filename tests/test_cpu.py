@@ -3,11 +3,14 @@
 import os
 import subprocess
 import sys
+import types
 from pathlib import Path
 
 import pytest
 
+import megalora
 from megalora import cpu
+from tests.forked import call
 
 RUN = {**os.environ, "OMP_NUM_THREADS": "1"}
 
@@ -58,16 +61,13 @@ assert x.grad.tolist() == [2.0, 2.0]
     assert finished.returncode == 0, finished.stderr
 
 
-def test_install_after_megatron_says_what_to_do() -> None:
-    code = """
-import sys, types
-sys.modules["megatron.core"] = types.ModuleType("megatron.core")
-import megalora.cpu
-megalora.cpu.install()
-"""
-    finished = run_python(code)
-    assert finished.returncode != 0
-    assert "call megalora.cpu.install() before the first import of megatron" in finished.stderr
+def test_install_after_megatron_says_what_to_do(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "megatron.core", types.ModuleType("megatron.core"))
+    with pytest.raises(
+        RuntimeError, match=r"call megalora\.cpu\.install\(\) before the first import"
+    ):
+        cpu.install()
+    assert not cpu.installed()
 
 
 def test_cpu_is_wanted_where_asked_for_or_without_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -81,15 +81,13 @@ def test_cpu_is_wanted_where_asked_for_or_without_a_gpu(monkeypatch: pytest.Monk
 
 
 def test_public_names_stay_functions_once_their_modules_are_loaded() -> None:
-    code = """
-import megalora.cpu
-megalora.cpu.install()
-for _ in range(2):
-    for name in megalora.__all__:
-        assert callable(getattr(megalora, name)), name
-"""
-    finished = run_python(code)
-    assert finished.returncode == 0, finished.stderr
+    assert call(_not_functions) == []
+
+
+def _not_functions() -> list[str]:
+    # Twice: the first use of a name imports its module.
+    names = [*megalora.__all__, *megalora.__all__]
+    return [name for name in names if not callable(getattr(megalora, name))]
 
 
 def test_a_run_on_the_cpu_is_as_without_transformer_engine(tmp_path: Path) -> None:

@@ -5,6 +5,7 @@ warp instructions. It says whether the kernels are right, nothing about their sp
 """
 
 import importlib.util
+import itertools
 import re
 import shutil
 import subprocess
@@ -84,17 +85,20 @@ def test_one_read_of_dy_gives_both_gradients(emulated: Ops, case: Case) -> None:
     assert_matches_reference(emulated, case, torch.bfloat16, 0.0)
 
 
-@pytest.mark.parametrize("p", [0.0, 0.3])
+WHOLE_TILES = [
+    Case(128, 1088, (640,), 1, rank=16),  # whole tiles; two splits of the columns of x
+    Case(70, 1030, (72, 40), 1, rank=3),  # ragged tiles in two splits
+    Case(320, 256, (256, 256), 1, rank=4, experts=3),  # rows of 8 bytes
+    Case(256, 64, (576,), 1, rank=32),
+    Case(130, 72, (320,), 1, rank=70),  # several steps of ranks before wide is added to
+]
+# The last one shorter. Large, so with dropout alone, which has every step that there is without.
+THREE_SPLITS = Case(192, 1600, (320, 64), 2, rank=64)
+
+
 @pytest.mark.parametrize(
-    "case",
-    [
-        Case(128, 1088, (640,), 1, rank=16),  # whole tiles; two splits of the columns of x
-        Case(192, 1600, (320, 64), 2, rank=64),  # three splits, the last one shorter
-        Case(70, 1030, (72, 40), 1, rank=3),  # ragged tiles in two splits
-        Case(320, 256, (256, 256), 1, rank=4, experts=3),  # rows of 8 bytes
-        Case(256, 64, (576,), 1, rank=32),
-        Case(130, 72, (320,), 1, rank=70),  # several steps of ranks before wide is added to
-    ],
+    ("case", "p"),
+    [*itertools.product(WHOLE_TILES, (0.0, 0.3)), (THREE_SPLITS, 0.3)],
     ids=str,
 )
 def test_whole_tiles_pass_through_every_stage(emulated: Ops, case: Case, p: float) -> None:

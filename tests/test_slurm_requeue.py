@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from tests.forked import ROOT
-from tests.watchdog import POLL_S, STALL_S
+from tests.watchdog import POLL_S, Watchdog
 
 SCRIPT = ROOT / "examples" / "slurm_multinode.sbatch"
 TRACKER = "latest_checkpointed_iteration.txt"
@@ -82,26 +82,26 @@ def asked(work: Path) -> list[str]:
 
 def test_the_end_of_the_time_saves_and_requeues(work: Path) -> None:
     job = start(work)
-    wait_until((work / "ready").exists)
+    wait_until((work / "ready").exists, work)
     job.send_signal(signal.SIGUSR1)
-    assert job.wait(timeout=STALL_S) == 0
+    assert end(job, work) == 0
     assert (work / "out" / TRACKER).read_text() == "7\n"
     assert asked(work) == ["scancel --signal=USR2 42.0", "scontrol requeue 42"]
 
 
 def test_a_run_that_ends_well_is_not_requeued(work: Path) -> None:
-    assert start(work, "exit 0").wait(timeout=STALL_S) == 0
+    assert end(start(work, "exit 0"), work) == 0
     assert asked(work) == []
 
 
 def test_a_failed_run_is_requeued_where_it_had_saved(work: Path) -> None:
     job = start(work, f'echo 5 > "$WORK/out/{TRACKER}"; exit 3')
-    assert job.wait(timeout=STALL_S) == 3
+    assert end(job, work) == 3
     assert asked(work) == ["scontrol requeue 42"]
 
 
 def test_a_failed_run_that_saved_nothing_is_not_requeued(work: Path) -> None:
-    assert start(work, "exit 3").wait(timeout=STALL_S) == 3
+    assert end(start(work, "exit 3"), work) == 3
     assert asked(work) == []
 
 
@@ -109,15 +109,21 @@ def test_no_rank_outlives_a_torchrun_that_was_killed(work: Path) -> None:
     # The rank's parent is torchrun's stand-in.
     seen = 'until [[ -s "$WORK/seen" ]]; do sleep 0.05; done'
     job = start(work, f'echo $$ > "$WORK/rank"; {seen}; kill -KILL $PPID')
-    assert job.wait(timeout=STALL_S) == 137
+    assert end(job, work) == 137
     rank = int((work / "rank").read_text())
-    wait_until(lambda: not is_running(rank))
+    wait_until(lambda: not is_running(rank), work)
 
 
-def wait_until(condition: Callable[[], bool]) -> None:
-    end = time.monotonic() + STALL_S
+def end(job: subprocess.Popen, work: Path) -> int:
+    """Wait for the batch script; return its exit code."""
+    wait_until(lambda: job.poll() is not None, work)
+    return job.returncode
+
+
+def wait_until(condition: Callable[[], bool], work: Path) -> None:
+    watchdog = Watchdog(work)
     while not condition():
-        assert time.monotonic() < end
+        assert not watchdog.stalled()
         time.sleep(POLL_S)
 
 

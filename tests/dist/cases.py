@@ -252,10 +252,10 @@ ANSWERS = [
             (CP2, "balanced experts"),
             (EP2, "balanced experts"),
             (TP2_SP, "balanced experts"),
-            (Layout(tp=2, sp=True, cp=2), "balanced experts"),
-            (Layout(cp=2, dp=2), "2 predicted tokens more"),
         )
     ),
+    _answers(Layout(cp=2, dp=2), "2 predicted tokens more", BY_TOKEN),
+    _answers(Layout(tp=2, sp=True, cp=2), "balanced experts", BY_MICROBATCH),
     *(
         _answers(CP2, "dense", Answers(per_token=per_token, attention="mask", micro_batch_size=2))
         for per_token in (True, False)

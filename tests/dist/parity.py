@@ -85,7 +85,7 @@ def _train_oracle(
     oracle: Oracle, start: Tensors, answers: Answers | None, skipped: tuple[int, ...]
 ) -> Truth:
     # The mean of equally large microbatches is that of all their sequences at once.
-    run = Run(answers=answers, micro_batch_size=NUM_SEQUENCES)
+    run = Run(answers=answers)
     per_token = answers is not None and answers.per_token
     steps, norms, gradients = [], [], {}
     for number in range(NUM_STEPS):
@@ -253,8 +253,6 @@ def errors(case: Case) -> dict[str, float]:
         probe = Probe(chunks, layout, case.run)
         run = dataclasses.replace(
             case.run,
-            # Two microbatches on each rank; in stages as many as there are.
-            micro_batch_size=2 if layout.dp == layout.pp == 1 else 1,
             num_steps=NUM_STEPS,
             lr=LR,
             adam_eps=EPS,

@@ -11,11 +11,11 @@ from torch.nn.functional import scaled_dot_product_attention
 from megalora.mends import attention
 from tests.dist.layouts import Layout, model_parallel, one_rank, over
 from tests.dist.models import MLA, MOE, SEQ_LENGTH, build_model
-from tests.dist.training import Run, packed, train
+from tests.dist.training import NUM_SEQUENCES, Run, packed, train
 
 TOLERANCE = 1e-5
 DISTRIBUTED_OPTIMIZER = Run(distributed_optimizer=True, overlap=True)
-PACKED = Run(cu_seqlens=(0, 4, 12, SEQ_LENGTH))
+PACKED = Run(cu_seqlens=(0, 4, 12, SEQ_LENGTH), micro_batch_size=1)
 KINDS: dict[str, dict[str, Any]] = {"dense": {}, "moe": MOE, "mla": MLA}
 
 
@@ -27,7 +27,9 @@ def history_of_one_rank(
     alone = one_rank(Layout(dp=world_size))
     with model_parallel(alone):
         chunks = build_model(alone, **KINDS[kind])
-        return train(chunks, alone, Run(one_rank=True, cu_seqlens=cu_seqlens))
+        size = 1 if cu_seqlens else NUM_SEQUENCES
+        run = Run(one_rank=True, micro_batch_size=size, cu_seqlens=cu_seqlens)
+        return train(chunks, alone, run)
 
 
 def assert_trains_as_one_rank(

@@ -34,7 +34,8 @@ class Run:
     """How to train; `one_rank` gives every data-parallel rank the whole batch.
 
     With `one_rank` the averages over data-parallel ranks are those of one rank alone, which makes
-    the unsharded reference of a layout available in its own processes. `cu_seqlens` packs the
+    the unsharded reference of a layout available in its own processes. Without a `micro_batch_size`
+    each rank has two microbatches, and in stages one for each sequence. `cu_seqlens` packs the
     tokens of each sequence into shorter ones. `answers` trains on these by the example's own route
     instead of on all of random tokens. `loss_scale` is where that of fp16 starts, which Megatron
     halves after a step that overflows. `on_gradients` is called with the step's number when the
@@ -42,7 +43,7 @@ class Run:
     """
 
     one_rank: bool = False
-    micro_batch_size: int = 1
+    micro_batch_size: int | None = None
     answers: Answers | None = None
     num_steps: int = NUM_STEPS
     lr: float = 1e-2
@@ -61,14 +62,22 @@ class Run:
         dealt = numbers.view(-1, data_ranks, self.answers.micro_batch_size)
         return dealt[:, data_rank].flatten().tolist()
 
+    def size_on(self, layout: Layout) -> int:
+        """Return the size of a microbatch in a layout."""
+        if self.answers is not None:
+            return self.answers.micro_batch_size
+        fewest = NUM_SEQUENCES // 2 if layout.dp == layout.pp == 1 else 1
+        return self.micro_batch_size or fewest
+
     def whole_batch(self, step: int) -> list[Microbatch]:
-        """Return the microbatches of a step as one process has them."""
+        """Return the microbatches of a step as one process has them, all in one by default."""
         if self.answers is not None:
             return self.answers.microbatches(step)
-        positions = torch.arange(SEQ_LENGTH).expand(self.micro_batch_size, -1)
+        size = self.micro_batch_size or NUM_SEQUENCES
+        positions = torch.arange(SEQ_LENGTH).expand(size, -1)
         return [
             Microbatch(tokens[:, :-1], tokens[:, 1:], positions)
-            for tokens in _tokens(step).split(self.micro_batch_size)
+            for tokens in _tokens(step).split(size)
         ]
 
 
@@ -165,9 +174,7 @@ def _optimizer_config(config: Any, run: Run) -> OptimizerConfig:
 
 def _forward_backward(models: list[Any], layout: Layout, run: Run, step: int) -> float:
     data_ranks = 1 if run.one_rank else parallel_state.get_data_parallel_world_size()
-    answers, size = run.answers, run.micro_batch_size
-    if answers is not None:
-        size = answers.micro_batch_size
+    answers, size = run.answers, run.size_on(layout)
     virtual = len(models) > 1
     with contextlib.nullcontext() if answers is None else answers.as_args(models[0].config):
         iterators: list[Any] = [
@@ -200,7 +207,7 @@ def _microbatches(layout: Layout, run: Run, step: int) -> Iterator[torch.Tensor]
     tokens = _tokens(step)
     if not run.one_rank:
         tokens = tokens.chunk(layout.dp)[parallel_state.get_data_parallel_rank()]
-    yield from tokens.split(run.micro_batch_size)
+    yield from tokens.split(run.size_on(layout))
 
 
 class _Forward:
