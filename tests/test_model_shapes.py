@@ -2,6 +2,8 @@
 
 import argparse
 import json
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -113,3 +115,9 @@ def test_megatron_defaults_fill_in_what_flags_leave_out() -> None:
 def test_a_model_that_cannot_be_described_is_refused(make: Any, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         make()
+
+
+def test_sizes_and_recommendations_need_neither_torch_nor_megatron() -> None:
+    line = "import sys, megalora.recommend; print(sys.modules.keys() & {'torch', 'megatron'})"
+    found = subprocess.run([sys.executable, "-c", line], capture_output=True, text=True)
+    assert found.stdout.strip() == "set()", found.stderr

@@ -13,7 +13,7 @@ from megalora.hf.files import MODEL, save_tensors, whole_directory, write_json
 from megalora.hf.weights import Piece, Weights
 from megalora.model.config_json import mapped_family
 from megalora.model.families import FAMILIES, mapped_families
-from megalora.model.family import Experts
+from megalora.model.family import Experts, Family
 
 if TYPE_CHECKING:
     from megatron.core.models.gpt.gpt_model import GPTModel
@@ -69,9 +69,7 @@ def hf_config(
     vocab_size: without Megatron's padding.
     Raises ValueError where the family cannot describe the model.
     """
-    if model_type not in mapped_families():
-        raise ValueError(f"model_type is {model_type!r}: must be in {mapped_families()}")
-    family = FAMILIES[model_type]
+    family = _named_family(model_type)
     if chunk.rotary_scaling:
         raise ValueError("the model has rope scaling: give save_hf_base its original config.json")
     built = chunk.config
@@ -97,6 +95,13 @@ def hf_config(
     mapped_family(config)
     check_built_for(chunk, config)
     return config
+
+
+def _named_family(model_type: str) -> Family:
+    if model_type not in mapped_families():
+        known = ", ".join(mapped_families())
+        raise ValueError(f"model_type is {model_type!r}: must be one of {known}")
+    return FAMILIES[model_type]
 
 
 def _expert_fields(built: "TransformerConfig", experts: Experts) -> dict[str, Any]:
