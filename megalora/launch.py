@@ -14,7 +14,7 @@ from megalora import cpu
 from megalora.arguments import given_lora_fields, lora_config_from_args
 from megalora.checkpoint.schedule import take_rates
 from megalora.config import LoRAConfig
-from megalora.hf.shape import refuse_hybrid
+from megalora.model.shape import refuse_hybrid
 from megalora.training.auto_lr import set_auto_lr
 from megalora.training.flags import (
     add_exchange_args,

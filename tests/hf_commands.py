@@ -31,8 +31,8 @@ def compare_base(hf_model: str, checkpoint: str) -> tuple[int, str, str]:
     import torch
 
     from megalora.hf.base import load_hf_base
-    from megalora.hf.families import read_config
     from megalora.hf.offline import build_base, one_process
+    from megalora.model.config_json import read_config
 
     with one_process():
         from megatron.core import dist_checkpointing, parallel_state

@@ -1,5 +1,6 @@
 """Adapters between Megatron's rows and Hugging Face's names, on full tensors."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -12,7 +13,7 @@ from megalora.config import LoRAConfig
 from megalora.hf.adapters import from_hf, to_hf
 from megalora.hf.factors import LoRAFactors
 from megalora.hf.peft import read_adapter, write_adapter
-from megalora.hf.shape import ModelShape
+from megalora.model.shape import ModelShape
 
 DENSE = ModelShape(
     num_layers=2,
@@ -324,6 +325,17 @@ def test_modules_without_a_hugging_face_name_are_refused():
     }
     with pytest.raises(ValueError, match=r"decoder\.layers\.0\.mlp\.router has no adapter"):
         to_hf(tensors, LoRAConfig(rank=4), MOE)
+
+
+def test_gates_among_the_queries_are_refused() -> None:
+    tensors = {
+        "decoder.layers.0.self_attention.linear_qkv_lora.lora_A": torch.ones(6, 12),
+        "decoder.layers.0.self_attention.linear_qkv_lora.lora_B": torch.ones(90, 2),
+    }
+    shape = replace(DENSE, attention_output_gate=True)
+    assert shape.qkv_rows == 90
+    with pytest.raises(ValueError, match="q_proj: attention_output_gate is set"):
+        to_hf(tensors, LoRAConfig(rank=2), shape)
 
 
 def test_the_configuration_of_another_adapter_is_refused():

@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from megalora.hf.factors import LoRAFactors
-from megalora.hf.families import FAMILIES
 from megalora.hf.servers import refusals
+from megalora.model.families import FAMILIES
 from tests.forked import Ranks, call
 from tests.tiny import EXPERTS, LORA, MODEL, TRAIN
 
@@ -42,6 +42,22 @@ def test_what_has_no_hugging_face_name_is_refused_before_training(tmp_path: Path
     text = run.fail()
     assert "router has no adapter in Hugging Face's models: train with --lora-targets" in text
     assert run.losses() == {}
+
+
+def named_like(base: Path) -> list[str]:
+    """Return the family by which an export names modules, before and after its base is gone."""
+    from megalora.hf.exchange import model_shape
+
+    sizes = ("num_layers", "hidden_size", "num_attention_heads", "num_query_groups", "kv_channels")
+    chunk: Any = SimpleNamespace(config=SimpleNamespace(**dict.fromkeys(sizes, 4)))
+    before = model_shape([chunk], str(base)).model_type
+    (base / "config.json").unlink()
+    return [before, model_shape([chunk], str(base)).model_type]
+
+
+def test_an_export_names_modules_like_its_base_even_where_that_has_gone(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text('{"model_type": "qwen3"}')
+    assert call(named_like, tmp_path) == ["qwen3", "qwen3"]
 
 
 def vocab_size(flags: dict[str, Any]) -> int:

@@ -14,8 +14,8 @@ from megalora.config import LoRAConfig
 from megalora.hf.adapters_in import from_hf
 from megalora.hf.factors import LoRAFactors, summarise
 from megalora.hf.fused import split_qkv
-from megalora.hf.linears import OUTPUT_LAYER, Linear, find_linear
-from megalora.hf.shape import ModelShape
+from megalora.hf.linears import Linear, find_linear
+from megalora.model.shape import ModelShape
 
 __all__ = ["from_hf", "to_hf"]
 
@@ -53,7 +53,7 @@ def _to_hf(
 ) -> dict[str, LoRAFactors]:
     factors: dict[str, LoRAFactors] = {}
     for name, (a, b) in _pairs(tensors).items():
-        prefix, linear = find_linear(name)
+        layer, linear = find_linear(name, shape)
         rank = linear.rank(config, shape)
         _check_sizes(name, a, b, linear, config, rank)
         scale = config.scale(rank)
@@ -61,10 +61,10 @@ def _to_hf(
             for expert in range(_num_experts(name, a, b, shape)):
                 one_a = a[expert] if a.dim() == 3 else a
                 one_b = b[expert] if b.dim() == 3 else b
-                place = f"{prefix}{expert}."
-                factors |= _split(place, one_a, one_b, linear, rank, scale, shape)
+                hf_names = linear.hf_names(layer, expert)
+                factors |= _split(hf_names, one_a, one_b, linear, rank, scale, shape)
         else:
-            factors |= _split(prefix, a, b, linear, rank, scale, shape)
+            factors |= _split(linear.hf_names(layer), a, b, linear, rank, scale, shape)
     return factors
 
 
@@ -108,24 +108,36 @@ def _num_experts(name: str, a: Tensor, b: Tensor, shape: ModelShape) -> int:
 
 
 def _split(
-    place: str, a: Tensor, b: Tensor, linear: Linear, rank: int, scale: float, shape: ModelShape
+    hf_names: list[str],
+    a: Tensor,
+    b: Tensor,
+    linear: Linear,
+    rank: int,
+    scale: float,
+    shape: ModelShape,
 ) -> dict[str, LoRAFactors]:
-    count = len(linear.projections)
+    count = len(hf_names)
     if linear.is_qkv:
+        if shape.attention_output_gate:
+            raise ValueError(
+                f"{hf_names[0]}: attention_output_gate is set, and no family here has gates among "
+                "its queries: keep the adapter as --save's checkpoint, or write W + c B A by "
+                "--save-merged"
+            )
         if b.shape[0] != shape.qkv_rows:
             raise ValueError(
-                f"{place}: lora_B of linear_qkv has {b.shape[0]} rows, the model has "
+                f"{hf_names[0]}: lora_B of linear_qkv has {b.shape[0]} rows, the model has "
                 f"{shape.qkv_rows}"
             )
         rows = split_qkv(b, shape)
-    elif linear is OUTPUT_LAYER:
+    elif linear.is_unembedding:
         rows = [_trim_vocabulary(b, shape)]
     else:
         rows = list(b.chunk(count))
     factors_a = list(a.chunk(count)) if a.shape[0] == count * rank else [a] * count
     return {
-        place + projection: LoRAFactors(one_a, one_b, scale)
-        for projection, one_a, one_b in zip(linear.projections, factors_a, rows, strict=True)
+        name: LoRAFactors(one_a, one_b, scale)
+        for name, one_a, one_b in zip(hf_names, factors_a, rows, strict=True)
     }
 
 

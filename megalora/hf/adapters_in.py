@@ -10,8 +10,8 @@ from torch import Tensor
 from megalora.config import LoRAConfig
 from megalora.hf.factors import LoRAFactors, check_finite, summarise
 from megalora.hf.fused import join_qkv
-from megalora.hf.linears import EXPERTS_FC1, EXPERTS_FC2, OUTPUT_LAYER, Linear, locate
-from megalora.hf.shape import ModelShape
+from megalora.hf.linears import Linear, locate
+from megalora.model.shape import ModelShape
 from megalora.targets import matching_target
 
 FreshA = Callable[[str, tuple[int, ...], int], Tensor]
@@ -46,7 +46,7 @@ def from_hf(
             a, b = join.experts(name, modules, linear)
         else:
             a, b = join.linear(f"{name}_lora", {p: m for (_, p), m in modules.items()}, linear)
-        if linear is OUTPUT_LAYER and padded_vocab_size:
+        if linear.is_unembedding and padded_vocab_size:
             b = _pad_vocabulary(b, padded_vocab_size)
         tensors[f"{name}_lora.lora_A"], tensors[f"{name}_lora.lora_B"] = a, b
     return tensors
@@ -111,9 +111,9 @@ class _Join:
             for expert, pair in enumerate(pairs)
         ]
         a, b = torch.stack([a for a, _ in filled]), torch.stack([b for _, b in filled])
-        if shared_outer and linear is EXPERTS_FC1:
+        if shared_outer and linear.is_fc1:
             a = _one_of_all(name, "lora_A", a)
-        if shared_outer and linear is EXPERTS_FC2:
+        if shared_outer and not linear.is_fc1:
             b = _one_of_all(name, "lora_B", b)
         return a, b
 
@@ -167,7 +167,7 @@ class _Join:
             if linear.is_qkv
             else [one.lora_B.shape[0]] * len(linear.projections)
         )
-        if linear is OUTPUT_LAYER and self.shape.vocab_size:
+        if linear.is_unembedding and self.shape.vocab_size:
             outs = [self.shape.vocab_size]
         wrong = [
             f"{p} {m.lora_B.shape[0]}"
@@ -195,7 +195,7 @@ class _Join:
         """Return factors of an expert that has none, but for what it shares with the others."""
         a, b = torch.zeros_like(sizes[0]), torch.zeros_like(sizes[1])
         if self.config.expert_mode == "shared_outer":
-            return (sizes[0], b) if linear is EXPERTS_FC1 else (a, sizes[1])
+            return (sizes[0], b) if linear.is_fc1 else (a, sizes[1])
         if self.fresh_a is not None:
             a.copy_(self.fresh_a(name, tuple(a.shape), self.config.seed))
         return a, b

@@ -4,14 +4,21 @@ import math
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor
 
-from megalora.hf.families import megatron_args, read_config, rope
 from megalora.hf.safetensors_files import HFWeights
 from megalora.hf.weights import Piece, Placement, Shard, Weights
+from megalora.model.config_json import read_config
+from megalora.model.families import names_of
+from megalora.model.megatron import megatron_args
+from megalora.model.rope import rope
+from megalora.model.shape import ModelShape
+
+if TYPE_CHECKING:
+    from megatron.core.models.gpt.gpt_model import GPTModel
 
 _LAYER = re.compile(r"decoder\.layers\.\d+")
 _ADAPTER = re.compile(r".*_lora\.lora_[AB]")
@@ -36,7 +43,7 @@ _FREE = {
 
 @torch.no_grad()
 def load_hf_base(
-    model_chunks: Sequence[Any],
+    model_chunks: Sequence[torch.nn.Module],
     directory: str | Path,
     *,
     progress: Callable[[str], object] | None = None,
@@ -50,9 +57,10 @@ def load_hf_base(
     where the model was built with other sizes or options than its config.json has.
     """
     config = read_config(directory)
-    files = HFWeights(directory)
+    files = HFWeights(directory, names_of(config["model_type"]))
     jobs = []
-    for chunk in model_chunks:
+    chunks = cast("Sequence[GPTModel]", model_chunks)
+    for chunk in chunks:
         check_built_for(chunk, config)
         weights = Weights(config, placement(chunk))
         files.check(weights.expected(), tied=weights.shape.tied_embeddings)
@@ -67,11 +75,11 @@ def load_hf_base(
             param[piece.first : piece.first + piece.count].copy_(part)
         if progress:
             progress(name)
-    for chunk in model_chunks:
+    for chunk in chunks:
         _set_rotary_frequencies(chunk, config)
 
 
-def placement(chunk: Any) -> Placement:
+def placement(chunk: "GPTModel") -> Placement:
     """Return which parts of the weights this rank holds."""
     groups = chunk.pg_collection
     tp = Shard(groups.tp.rank(), groups.tp.size())
@@ -82,11 +90,11 @@ def placement(chunk: Any) -> Placement:
 
 
 def parameters(
-    chunk: Any, weights: Weights
+    chunk: "GPTModel", weights: Weights
 ) -> Iterator[tuple[str, Tensor, int | None, list[Piece]]]:
     """Yield every base parameter of a chunk with its global layer from 0 and its pieces."""
     numbers = {
-        name: module.layer_number - 1
+        name: cast(int, module.layer_number) - 1
         for name, module in chunk.named_modules()
         if _LAYER.fullmatch(name)
     }
@@ -109,7 +117,7 @@ def _check_covered(name: str, param: Tensor, pieces: list[Piece]) -> None:
         )
 
 
-def check_built_for(chunk: Any, config: Mapping[str, Any]) -> None:
+def check_built_for(chunk: "GPTModel", config: Mapping[str, Any]) -> None:
     """Raise ValueError where a model chunk would compute something else than config.json says."""
     args = megatron_args(config)
     wanted = {_FIELDS.get(name, name): v for name, v in args.items() if name not in _FREE}
@@ -124,10 +132,11 @@ def check_built_for(chunk: Any, config: Mapping[str, Any]) -> None:
     got["num_moe_experts"] = built.num_moe_experts or 0
     wanted.setdefault("num_moe_experts", 0)
     if wanted["num_moe_experts"]:
-        wanted["moe_layers"], got["moe_layers"] = args["moe_layer_freq"], _layer_pattern(built)
+        wanted["moe_layers"] = args["moe_layer_freq"]
+        got["moe_layers"] = ModelShape.from_mapping(vars(built)).moe_pattern
     for name in ("position_embedding_type", "share_embeddings_and_output_weights"):
         got[name] = getattr(chunk, name)
-    wanted["position_embedding_type"] = "rope"
+    wanted["position_embedding_type"] = args["position_embedding_type"]
     wanted["share_embeddings_and_output_weights"] = not args["untie_embeddings_and_output_weights"]
     wrong = [
         f"{name} is {got[name]!r}, must be {value!r}"
@@ -141,20 +150,13 @@ def check_built_for(chunk: Any, config: Mapping[str, Any]) -> None:
         )
 
 
-def _equal(got: Any, wanted: Any) -> bool:
+def _equal(got: object, wanted: object) -> bool:
     if isinstance(wanted, float) and isinstance(got, float):
         return math.isclose(got, wanted, rel_tol=1e-9)
     return got == wanted
 
 
-def _layer_pattern(built: Any) -> list[int]:
-    frequency = built.moe_layer_freq
-    if isinstance(frequency, int):
-        return [int(layer % frequency == 0) for layer in range(built.num_layers)]
-    return [int(moe) for moe in frequency]
-
-
-def _set_rotary_frequencies(chunk: Any, config: Mapping[str, Any]) -> None:
+def _set_rotary_frequencies(chunk: "GPTModel", config: Mapping[str, Any]) -> None:
     embedding = getattr(chunk, "rotary_pos_emb", None)
     if embedding is None:
         return

@@ -2,23 +2,29 @@
 
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from megalora.hf.base import check_built_for, parameters, placement
-from megalora.hf.families import FAMILIES, family_of
 from megalora.hf.files import MODEL, save_tensors, whole_directory, write_json
 from megalora.hf.weights import Piece, Weights
+from megalora.model.config_json import mapped_family
+from megalora.model.families import FAMILIES, mapped_families
+from megalora.model.family import Experts, Family
+
+if TYPE_CHECKING:
+    from megatron.core.models.gpt.gpt_model import GPTModel
+    from megatron.core.transformer import TransformerConfig
 
 MAX_SHARD_BYTES = 5_000_000_000
 Part = tuple[str, int, tuple[int, int] | None, Tensor]
 
 
 def save_hf_base(
-    model_chunks: Sequence[Any],
+    model_chunks: "Sequence[GPTModel]",
     directory: str | Path,
     config: Mapping[str, Any],
     *,
@@ -52,21 +58,24 @@ def save_hf_base(
 
 
 def hf_config(
-    chunk: Any, *, model_type: str, vocab_size: int, max_position_embeddings: int | None = None
+    chunk: "GPTModel",
+    *,
+    model_type: str,
+    vocab_size: int,
+    max_position_embeddings: int | None = None,
 ) -> dict[str, Any]:
     """Return a config.json that describes a Megatron model as one of a family.
 
     vocab_size: without Megatron's padding.
     Raises ValueError where the family cannot describe the model.
     """
-    if model_type not in FAMILIES:
-        raise ValueError(f"model_type is {model_type!r}: must be one of {', '.join(FAMILIES)}")
+    family = _named_family(model_type)
     if chunk.rotary_scaling:
         raise ValueError("the model has rope scaling: give save_hf_base its original config.json")
     built = chunk.config
     config: dict[str, Any] = {
         "model_type": model_type,
-        "architectures": [FAMILIES[model_type].architecture],
+        "architectures": [family.architecture],
         "vocab_size": vocab_size,
         "hidden_size": built.hidden_size,
         "intermediate_size": built.ffn_hidden_size,
@@ -81,20 +90,27 @@ def hf_config(
         "tie_word_embeddings": chunk.share_embeddings_and_output_weights,
         "attention_bias": False,
     }
-    if FAMILIES[model_type].has_experts:
-        config |= _expert_fields(built)
-    family_of(config)
+    if family.experts:
+        config |= _expert_fields(built, family.experts)
+    mapped_family(config)
     check_built_for(chunk, config)
     return config
 
 
-def _expert_fields(built: Any) -> dict[str, Any]:
+def _named_family(model_type: str) -> Family:
+    if model_type not in mapped_families():
+        known = ", ".join(mapped_families())
+        raise ValueError(f"model_type is {model_type!r}: must be one of {known}")
+    return FAMILIES[model_type]
+
+
+def _expert_fields(built: "TransformerConfig", experts: Experts) -> dict[str, Any]:
     frequency = built.moe_layer_freq
     pattern = [] if isinstance(frequency, int) else list(frequency)
     return {
-        "num_experts": built.num_moe_experts,
+        experts.count[0]: built.num_moe_experts,
         "num_experts_per_tok": built.moe_router_topk,
-        "moe_intermediate_size": built.moe_ffn_hidden_size,
+        experts.size: built.moe_ffn_hidden_size,
         "norm_topk_prob": not built.moe_router_pre_softmax,
         "decoder_sparse_step": frequency if isinstance(frequency, int) else 1,
         "mlp_only_layers": [layer for layer, moe in enumerate(pattern) if not moe],
@@ -147,7 +163,7 @@ class ShardWriter:
 
 
 def _gather_layers(
-    model_chunks: Sequence[Any], config: Mapping[str, Any]
+    model_chunks: "Sequence[GPTModel]", config: Mapping[str, Any]
 ) -> Iterator[dict[str, Tensor]]:
     """Yield the whole tensors of the embeddings, then of each layer, on rank 0; {} elsewhere."""
     own: dict[int | None, list[Part]] = {}
@@ -166,7 +182,7 @@ def _gather_layers(
         yield _assemble(received or [], sizes)
 
 
-def _is_sender(chunk: Any, name: str) -> bool:
+def _is_sender(chunk: "GPTModel", name: str) -> bool:
     """Say whether this rank is the first of those that hold the same parameter."""
     groups = chunk.pg_collection
     return (groups.expt_dp if ".experts." in name else groups.dp_cp).rank() == 0

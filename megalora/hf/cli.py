@@ -8,6 +8,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from megalora.model.config_json import load_config, model_shape, read_config
+from megalora.model.megatron import megatron_flags
+
 _HF_MODEL = "directory of the base: config.json and safetensors"
 
 
@@ -59,7 +62,6 @@ def _add_export(subparsers: Any) -> None:
 
 def _export(args: argparse.Namespace) -> int:
     from megalora.hf.adapters import to_hf
-    from megalora.hf.families import model_shape, read_config
     from megalora.hf.offline import checkpoint_shape, read_adapter
     from megalora.hf.peft import write_adapter
 
@@ -107,7 +109,6 @@ def _import(args: argparse.Namespace) -> int:
     from dataclasses import replace
 
     from megalora.hf.adapters import from_hf
-    from megalora.hf.families import model_shape, read_config
     from megalora.hf.offline import infer_config, prepare, write_adapter_checkpoint
     from megalora.hf.peft import read_adapter
 
@@ -180,9 +181,7 @@ def _merge(args: argparse.Namespace) -> int:
 
 
 def _hidden_size(directory: str) -> int | None:
-    from megalora.hf.files import read_json
-
-    return read_json(Path(directory) / "config.json").get("hidden_size")
+    return load_config(directory).get("hidden_size")
 
 
 def _add_inspect(subparsers: Any) -> None:
@@ -272,8 +271,6 @@ def _add_flags(subparsers: Any) -> None:
 
 
 def _flags(args: argparse.Namespace) -> int:
-    from megalora.hf.families import megatron_flags, read_config
-
     print(shlex.join(megatron_flags(read_config(args.hf_model))))
     return 0
 

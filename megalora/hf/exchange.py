@@ -1,5 +1,6 @@
 """Adapters between a running model and directories: PEFT's, or a checkpoint to start from."""
 
+import functools
 import os
 from collections.abc import Sequence
 from dataclasses import replace
@@ -16,10 +17,10 @@ from megalora.checkpoint.layout import find_directory, on_rank_zero, verify
 from megalora.checkpoint.read import read_adapters
 from megalora.config import LoRAConfig
 from megalora.hf.adapters import from_hf, to_hf
-from megalora.hf.families import family_of, read_config
 from megalora.hf.peft import CONFIG_NAME, read_adapter, write_adapter
 from megalora.hf.servers import refusals
-from megalora.hf.shape import ModelShape, refuse_hybrid
+from megalora.model.config_json import family_of, read_config
+from megalora.model.shape import ModelShape, refuse_hybrid
 
 OUTPUT_B = "output_layer_lora.lora_B"
 
@@ -80,12 +81,14 @@ def export_adapter(
     format: Literal["peft", "uniform", "peft-3d"] = "peft",
     base_model_name: str = "",
     vocab_size: int | None = None,
+    hf_model: str | None = None,
 ) -> None:
     """Write a model's adapters as a PEFT directory, from rank 0. All ranks must call it.
 
     vocab_size: rows of the Hugging Face vocabulary; None keeps Megatron's padded ones.
+    hf_model: directory of the base, whose family names the modules.
     """
-    shape = model_shape(model_chunks)
+    shape = model_shape(model_chunks, hf_model)
     tensors = gather_adapters(model_chunks)
     initial = None
     if config.init == "pissa":
@@ -124,16 +127,26 @@ def check_export(
         name: torch.empty(shape, device="meta")
         for name, shape in whole_shapes(model_chunks).items()
     }
-    shape = replace(model_shape(model_chunks), vocab_size=vocab_size)
+    shape = replace(model_shape(model_chunks, hf_model), vocab_size=vocab_size)
     factors = to_hf(whole, config, shape, initial=whole if config.init == "pissa" else None)
     return refusals(factors, vocab_size, family_of(read_config(hf_model)) if hf_model else None)
 
 
-def model_shape(model_chunks: Sequence[torch.nn.Module]) -> ModelShape:
-    """Return the sizes of a model that Hugging Face names depend on; ValueError for a hybrid."""
+def model_shape(model_chunks: Sequence[torch.nn.Module], hf_model: str | None = None) -> ModelShape:
+    """Return the sizes of a model that Hugging Face names depend on; ValueError for a hybrid.
+
+    hf_model: directory of its base; where it is None, the names are those of most families.
+    """
     refuse_hybrid(getattr(model_chunks[0], "hybrid_layer_pattern", None))
     sizes = vars(model_chunks[0].config)
-    return ModelShape.from_mapping({**sizes, "vocab_size": 0})
+    model_type = _model_type(hf_model) if hf_model else ""
+    return ModelShape.from_mapping({**sizes, "vocab_size": 0, "model_type": model_type})
+
+
+# Read when training starts: an export at its end must not fail because the base has gone.
+@functools.cache
+def _model_type(hf_model: str) -> str:
+    return read_config(hf_model)["model_type"]
 
 
 def _padded_vocab_size(model_chunks: Sequence[torch.nn.Module]) -> int | None:

@@ -13,22 +13,11 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from megalora.model.config_json import read_json
+
 MODEL = "model"
 ADAPTER = "adapter_model"
 _PICKLES = {MODEL: "pytorch_model.bin", ADAPTER: "adapter_model.bin"}
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """Read a JSON object; a missing or broken file raises ValueError."""
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise ValueError(f"{path} does not exist: is {path.parent} the right directory?") from None
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path} is not JSON ({error}): download or write it again") from None
-    if not isinstance(value, dict):
-        raise ValueError(f"{path} holds a JSON {type(value).__name__}, expected an object")
-    return value
 
 
 def write_json(path: Path, value: Mapping[str, Any]) -> None:

@@ -3,7 +3,7 @@
 from torch import Tensor
 
 from megalora.adapters.rows import join_projections, split_projections
-from megalora.hf.shape import ModelShape
+from megalora.model.shape import ModelShape
 from megalora.targets import qkv_period
 
 

@@ -1,88 +1,114 @@
 """Which Hugging Face projections each Megatron linear fuses, and both sides' names for them."""
 
+import functools
 import re
 from dataclasses import dataclass
 
 from megalora.config import LoRAConfig
-from megalora.hf.shape import ModelShape
+from megalora.model.families import names_of
+from megalora.model.family import Names, without_numbers
+from megalora.model.shape import ModelShape
 
 _LAYER = re.compile(r"decoder\.layers\.(\d+)\.(.+)")
-_HF_LAYER = re.compile(r"model\.layers\.(\d+)\.(.+)")
-_HF_EXPERT = re.compile(r"mlp\.experts\.(\d+)\.(gate_proj|up_proj|down_proj)")
 
 
 @dataclass(frozen=True, slots=True)
 class Linear:
-    """A Megatron linear and the Hugging Face projections that it fuses, in their order."""
+    """A Megatron linear and the Hugging Face modules that it fuses, in their order.
+
+    modules: whole names, with `{}` for the layer and for the expert.
+    """
 
     megatron: str
-    prefix: str
-    projections: tuple[str, ...]
-    is_expert: bool = False
+    modules: tuple[str, ...]
+
+    @property
+    def projections(self) -> tuple[str, ...]:
+        """Return the last parts of the Hugging Face names."""
+        return tuple(name.rpartition(".")[2] for name in self.modules)
+
+    @property
+    def is_expert(self) -> bool:
+        """Say whether every expert has one."""
+        return ".experts." in self.megatron
 
     @property
     def is_qkv(self) -> bool:
         """Say whether rows are interleaved per query group."""
         return self.megatron.endswith("linear_qkv")
 
+    @property
+    def is_fc1(self) -> bool:
+        """Say whether it is the first of an MLP, which reads the hidden state."""
+        return self.megatron.endswith("linear_fc1")
+
+    @property
+    def is_unembedding(self) -> bool:
+        """Say whether its rows are the vocabulary."""
+        return self.megatron == _UNEMBEDDING
+
     def name(self, layer: int | None) -> str:
         """Return the global Megatron name in a layer."""
         return self.megatron if layer is None else f"decoder.layers.{layer}.{self.megatron}"
+
+    def hf_names(self, layer: int | None, expert: int = 0) -> list[str]:
+        """Return the whole Hugging Face names in a layer, of one expert where it has them."""
+        return [name.format(layer, expert) for name in self.modules]
 
     def rank(self, config: LoRAConfig, shape: ModelShape) -> int:
         """Return the rank of one projection's adapter."""
         return config.resolve_expert_rank(shape.moe_router_topk) if self.is_expert else config.rank
 
 
-EXPERTS_FC1 = Linear("mlp.experts.linear_fc1", "mlp.experts", ("gate_proj", "up_proj"), True)
-EXPERTS_FC2 = Linear("mlp.experts.linear_fc2", "mlp.experts", ("down_proj",), True)
-LAYER_LINEARS = (
-    Linear("self_attention.linear_qkv", "self_attn", ("q_proj", "k_proj", "v_proj")),
-    Linear("self_attention.linear_proj", "self_attn", ("o_proj",)),
-    Linear("mlp.linear_fc1", "mlp", ("gate_proj", "up_proj")),
-    Linear("mlp.linear_fc2", "mlp", ("down_proj",)),
-    Linear("mlp.shared_experts.linear_fc1", "mlp.shared_expert", ("gate_proj", "up_proj")),
-    Linear("mlp.shared_experts.linear_fc2", "mlp.shared_expert", ("down_proj",)),
-    EXPERTS_FC1,
-    EXPERTS_FC2,
-)
-OUTPUT_LAYER = Linear("output_layer", "", ("lm_head",))
+_UNEMBEDDING = "output_layer"
 
 
-def find_linear(name: str) -> tuple[str, Linear]:
-    """Return the Hugging Face prefix and the linear of a global Megatron module name.
+@functools.cache
+def linears(names: Names) -> dict[str, Linear]:
+    """Return the linears that can have adapters by their Megatron names in a layer."""
+    found = {_UNEMBEDDING: Linear(_UNEMBEDDING, (names.unembedding,))}
+    for module in names.modules:
+        if module.rpartition(".")[2].startswith("linear_"):
+            found[module] = Linear(module, names.in_layer(module))
+    return found
+
+
+@functools.cache
+def _by_hf_name(names: Names) -> dict[str, tuple[Linear, str]]:
+    return {
+        name: (linear, projection)
+        for linear in linears(names).values()
+        for name, projection in zip(linear.modules, linear.projections, strict=True)
+    }
+
+
+def find_linear(name: str, shape: ModelShape) -> tuple[int | None, Linear]:
+    """Return the layer and the linear of a global Megatron module name.
 
     Raises ValueError for a module that Hugging Face adapters cannot name.
     """
-    if name == OUTPUT_LAYER.megatron:
-        return "", OUTPUT_LAYER
     found = _LAYER.fullmatch(name)
-    for linear in LAYER_LINEARS:
-        if found and found.group(2) == linear.megatron:
-            return f"model.layers.{found.group(1)}.{linear.prefix}.", linear
-    raise ValueError(
-        f"{name} has no adapter in Hugging Face's models: train with --lora-targets that leave "
-        "it out, or merge the adapter into its base"
-    )
+    layer, rest = (int(found.group(1)), found.group(2)) if found else (None, name)
+    linear = linears(names_of(shape.model_type)).get(rest)
+    if linear is None or linear.is_unembedding != (layer is None):
+        raise ValueError(
+            f"{name} has no adapter in Hugging Face's models: train with --lora-targets that leave "
+            "it out, or merge the adapter into its base"
+        )
+    return layer, linear
 
 
 def locate(name: str, shape: ModelShape) -> tuple[int | None, Linear, int, str] | None:
     """Return (layer, linear, expert, projection) of a Hugging Face name, None where none is."""
-    if name in OUTPUT_LAYER.projections:
-        return None, OUTPUT_LAYER, 0, name
-    found = _HF_LAYER.fullmatch(name)
-    if not found or int(found.group(1)) >= shape.num_layers:
+    pattern, numbers = without_numbers(name)
+    found = _by_hf_name(names_of(shape.model_type)).get(pattern)
+    if found is None:
         return None
-    layer, rest = int(found.group(1)), found.group(2)
-    expert = _HF_EXPERT.fullmatch(rest)
-    if expert:
-        if int(expert.group(1)) >= shape.num_moe_experts:
-            return None
-        is_fc2 = expert.group(2) in EXPERTS_FC2.projections
-        linear = EXPERTS_FC2 if is_fc2 else EXPERTS_FC1
-        return layer, linear, int(expert.group(1)), expert.group(2)
-    prefix, _, projection = rest.rpartition(".")
-    for linear in LAYER_LINEARS:
-        if linear.prefix == prefix and projection in linear.projections and not linear.is_expert:
-            return layer, linear, 0, projection
-    return None
+    linear, projection = found
+    if linear.is_unembedding:
+        return None, linear, 0, projection
+    layer, *experts = numbers
+    expert = experts[0] if experts else 0
+    if layer >= shape.num_layers or (linear.is_expert and expert >= shape.num_moe_experts):
+        return None
+    return layer, linear, expert, projection

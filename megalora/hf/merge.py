@@ -18,6 +18,7 @@ from megalora.hf.files import (
     write_json,
 )
 from megalora.hf.safetensors_files import HFWeights
+from megalora.model.config_json import load_config
 
 _EMBEDDING, _UNEMBEDDING = "model.embed_tokens.weight", "lm_head.weight"
 _FUSED = re.compile(r"(.+\.experts)\.(gate_up_proj|down_proj)")
@@ -40,7 +41,7 @@ def merge_adapter(
     """
     check_finite(factors)
     source = Path(base)
-    config = read_json(source / "config.json")
+    config = load_config(source)
     weights = HFWeights(source)
     untie = "lm_head" in factors and bool(config.get("tie_word_embeddings"))
     _check_fits(weights, factors, untie=untie)

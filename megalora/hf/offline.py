@@ -15,10 +15,11 @@ from megalora.checkpoint.layout import RELEASE, Iteration, iteration_directory, 
 from megalora.config import LoRAConfig
 from megalora.hf.base import load_hf_base
 from megalora.hf.factors import LoRAFactors, same_scale
-from megalora.hf.families import family_of, megatron_args, read_config
 from megalora.hf.files import whole_directory
 from megalora.hf.linears import locate
-from megalora.hf.shape import ModelShape, refuse_hybrid
+from megalora.model.config_json import family_of, read_config
+from megalora.model.megatron import megatron_args
+from megalora.model.shape import ModelShape, refuse_hybrid
 from megalora.targets import ModelFacts
 
 

@@ -1,49 +1,47 @@
 """The tensors of a Hugging Face model directory, experts always under their own names."""
 
-import re
 from pathlib import Path
 
 from torch import Tensor
 
 from megalora.hf.factors import summarise
 from megalora.hf.files import TensorFiles
+from megalora.model.family import DEFAULT_NAMES, Names, without_numbers
 
-# transformers 5 may store a layer's experts as gate_up_proj [E, 2 f, h] and down_proj [E, h, f].
-_FUSED = re.compile(r"(model\.layers\.\d+\.mlp\.experts)\.(gate_up_proj|down_proj)")
-_EXPERT = re.compile(
-    r"(model\.layers\.\d+\.mlp\.experts)\.(\d+)\.(gate_proj|up_proj|down_proj)\.weight"
-)
 # Buffers that old checkpoints carry along and every implementation computes itself.
-_IGNORED = re.compile(r"model\.layers\.\d+\.self_attn\.rotary_emb\.inv_freq")
+_IGNORED = ".rotary_emb.inv_freq"
 
 
 class HFWeights:
-    """A model directory's tensors, read in slices."""
+    """A model directory's tensors, read in slices; names: of the model's family."""
 
-    def __init__(self, directory: str | Path) -> None:
+    def __init__(self, directory: str | Path, names: Names = DEFAULT_NAMES) -> None:
         self.files = TensorFiles(Path(directory))
         self.shapes: dict[str, tuple[int, ...]] = {}
+        # Of an expert's weight: the tensor of all experts, its number there, its first row.
+        self._stacked: dict[str, tuple[str, int, int]] = {}
         for name in self.files:
-            if _IGNORED.fullmatch(name):
+            if name.endswith(_IGNORED):
                 continue
-            fused = _FUSED.fullmatch(name)
-            if fused:
-                self.shapes |= self._unfused(name, fused.group(1), fused.group(2))
+            pattern, numbers = without_numbers(name)
+            module = names.stacked.get(pattern.removeprefix(names.layer))
+            if module:
+                parts = names.in_layer(module)
+                self._unstack(name, [part.format(*numbers, "{}") for part in parts])
             else:
                 self.shapes[name] = self.files.shape(name)
 
-    def _unfused(self, name: str, prefix: str, kind: str) -> dict[str, tuple[int, ...]]:
+    def _unstack(self, name: str, parts: list[str]) -> None:
+        """Take down where each expert's parts are; `{}` in a part's name is its number."""
         shape = self.files.shape(name)
         if len(shape) != 3:
             raise ValueError(f"{name} has shape {list(shape)}: expected [experts, out, in]")
-        num, rows, columns = shape
-        halves = {"gate_proj": rows // 2, "up_proj": rows // 2}
-        parts = halves if kind == "gate_up_proj" else {"down_proj": rows}
-        return {
-            f"{prefix}.{expert}.{part}.weight": (size, columns)
-            for expert in range(num)
-            for part, size in parts.items()
-        }
+        num_experts, rows = shape[0], shape[1] // len(parts)
+        for expert in range(num_experts):
+            for number, part in enumerate(parts):
+                weight = f"{part.format(expert)}.weight"
+                self.shapes[weight] = (rows, shape[2])
+                self._stacked[weight] = (name, expert, number * rows)
 
     def check(self, expected: dict[str, tuple[int, ...]], *, tied: bool) -> None:
         """Raise ValueError for missing, unexpected and misshapen tensors, by name."""
@@ -68,18 +66,9 @@ class HFWeights:
         self, name: str, first: int, count: int, columns: tuple[int, int] | None = None
     ) -> Tensor:
         """Read rows first:first + count, and of them `columns`, of one tensor."""
-        index: tuple[slice, ...] = (slice(first, first + count),)
-        if columns is not None:
-            index += (slice(*columns),)
-        expert = _EXPERT.fullmatch(name)
-        if name in self.files or not expert:
-            return self.files.part(name, index)
-        prefix, number, projection = expert.group(1), int(expert.group(2)), expert.group(3)
-        if projection == "down_proj":
-            fused = f"{prefix}.down_proj"
-        else:
-            fused = f"{prefix}.gate_up_proj"
-            if projection == "up_proj":
-                half = self.shapes[name][0]
-                index = (slice(first + half, first + half + count), *index[1:])
-        return self.files.part(fused, (slice(number, number + 1), *index))[0]
+        rest = () if columns is None else (slice(*columns),)
+        if name not in self._stacked:
+            return self.files.part(name, (slice(first, first + count), *rest))
+        stacked, expert, offset = self._stacked[name]
+        rows = slice(offset + first, offset + first + count)
+        return self.files.part(stacked, (slice(expert, expert + 1), rows, *rest))[0]

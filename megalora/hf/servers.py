@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 
 from megalora.hf.factors import LoRAFactors
-from megalora.hf.families import Family
+from megalora.model.family import DEFAULT_NAMES, Family
 
 # Of vLLM 0.33: the largest --max-lora-rank, and the rows of a vocabulary with LoRA.
 _MAX_RANK = 512
@@ -21,16 +21,17 @@ def refusals(
     largest = max(module.rank for module in factors.values())
     if largest > _MAX_RANK:
         found.append(f"vLLM takes no rank above {_MAX_RANK}, this adapter has {largest}")
-    if "lm_head" not in factors:
+    names = (family and family.names) or DEFAULT_NAMES
+    if names.unembedding not in factors:
         return found
     if family is not None and not family.vllm_unembedding:
         found.append(
-            f"vLLM takes no adapter of {family.architecture}'s lm_head: leave the unembedding out, "
-            "as by --lora-targets attn mlp, where vLLM is to serve this adapter"
+            f"vLLM takes no adapter of {family.architecture}'s {names.unembedding}: leave the "
+            "unembedding out, as by --lora-targets attn mlp, where vLLM is to serve this adapter"
         )
     if vocab_size > _MAX_VOCABULARY:
         found.append(
-            f"vLLM takes adapters of lm_head up to {_MAX_VOCABULARY} rows, this one has "
-            f"{vocab_size}: leave the unembedding out, as by --lora-targets attn mlp"
+            f"vLLM takes adapters of {names.unembedding} up to {_MAX_VOCABULARY} rows, this "
+            f"one has {vocab_size}: leave the unembedding out, as by --lora-targets attn mlp"
         )
     return found

@@ -9,26 +9,22 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from megalora.hf.families import family_of, model_shape
-from megalora.hf.shape import ModelShape
+from megalora.model.config_json import mapped_family, model_shape
+from megalora.model.families import names_of
+from megalora.model.shape import ModelShape
 
-# Name in a Megatron layer -> name in a Hugging Face layer, for tensors that every rank holds whole.
 # TransformerEngine keeps a norm in the linear that follows it, under another name.
-REPLICATED = {
-    "input_layernorm.weight": "input_layernorm.weight",
+_NORMS_IN_LINEARS = {
     "self_attention.linear_qkv.layer_norm_weight": "input_layernorm.weight",
-    "pre_mlp_layernorm.weight": "post_attention_layernorm.weight",
-    "mlp.linear_fc1.layer_norm_weight": "post_attention_layernorm.weight",
-    "self_attention.q_layernorm.weight": "self_attn.q_norm.weight",
-    "self_attention.k_layernorm.weight": "self_attn.k_norm.weight",
-    "mlp.router.weight": "mlp.gate.weight",
+    "mlp.linear_fc1.layer_norm_weight": "pre_mlp_layernorm.weight",
 }
 # SequentialMLP has a module for each local expert, TransformerEngine's grouped linear a parameter.
 _EXPERT_NAMES = (
-    re.compile(r"mlp\.experts\.local_experts\.(\d+)\.linear_(fc1|fc2)\.weight"),
-    re.compile(r"mlp\.experts\.linear_(fc1|fc2)\.weight(\d+)"),
+    re.compile(r"mlp\.experts\.local_experts\.(?P<expert>\d+)\.(?P<linear>linear_fc[12])\.weight"),
+    re.compile(r"mlp\.experts\.(?P<linear>linear_fc[12])\.weight(?P<expert>\d+)"),
 )
 _LAYER = re.compile(r"decoder\.layers\.(\d+)\.(.+)")
+Sizes = dict[str, tuple[tuple[int, ...], ...]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,9 +69,12 @@ class Weights:
     """The pieces of every parameter of a model, from its configuration."""
 
     def __init__(self, config: Mapping[str, Any], placement: Placement) -> None:
+        self.family = mapped_family(config)
+        self.names = names_of(self.family.model_type)
         self.shape: ModelShape = model_shape(config)
         self.placement = placement
-        self.family = family_of(config)
+        dense, moe = self._sizes(is_moe=False), self._sizes(is_moe=True)
+        self._layers = [moe if is_moe else dense for is_moe in self.shape.moe_pattern]
 
     def pieces(self, name: str, layer: int | None, num_rows: int) -> list[Piece]:
         """Return the pieces of a local parameter of num_rows rows.
@@ -84,15 +83,14 @@ class Weights:
         layer: its global layer number from 0, None outside of layers.
         Rows without a piece are padding of the vocabulary.
         """
-        shape = self.shape
+        names = self.names
         if name == "embedding.word_embeddings.weight":
-            return self._vocabulary("model.embed_tokens.weight", num_rows)
+            return self._vocabulary(names.embedding, num_rows)
         if name == "output_layer.weight":
-            tied = shape.tied_embeddings
-            hf_name = "model.embed_tokens.weight" if tied else "lm_head.weight"
-            return self._vocabulary(hf_name, num_rows)
+            tied = self.shape.tied_embeddings
+            return self._vocabulary(names.embedding if tied else names.unembedding, num_rows)
         if name == "decoder.final_layernorm.weight":
-            return [Piece("model.norm.weight", 0, shape.hidden_size, 0)]
+            return [Piece(f"{names.final_norm}.weight", 0, self.shape.hidden_size, 0)]
         found = _LAYER.fullmatch(name)
         pieces = self._in_layer(found.group(2), layer) if found and layer is not None else None
         if pieces is None:
@@ -104,75 +102,89 @@ class Weights:
 
     def expected(self) -> dict[str, tuple[int, ...]]:
         """Return name and shape of every tensor that a complete checkpoint has."""
-        shape = self.shape
+        shape, names = self.shape, self.names
         table = (shape.vocab_size, shape.hidden_size)
-        found: dict[str, tuple[int, ...]] = {"model.embed_tokens.weight": table}
-        found["model.norm.weight"] = (shape.hidden_size,)
+        found: dict[str, tuple[int, ...]] = {names.embedding: table}
+        found[names.final_norm] = (shape.hidden_size,)
         if not shape.tied_embeddings:
-            found["lm_head.weight"] = table
+            found[names.unembedding] = table
+        found = {f"{name}.weight": size for name, size in found.items()}
         for layer in range(shape.num_layers):
-            for name, size in self._layer_shapes(layer):
-                found[f"model.layers.{layer}.{name}"] = size
+            found |= dict(self._layer_shapes(layer))
         return found
 
-    def _layer_shapes(self, layer: int) -> Iterator[tuple[str, tuple[int, ...]]]:
+    def _sizes(self, *, is_moe: bool) -> Sizes:
+        """Return, by Megatron's module of a layer, the shapes of the weights that it stacks."""
         shape, h, d = self.shape, self.shape.hidden_size, self.shape.kv_channels
-        rows = {"q": shape.num_attention_heads * d} | dict.fromkeys(
-            "kv", shape.num_query_groups * d
-        )
-        for norm in ("input_layernorm", "post_attention_layernorm"):
-            yield f"{norm}.weight", (h,)
-        for projection, size in rows.items():
-            yield f"self_attn.{projection}_proj.weight", (size, h)
-            if self.family.qkv_bias:
-                yield f"self_attn.{projection}_proj.bias", (size,)
-        yield "self_attn.o_proj.weight", (h, rows["q"])
-        if self.family.qk_norm:
-            yield from ((f"self_attn.{p}_norm.weight", (d,)) for p in "qk")
-        prefixes, ffn = ["mlp"], shape.ffn_hidden_size
-        if layer in self.shape.moe_layers:
-            yield "mlp.gate.weight", (shape.num_moe_experts, h)
-            prefixes = [f"mlp.experts.{e}" for e in range(shape.num_moe_experts)]
-            ffn = shape.moe_ffn_hidden_size
-        for prefix in prefixes:
-            yield from ((f"{prefix}.{p}_proj.weight", (ffn, h)) for p in ("gate", "up"))
-            yield f"{prefix}.down_proj.weight", (h, ffn)
+        q, kv = shape.query_size, shape.num_query_groups * d
+        sizes: Sizes = {
+            "input_layernorm": ((h,),),
+            "self_attention.linear_qkv": ((q, h), (kv, h), (kv, h)),
+            "self_attention.linear_proj": ((h, q),),
+            "pre_mlp_layernorm": ((h,),),
+        }
+        if shape.qk_layernorm:
+            sizes |= {f"self_attention.{p}_layernorm": ((d,),) for p in "qk"}
+        mlp, ffn = "mlp", shape.ffn_hidden_size
+        if is_moe:
+            mlp, ffn = "mlp.experts", shape.moe_ffn_hidden_size
+            sizes["mlp.router"] = ((shape.num_moe_experts, h),)
+        return {
+            **sizes,
+            f"{mlp}.linear_fc1": ((ffn, h), (ffn, h)),
+            f"{mlp}.linear_fc2": ((h, ffn),),
+        }
+
+    def _layer_shapes(self, layer: int) -> Iterator[tuple[str, tuple[int, ...]]]:
+        for module, sizes in self._layers[layer].items():
+            count = self.shape.num_moe_experts if ".experts." in module else 1
+            for expert in range(count):
+                for name, size in zip(self._hf_names(module, layer, expert), sizes, strict=True):
+                    yield f"{name}.weight", size
+                    if module.endswith("linear_qkv") and self.shape.add_qkv_bias:
+                        yield f"{name}.bias", size[:1]
+
+    def _hf_names(self, module: str, layer: int, expert: int = 0) -> list[str]:
+        return [name.format(layer, expert) for name in self.names.in_layer(module)]
 
     def _in_layer(self, name: str, layer: int) -> list[Piece] | None:
-        prefix, shape, tp = f"model.layers.{layer}.", self.shape, self.placement.tp
-        if name in REPLICATED:
-            hf_name = REPLICATED[name]
-            rows = shape.hidden_size
-            if "_norm.weight" in hf_name:
-                rows = shape.kv_channels
-            if hf_name == "mlp.gate.weight":
-                rows = shape.num_moe_experts
-            return [Piece(prefix + hf_name, 0, rows, 0)]
-        if name in ("self_attention.linear_qkv.weight", "self_attention.linear_qkv.bias"):
-            return self._qkv(prefix + "self_attn.", name.rpartition(".")[2])
-        if name == "self_attention.linear_proj.weight":
-            width = shape.num_attention_heads * shape.kv_channels
-            return self._row(prefix + "self_attn.o_proj.weight", width, tp)
-        if name == "mlp.linear_fc1.weight":
-            return self._gated(prefix + "mlp.", shape.ffn_hidden_size, tp)
-        if name == "mlp.linear_fc2.weight":
-            return self._row(prefix + "mlp.down_proj.weight", shape.ffn_hidden_size, tp)
-        return self._expert(prefix, name)
+        found = next(filter(None, (pattern.fullmatch(name) for pattern in _EXPERT_NAMES)), None)
+        if found:
+            return self._expert(f"mlp.experts.{found['linear']}", int(found["expert"]), layer)
+        module, _, kind = _NORMS_IN_LINEARS.get(name, name).rpartition(".")
+        biased = module.endswith("linear_qkv") and self.shape.add_qkv_bias
+        kinds = ("weight", "bias") if biased else ("weight",)
+        sizes = self._layers[layer].get(module)
+        if sizes is None or ".experts." in module or kind not in kinds:
+            return None
+        hf_names = [f"{hf_name}.{kind}" for hf_name in self._hf_names(module, layer)]
+        if module.endswith("linear_qkv"):
+            return self._qkv(hf_names)
+        if len(sizes[0]) == 1 or module.endswith("router"):
+            return [Piece(hf_names[0], 0, sizes[0][0], 0)]
+        return self._mlp(module, hf_names, sizes, self.placement.tp)
 
-    def _expert(self, prefix: str, name: str) -> list[Piece] | None:
-        sequential, grouped = (pattern.fullmatch(name) for pattern in _EXPERT_NAMES)
-        if sequential:
-            local, linear = int(sequential.group(1)), sequential.group(2)
-        elif grouped:
-            local, linear = int(grouped.group(2)), grouped.group(1)
-        else:
+    def _expert(self, module: str, local: int, layer: int) -> list[Piece] | None:
+        sizes = self._layers[layer].get(module)
+        if sizes is None:
             return None
         first, _ = self.placement.ep.of(self.shape.num_moe_experts, "num_experts")
-        own, tp = f"{prefix}mlp.experts.{first + local}.", self.placement.expert_tp
-        ffn = self.shape.moe_ffn_hidden_size
-        if linear == "fc1":
-            return self._gated(own, ffn, tp)
-        return self._row(own + "down_proj.weight", ffn, tp)
+        hf_names = [f"{name}.weight" for name in self._hf_names(module, layer, first + local)]
+        return self._mlp(module, hf_names, sizes, self.placement.expert_tp)
+
+    def _mlp(
+        self, module: str, hf_names: list[str], sizes: tuple[tuple[int, ...], ...], shard: Shard
+    ) -> list[Piece]:
+        """Cut an MLP's linear, or linear_proj, which is split as linear_fc2 is.
+
+        Of linear_fc1 a rank holds [gate_k; up_k], not a slice of [gate; up].
+        """
+        if module.endswith("linear_fc1"):
+            first, last = shard.of(sizes[0][0], "ffn_hidden_size")
+            count = last - first
+            return [Piece(name, n * count, count, first) for n, name in enumerate(hf_names)]
+        columns = shard.of(sizes[0][1], hf_names[0])
+        return [Piece(hf_names[0], 0, sizes[0][0], 0, columns)]
 
     def _vocabulary(self, hf_name: str, num_rows: int) -> list[Piece]:
         size, tp = self.shape.vocab_size, self.placement.tp
@@ -183,22 +195,9 @@ class Weights:
             )
         first = tp.index * num_rows
         count = min(num_rows, size - first)
-        return [Piece(hf_name, 0, count, first)] if count > 0 else []
+        return [Piece(f"{hf_name}.weight", 0, count, first)] if count > 0 else []
 
-    def _row(self, hf_name: str, width: int, shard: Shard) -> list[Piece]:
-        columns = shard.of(width, hf_name)
-        return [Piece(hf_name, 0, self.shape.hidden_size, 0, columns)]
-
-    def _gated(self, prefix: str, ffn: int, shard: Shard) -> list[Piece]:
-        """A rank holds [gate_k; up_k], not a slice of [gate; up]."""
-        first, last = shard.of(ffn, "ffn_hidden_size")
-        count = last - first
-        return [
-            Piece(prefix + "gate_proj.weight", 0, count, first),
-            Piece(prefix + "up_proj.weight", count, count, first),
-        ]
-
-    def _qkv(self, prefix: str, kind: str) -> list[Piece]:
+    def _qkv(self, hf_names: list[str]) -> list[Piece]:
         """Cut a rank's rows of the fused linear at the borders of q, k and v of every group.
 
         A rank may hold a part of a group only, where there are fewer groups than ranks.
@@ -208,14 +207,10 @@ class Weights:
         pieces: list[Piece] = []
         row = 0
         for group in range(self.shape.num_query_groups):
-            for projection, size, hf_row in (
-                ("q", queries, group * queries),
-                ("k", d, group * d),
-                ("v", d, group * d),
-            ):
+            for name, size in zip(hf_names, (queries, d, d), strict=True):
                 begin, end = max(row, first), min(row + size, last)
                 if begin < end:
-                    name = f"{prefix}{projection}_proj.{kind}"
-                    pieces.append(Piece(name, begin - first, end - begin, hf_row + begin - row))
+                    hf_row = group * size + begin - row
+                    pieces.append(Piece(name, begin - first, end - begin, hf_row))
                 row += size
         return pieces

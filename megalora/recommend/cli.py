@@ -3,17 +3,23 @@
 import argparse
 import json
 from pathlib import Path
-from typing import Any, get_args
+from typing import TYPE_CHECKING, get_args
 
 from megalora.config import ExpertMode, LoRAConfig
+from megalora.model.families import rate_exponents
+from megalora.model.megatron import args_shape
+from megalora.model.presets import PRESETS, named_shape
+from megalora.model.shape import ModelShape
 from megalora.recommend.costs import Layout
-from megalora.recommend.presets import PRESETS
 from megalora.recommend.recommendation import recommend
-from megalora.recommend.rules import EXPONENTS
-from megalora.recommend.shapes import ModelShape
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 
-def add_parser(subparsers: Any) -> argparse.ArgumentParser:
+def add_parser(
+    subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]",
+) -> argparse.ArgumentParser:
     """Add the command `recommend` to argparse's subparsers and return its parser."""
     parser = subparsers.add_parser(
         "recommend",
@@ -54,10 +60,10 @@ def count_trained_tokens(dataset: str, tokenizer: str) -> int:
     # Loaded here: a count from --tokens needs neither datasets nor transformers.
     from megalora.data.examples import encode_rows
     from megalora.data.rows import load_rows, schema_of
-    from megalora.data.tokenizers import encoder_for
+    from megalora.data.tokenizers import ByteTokenizer, encoder_for
 
     rows = load_rows(dataset)
-    encoder = encoder_for(_tokenizer(tokenizer))
+    encoder = encoder_for(ByteTokenizer() if tokenizer == "byte" else _hf_tokenizer(tokenizer))
     encoded = encode_rows(rows, schema_of(rows, dataset), encoder, seq_length=2**62)
     return sum(sum(example.tokens.trained[1:]) for example in encoded)
 
@@ -69,7 +75,7 @@ def _add_model(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--family",
         default="",
-        help=f"family of the learning rate rule, known: {', '.join(EXPONENTS)}",
+        help=f"family of the learning rate rule, known: {', '.join(rate_exponents())}",
     )
     group = parser.add_argument_group("Megatron size flags, in place of --model")
     for name in (
@@ -138,10 +144,10 @@ def _add_run(parser: argparse.ArgumentParser) -> None:
 
 def _shape(args: argparse.Namespace) -> ModelShape:
     if args.model is None:
-        return ModelShape.from_megatron_args(args, family=args.family)
+        return args_shape(args, family=args.family)
     if args.num_layers or args.hidden_size:
         raise ValueError(f"model is {args.model} beside Megatron size flags: give one or the other")
-    return ModelShape.from_name(args.model, family=args.family)
+    return named_shape(args.model, family=args.family)
 
 
 def _config(args: argparse.Namespace) -> LoRAConfig:
@@ -161,11 +167,7 @@ def _tokens(args: argparse.Namespace) -> int | None:
     return count_trained_tokens(args.dataset, tokenizer)
 
 
-def _tokenizer(name: str) -> Any:
-    if name == "byte":
-        from megalora.data.tokenizers import ByteTokenizer
-
-        return ByteTokenizer()
+def _hf_tokenizer(name: str) -> "PreTrainedTokenizerBase":
     from transformers import AutoTokenizer
 
     return AutoTokenizer.from_pretrained(name)

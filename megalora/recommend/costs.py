@@ -1,12 +1,21 @@
 """What adapters cost: exact parameter counts, FLOPs of a step, bytes on each GPU."""
 
+import argparse
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any, Self
+from typing import Self
 
 from megalora.config import LoRAConfig
-from megalora.recommend.shapes import Group, Linear, ModelShape
-from megalora.targets import AdapterSpec, check_all_matched, check_targets, matching_target, plan
+from megalora.model.shape import ModelShape
+from megalora.recommend.linears import Group, Linear, layer_extras, linears
+from megalora.targets import (
+    AdapterSpec,
+    ModelFacts,
+    check_all_matched,
+    check_targets,
+    matching_target,
+    plan,
+)
 
 # Megatron's mixed precision: bf16 weights, fp32 main gradients, and fp32 master weights with both
 # of Adam's moments.
@@ -68,7 +77,7 @@ class Layout:
             )
 
     @classmethod
-    def from_megatron_args(cls, args: Any) -> Self:
+    def from_megatron_args(cls, args: argparse.Namespace) -> Self:
         """Read Megatron's parsed arguments."""
         tp, pp = args.tensor_model_parallel_size, args.pipeline_model_parallel_size
         return cls(
@@ -225,11 +234,11 @@ class _Stage:
 def _planned(shape: ModelShape, config: LoRAConfig) -> Iterator[tuple[Linear, AdapterSize | None]]:
     """Yield every linear with its adapter's size, None where it has none."""
     check_targets(config.targets)
-    matched = {matching_target(linear.name, config.targets) for linear in shape.linears()}
-    leaves = {linear.name.rpartition(".")[2] for linear in shape.linears()}
+    matched = {matching_target(linear.name, config.targets) for linear in linears(shape)}
+    leaves = {linear.name.rpartition(".")[2] for linear in linears(shape)}
     check_all_matched(config.targets, {target for target in matched if target}, leaves)
-    facts = shape.facts
-    for linear in shape.linears():
+    facts = _facts(shape)
+    for linear in linears(shape):
         if matching_target(linear.name, config.targets) is None:
             yield linear, None
             continue
@@ -239,19 +248,30 @@ def _planned(shape: ModelShape, config: LoRAConfig) -> Iterator[tuple[Linear, Ad
         yield linear, AdapterSize(linear, spec, a_elements, spec.rank * linear.out_features)
 
 
+def _facts(shape: ModelShape) -> ModelFacts:
+    return ModelFacts(
+        num_attention_heads=shape.num_attention_heads,
+        num_query_groups=shape.num_query_groups,
+        kv_channels=shape.kv_channels,
+        gated_linear_unit=shape.gated_linear_unit,
+        attention_output_gate=shape.attention_output_gate,
+        moe_router_topk=shape.moe_router_topk,
+        num_moe_experts=shape.num_moe_experts,
+    )
+
+
 def _unplanned(shape: ModelShape) -> Iterator[tuple[Linear, None]]:
-    return ((linear, None) for linear in shape.linears())
+    return ((linear, None) for linear in linears(shape))
 
 
 def _add_embeddings(shape: ModelShape, stages: list[_Stage], *, trained: bool) -> None:
     table = shape.vocab_size * shape.hidden_size / stages[0].layout.tp
     stages[0].add(table, trained=trained)
     # Tied weights exist once on one stage, and as a copy on the last of several.
-    if not shape.tied or len(stages) > 1:
+    if not shape.tied_embeddings or len(stages) > 1:
         stages[-1].add(table, trained=trained)
-    for layer in range(shape.num_layers):
-        stage = stages[layer * len(stages) // shape.num_layers]
-        stage.add(shape.layer_extras(layer), trained=trained)
+    for layer, extras in enumerate(layer_extras(shape)):
+        stages[layer * len(stages) // shape.num_layers].add(extras, trained=trained)
     stages[-1].add(shape.hidden_size, trained=trained)
 
 
@@ -264,7 +284,7 @@ def _check_divides(shape: ModelShape, layout: Layout) -> None:
         )
     if layout.pp > shape.num_layers:
         raise ValueError(f"pp {layout.pp} exceeds {shape.num_layers} layers: lower --pp")
-    if layout.ep > 1 and (shape.num_experts == 0 or shape.num_experts % layout.ep):
+    if layout.ep > 1 and (not shape.num_moe_experts or shape.num_moe_experts % layout.ep):
         raise ValueError(
-            f"ep {layout.ep} does not divide {shape.num_experts} experts: use a divisor of them"
+            f"ep {layout.ep} does not divide {shape.num_moe_experts} experts: use a divisor of them"
         )

@@ -4,13 +4,14 @@ import math
 from dataclasses import dataclass, replace
 
 from megalora.config import LoRAConfig
+from megalora.model.families import rate_exponents
+from megalora.model.shape import ModelShape
 from megalora.recommend.costs import adapter_parameters
-from megalora.recommend.shapes import ModelShape
 
 # rate = BASE_RATE * multiplier * (BASE_HIDDEN / hidden_size) ** exponent of the family, fitted by
-# the article to Llama-3 and Qwen3 models; the multiplier is 1 for full fine-tuning.
+# the article to Llama-3 and Qwen3 models (`megalora.model.families` has the exponents); the
+# multiplier is 1 for full fine-tuning.
 BASE_RATE, BASE_HIDDEN = 5e-5, 2000
-EXPONENTS = {"llama": 0.781, "qwen": 0.0775}
 LORA_MULTIPLIER, SHORT_RUN_MULTIPLIER, SHORT_RUN_STEPS = 10, 15, 100
 RULE_ALPHA = 32
 
@@ -35,7 +36,7 @@ class Rates:
     @property
     def known(self) -> bool:
         """Say whether the rule was fitted to this family."""
-        return self.family in EXPONENTS
+        return self.family in rate_exponents()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -62,7 +63,8 @@ def learning_rates(hidden_size: int, family: str, *, steps: int | None = None) -
 
     A family that the rule was not fitted to gets the range that the fitted ones span.
     """
-    exponents = [EXPONENTS[family]] if family in EXPONENTS else list(EXPONENTS.values())
+    fitted = rate_exponents()
+    exponents = [fitted[family]] if family in fitted else fitted.values()
     full = sorted(BASE_RATE * (BASE_HIDDEN / hidden_size) ** power for power in exponents)
     short = steps is not None and steps < SHORT_RUN_STEPS
     multiplier = SHORT_RUN_MULTIPLIER if short else LORA_MULTIPLIER

@@ -6,8 +6,8 @@ import math
 import sys
 
 from megalora.config import LoRAConfig
+from megalora.model.families import rate_exponents
 from megalora.recommend import recommend_for_args
-from megalora.recommend.rules import EXPONENTS
 
 # What `auto` is until the model's sizes are known: Megatron only checks that --min-lr is not above.
 AUTO = math.inf
@@ -24,7 +24,7 @@ def add_auto_lr_args(parser: argparse.ArgumentParser) -> None:
     )
     group.add_argument(
         "--lora-family",
-        choices=sorted(EXPONENTS),
+        choices=sorted(rate_exponents()),
         help="family of the rule behind --lr auto, where the model's sizes do not tell it",
     )
     sys.argv[:] = spell_auto(sys.argv)
@@ -51,8 +51,8 @@ def set_auto_lr(args: argparse.Namespace, config: LoRAConfig | None) -> None:
         raise ValueError("lr is auto, but there is no LoRA: set --lora-rank, or --lr to a number")
     if pattern := getattr(args, "hybrid_layer_pattern", None):
         raise ValueError(
-            f"lr is auto, but hybrid_layer_pattern is {pattern!r}: the rule was fitted to Llama "
-            "and Qwen models; set --lr to a number"
+            f"lr is auto, but hybrid_layer_pattern is {pattern!r}: the rule was fitted to "
+            f"{' and '.join(map(str.capitalize, rate_exponents()))} models; set --lr to a number"
         )
     result = recommend_for_args(args, config, family=args.lora_family or "")
     if args.min_lr > result.learning_rate:

@@ -6,6 +6,8 @@ from pathlib import Path
 from typing import Any
 
 from megalora import cpu
+from megalora.model.config_json import read_config
+from megalora.model.megatron import megatron_flags
 from megalora.replace import replace_once
 from megalora.training.auto_lr import add_auto_lr_args
 
@@ -81,8 +83,6 @@ def with_hf_flags(argv: Sequence[str]) -> list[str]:
     directory = parser.parse_known_args(argv)[0].hf_model
     if directory is None:
         return list(argv)
-    from megalora.hf.families import megatron_flags, read_config
-
     return [*megatron_flags(read_config(directory)), *argv]
 
 

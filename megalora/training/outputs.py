@@ -84,6 +84,7 @@ def write_outputs(
             config=config,
             format=args.export_format,
             base_model_name=args.hf_model or "",
+            hf_model=args.hf_model,
             vocab_size=hf_vocab_size(args),
         )
     if args.save_merged:

@@ -10,7 +10,8 @@ from megatron.core.models.gpt.gpt_model import GPTModel
 from megatron.core.pipeline_parallel import get_forward_backward_func
 
 from megalora.hf.base import load_hf_base
-from megalora.hf.families import megatron_args, read_config
+from megalora.model.config_json import read_config
+from megalora.model.megatron import megatron_args
 from tests.dist.layouts import Layout
 from tests.dist.models import build_model
 

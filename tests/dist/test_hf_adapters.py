@@ -17,8 +17,8 @@ from megalora.config import LoRAConfig
 from megalora.hf.adapters import from_hf, to_hf
 from megalora.hf.base_out import hf_config, save_hf_base
 from megalora.hf.factors import LoRAFactors
-from megalora.hf.families import model_shape, read_config
 from megalora.hf.peft import read_adapter, write_adapter
+from megalora.model.config_json import model_shape, read_config
 from tests import hf_models
 from tests.dist import hf
 from tests.dist.layouts import Layout, model_parallel, over

@@ -12,7 +12,8 @@ import torch.distributed as dist
 from safetensors.torch import load_file, save_file
 
 from megalora.hf.base import load_hf_base
-from megalora.hf.families import megatron_args, megatron_flags, read_config
+from megalora.model.config_json import read_config
+from megalora.model.megatron import megatron_args, megatron_flags
 from tests import hf_models
 from tests.dist import hf
 from tests.dist.layouts import Layout, model_parallel, over

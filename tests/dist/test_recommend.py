@@ -11,6 +11,7 @@ from megalora.builder import apply_lora, named_adapters
 from megalora.config import LoRAConfig
 from megalora.recommend import Layout as GpuLayout
 from megalora.recommend import ModelShape, adapter_parameters, gpu_memory, step_flops
+from megalora.recommend.linears import linears
 from tests.dist.layouts import Layout, model_parallel, over
 from tests.dist.models import DENSE, MOE, SEQ_LENGTH, VOCAB_SIZE, build_model
 
@@ -31,10 +32,10 @@ def shape_of(fields: dict[str, Any]) -> ModelShape:
     dense: dict[str, Any] = dict(DENSE)
     experts = (
         {
-            "num_experts": fields["num_moe_experts"],
+            "num_moe_experts": fields["num_moe_experts"],
             "moe_router_topk": fields["moe_router_topk"],
             "moe_ffn_hidden_size": fields["moe_ffn_hidden_size"],
-            "shared_expert_size": fields["moe_shared_expert_intermediate_size"],
+            "moe_shared_expert_intermediate_size": fields["moe_shared_expert_intermediate_size"],
         }
         if fields
         else {}
@@ -98,7 +99,7 @@ def test_flops_are_what_torch_counts_in_megatron(layout: Layout, fields: dict[st
     shape = shape_of(fields)
     expected = step_flops(shape, config)
     # Megatron's gate computes dW though the router is frozen; the rule does not ask for it.
-    wasted = sum(2 * linear.parameters for linear in shape.linears() if linear.group == "router")
+    wasted = sum(2 * linear.parameters for linear in linears(shape) if linear.group == "router")
     with model_parallel(layout):
         (model,) = build_model(layout, **fields)
         assert counted(model) == expected.full * SEQ_LENGTH

@@ -1,6 +1,11 @@
 """Sizes of well-known models, as their Hugging Face config.json files give them."""
 
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
+
+from megalora.model.config_json import load_config, model_shape
+from megalora.model.shape import ModelShape
 
 
 def _llama(
@@ -62,3 +67,41 @@ PRESETS: dict[str, dict[str, Any]] = {
     "qwen3-30b-a3b": _qwen3_moe(48, 2048, 6144, 32, expert_ffn=768),
     "qwen3-235b-a22b": _qwen3_moe(94, 4096, 12288, 64, expert_ffn=1536),
 }
+
+
+def preset_shape(name: str) -> ModelShape:
+    """Return a well-known model's sizes; ValueError lists the names where it is unknown."""
+    if name not in PRESETS:
+        raise ValueError(
+            f"model {name!r} is neither a folder with config.json nor a preset: "
+            f"use a folder or one of {', '.join(PRESETS)}"
+        )
+    return model_shape(PRESETS[name], name=name)
+
+
+def named_shape(name: str, *, family: str = "") -> ModelShape:
+    """Read a folder with config.json, or return a preset; `family` overrides the rule's."""
+    path = Path(name)
+    folder = path.parent if path.is_file() else path
+    if path.exists():
+        found = model_shape(load_config(path), name=folder.name)
+    else:
+        found = preset_shape(name)
+    return replace(found, family=family) if family else found
+
+
+def as_preset(shape: ModelShape) -> ModelShape:
+    """Return the shape with the family of the preset that has the same sizes, if there is one.
+
+    The vocabulary is left out of the comparison: Megatron pads it.
+    """
+    sizes = ("num_layers", "hidden_size", "num_attention_heads", "num_query_groups", "kv_channels")
+    sizes += (
+        ("moe_ffn_hidden_size", "num_moe_experts")
+        if shape.num_moe_experts
+        else ("ffn_hidden_size",)
+    )
+    for preset in map(preset_shape, PRESETS):
+        if all(getattr(shape, size) == getattr(preset, size) for size in sizes):
+            return replace(shape, family=preset.family, name=preset.name)
+    return shape

@@ -1,0 +1,35 @@
+"""The table of families: each file here has rows, FAMILIES, and no other place has any.
+
+A new family is a row in the file of its relatives, or a file of its own.
+"""
+
+import pkgutil
+from importlib import import_module
+
+from megalora.model.family import DEFAULT_NAMES, Family, Names
+
+
+def find_families() -> dict[str, Family]:
+    """Return the rows of all files in this folder by config.json's model_type."""
+    files = [import_module(f"{__name__}.{file.name}") for file in pkgutil.iter_modules(__path__)]
+    return {family.model_type: family for file in files for family in file.FAMILIES}
+
+
+FAMILIES = find_families()
+
+
+def mapped_families() -> list[str]:
+    """Return the model types whose weights can be exchanged with Hugging Face."""
+    return [name for name, family in FAMILIES.items() if family.names is not None]
+
+
+def names_of(model_type: str) -> Names:
+    """Return Hugging Face's names in a family, those of most families where it is not known."""
+    family = FAMILIES.get(model_type)
+    return (family and family.names) or DEFAULT_NAMES
+
+
+def rate_exponents() -> dict[str, float]:
+    """Return the exponents of the learning rate rule by the families that it was fitted to."""
+    rates = [family.rate for family in FAMILIES.values()]
+    return {rate.name: rate.exponent for rate in rates if rate.exponent is not None}

@@ -1,0 +1,13 @@
+"""Llama 2 and 3."""
+
+from megalora.model.family import Family, Rate
+
+FAMILIES = (
+    Family(
+        model_type="llama",
+        architecture="LlamaForCausalLM",
+        rate=Rate("llama", 0.781),
+        qkv_bias_field="attention_bias",
+        refused={"attention_bias": False, "mlp_bias": False, "pretraining_tp": 1},
+    ),
+)

@@ -1,0 +1,121 @@
+"""What a row of the table of families says."""
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+_NUMBER = re.compile(r"(?<=\.)\d+(?=\.)")
+
+# Of a decoder layer as transformers writes it: Llama's names, and those that others added.
+DECODER: Mapping[str, tuple[str, ...]] = {
+    "input_layernorm": ("input_layernorm",),
+    "self_attention.linear_qkv": ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
+    "self_attention.q_layernorm": ("self_attn.q_norm",),
+    "self_attention.k_layernorm": ("self_attn.k_norm",),
+    "self_attention.linear_proj": ("self_attn.o_proj",),
+    "pre_mlp_layernorm": ("post_attention_layernorm",),
+    "mlp.linear_fc1": ("mlp.gate_proj", "mlp.up_proj"),
+    "mlp.linear_fc2": ("mlp.down_proj",),
+    "mlp.router": ("mlp.gate",),
+    "mlp.experts.linear_fc1": ("mlp.experts.{}.gate_proj", "mlp.experts.{}.up_proj"),
+    "mlp.experts.linear_fc2": ("mlp.experts.{}.down_proj",),
+    "mlp.shared_experts.linear_fc1": ("mlp.shared_expert.gate_proj", "mlp.shared_expert.up_proj"),
+    "mlp.shared_experts.linear_fc2": ("mlp.shared_expert.down_proj",),
+}
+# transformers 5 may store all experts of a layer in one tensor [E, rows, columns].
+STACKED: Mapping[str, str] = {
+    "mlp.experts.gate_up_proj": "mlp.experts.linear_fc1",
+    "mlp.experts.down_proj": "mlp.experts.linear_fc2",
+}
+
+
+def without_numbers(name: str) -> tuple[str, list[int]]:
+    """Return a module's name with `{}` for each number in it, and these numbers."""
+    return _NUMBER.sub("{}", name), [int(number) for number in _NUMBER.findall(name)]
+
+
+# By identity, so that what is derived from names can be kept for them.
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Names:
+    """Hugging Face's names of a model's modules, without `.weight`.
+
+    layer: what the names of a layer's modules start with, `{}` being the layer's number.
+    modules: Megatron module of a layer -> the Hugging Face modules whose rows it stacks, in order,
+        `{}` being an expert's number. linear_qkv stacks them once for each query group.
+    stacked: tensor of all experts of a layer -> the Megatron module whose modules it stacks.
+    """
+
+    embedding: str = "model.embed_tokens"
+    final_norm: str = "model.norm"
+    unembedding: str = "lm_head"
+    layer: str = "model.layers.{}."
+    modules: Mapping[str, tuple[str, ...]] = field(default_factory=lambda: DECODER)
+    stacked: Mapping[str, str] = field(default_factory=lambda: STACKED)
+
+    def in_layer(self, module: str) -> tuple[str, ...]:
+        """Return the whole names for a Megatron module, `{}` for the layer and for the expert."""
+        return tuple(self.layer + name for name in self.modules[module])
+
+
+DEFAULT_NAMES = Names()
+
+
+@dataclass(frozen=True, slots=True)
+class Rate:
+    """A family of the learning rate rule; exponent: None where the rule was not fitted to it."""
+
+    name: str
+    exponent: float | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Experts:
+    """config.json's fields of a mixture of experts, where families differ.
+
+    count: the first of these that is there. size: FFN size of an expert.
+    shared_size: FFN size of a shared expert, which then has a gate; empty where there is none.
+    """
+
+    count: tuple[str, ...] = ("num_experts", "num_local_experts")
+    size: str = "moe_intermediate_size"
+    shared_size: str = ""
+
+
+# Arguments of Megatron that decide the computation beside sizes: attention with rotary embeddings,
+# RMSNorm, a gated MLP.
+LLAMA_LIKE: Mapping[str, str | bool] = {
+    "position_embedding_type": "rope",
+    "normalization": "RMSNorm",
+    "swiglu": True,
+    "add_bias_linear": False,
+}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Family:
+    """What the models of one `model_type` of config.json have.
+
+    architecture: transformers' class.
+    rate: the family of the learning rate rule.
+    names: of the weights; None where only the sizes are known, for recommendations.
+    megatron: arguments of Megatron beside those that follow from the sizes.
+    qkv_bias: q, k and v have a bias; qkv_bias_field: of config.json, which says otherwise.
+    qk_norm: q and k are normalised per head.
+    experts: None where all MLPs are dense.
+    tied: whether embeddings are tied where config.json does not say.
+    vllm_unembedding: vLLM takes an adapter of the unembedding.
+    refused: fields that would change the computation, with the value that is supported.
+    """
+
+    model_type: str
+    architecture: str
+    rate: Rate
+    names: Names | None = DEFAULT_NAMES
+    megatron: Mapping[str, str | bool] = field(default_factory=lambda: LLAMA_LIKE)
+    qkv_bias: bool = False
+    qkv_bias_field: str = ""
+    qk_norm: bool = False
+    experts: Experts | None = None
+    tied: bool = False
+    vllm_unembedding: bool = True
+    refused: Mapping[str, object] = field(default_factory=dict)

@@ -1,0 +1,155 @@
+"""A model's sizes in Megatron's arguments, both ways."""
+
+import argparse
+import json
+from collections.abc import Mapping
+from typing import Any
+
+from megalora.model.config_json import mapped_family, model_shape
+from megalora.model.presets import as_preset
+from megalora.model.rope import rope
+from megalora.model.shape import ModelShape, head_size
+
+_UNDESCRIBED = (
+    "multi_latent_attention",
+    "mtp_num_layers",
+    "hybrid_layer_pattern",
+    "experimental_attention_variant",
+)
+
+
+def megatron_args(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Return Megatron's arguments for a configuration, by their names in the parsed namespace."""
+    family, shape, rotary = mapped_family(config), model_shape(config), rope(config)
+    args: dict[str, Any] = {
+        "num_layers": shape.num_layers,
+        "hidden_size": shape.hidden_size,
+        "ffn_hidden_size": shape.ffn_hidden_size,
+        "num_attention_heads": shape.num_attention_heads,
+        "group_query_attention": True,
+        "num_query_groups": shape.num_query_groups,
+        "kv_channels": shape.kv_channels,
+        "max_position_embeddings": config.get("max_position_embeddings") or 2048,
+        "vocab_size": shape.vocab_size,
+        "untie_embeddings_and_output_weights": not shape.tied_embeddings,
+        **family.megatron,
+        "rotary_base": int(rotary.theta),
+        "use_rope_scaling": rotary.factor != 1.0,
+        "layernorm_epsilon": config.get("rms_norm_eps", 1e-6),
+        "add_qkv_bias": shape.add_qkv_bias,
+        "qk_layernorm": shape.qk_layernorm,
+    }
+    if rotary.factor != 1.0:
+        args["rope_scaling_factor"] = rotary.factor
+    if shape.num_moe_experts:
+        args |= _expert_args(config, shape)
+    return args
+
+
+def _expert_args(config: Mapping[str, Any], shape: ModelShape) -> dict[str, Any]:
+    return {
+        "num_experts": shape.num_moe_experts,
+        "moe_router_topk": shape.moe_router_topk,
+        "moe_ffn_hidden_size": shape.moe_ffn_hidden_size,
+        "moe_layer_freq": shape.moe_pattern,
+        # Normalising the top k of a softmax over all is the softmax over the top k.
+        "moe_router_pre_softmax": not config.get("norm_topk_prob", False),
+        "moe_router_load_balancing_type": "none",
+        "moe_token_dispatcher_type": "alltoall",
+    }
+
+
+# Names in the namespace whose flag is not the name with dashes.
+_FLAGS = {"layernorm_epsilon": "--norm-epsilon"}
+_SWITCHES_OFF = {"add_bias_linear": "--disable-bias-linear"}
+
+
+def megatron_flags(config: Mapping[str, Any]) -> list[str]:
+    """Return `megatron_args` as command-line flags; flags that follow them override them."""
+    flags: list[str] = []
+    for name, value in megatron_args(config).items():
+        if name in _SWITCHES_OFF:
+            flags += [] if value else [_SWITCHES_OFF[name]]
+        elif isinstance(value, bool):
+            flags += [_flag(name)] if value else []
+        elif isinstance(value, list):
+            flags += [_flag(name), json.dumps(value).replace(" ", "")]
+        else:
+            flags += [_flag(name), str(value)]
+    return flags
+
+
+def _flag(name: str) -> str:
+    return _FLAGS.get(name, "--" + name.replace("_", "-"))
+
+
+def args_shape(args: argparse.Namespace, *, family: str = "") -> ModelShape:
+    """Return the sizes that Megatron's parsed arguments give, or the same flags of a command.
+
+    family: the learning rate rule's; where it is empty and the sizes are a preset's, the preset's.
+    Raises ValueError where a size is missing, and for MLA, MTP, hybrid and linear-attention models.
+    """
+
+    def given[T](name: str, default: T) -> T:
+        value = getattr(args, name, None)
+        return default if value is None else value
+
+    _check_described(args)
+    vocab_size = given("padded_vocab_size", given("vocab_size", 0))
+    if not vocab_size:
+        raise ValueError("vocab_size is missing: give --vocab-size")
+    hidden, heads = args.hidden_size, args.num_attention_heads
+    gated = given("swiglu", False) or given("quick_geglu", False)
+    # Megatron's own default, arguments.py: about 4 hidden, a third less where gated.
+    ffn = given("ffn_hidden_size", int(4 * hidden * 2 / 3 / 64) * 64 if gated else 4 * hidden)
+    grouped = given("group_query_attention", False)
+    shape = ModelShape(
+        num_layers=args.num_layers,
+        hidden_size=hidden,
+        num_attention_heads=heads,
+        num_query_groups=given("num_query_groups", 1) if grouped else heads,
+        kv_channels=given("kv_channels", 0) or head_size(hidden, heads),
+        ffn_hidden_size=ffn,
+        vocab_size=vocab_size,
+        gated_linear_unit=gated,
+        tied_embeddings=not given("untie_embeddings_and_output_weights", False),
+        qk_layernorm=given("qk_layernorm", False),
+        add_qkv_bias=given("add_qkv_bias", False),
+        attention_output_gate=given("attention_output_gate", False),
+        family=family,
+        name="Megatron flags",
+        **(_expert_sizes(args, ffn) if given("num_experts", 0) else {}),
+    )
+    return shape if family else as_preset(shape)
+
+
+def _check_described(args: argparse.Namespace) -> None:
+    for flag in _UNDESCRIBED:
+        if value := getattr(args, flag, None):
+            raise ValueError(
+                f"{flag} is {value!r}, whose linears are not described here: "
+                "count the adapters of the built model with `megalora inspect`"
+            )
+    for flag in ("num_layers", "hidden_size", "num_attention_heads"):
+        if not getattr(args, flag, None):
+            raise ValueError(f"{flag} is missing: give --{flag.replace('_', '-')}")
+
+
+def _expert_sizes(args: argparse.Namespace, ffn: int) -> dict[str, Any]:
+    frequency, layers = getattr(args, "moe_layer_freq", None) or 1, range(args.num_layers)
+    if isinstance(frequency, int):
+        frequency = [int(layer % frequency == 0) for layer in layers]
+    if len(frequency) != len(layers):
+        raise ValueError(
+            f"moe_layer_freq has {len(frequency)} entries for {len(layers)} layers: give one for "
+            "each"
+        )
+    shared = getattr(args, "moe_shared_expert_intermediate_size", None)
+    return {
+        "num_moe_experts": args.num_experts,
+        "moe_router_topk": args.moe_router_topk,
+        "moe_ffn_hidden_size": getattr(args, "moe_ffn_hidden_size", None) or ffn,
+        "moe_layer_freq": 1 if all(frequency) else frequency,
+        "moe_shared_expert_intermediate_size": shared or 0,
+        "moe_shared_expert_gate": getattr(args, "moe_shared_expert_gate", False),
+    }

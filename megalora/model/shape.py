@@ -1,0 +1,126 @@
+"""The sizes of a model, which exchange, recommendations and launches need."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, fields
+from typing import Any, Self
+
+
+def refuse_hybrid(pattern: str | None) -> None:
+    """Raise ValueError for a hybrid model, of whose Hugging Face families none is known here."""
+    if pattern:
+        raise ValueError(
+            f"hybrid_layer_pattern is {pattern!r}: hybrid models have no Hugging Face family here; "
+            "keep the adapter as --save's checkpoint, or write W + c B A by --save-merged"
+        )
+
+
+def head_size(hidden_size: int, num_attention_heads: int) -> int:
+    """Return the size of a head where nothing says it; ValueError where it is not whole."""
+    if hidden_size % num_attention_heads:
+        raise ValueError(
+            f"hidden_size {hidden_size} is not divisible by num_attention_heads "
+            f"{num_attention_heads}, and no size of a head is given: the configuration is broken"
+        )
+    return hidden_size // num_attention_heads
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ModelShape:
+    """Sizes of a decoder, all of them global, named as in Megatron's TransformerConfig.
+
+    vocab_size: rows of the unembedding, padded where the source says so; 0 where unknown.
+    ffn_hidden_size: of a dense MLP; moe_ffn_hidden_size: of one expert.
+    num_moe_experts: 0 for a dense model. moe_layer_freq: 1 for experts in all layers, or as
+        Megatron takes it: every so many layers, or 0 or 1 for each layer.
+    tied_embeddings: the unembedding's weight is the embedding's.
+    family: of the learning rate rule, `llama`, `qwen`, ...; empty where it is unknown.
+    name: for people. model_type: Hugging Face's, the model's row in the table of families; empty
+        where it is unknown. unmapped: why no Hugging Face weights can be exchanged; empty where
+        they can, or where config.json is unknown.
+    """
+
+    num_layers: int
+    hidden_size: int
+    num_attention_heads: int
+    num_query_groups: int
+    kv_channels: int
+    vocab_size: int = 0
+    ffn_hidden_size: int = 0
+    num_moe_experts: int = 0
+    moe_router_topk: int = 1
+    moe_ffn_hidden_size: int = 0
+    moe_layer_freq: int | Sequence[int] = 1
+    moe_shared_expert_intermediate_size: int = 0
+    moe_shared_expert_gate: bool = False
+    gated_linear_unit: bool = True
+    attention_output_gate: bool = False
+    qk_layernorm: bool = False
+    add_qkv_bias: bool = False
+    tied_embeddings: bool = False
+    family: str = ""
+    name: str = field(default="", compare=False)
+    model_type: str = field(default="", compare=False)
+    unmapped: str = field(default="", compare=False)
+
+    def __post_init__(self) -> None:
+        sizes = ("num_layers", "hidden_size", "num_attention_heads", "num_query_groups")
+        for name in (*sizes, "kv_channels"):
+            value = getattr(self, name)
+            if value < 1:
+                raise ValueError(f"{name} is {value!r}: must be an integer >= 1")
+        if self.num_attention_heads % self.num_query_groups:
+            raise ValueError(
+                f"num_attention_heads {self.num_attention_heads} is not divisible by "
+                f"num_query_groups {self.num_query_groups}: the configuration is broken"
+            )
+        if 0 < self.num_moe_experts < self.moe_router_topk:
+            raise ValueError(
+                f"moe_router_topk {self.moe_router_topk} exceeds num_moe_experts "
+                f"{self.num_moe_experts}: the configuration is broken"
+            )
+
+    @property
+    def heads_per_group(self) -> int:
+        """Query heads that share one key and value head."""
+        return self.num_attention_heads // self.num_query_groups
+
+    @property
+    def query_size(self) -> int:
+        """Features of all query heads, which linear_proj reads."""
+        return self.num_attention_heads * self.kv_channels
+
+    @property
+    def qkv_rows(self) -> int:
+        """Rows of the fused linear_qkv, an output gate's included."""
+        gates = 2 if self.attention_output_gate else 1
+        return gates * self.query_size + 2 * self.num_query_groups * self.kv_channels
+
+    @property
+    def moe_pattern(self) -> list[int]:
+        """Say of each layer whether it has experts: 0 or 1."""
+        layers, frequency = range(self.num_layers), self.moe_layer_freq
+        if not self.num_moe_experts:
+            return [0 for _ in layers]
+        if isinstance(frequency, int):
+            return [int(layer % frequency == 0) for layer in layers]
+        return [int(frequency[layer]) for layer in layers]
+
+    @property
+    def moe_layers(self) -> list[int]:
+        """Numbers of the layers that have experts."""
+        return [layer for layer, moe in enumerate(self.moe_pattern) if moe]
+
+    @property
+    def dense_layers(self) -> list[int]:
+        """Numbers of the layers that have a plain MLP beside others that have experts."""
+        pattern = self.moe_pattern if self.num_moe_experts else []
+        return [layer for layer, moe in enumerate(pattern) if not moe]
+
+    @classmethod
+    def from_mapping(cls, values: Mapping[str, Any]) -> Self:
+        """Take the fields that a mapping has: a TransformerConfig's, or a checkpoint's facts."""
+        known = {field.name for field in fields(cls)}
+        try:
+            return cls(**{k: v for k, v in values.items() if k in known and v is not None})
+        except TypeError as error:
+            raise ValueError(f"model facts are incomplete: {error}") from None

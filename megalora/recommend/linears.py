@@ -1,0 +1,99 @@
+"""The base weights of a model by their Megatron names, from its sizes."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Literal
+
+from megalora.model.shape import ModelShape
+
+Group = Literal["attention", "mlp", "experts", "router", "unembedding"]
+
+
+@dataclass(frozen=True, slots=True)
+class Linear:
+    """A base weight [out_features, in_features] under its global Megatron name.
+
+    num_experts: experts that have such a weight, 0 for a dense linear.
+    uses: how many of these weights a token passes through.
+    """
+
+    name: str
+    group: Group
+    layer: int
+    in_features: int
+    out_features: int
+    num_experts: int = 0
+    uses: int = 1
+
+    @property
+    def parameters(self) -> int:
+        """Count the weight's elements, over all experts."""
+        return max(1, self.num_experts) * self.in_features * self.out_features
+
+
+def linears(shape: ModelShape) -> Iterator[Linear]:
+    """Yield every linear in the order of the forward pass, the unembedding last."""
+    for layer, is_moe in enumerate(shape.moe_pattern):
+        yield from _attention(shape, layer)
+        yield from _experts(shape, layer) if is_moe else _mlp(shape, layer)
+    hidden, last = shape.hidden_size, shape.num_layers - 1
+    yield Linear("output_layer", "unembedding", last, hidden, shape.vocab_size)
+
+
+def base_parameters(shape: ModelShape) -> int:
+    """Count the parameters of the base; biases other than q, k, v's are left out."""
+    total = sum(linear.parameters for linear in linears(shape))
+    total += shape.hidden_size * (0 if shape.tied_embeddings else shape.vocab_size)
+    return total + shape.hidden_size + sum(layer_extras(shape))
+
+
+def layer_extras(shape: ModelShape) -> list[int]:
+    """Count each layer's norms, q, k, v biases and shared expert gate: replicated, and small."""
+    norms = 2 * shape.hidden_size + (2 * shape.kv_channels if shape.qk_layernorm else 0)
+    bias = shape.qkv_rows if shape.add_qkv_bias else 0
+    gated = shape.moe_layers if shape.moe_shared_expert_gate else []
+    extras = [norms + bias] * shape.num_layers
+    for layer in gated:
+        extras[layer] += shape.hidden_size
+    return extras
+
+
+def _attention(shape: ModelShape, layer: int) -> Iterator[Linear]:
+    prefix, hidden = f"decoder.layers.{layer}.self_attention.", shape.hidden_size
+    yield Linear(prefix + "linear_qkv", "attention", layer, hidden, shape.qkv_rows)
+    yield Linear(prefix + "linear_proj", "attention", layer, shape.query_size, hidden)
+
+
+def _mlp(shape: ModelShape, layer: int) -> Iterator[Linear]:
+    yield from _pair(shape, f"decoder.layers.{layer}.mlp.", "mlp", layer, shape.ffn_hidden_size)
+
+
+def _experts(shape: ModelShape, layer: int) -> Iterator[Linear]:
+    prefix = f"decoder.layers.{layer}.mlp."
+    yield Linear(prefix + "router", "router", layer, shape.hidden_size, shape.num_moe_experts)
+    yield from _pair(
+        shape,
+        prefix + "experts.",
+        "experts",
+        layer,
+        shape.moe_ffn_hidden_size,
+        num_experts=shape.num_moe_experts,
+        uses=shape.moe_router_topk,
+    )
+    if shared := shape.moe_shared_expert_intermediate_size:
+        yield from _pair(shape, prefix + "shared_experts.", "mlp", layer, shared)
+
+
+def _pair(
+    shape: ModelShape,
+    prefix: str,
+    group: Group,
+    layer: int,
+    ffn: int,
+    *,
+    num_experts: int = 0,
+    uses: int = 1,
+) -> Iterator[Linear]:
+    hidden, width = shape.hidden_size, ffn * (2 if shape.gated_linear_unit else 1)
+    yield Linear(prefix + "linear_fc1", group, layer, hidden, width, num_experts, uses)
+    yield Linear(prefix + "linear_fc2", group, layer, ffn, hidden, num_experts, uses)

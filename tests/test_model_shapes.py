@@ -1,0 +1,123 @@
+"""Sizes of models, from every source that tells them."""
+
+import argparse
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from megalora.model.config_json import load_config, model_shape
+from megalora.model.megatron import args_shape
+from megalora.model.presets import named_shape, preset_shape
+from megalora.recommend.linears import base_parameters
+from tests.sizes import (
+    LLAMA,
+    MEGATRON_LLAMA,
+    TINY_LLAMA,
+    TINY_MOE,
+    TINY_QWEN2_MOE,
+)
+
+
+@pytest.mark.parametrize(
+    ("preset", "published"),
+    [
+        ("llama-3.2-1b", 1_235_814_400),
+        ("llama-3.1-8b", 8_030_261_248),
+        ("llama-3.1-70b", 70_553_706_496),
+        ("qwen3-0.6b", 596_049_920),
+        ("qwen3-8b", 8_190_735_360),
+        ("qwen3-30b-a3b", 30_532_122_624),
+        ("qwen3-235b-a22b", 235_093_634_560),
+    ],
+)
+def test_presets_have_the_published_parameter_counts(preset: str, published: int) -> None:
+    assert base_parameters(preset_shape(preset)) == published
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        TINY_LLAMA,
+        {**TINY_LLAMA, "tie_word_embeddings": True},
+        {**TINY_LLAMA, "model_type": "mistral"},
+        {**TINY_LLAMA, "model_type": "qwen2"},
+        {**TINY_LLAMA, "model_type": "qwen3"},
+        {**TINY_LLAMA, "model_type": "mixtral", "num_local_experts": 4, "num_experts_per_tok": 2},
+        TINY_MOE,
+        {**TINY_MOE, "mlp_only_layers": [], "decoder_sparse_step": 2, "num_hidden_layers": 3},
+        TINY_QWEN2_MOE,
+    ],
+    ids=lambda config: config["model_type"],
+)
+def test_a_hugging_face_config_counts_what_transformers_builds(config: dict[str, Any]) -> None:
+    transformers = pytest.importorskip("transformers")
+    import torch
+
+    fields = {name: value for name, value in config.items() if name != "model_type"}
+    with torch.device("meta"):
+        model = transformers.AutoModelForCausalLM.from_config(
+            transformers.AutoConfig.for_model(config["model_type"], **fields)
+        )
+    # A tied weight is one parameter.
+    expected = sum(parameter.numel() for parameter in model.parameters())
+    assert base_parameters(model_shape(config)) == expected
+
+
+def test_a_folder_is_read_like_its_config(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text(json.dumps(TINY_MOE))
+    from_folder = named_shape(str(tmp_path))
+    from_content = model_shape(TINY_MOE, name=tmp_path.name)
+    assert from_folder == from_content
+
+
+def test_megatron_flags_give_the_shape_and_family_of_the_preset_that_they_spell() -> None:
+    assert args_shape(argparse.Namespace(**MEGATRON_LLAMA)) == LLAMA
+
+
+def test_megatron_flags_of_no_preset_have_no_family() -> None:
+    other = {**MEGATRON_LLAMA, "num_layers": 31}
+    assert args_shape(argparse.Namespace(**other)).family == ""
+
+
+@pytest.mark.parametrize(("freq", "dense"), [(2, [1, 3]), ([0, 1, 1, 1], [0]), (1, [])])
+def test_moe_layer_freq_decides_which_layers_are_dense(freq: Any, dense: list[int]) -> None:
+    args = {**MEGATRON_LLAMA, "num_layers": 4, "num_experts": 8, "moe_router_topk": 2}
+    shape = args_shape(argparse.Namespace(**args, moe_layer_freq=freq))
+    assert shape.dense_layers == dense
+
+
+def test_megatron_defaults_fill_in_what_flags_leave_out() -> None:
+    args = argparse.Namespace(num_layers=1, hidden_size=64, num_attention_heads=4, vocab_size=100)
+    shape = args_shape(args)
+    assert (shape.ffn_hidden_size, shape.kv_channels, shape.num_query_groups) == (256, 16, 4)
+    assert shape.tied_embeddings
+    assert not shape.gated_linear_unit
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: preset_shape("llama-9"), r"'llama-9' is neither .* llama-3.1-8b"),
+        (lambda: model_shape({"model_type": "deepseek_v3"}), "MLA"),
+        (lambda: model_shape({"model_type": "llama"}), "num_attention_heads is None"),
+        (lambda: load_config("/nonexistent"), "/nonexistent/config.json does not exist"),
+        (
+            lambda: args_shape(argparse.Namespace(multi_latent_attention=True)),
+            "multi_latent_attention",
+        ),
+        (lambda: args_shape(argparse.Namespace(num_layers=2)), "--hidden-size"),
+    ],
+)
+def test_a_model_that_cannot_be_described_is_refused(make: Any, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        make()
+
+
+def test_sizes_and_recommendations_need_neither_torch_nor_megatron() -> None:
+    line = "import sys, megalora.recommend; print(sys.modules.keys() & {'torch', 'megatron'})"
+    found = subprocess.run([sys.executable, "-c", line], capture_output=True, text=True)
+    assert found.stdout.strip() == "set()", found.stderr

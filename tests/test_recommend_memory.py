@@ -1,0 +1,80 @@
+"""Bytes of weights, gradients and optimizer on each GPU."""
+
+from typing import Any
+
+import pytest
+
+from megalora.model.presets import preset_shape
+from megalora.model.shape import ModelShape
+from megalora.recommend import (
+    Layout,
+    adapter_parameters,
+    gpu_memory,
+)
+from megalora.recommend.linears import base_parameters
+from tests.sizes import LLAMA, MOE, lora, trainable
+
+
+def test_full_fine_tuning_takes_eighteen_bytes_for_each_parameter_on_one_gpu() -> None:
+    memory = gpu_memory(LLAMA, None, Layout())
+    assert memory.total == 18 * base_parameters(LLAMA)
+
+
+def test_lora_takes_two_bytes_for_the_base_and_eighteen_for_the_adapters() -> None:
+    memory = gpu_memory(MOE, lora(32), Layout())
+    assert memory.total == 2 * base_parameters(MOE) + 18 * trainable(MOE, lora(32))
+
+
+def test_adapters_are_divided_by_every_parallel_dimension() -> None:
+    layout = Layout(tp=2, dp=4, ep=4, etp=2, pp=1)
+    counts = adapter_parameters(MOE, lora(32))
+    dense, experts = counts["attention"] + counts["unembedding"], counts["experts"]
+    memory = gpu_memory(MOE, lora(32), layout)
+    assert memory.gradients == 4 * (dense / 2 + experts / 8)
+    # 8 GPUs hold each expert once and each dense weight four times.
+    assert memory.optimizer == 12 * (dense / 8 + experts / 8)
+
+
+def test_expert_factors_shared_by_all_are_on_every_expert_rank() -> None:
+    config = lora(8, expert_mode="shared_outer", targets=("mlp",))
+    memory = gpu_memory(MOE, config, Layout(dp=8, ep=8))
+    shared = 8 * 48 * (2 * 2048 + 2048)
+    own = 8 * 48 * 128 * (2 * 768 + 768)
+    assert memory.gradients == 4 * (shared + own / 8)
+
+
+def test_without_the_distributed_optimizer_every_copy_has_the_whole_state() -> None:
+    layout = Layout(dp=4, distributed_optimizer=False)
+    assert gpu_memory(LLAMA, None, layout).total == 18 * base_parameters(LLAMA)
+
+
+def test_pipeline_stages_split_the_layers_and_the_fullest_is_reported() -> None:
+    layers, table = base_parameters(LLAMA) - 2 * 128256 * 4096 - 4096, 128256 * 4096
+    weights = gpu_memory(LLAMA, None, Layout(pp=4)).weights
+    assert weights == 2 * (layers / 4 + table + 4096)
+
+
+def test_a_tied_table_is_held_once_on_one_stage_and_on_both_ends_of_a_pipeline() -> None:
+    tied = preset_shape("llama-3.2-1b")
+    assert gpu_memory(tied, None, Layout()).total == 18 * base_parameters(tied)
+    layers = base_parameters(tied) - tied.vocab_size * 2048 - 2048
+    weights = gpu_memory(tied, None, Layout(pp=2)).weights
+    assert weights == 2 * (layers / 2 + tied.vocab_size * 2048 + 2048)
+
+
+@pytest.mark.parametrize(
+    ("shape", "sizes", "message"),
+    [
+        (LLAMA, {"tp": 3}, "tp 3 does not divide"),
+        (LLAMA, {"dp": 2, "ep": 2}, "0 experts"),
+        (LLAMA, {"pp": 33}, "pp 33 exceeds"),
+        (MOE, {"ep": 8}, "ep 8 x etp 1 does not divide"),
+        (MOE, {"ep": 3, "dp": 3}, "128 experts"),
+        (MOE, {"tp": 0}, "tp is 0"),
+    ],
+)
+def test_layouts_that_do_not_fit_are_refused(
+    shape: ModelShape, sizes: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(ValueError, match=message):
+        gpu_memory(shape, lora(8), Layout(**sizes))
