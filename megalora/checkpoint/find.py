@@ -16,10 +16,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-import torch.distributed as dist
-
+from megalora.checkpoint.ranks import on_all_ranks
 from megalora.checkpoint.read import read_description
-from megalora.replace import replace_once
 
 OnCorrupt = Literal["previous", "stop"]
 TRACKER = "latest_checkpointed_iteration.txt"
@@ -43,17 +41,11 @@ def find_on_all_ranks(
     load: str | None, *, step: int | None, on_corrupt: OnCorrupt, warn: Callable[[str], None]
 ) -> Found | None:
     """Find the checkpoint on rank 0, which alone reads and checks its files, and tell all ranks."""
-    result: list[Any] = [None, None]
-    if dist.get_rank() == 0 and load:
-        try:
-            result[0] = find_checkpoint(load, step=step, on_corrupt=on_corrupt, warn=warn)
-        except ValueError as error:
-            result[1] = str(error)
-    dist.broadcast_object_list(result, src=0)
-    found, error = result
-    if error is not None:
-        raise ValueError(error)
-    return found
+
+    def find() -> Found | None:
+        return find_checkpoint(load, step=step, on_corrupt=on_corrupt, warn=warn) if load else None
+
+    return on_all_ranks(find, only=0)
 
 
 def find_checkpoint(
@@ -90,45 +82,6 @@ def find_checkpoint(
     return None
 
 
-def guard_checkpoint_args() -> None:
-    """Let --use-checkpoint-args read its flags from the checkpoint that the run will go on from.
-
-    Megatron reads them before any process group exists, so each rank checks the files by itself and
-    finds the same; the tracker file then names it. A second call does nothing.
-    """
-    from megatron.training import checkpointing
-
-    def load_args(
-        original: Callable[..., Any], args: Any, load_arg: str = "load", *more: Any, **kwargs: Any
-    ) -> Any:
-        if load_arg == "load" and args.load and args.lora_rank:
-            find_checkpoint(
-                args.load, step=args.ckpt_step, on_corrupt=args.lora_on_corrupt, warn=_say_once
-            )
-        return original(args, load_arg, *more, **kwargs)
-
-    replace_once(checkpointing, "load_args_from_checkpoint", load_args)
-
-
-def end_where_done() -> None:
-    """Let a run that starts again after its last iteration end well, and write its exports.
-
-    A scheduler does so where its signal to stop meets the end of the run; Megatron's samplers would
-    raise AssertionError, as no sample is left. A second call does nothing.
-    """
-    from megatron.training import get_args, print_rank_0, training
-
-    def build(original: Callable[..., Any], provider: Any) -> Any:
-        args: Any = get_args()
-        if not args.train_iters or args.iteration < args.train_iters:
-            return original(provider)
-        print_rank_0(f"> LoRA: iteration {args.iteration} was the last: nothing is left to train")
-        args.do_train = args.do_valid = args.do_test = False
-        return None, None, None
-
-    replace_once(training, "build_train_valid_test_data_iterators", build)
-
-
 def iteration_directory(root: Path, iteration: int) -> Path:
     """Return Megatron's directory of an iteration."""
     return root / f"iter_{iteration:07d}"
@@ -157,11 +110,6 @@ def read_iteration(root: Path) -> int | None:
     """Return the iteration that the tracker file names, None where there is none."""
     tracked, _ = _read_tracker(root)
     return tracked if isinstance(tracked, int) else None
-
-
-def _say_once(message: str) -> None:
-    if os.environ.get("RANK", "0") == "0":
-        print(message, flush=True)
 
 
 def _sha256(path: Path) -> str:
