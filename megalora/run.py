@@ -1,21 +1,21 @@
 """Run an unmodified Megatron launch script with LoRA: `megalora run SCRIPT.py <its flags>`.
 
-Three functions of megatron.training are wrapped, each found by its name in its module, which is how
+Two functions of megatron.training are replaced, each found by its name in its module, which is how
 Megatron itself calls it: flags are added where it builds its parser, the hook that attaches
 adapters is added where it builds the model. Without --lora-rank the script does what it does
 without megalora.
 """
 
-import functools
+import argparse
 import importlib.util
-import inspect
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, cast
+
+import torch
 
 from megalora.arguments import add_lora_args
-from megalora.checkpoint import writers
 from megalora.data import check_eval_args
 from megalora.launch import (
     LoRARun,
@@ -25,8 +25,14 @@ from megalora.launch import (
     prepare_megatron,
     with_hf_flags,
 )
+from megalora.replace import KNOWN, Patch, around
 
-_KNOWN = "megalora run knows megatron-core 0.19 and 0.20"
+if TYPE_CHECKING:
+    from megatron.core.optimizer import MegatronOptimizer
+    from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
+    from megatron.training.config import PretrainConfigContainer
+
+Built = tuple[list[torch.nn.Module], "MegatronOptimizer | None", "OptimizerParamScheduler | None"]
 
 
 def run_script(script: str, argv: Sequence[str]) -> None:
@@ -59,18 +65,33 @@ class Launcher:
         self.run: LoRARun | None = None
 
     def install(self) -> None:
-        """Wrap Megatron's parser and model building; RuntimeError for an unknown Megatron."""
-        from megatron.training import arguments, training
+        """Replace Megatron's parser and model building; RuntimeError for an unknown Megatron."""
+        from megalora.training import patches
 
         if _wants_lora():
             # Before Megatron starts the process that writes asynchronously.
-            writers.install()
-        _wrap(arguments, "add_megatron_arguments", {"parser"}, self._add_arguments)
-        _wrap(
-            training,
-            "setup_model_and_optimizer",
-            {"model_provider_func", "cfg_container"},
-            self._setup,
+            patches.install(patches.WRITERS)
+        patches.install(self.patches())
+
+    def patches(self) -> tuple[Patch, ...]:
+        """Return the table of what is replaced for a script that knows nothing of LoRA."""
+        from megatron.training import arguments, training
+
+        return (
+            Patch(
+                arguments,
+                "add_megatron_arguments",
+                ("parser",),
+                around(self._add_arguments),
+                "the flags of LoRA",
+            ),
+            Patch(
+                training,
+                "setup_model_and_optimizer",
+                ("model_provider_func", "cfg_container"),
+                around(self._setup),
+                "the adapters of a script's model",
+            ),
         )
 
     def finish(self, *, early: bool = False) -> None:
@@ -85,29 +106,34 @@ class Launcher:
                 "lora_rank is set, but the script built no model through megatron.training.pretrain"
             )
 
-    def _add_arguments(self, original: Callable[..., Any], parser: Any) -> Any:
+    def _add_arguments(
+        self,
+        original: Callable[[argparse.ArgumentParser], argparse.ArgumentParser],
+        parser: argparse.ArgumentParser,
+    ) -> argparse.ArgumentParser:
         parser = add_exchange_args(add_lora_args(original(parser)))
         parser.add_argument("--cpu", action="store_true", help="run on the CPU over gloo")
         return parser
 
     def _setup(
         self,
-        original: Callable[..., Any],
-        model_type: Any,
-        model_provider_func: Callable[..., Any] | None = None,
-        *args: Any,
-        cfg_container: Any = None,
-        **kwargs: Any,
-    ) -> Any:
-        from megatron.training import get_args
-
-        args_of_run: Any = get_args()
+        original: Callable[..., Built],
+        model_type: object,
+        model_provider_func: Callable[..., torch.nn.Module] | None = None,
+        *args: object,
+        cfg_container: "PretrainConfigContainer | None" = None,
+        **kwargs: object,
+    ) -> Built:
+        args_of_run = _get_args()
         check_eval_args(args_of_run)
         self.run = LoRARun(args_of_run)
         config = getattr(cfg_container, "model", None)
         if config is not None:
             if not hasattr(config, "pre_wrap_hooks"):
-                raise RuntimeError(f"{type(config).__name__} has no pre_wrap_hooks: {_KNOWN}")
+                raise RuntimeError(
+                    f"{type(config).__name__} has no pre_wrap_hooks, which megatron-core "
+                    f"{' and '.join(KNOWN)} have: attach adapters by megalora.lora_hook instead"
+                )
             config.pre_wrap_hooks += self.run.hooks()
         elif model_provider_func is not None:
             model_provider_func = ProviderHook(model_provider_func, self.run)
@@ -125,16 +151,13 @@ class Launcher:
 class ProviderHook:
     """Call a script's model_provider, and prepare the model once its last chunk is built."""
 
-    def __init__(self, provider: Callable[..., Any], run: LoRARun) -> None:
+    def __init__(self, provider: Callable[..., torch.nn.Module], run: LoRARun) -> None:
         self.provider, self.run = provider, run
-        self.chunks: list[Any] = []
+        self.chunks: list[torch.nn.Module] = []
 
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+    def __call__(self, *args: object, **kwargs: object) -> torch.nn.Module:
         """Return one model chunk."""
-        from megatron.training import get_args
-
-        flags: Any = get_args()
-        num_chunks = flags.virtual_pipeline_model_parallel_size or 1
+        num_chunks = _get_args().virtual_pipeline_model_parallel_size or 1
         self.chunks.append(self.provider(*args, **kwargs))
         if len(self.chunks) == num_chunks:
             for chunk in self.chunks:
@@ -147,7 +170,13 @@ def _wants_lora() -> bool:
     return any(arg.split("=")[0] == "--lora-rank" for arg in sys.argv)
 
 
-def _set_default_attributes(chunk: Any) -> None:
+def _get_args() -> argparse.Namespace:
+    from megatron.training import get_args
+
+    return cast(argparse.Namespace, get_args())
+
+
+def _set_default_attributes(chunk: torch.nn.Module) -> None:
     # get_model does so only after the provider, and the base's checkpoint entries read them.
     from megatron.core.tensor_parallel import (
         set_defaults_if_not_set_tensor_model_parallel_attributes,
@@ -155,19 +184,3 @@ def _set_default_attributes(chunk: Any) -> None:
 
     for parameter in chunk.parameters():
         set_defaults_if_not_set_tensor_model_parallel_attributes(parameter)
-
-
-def _wrap(module: Any, name: str, parameters: set[str], wrapper: Callable[..., Any]) -> None:
-    original = getattr(module, name, None)
-    if original is None or not parameters <= set(inspect.signature(original).parameters):
-        raise RuntimeError(
-            f"{module.__name__}.{name} is not what megalora expects: {_KNOWN}, this is "
-            f"{_megatron_version()}; attach adapters by megalora.lora_hook instead"
-        )
-    setattr(module, name, functools.wraps(original)(functools.partial(wrapper, original)))
-
-
-def _megatron_version() -> str:
-    from megatron.core import __version__
-
-    return __version__

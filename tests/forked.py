@@ -213,8 +213,10 @@ def _fork_results() -> None:
     from megalora.checkpoint import writers
 
     megatron: Any = filesystem_async
-    megatron.get_write_results_queue = functools.partial(megatron.get_write_results_queue, "fork")
-    writers._results_queue.__defaults__ = ("fork",)
+    megatron.get_write_results_queue = functools.partial(
+        megatron.get_write_results_queue, mp_mode="fork"
+    )
+    writers.results_queue.__defaults__ = ("fork",)
 
 
 def free_port() -> int:

@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -30,15 +31,30 @@ def run(directory: Path, *flags: str) -> Ranks:
 
 
 @pytest.mark.parametrize(
-    ("given", "expected"),
-    [
-        (["x", "--lr", "auto", "--cpu"], ["x", "--lr", "inf", "--cpu"]),
-        (["x", "--lr=auto"], ["x", "--lr=inf"]),
-        (["x", "--lr", "1e-3", "--save", "auto"], ["x", "--lr", "1e-3", "--save", "auto"]),
-    ],
+    ("given", "rate"),
+    [(["--lr", "auto"], auto_lr.AUTO), (["--lr=auto"], auto_lr.AUTO), (["--lr", "1e-3"], 1e-3)],
 )
-def test_auto_is_spelled_as_the_float_that_means_it(given: list[str], expected: list[str]) -> None:
-    assert auto_lr.spell_auto(given) == expected
+def test_auto_is_a_rate_of_megatrons_own_flag(given: list[str], rate: float) -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--lr", type=float)
+    auto_lr.add_auto_lr_args(parser)
+    assert parser.parse_args(given).lr == rate
+
+
+def parsed_again(flags: list[str]) -> tuple[float, list[str]]:
+    """Return the rate that Megatron reads where it parses without a script's flags, and argv."""
+    from megatron.training.arguments import parse_args
+
+    from megalora import launch
+
+    sys.argv = ["train.py", *flags]
+    launch.prepare_megatron(sys.argv)
+    return parse_args(ignore_unknown_args=True).lr, sys.argv[1:]
+
+
+def test_megatron_may_parse_auto_without_a_scripts_flags() -> None:
+    flags = ["--lr", "auto", "--lora-rank", "8"]
+    assert call(parsed_again, flags) == (auto_lr.AUTO, flags)
 
 
 def test_an_unchanged_script_trains_at_the_rate_of_the_rule(tmp_path: Path) -> None:
@@ -87,26 +103,24 @@ def parsed(**changes: Any) -> argparse.Namespace:
 
 
 def test_a_schedule_that_is_not_constant_is_noted(capsys: pytest.CaptureFixture[str]) -> None:
-    auto_lr.set_auto_lr(parsed(), LoRAConfig(rank=8))
+    auto_lr.auto_rate(parsed(), LoRAConfig(rank=8))
     assert "the rule is for --lr-decay-style constant" in capsys.readouterr().out
-    auto_lr.set_auto_lr(parsed(lr_decay_style="constant"), LoRAConfig(rank=8))
+    auto_lr.auto_rate(parsed(lr_decay_style="constant"), LoRAConfig(rank=8))
     assert "lr-decay-style" not in capsys.readouterr().out
 
 
 def test_a_rate_that_was_given_stays() -> None:
-    args = parsed(lr=1e-3, lora_family=None)
-    auto_lr.set_auto_lr(args, None)
-    assert args.lr == 1e-3
+    assert auto_lr.auto_rate(parsed(lr=1e-3, lora_family=None), None) is None
 
 
 def test_auto_without_lora_is_refused() -> None:
     with pytest.raises(ValueError, match=r"no LoRA: set --lora-rank, or --lr to a number"):
-        auto_lr.set_auto_lr(parsed(), None)
+        auto_lr.auto_rate(parsed(), None)
 
 
 def test_a_smallest_rate_above_the_rule_is_refused() -> None:
     with pytest.raises(ValueError, match=r"min_lr is 0.5, above the rate 0.000653"):
-        auto_lr.set_auto_lr(parsed(min_lr=0.5), LoRAConfig(rank=8))
+        auto_lr.auto_rate(parsed(min_lr=0.5), LoRAConfig(rank=8))
 
 
 LR = 1e-3
@@ -122,16 +136,13 @@ def first_updates(
     Adam's first step is then lr / (1 + eps).
     """
     from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
-    from megatron.core.optimizer import (
-        OptimizerConfig,
-        get_megatron_optimizer,
-        get_standard_config_overrides,
-    )
+    from megatron.core.optimizer import OptimizerConfig
     from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
+    from megatron.training import training
 
     from benchmarks.regret.model import build, start_megatron
     from megalora import apply_lora
-    from megalora.training.rates import factor_overrides
+    from megalora.training import patches
 
     start_megatron()
     model, lora = build("dense"), LoRAConfig(rank=4, **changes)
@@ -148,10 +159,8 @@ def first_updates(
         decoupled_lr=decoupled_lr,
         use_distributed_optimizer=distributed,
     )
-    overrides = get_standard_config_overrides(config)
-    flags = {"lr": LR, "min_lr": 0.0, "decoupled_lr": decoupled_lr, "decoupled_min_lr": None}
-    overrides |= factor_overrides(lora, argparse.Namespace(**flags))
-    optimizer = get_megatron_optimizer(config, [chunk], config_overrides=overrides)
+    patches.install(patches.TRAINING)
+    optimizer = training.get_megatron_optimizer(config, [chunk])
     _constant(OptimizerParamScheduler, optimizer).step(1)
     factors = {name: p for name, p in chunk.named_parameters() if p.requires_grad}
     before = [p.detach().clone() for p in factors.values()]

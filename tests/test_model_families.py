@@ -8,11 +8,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from megalora.hf.safetensors_files import HFWeights
 from safetensors.torch import save_file
 
 from megalora.config import LoRAConfig
 from megalora.hf.adapters import from_hf, to_hf
+from megalora.hf.safetensors_files import HFWeights
 from megalora.hf.servers import refusals
 from megalora.hf.weights import Piece, Placement, Shard, Weights
 from megalora.model import families

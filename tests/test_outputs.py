@@ -62,15 +62,12 @@ def test_an_export_names_modules_like_its_base_even_where_that_has_gone(tmp_path
 
 def vocab_size(flags: dict[str, Any]) -> int:
     """Return the rows that an export has, with a tokenizer of 100 tokens."""
-    from megatron import training
+    from megalora.training import outputs
 
-    from megalora.training.outputs import hf_vocab_size
-
-    patched: Any = training
-    patched.get_tokenizer = lambda: SimpleNamespace(vocab_size=100)
+    outputs.get_tokenizer = lambda: SimpleNamespace(vocab_size=100)
     defaults = {"vocab_size": None, "hf_model": None, "tokenizer_type": "HuggingFaceTokenizer"}
     args: Any = SimpleNamespace(**{**defaults, **flags})
-    return hf_vocab_size(args)
+    return outputs.hf_vocab_size(args)
 
 
 @pytest.mark.parametrize(

@@ -3,7 +3,6 @@
 A save that was killed leaves the tracker file on the checkpoint before, or an empty tracker file.
 """
 
-import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,12 +18,11 @@ from megalora.checkpoint.layout import (
     has_manifest,
     iteration_directory,
     list_iterations,
-    on_rank_zero,
     read_tracker,
     write_tracker,
 )
+from megalora.checkpoint.ranks import on_all_ranks
 from megalora.checkpoint.read import read_description
-from megalora.replace import replace_once
 
 OnCorrupt = Literal["previous", "stop"]
 
@@ -50,7 +48,7 @@ def find_on_all_ranks(
     def find() -> Found | None:
         return find_checkpoint(load, step=step, on_corrupt=on_corrupt, warn=warn) if load else None
 
-    return on_rank_zero(find)
+    return on_all_ranks(find, only=0)
 
 
 def find_checkpoint(
@@ -88,50 +86,6 @@ def find_checkpoint(
     for defect in defects:
         warn(f"WARNING: {defect}, and no checkpoint is beside it: starting anew")
     return None
-
-
-def guard_checkpoint_args() -> None:
-    """Let --use-checkpoint-args read its flags from the checkpoint that the run will go on from.
-
-    Megatron reads them before any process group exists, so each rank checks the files by itself and
-    finds the same; the tracker file then names it. A second call does nothing.
-    """
-    from megatron.training import checkpointing
-
-    def load_args(
-        original: Callable[..., Any], args: Any, load_arg: str = "load", *more: Any, **kwargs: Any
-    ) -> Any:
-        if load_arg == "load" and args.load and args.lora_rank:
-            find_checkpoint(
-                args.load, step=args.ckpt_step, on_corrupt=args.lora_on_corrupt, warn=_say_once
-            )
-        return original(args, load_arg, *more, **kwargs)
-
-    replace_once(checkpointing, "load_args_from_checkpoint", load_args)
-
-
-def end_where_done() -> None:
-    """Let a run that starts again after its last iteration end well, and write its exports.
-
-    A scheduler does so where its signal to stop meets the end of the run; Megatron's samplers would
-    raise AssertionError, as no sample is left. A second call does nothing.
-    """
-    from megatron.training import get_args, print_rank_0, training
-
-    def build(original: Callable[..., Any], provider: Any) -> Any:
-        args: Any = get_args()
-        if not args.train_iters or args.iteration < args.train_iters:
-            return original(provider)
-        print_rank_0(f"> LoRA: iteration {args.iteration} was the last: nothing is left to train")
-        args.do_train = args.do_valid = args.do_test = False
-        return None, None, None
-
-    replace_once(training, "build_train_valid_test_data_iterators", build)
-
-
-def _say_once(message: str) -> None:
-    if os.environ.get("RANK", "0") == "0":
-        print(message, flush=True)
 
 
 def _candidates(root: Path, named: Iteration | None, *, only: bool) -> Sequence[Iteration]:

@@ -16,13 +16,13 @@ import hashlib
 import json
 import os
 import socket
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path, PurePath
 from typing import Literal
 
-import torch.distributed as dist
+from megalora.checkpoint.ranks import on_all_ranks
 
 TRACKER = "latest_checkpointed_iteration.txt"
 RELEASE: Literal["release"] = "release"
@@ -132,7 +132,7 @@ def verify(directory: Path) -> None:
 
 def verify_on_all_ranks(directory: Path) -> None:
     """Verify a checkpoint on rank 0 and raise its ValueError on all. All ranks must call it."""
-    on_rank_zero(lambda: verify(directory))
+    on_all_ranks(lambda: verify(directory), only=0)
 
 
 def find_damage(directory: Path) -> list[str]:
@@ -153,27 +153,6 @@ def find_damage(directory: Path) -> list[str]:
 def has_manifest(directory: Path) -> bool:
     """Say whether checksums were saved with a checkpoint."""
     return (directory / MANIFEST).exists()
-
-
-def on_rank_zero[T](read: Callable[[], T]) -> T:
-    """Return, on every rank, what rank 0 alone reads; or raise its ValueError on every rank.
-
-    Files that all ranks use are hashed once, and all end with the same sentence. All ranks must
-    call it.
-    """
-    values: list[T] = []
-    problem: str | None = None
-    if dist.get_rank() == 0:
-        try:
-            values = [read()]
-        except (OSError, ValueError) as error:
-            problem = str(error)
-    result: list[tuple[list[T], str | None]] = [(values, problem)]
-    dist.broadcast_object_list(result, src=0)
-    values, problem = result[0]
-    if problem is not None:
-        raise ValueError(problem)
-    return values[0]
 
 
 def _read_manifest(directory: Path) -> dict[str, str] | None:

@@ -12,7 +12,9 @@ rates and epsilons are this run's, and the checkpoint gives moments and steps.
 from collections.abc import Callable
 from typing import Any
 
+import torch
 import torch.distributed as dist
+from megatron.core.optimizer import ChainedOptimizer, MegatronOptimizer
 
 from megalora.adapters.collectives import union
 from megalora.checkpoint.schedule import say_changed
@@ -20,7 +22,7 @@ from megalora.checkpoint.schedule import say_changed
 Groups = list[dict[str, Any]]
 
 
-def complete(optimizer: Any) -> None:
+def complete(optimizer: MegatronOptimizer) -> None:
     """Give an optimizer all that a checkpoint of it must hold; all ranks must call it.
 
     Groups without parameters on this rank get the steps that others have taken. Moments that no
@@ -38,45 +40,25 @@ def complete(optimizer: Any) -> None:
             group["step"] = steps
 
 
-def install() -> None:
-    """Let Megatron's optimizers save and load so; not to be called twice."""
-    from megatron.core.optimizer import distrib_optimizer, optimizer
-
-    kind: Any
-    for kind in (optimizer.FP32Optimizer, optimizer.Float16OptimizerWithFloat16Params):
-        kind.sharded_state_dict = _method(_sharded_state_dict, kind.sharded_state_dict)
-        kind._filter_and_reorder_param_groups = staticmethod(_in_order)
-    for kind in (
-        optimizer.FP32Optimizer,
-        optimizer.Float16OptimizerWithFloat16Params,
-        distrib_optimizer.DistributedOptimizer,
-    ):
-        kind.load_state_dict = _method(_load, kind.load_state_dict)
-    kind = optimizer.ChainedOptimizer
-    kind.__init__ = _method(_chain, kind.__init__)
-    # By which the distributed optimizer looks a group up among its own.
-    module: Any = distrib_optimizer
-    module.param_group_identifier_keys = (*module.param_group_identifier_keys, "eps")
-
-
-def _method(wrapper: Callable[..., Any], original: Any) -> Any:
-    return lambda self, *args, **kwargs: wrapper(self, original, *args, **kwargs)
-
-
-def _chain(self: Any, original: Callable[..., None], chained_optimizers: list[Any]) -> None:
+def chain(
+    original: Callable[..., None],
+    self: ChainedOptimizer,
+    chained_optimizers: list[MegatronOptimizer],
+) -> None:
     """Leave out what has no parameters on any rank, unless nothing is trained at all."""
     parts = [part for part in chained_optimizers if part.optimizer is not None]
     original(self, parts or chained_optimizers)
 
 
-def _sharded_state_dict(
-    self: Any,
+def sharded_state_dict(
     original: Callable[..., dict[str, Any]],
-    model: Any,
+    self: MegatronOptimizer,
+    model_sharded_state_dict: dict[str, Any],
     is_loading: bool = False,
-    **kwargs: Any,
+    **kwargs: object,
 ) -> dict[str, Any]:
-    state = original(self, model, is_loading, **kwargs)
+    """Describe an optimizer's state without groups to load, and without what rank 0 has none of."""
+    state = original(self, model_sharded_state_dict, is_loading, **kwargs)
     if not any(state.get("fp32_from_fp16_params", [True])):
         # Rank 0 would write an empty list where others have main parameters.
         del state["fp32_from_fp16_params"]
@@ -86,7 +68,10 @@ def _sharded_state_dict(
     return state
 
 
-def _load(self: Any, original: Callable[..., None], state_dict: dict[str, Any]) -> None:
+def load(
+    original: Callable[..., None], self: MegatronOptimizer, state_dict: dict[str, Any]
+) -> None:
+    """Load moments and steps into this run's groups."""
     part = state_dict.get("optimizer", state_dict)
     # What is empty in the checkpoint is left out of what is read.
     part.setdefault("state", {})
@@ -96,7 +81,7 @@ def _load(self: Any, original: Callable[..., None], state_dict: dict[str, Any]) 
     original(self, state_dict)
 
 
-def _going_on(stored: Groups, optimizer: Any) -> Groups:
+def _going_on(stored: Groups, optimizer: torch.optim.Optimizer) -> Groups:
     """Return this run's groups, as a state has them, at the number of steps of the stored ones."""
     groups: Groups = optimizer.state_dict()["param_groups"]
     for name in ("betas", "eps"):
@@ -109,6 +94,11 @@ def _values(groups: Groups, name: str) -> str:
     return " and ".join(sorted({str(group[name]) for group in groups if name in group}))
 
 
-def _in_order(current: Groups, loaded: Groups) -> Groups:
+def in_order(current_groups: Groups, state_dict_groups: Groups) -> Groups:
     """Pair groups by place: the loaded ones are this run's own."""
-    return loaded
+    return state_dict_groups
+
+
+def with_eps(identifiers: tuple[str, ...]) -> tuple[str, ...]:
+    """Let the distributed optimizer look a group up among its own by epsilon too."""
+    return (*identifiers, "eps")

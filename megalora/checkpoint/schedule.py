@@ -10,6 +10,10 @@ import argparse
 from collections.abc import Callable, Mapping
 from typing import Any
 
+from megatron.core.optimizer import MegatronOptimizer
+from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
+from megatron.training import print_rank_0
+
 _RATES = ("max_lr", "min_lr", "start_wd", "end_wd")
 _FLAGS = {
     "lr_decay_style": "--lr-decay-style",
@@ -20,26 +24,22 @@ _FLAGS = {
 }
 
 
-def install() -> None:
-    """Let Megatron's scheduler go on so; not to be called twice."""
-    from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
+def stored_rates(args: argparse.Namespace, stored: Mapping[str, Any] | None) -> dict[str, object]:
+    """Return the rates of a checkpoint, by their names in args, where the run is to follow them.
 
-    kind: Any = OptimizerParamScheduler
-    original = kind.load_state_dict
-    kind.load_state_dict = lambda self, state: _load(self, original, state)
-
-
-def take_rates(args: argparse.Namespace, stored: Mapping[str, Any] | None) -> None:
-    """Put a checkpoint's rates into args where --use-checkpoint-opt-param-scheduler asks for them.
-
-    To be called before the optimizer is made: its groups have rates of their own. stored: the
-    state of the checkpoint's scheduler, None where it has none.
+    --use-checkpoint-opt-param-scheduler asks for it. They must be in args before the optimizer is
+    made: its groups have rates of their own. stored: the state of the checkpoint's scheduler, None
+    where it has none.
     """
-    if stored and args.use_checkpoint_opt_param_scheduler and not args.no_load_optim:
-        args.lr, args.min_lr = stored["max_lr"], stored["min_lr"]
+    if not stored or not args.use_checkpoint_opt_param_scheduler or args.no_load_optim:
+        return {}
+    return {"lr": stored["max_lr"], "min_lr": stored["min_lr"]}
 
 
-def _load(self: Any, original: Callable[..., None], stored: dict[str, Any]) -> None:
+def load(
+    original: Callable[..., None], self: OptimizerParamScheduler, stored: dict[str, Any]
+) -> None:
+    """Go on with a checkpoint's schedule, as OptimizerParamScheduler.load_state_dict."""
     _warn_of_lost_steps(self.optimizer, stored["num_steps"])
     if not (self.override_opt_param_scheduler or self.use_checkpoint_opt_param_scheduler):
         own = self.state_dict()
@@ -52,10 +52,8 @@ def _load(self: Any, original: Callable[..., None], stored: dict[str, Any]) -> N
     self.step(0)
 
 
-def _warn_of_lost_steps(optimizer: Any, done: int) -> None:
+def _warn_of_lost_steps(optimizer: MegatronOptimizer, done: int) -> None:
     """Say where a checkpoint of an older megalora counts samples, but not the steps of Adam."""
-    from megatron.training import print_rank_0
-
     groups = [group for group in optimizer.param_groups if "betas" in group]
     if done and groups and not any("step" in group for group in groups):
         print_rank_0(
@@ -66,8 +64,6 @@ def _warn_of_lost_steps(optimizer: Any, done: int) -> None:
 
 def say_changed(name: str, own: object, stored: object) -> None:
     """Print what a resumed run does otherwise than the one that it goes on from."""
-    from megatron.training import print_rank_0
-
     if own != stored:
         print_rank_0(f"> LoRA: going on with {name} {own} instead of the checkpoint's {stored}")
 

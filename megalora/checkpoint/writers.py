@@ -12,51 +12,35 @@ import os
 import signal
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from multiprocessing.managers import SyncManager
 from multiprocessing.process import BaseProcess
 from multiprocessing.util import Finalize
-from typing import Any
+from queue import Queue
+from typing import TYPE_CHECKING, Any
 
 # NOTE: writers that are spawned import this before Megatron: only functions import it.
+if TYPE_CHECKING:
+    from megatron.core.dist_checkpointing.strategies.async_utils import PersistentAsyncCaller
 
 _WATCH_S = 1.0
 
 
-def install() -> None:
-    """Let the writers of this process outlive SIGTERM, and end with it; once is enough.
+def outliving(loop: Callable[..., None]) -> Callable[..., None]:
+    """Let the loop of an asynchronous writer outlive SIGTERM, and end with this rank.
 
-    Must run before Megatron starts them, in `initialize_megatron` or in the first save. Only
-    Megatron's own are known; nvidia_resiliency_ext has its own. Raises RuntimeError where this
-    Megatron starts them in a way that megalora does not know.
+    What stands in its place is pickled, and must need nothing of what this process has changed.
     """
-    from megatron.core.dist_checkpointing.strategies import filesystem_async
-    from megatron.core.dist_checkpointing.strategies.async_utils import PersistentAsyncCaller
-
-    if hasattr(PersistentAsyncCaller, "megatron_loop"):
-        return
-    known = hasattr(filesystem_async, "_results_queue")
-    if not known or not {"_get_process", "async_loop"} <= vars(PersistentAsyncCaller).keys():
-        raise RuntimeError(
-            "megatron.core starts the processes that write checkpoints in a way that megalora does "
-            "not know: use megatron-core 0.19 or 0.20"
-        )
-    patched: Any = filesystem_async
-    patched.get_write_results_queue = _results_queue
-    patched = PersistentAsyncCaller
-    start = patched._get_process.__func__
-    patched.megatron_loop = staticmethod(patched.async_loop)
-    patched.async_loop = staticmethod(functools.partial(write_for, os.getpid()))
-    patched._get_process = classmethod(functools.partial(_start_writer, start))
+    patched: Any = _caller()
+    patched.megatron_loop = staticmethod(loop)
+    return functools.partial(write_for, os.getpid())
 
 
-def write_for(trainer: int, *args: Any) -> None:
+def write_for(trainer: int, *args: object) -> None:
     """Be the process that writes asynchronously. trainer: process id of the rank."""
     outlive_sigterm(trainer)
-    from megatron.core.dist_checkpointing.strategies.async_utils import PersistentAsyncCaller
-
-    # A forked writer has what `install` changed, a spawned one has Megatron as it is.
-    caller: Any = PersistentAsyncCaller
+    # A forked writer has what `outliving` changed, a spawned one has Megatron as it is.
+    caller: Any = _caller()
     getattr(caller, "megatron_loop", caller.async_loop)(*args)
 
 
@@ -73,27 +57,21 @@ def dead_writer() -> BaseProcess | None:
 
 def forget_writer() -> None:
     """Let this process exit although nobody reads what it sent to a dead writer."""
-    from megatron.core.dist_checkpointing.strategies.async_utils import PersistentAsyncCaller
-
-    for queue in (
-        PersistentAsyncCaller._persistent_queue,
-        PersistentAsyncCaller._persistent_preload_q,
-    ):
+    for queue in (_caller()._persistent_queue, _caller()._persistent_preload_q):
         if queue is not None:
             queue.cancel_join_thread()
 
 
 def _writers() -> Iterator[BaseProcess]:
-    from megatron.core.dist_checkpointing.strategies.async_utils import PersistentAsyncCaller
     from megatron.training import async_utils
 
     calls = getattr(async_utils._async_calls_queue, "async_calls", ())
-    callers = [PersistentAsyncCaller._persistent_process]
+    callers = [_caller()._persistent_process]
     callers += [getattr(call.async_caller, "process", None) for call in calls]
     yield from (process for process in callers if process is not None)
 
 
-def _results_queue(mp_mode: str = "spawn") -> Any:
+def results_queue(mp_mode: str = "spawn") -> Queue[object]:
     """Do what get_write_results_queue does, with a process that outlives SIGTERM."""
     from megatron.core.dist_checkpointing.strategies import filesystem_async
 
@@ -105,13 +83,25 @@ def _results_queue(mp_mode: str = "spawn") -> Any:
     return module._results_queue
 
 
-def _start_writer(start: Any, caller: Any, *args: Any, **kwargs: Any) -> BaseProcess:
+def start_writer(
+    start: Callable[..., BaseProcess],
+    caller: "type[PersistentAsyncCaller]",
+    *args: object,
+    **kwargs: object,
+) -> BaseProcess:
+    """Start the writer of a rank where it has none, which is killed when the rank exits."""
     is_new = caller._persistent_process is None
     process = start(caller, *args, **kwargs)
     if is_new:
         # Before multiprocessing sends its own SIGTERM at exit and waits, for ever.
         Finalize(process, process.kill, exitpriority=1)
     return process
+
+
+def _caller() -> "type[PersistentAsyncCaller]":
+    from megatron.core.dist_checkpointing.strategies.async_utils import PersistentAsyncCaller
+
+    return PersistentAsyncCaller
 
 
 def _end_after(trainer: int) -> None:

@@ -11,7 +11,8 @@ from collections.abc import Sequence
 
 import torch
 
-from megalora.cpu import cuda_facade, gloo, signs
+from megalora import mends, replace
+from megalora.cpu import cuda_facade, gloo, signs, wgrad
 
 _INSTALLED = "_megalora_cpu_installed"
 
@@ -40,12 +41,12 @@ def install() -> None:
             "megalora.cpu.install() before the first import of megatron"
         )
     setattr(torch, _INSTALLED, True)
+    wgrad.install()
     install_devices()
-    # They import megatron, which must see the facade.
-    from megalora import mends
+    # It imports megatron, which must see the facade.
     from megalora.cpu import kernels
 
-    kernels.install()
+    replace.install(kernels.PATCHES)
     mends.install()
 
 
@@ -54,10 +55,11 @@ def install_devices() -> None:
     # Megatron asserts or warns on this CUDA launch order setting under tensor parallelism.
     os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
     cuda_facade.install()
-    gloo.install()
-    from megalora.cpu import megatron_devices
-
-    megatron_devices.install()
+    replace.install(gloo.PATCHES)
+    with cuda_facade.without_jit_fuser():
+        from megalora.cpu import megatron_devices
+    replace.install(megatron_devices.PATCHES)
+    megatron_devices.quiet_tracker()
 
 
 def install_if_wanted(argv: Sequence[str]) -> bool:

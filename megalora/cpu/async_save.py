@@ -1,42 +1,75 @@
 """Asynchronous checkpoints on the CPU: Megatron's writing process is built for tensors on GPUs."""
 
-from typing import Any
+from collections.abc import Callable
+from multiprocessing.process import BaseProcess
 
 import torch
+from megatron.core.dist_checkpointing.strategies.async_utils import (
+    AsyncRequest,
+    PersistentAsyncCaller,
+)
+
+from megalora.replace import Patch, around
+
+# Of one file: path, key, ([(item, bytes)], [(item, tensor)]).
+Bucket = tuple[
+    object, object, tuple[list[tuple[object, object]], list[tuple[object, torch.Tensor]]]
+]
 
 
-def install() -> None:
-    """Fork the writer, and hand it copies of the tensors."""
-    from megatron.core.dist_checkpointing.strategies.async_utils import PersistentAsyncCaller
+def start_forked(
+    start: Callable[..., BaseProcess],
+    cls: type[PersistentAsyncCaller],
+    rank: int,
+    mp_mode: str = "spawn",
+    *qos: object,
+    **kwargs: object,
+) -> BaseProcess:
+    """Fork the writer.
 
-    patched: Any = PersistentAsyncCaller
-    start, schedule = patched._get_process.__func__, patched.schedule_async_call
-
-    def start_forked(cls: Any, rank: int, mp_mode: str = "spawn", *qos: Any, **kwargs: Any) -> Any:
-        # Megatron starts it anew, for a CUDA context of its own. Here it would not have the facade,
-        # and it would import Megatron once more; no process group exists yet.
-        return start(cls, rank, "fork", *qos, **kwargs)
-
-    def schedule_copy(self: Any, request: Any) -> None:
-        # Megatron waits until the writer has copied from the GPU. A tensor on the CPU is no copy
-        # there but the trainer's own memory, shared: the file would get the next iteration's.
-        if request.preload_fn is not None:
-            rank, _, results = request.async_fn_args
-            copies = _copied(request.preload_fn())
-            request = request._replace(async_fn_args=[rank, copies, results], preload_fn=None)
-        schedule(self, request)
-
-    patched._get_process = classmethod(start_forked)
-    patched.schedule_async_call = schedule_copy
+    Megatron starts it anew, for a CUDA context of its own. Here it would not have the facade, and
+    it would import Megatron once more; no process group exists yet.
+    """
+    return start(cls, rank, "fork", *qos, **kwargs)
 
 
-def _copied(buckets: list[Any]) -> list[Any]:
-    """Copy the tensors of (path, key, ([(item, bytes)], [(item, tensor)]))."""
+def schedule_copy(
+    schedule: Callable[[PersistentAsyncCaller, AsyncRequest], None],
+    self: PersistentAsyncCaller,
+    async_req: AsyncRequest,
+) -> None:
+    """Hand the writer copies of the tensors.
+
+    Megatron waits until the writer has copied from the GPU. A tensor on the CPU is no copy there
+    but the trainer's own memory, shared: the file would get the next iteration's.
+    """
+    if async_req.preload_fn is not None:
+        rank, _, results = async_req.async_fn_args
+        copies = _copied(async_req.preload_fn())
+        async_req = async_req._replace(async_fn_args=[rank, copies, results], preload_fn=None)
+    schedule(self, async_req)
+
+
+def _copied(buckets: list[Bucket]) -> list[Bucket]:
     return [
-        (path, key, (blobs, [(item, _clone(tensor)) for item, tensor in tensors]))
+        (path, key, (blobs, [(item, tensor.detach().clone()) for item, tensor in tensors]))
         for path, key, (blobs, tensors) in buckets
     ]
 
 
-def _clone(tensor: torch.Tensor) -> torch.Tensor:
-    return tensor.detach().clone()
+PATCHES = (
+    Patch(
+        PersistentAsyncCaller,
+        "_get_process",
+        ("rank", "mp_mode"),
+        around(start_forked),
+        "a spawned writer is without the facade of CUDA devices",
+    ),
+    Patch(
+        PersistentAsyncCaller,
+        "schedule_async_call",
+        ("async_req",),
+        around(schedule_copy),
+        "tensors on the CPU would reach the writer as shared memory",
+    ),
+)

@@ -7,8 +7,9 @@ import os
 import sys
 import time
 import types
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
+from unittest import mock
 
 import torch
 
@@ -97,6 +98,21 @@ def install() -> None:
     _patch_cuda()
     _patch_rng()
     _redirect_devices()
+
+
+@contextlib.contextmanager
+def without_jit_fuser() -> Iterator[None]:
+    """Let megatron.core be imported in this context while torch.compile does nothing.
+
+    Megatron's jit_fuser is torch.compile. On a GPU it makes a Triton kernel; here it would start a
+    C++ compiler for every small function that it decorates. User code keeps the real one.
+    """
+    with mock.patch.object(torch, "compile", _leave_as_it_is):
+        yield
+
+
+def _leave_as_it_is(model: object = None, **kwargs: object) -> object:
+    return model if callable(model) else lambda function: function
 
 
 def _called_by_megatron() -> bool:

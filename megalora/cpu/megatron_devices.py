@@ -1,56 +1,54 @@
-"""The few functions of Megatron itself that ask a GPU for something and get none."""
+"""The few functions of Megatron itself that ask a GPU for something and get none.
 
-import importlib
+To be imported inside of `cuda_facade.without_jit_fuser`: it imports megatron.core.
+"""
+
 import logging
-from typing import Any
 
+import megatron.core.models.gpt  # noqa: F401
+import numpy as np
 import torch
+from megatron.core.tensor_parallel import random
+from megatron.core.transformer.moe import token_dispatcher
 
 from megalora.cpu import async_save
+from megalora.replace import Patch, instead
 
 
-def install() -> None:
-    """Import megatron.core under the facade and patch it."""
-    _import_without_jit_fuser()
-    _patch_rng()
-    _patch_moe()
-    async_save.install()
+def quiet_tracker() -> None:
+    """Silence the tracker of generators' states.
 
-
-def _import_without_jit_fuser() -> None:
-    """Import megatron.core while torch.compile does nothing.
-
-    Megatron's jit_fuser is torch.compile. On a GPU it makes a Triton kernel; here it would start a
-    C++ compiler for every small function that it decorates. User code keeps the real one.
+    It warns when fork() changes the CPU generator; here that is its purpose.
     """
-    patched: Any = torch
-    compile_ = torch.compile
-    patched.compile = lambda model=None, **kwargs: model if callable(model) else lambda f: f
-    try:
-        importlib.import_module("megatron.core.models.gpt")
-    finally:
-        patched.compile = compile_
-
-
-def _patch_rng() -> None:
-    import megatron.core.tensor_parallel.random as random
-
-    patched: Any = random
-    # It reaches for torch.cuda.default_generators, which is empty.
-    patched._set_cuda_rng_state = lambda new_state, device=-1, graph_safe=False: (
-        torch.set_rng_state(new_state)
-    )
-    # The tracker warns when fork() changes the CPU generator; here that is its purpose.
     logging.getLogger(random.__name__).setLevel(logging.ERROR)
 
 
-def _patch_moe() -> None:
-    import megatron.core.transformer.moe.token_dispatcher as token_dispatcher
-
-    patched: Any = token_dispatcher
-    patched.maybe_move_tensor_to_cpu = _to_numpy
+def set_rng_state(new_state: torch.Tensor, device: int = -1, graph_safe: bool = False) -> None:
+    """Set the state of the CPU generator, whichever GPU's is meant."""
+    torch.set_rng_state(new_state)
 
 
-def _to_numpy(tensor: Any, as_numpy: bool = False, record_stream: bool = False) -> Any:
+def to_numpy(
+    tensor: torch.Tensor, as_numpy: bool = False, record_stream: bool = False
+) -> torch.Tensor | np.ndarray:
     """Turn split sizes into numpy as asked; Megatron does so for CUDA tensors only."""
     return tensor.numpy() if as_numpy and torch.is_tensor(tensor) else tensor
+
+
+PATCHES = (
+    Patch(
+        random,
+        "_set_cuda_rng_state",
+        ("new_state", "device", "graph_safe"),
+        instead(set_rng_state),
+        "it reaches for torch.cuda.default_generators, which is empty",
+    ),
+    Patch(
+        token_dispatcher,
+        "maybe_move_tensor_to_cpu",
+        ("tensor", "as_numpy", "record_stream"),
+        instead(to_numpy),
+        "it turns CUDA tensors into numpy, and no others",
+    ),
+    *async_save.PATCHES,
+)

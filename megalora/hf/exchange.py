@@ -13,7 +13,8 @@ import torch.distributed as dist
 from megalora.adapters.pissa import at_start
 from megalora.adapters.start import draw_uniform
 from megalora.checkpoint.gather import gather_adapters, load_adapters, whole_shapes
-from megalora.checkpoint.layout import find_directory, on_rank_zero, verify
+from megalora.checkpoint.layout import find_directory, verify
+from megalora.checkpoint.ranks import on_all_ranks
 from megalora.checkpoint.read import read_adapters
 from megalora.config import LoRAConfig
 from megalora.hf.adapters import from_hf, to_hf
@@ -63,7 +64,7 @@ def _load_checkpoint(
         verify(found)
         return found
 
-    tensors, stored, _ = read_adapters(on_rank_zero(intact))
+    tensors, stored, _ = read_adapters(on_all_ranks(intact, only=0))
     if stored.scale(stored.rank) != config.scale(config.rank):
         raise ValueError(
             f"lora_load {str(directory)!r} was trained at scale {stored.scale(stored.rank):g}, "

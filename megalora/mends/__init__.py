@@ -4,12 +4,16 @@ Nothing happens on import. `install` changes Megatron's classes in place, for th
 come before or after the first import of megatron, but before a model is built.
 """
 
-import functools
+from megalora import replace
 
 
-@functools.cache
 def install() -> None:
     """Mend Megatron for this process; a second call does nothing."""
+    replace.install(patches())
+
+
+def patches() -> tuple[replace.Patch, ...]:
+    """Return the table of what is mended here."""
     # They import megatron, which must see the facade of `megalora.cpu` where that is wanted.
     from megalora.mends import (
         attention,
@@ -21,10 +25,12 @@ def install() -> None:
         router,
     )
 
-    dataset_helpers.install()
-    layers.install()
-    latent_attention.install()
-    attention.install()
-    losses.install()
-    optimizer.install()
-    router.install()
+    return (
+        *dataset_helpers.patches(),
+        *layers.PATCHES,
+        *latent_attention.PATCHES,
+        *attention.PATCHES,
+        *losses.PATCHES,
+        *optimizer.PATCHES,
+        *router.PATCHES,
+    )

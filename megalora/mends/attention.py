@@ -16,13 +16,9 @@ from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch.nn.functional import scaled_dot_product_attention
 
+from megalora.replace import Patch, instead
+
 _CAUSAL = (AttnMaskType.causal, AttnMaskType.padding_causal)
-
-
-def install() -> None:
-    """Give the local layers this attention."""
-    patched: Any = LocalSpecProvider
-    patched.core_attention = lambda self: CoreAttention
 
 
 class CoreAttention(MegatronModule):
@@ -32,7 +28,7 @@ class CoreAttention(MegatronModule):
     scores of a layer in memory. It stays where this one is less: windows and softmax offsets.
     """
 
-    def __new__(cls, config: TransformerConfig, *args: Any, **kwargs: Any) -> Any:
+    def __new__(cls, config: TransformerConfig, *args: Any, **kwargs: Any) -> MegatronModule:
         """Build Megatron's own for what torch's attention has not."""
         if config.window_size is None and config.softmax_type == "vanilla":
             return super().__new__(cls)
@@ -149,7 +145,7 @@ class CoreAttention(MegatronModule):
         fork = dropout > 0 and not self.config.sequence_parallel
         tracker: Any = get_cuda_rng_tracker()
         with tracker.fork() if fork else contextlib.nullcontext():
-            out: Any = scaled_dot_product_attention(
+            out = scaled_dot_product_attention(
                 *(x.permute(1, 2, 0, 3) for x in (query, key, value)),
                 attn_mask=allowed,
                 dropout_p=dropout,
@@ -158,6 +154,23 @@ class CoreAttention(MegatronModule):
                 enable_gqa=query.shape[2] != key.shape[2],
             )
         return out.permute(2, 0, 1, 3)
+
+
+def core_attention(self: LocalSpecProvider) -> type:
+    """Name this attention for all layers of a provider of layers."""
+    return CoreAttention
+
+
+PATCHES = (
+    Patch(
+        LocalSpecProvider,
+        "core_attention",
+        ("self",),
+        instead(core_attention),
+        "Megatron's own attention takes no latent attention, context parallelism or packed "
+        "sequences, and holds all scores",
+    ),
+)
 
 
 def _boundaries(packed: PackedSeqParams | None, num_tokens: int) -> torch.Tensor:

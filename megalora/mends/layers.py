@@ -7,13 +7,15 @@ unchanged.
 import functools
 import importlib.util
 import os
-from typing import Any
+from collections.abc import Callable
 
 import torch
 from megatron.core.extensions.transformer_engine import HAVE_TE
 from megatron.core.tensor_parallel import layers
 from megatron.core.transformer.torch_norm import WrappedTorchNorm
 from megatron.core.transformer.transformer_config import TransformerConfig
+
+from megalora.replace import Patch, around, instead
 
 # Default in Megatron's flags, and only in TransformerEngine.
 _TE_ONLY = {
@@ -25,18 +27,10 @@ _TE_ONLY = {
 }
 
 
-def install() -> None:
-    """Change settings without their packages when a configuration is made, and Megatron's norm."""
-    config: Any = TransformerConfig
-    check = config.__post_init__
-
-    def change_and_check(self: TransformerConfig) -> None:
-        _change(self)
-        check(self)
-
-    config.__post_init__ = change_and_check
-    norm: Any = WrappedTorchNorm
-    norm.__new__ = staticmethod(build_norm)
+def change_and_check(check: Callable[[TransformerConfig], None], self: TransformerConfig) -> None:
+    """Change the settings of a configuration that their packages are missing for."""
+    _change(self)
+    check(self)
 
 
 def _change(config: TransformerConfig) -> None:
@@ -51,7 +45,7 @@ def _change(config: TransformerConfig) -> None:
         _set(config, "apex", {"masked_softmax_fusion": False})
 
 
-def _set(config: TransformerConfig, package: str, settings: dict[str, Any]) -> None:
+def _set(config: TransformerConfig, package: str, settings: dict[str, object]) -> None:
     changed = {name: value for name, value in settings.items() if getattr(config, name) != value}
     for name, value in changed.items():
         setattr(config, name, value)
@@ -67,7 +61,7 @@ def _say_once(message: str) -> None:
 
 
 def build_norm(
-    cls: type, config: Any, hidden_size: int, eps: float = 1e-5, **kwargs: object
+    cls: type, config: TransformerConfig, hidden_size: int, eps: float = 1e-5, **kwargs: object
 ) -> torch.nn.Module:
     """Build torch's norm, also under sequence parallelism, which WrappedTorchNorm refuses.
 
@@ -89,3 +83,21 @@ def build_norm(
     for parameter in norm.parameters():
         setattr(parameter, "sequence_parallel", config.sequence_parallel)  # noqa: B010
     return norm
+
+
+PATCHES = (
+    Patch(
+        TransformerConfig,
+        "__post_init__",
+        ("self",),
+        around(change_and_check),
+        "settings whose packages (TransformerEngine, apex) are missing are defaults of flags",
+    ),
+    Patch(
+        WrappedTorchNorm,
+        "__new__",
+        ("config", "hidden_size", "eps"),
+        instead(build_norm),
+        "it refuses `persist_layer_norm`, a default, and sequence parallelism",
+    ),
+)

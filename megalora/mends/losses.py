@@ -14,24 +14,19 @@ import torch
 import torch.distributed as dist
 from megatron.core.models.gpt import gpt_model
 from megatron.core.models.hybrid import hybrid_model
+from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.transformer import multi_token_prediction
 from megatron.core.transformer.moe import router
+from megatron.core.transformer.transformer_config import TransformerConfig
+from torch.distributed import ProcessGroup
+
+from megalora.replace import Patch
+
+# Tokens of each expert, of this shard, of all shards.
+Counts = tuple[torch.Tensor, torch.Tensor | float, torch.Tensor | float]
 
 
-def install() -> None:
-    """Count over all ranks of a microbatch in multi-token prediction and in the routers' losses."""
-    for module in (gpt_model, hybrid_model):
-        patched: Any = module
-        patched.process_mtp_loss = counted_over_context(multi_token_prediction.process_mtp_loss)
-    patched = router
-    patched.get_tokens_per_expert_and_token_count = mean_of_shards(
-        router.get_tokens_per_expert_and_token_count
-    )
-    patched = router.TopKRouter
-    patched.apply_z_loss = z_loss_over_shards(router.TopKRouter.apply_z_loss)
-
-
-def counted_over_context(process: Callable[..., Any]) -> Callable[..., Any]:
+def counted_over_context(process: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
     """Return process_mtp_loss with the mean of each depth over all context-parallel ranks.
 
     Megatron's schedule gives every rank the weight 1 / microbatches, and then either averages over
@@ -41,18 +36,18 @@ def counted_over_context(process: Callable[..., Any]) -> Callable[..., Any]:
 
     @functools.wraps(process)
     def counted(
-        *args: Any,
+        *args: object,
         loss_mask: torch.Tensor | None,
         labels: torch.Tensor | None,
         compute_language_model_loss: Callable[..., torch.Tensor],
-        config: Any,
-        cp_group: Any = None,
-        packed_seq_params: Any = None,
-        **kwargs: Any,
-    ) -> Any:
+        config: TransformerConfig,
+        cp_group: ProcessGroup | None = None,
+        packed_seq_params: PackedSeqParams | None = None,
+        **kwargs: object,
+    ) -> torch.Tensor:
         if labels is not None and cp_group is not None and cp_group.size() > 1:
             mask = torch.ones_like(labels) if loss_mask is None else loss_mask
-            own, of_all = _counts(mask, config.mtp_num_layers, cp_group, packed_seq_params)
+            own, of_all = _counts(mask, config.mtp_num_layers or 0, cp_group, packed_seq_params)
             weights = iter(cp_group.size() * own[1:].clamp(min=1) / of_all[1:].clamp(min=1))
             compute = compute_language_model_loss
 
@@ -61,10 +56,11 @@ def counted_over_context(process: Callable[..., Any]) -> Callable[..., Any]:
                 return compute(*inputs) * next(weights)
 
             compute_language_model_loss = weighted
-            config = copy.copy(config)
             if config.calculate_per_token_loss:
-                config.calculate_per_token_loss = False
-                config.mtp_loss_scaling_factor *= of_all[0] / cp_group.size()
+                changed: Any = copy.copy(config)
+                changed.calculate_per_token_loss = False
+                changed.mtp_loss_scaling_factor *= of_all[0] / cp_group.size()
+                config = changed
         return process(
             *args,
             loss_mask=loss_mask,
@@ -80,7 +76,10 @@ def counted_over_context(process: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _counts(
-    mask: torch.Tensor, num_depths: int, cp_group: Any, packed_seq_params: Any
+    mask: torch.Tensor,
+    num_depths: int,
+    cp_group: ProcessGroup,
+    packed_seq_params: PackedSeqParams | None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Return the trained tokens of each depth, [1 + num_depths], on this rank and on all ranks."""
     sums = [mask.sum()]
@@ -92,7 +91,7 @@ def _counts(
     return own, _sum_over(own, cp_group)
 
 
-def z_loss_over_shards(apply: Callable[..., Any]) -> Callable[..., Any]:
+def z_loss_over_shards(apply: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
     """Return TopKRouter.apply_z_loss with the mean over the valid tokens of all shards.
 
     Megatron averages the means of the shards. Under calculate_per_token_loss it multiplies each by
@@ -101,16 +100,17 @@ def z_loss_over_shards(apply: Callable[..., Any]) -> Callable[..., Any]:
 
     @functools.wraps(apply)
     def apply_z_loss(
-        self: Any, logits: torch.Tensor, padding_mask: torch.Tensor | None = None
+        self: router.TopKRouter, logits: torch.Tensor, padding_mask: torch.Tensor | None = None
     ) -> torch.Tensor:
         config, group = self.config, self.tp_cp_group
-        has_own_mean = config.moe_z_loss_coeff is not None and not self.calculate_per_token_loss
-        if padding_mask is None or group.size() == 1 or not has_own_mean:
+        coefficient = None if self.calculate_per_token_loss else config.moe_z_loss_coeff
+        if padding_mask is None or group.size() == 1 or coefficient is None:
             return apply(self, logits, padding_mask=padding_mask)
         valid = (~padding_mask).sum().float()
         weight = group.size() * valid.clamp(min=1) / _sum_over(valid, group).clamp(min=1)
         self.config = copy.copy(config)
-        self.config.moe_z_loss_coeff = config.moe_z_loss_coeff * weight
+        # A tensor: Megatron only multiplies by it.
+        self.config.moe_z_loss_coeff = coefficient * weight  # type: ignore[assignment]
         try:
             return apply(self, logits, padding_mask=padding_mask)
         finally:
@@ -119,7 +119,7 @@ def z_loss_over_shards(apply: Callable[..., Any]) -> Callable[..., Any]:
     return apply_z_loss
 
 
-def mean_of_shards(count: Callable[..., Any]) -> Callable[..., Any]:
+def mean_of_shards(count: Callable[..., Counts]) -> Callable[..., Counts]:
     """Return get_tokens_per_expert_and_token_count with the mean number of tokens of the shards.
 
     Under calculate_per_token_loss the routers multiply a balancing loss by the tokens of one shard
@@ -128,7 +128,9 @@ def mean_of_shards(count: Callable[..., Any]) -> Callable[..., Any]:
     """
 
     @functools.wraps(count)
-    def counted(*, reduce_group: Any, with_padding_mask: bool = False, **kwargs: Any) -> Any:
+    def counted(
+        *, reduce_group: ProcessGroup, with_padding_mask: bool = False, **kwargs: object
+    ) -> Counts:
         tokens_per_expert, own, total = count(
             reduce_group=reduce_group, with_padding_mask=with_padding_mask, **kwargs
         )
@@ -139,7 +141,35 @@ def mean_of_shards(count: Callable[..., Any]) -> Callable[..., Any]:
     return counted
 
 
-def _sum_over(value: torch.Tensor, group: Any) -> torch.Tensor:
+def _sum_over(value: torch.Tensor, group: ProcessGroup) -> torch.Tensor:
     total = value.detach().clone()
     dist.all_reduce(total, group=group)
     return total
+
+
+PATCHES = (
+    *(
+        Patch(
+            module,
+            "process_mtp_loss",
+            ("loss_mask", "labels", "compute_language_model_loss", "config", "cp_group"),
+            counted_over_context,
+            "multi-token prediction divides by the tokens of one context-parallel rank",
+        )
+        for module in (gpt_model, hybrid_model)
+    ),
+    Patch(
+        router,
+        "get_tokens_per_expert_and_token_count",
+        ("reduce_group", "with_padding_mask"),
+        mean_of_shards,
+        "balancing losses multiply by the tokens of one shard",
+    ),
+    Patch(
+        router.TopKRouter,
+        "apply_z_loss",
+        ("logits", "padding_mask"),
+        z_loss_over_shards,
+        "the z loss averages means of shards with unequal counts",
+    ),
+)

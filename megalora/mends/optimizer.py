@@ -8,16 +8,10 @@ import torch
 from megatron.core import optimizer
 from megatron.core.optimizer import distrib_optimizer
 
+from megalora.replace import Patch, instead
+
 # The multi-tensor functions that torch.optim itself is made of; they have no public name.
 _torch: Any = torch
-
-
-def install() -> None:
-    """Scale fp16 losses by one number; give Megatron FusedAdam where no other package does."""
-    chained: Any = optimizer.ChainedOptimizer
-    chained.prepare_grads = scaled_together(chained.prepare_grads)
-    if optimizer.USING_PYTORCH_OPTIMIZER:
-        replace_adam()
 
 
 def scaled_together(prepare: Callable[..., bool]) -> Callable[..., bool]:
@@ -28,7 +22,7 @@ def scaled_together(prepare: Callable[..., bool]) -> Callable[..., bool]:
     """
 
     @functools.wraps(prepare)
-    def prepare_grads(self: Any) -> bool:
+    def prepare_grads(self: optimizer.ChainedOptimizer) -> bool:
         parts = [getattr(part, "grad_scaler", None) for part in self.chained_optimizers]
         scalers = [scaler for scaler in parts if scaler is not None]
         before = [scaler.state_dict() for scaler in scalers]
@@ -41,17 +35,6 @@ def scaled_together(prepare: Callable[..., bool]) -> Callable[..., bool]:
     return prepare_grads
 
 
-def replace_adam() -> None:
-    """Give Megatron FusedAdam, on whose steps the distributed optimizer's checkpoints rely."""
-    for module in (optimizer, distrib_optimizer):
-        patched: Any = module
-        patched.Adam = FusedAdam
-    optimizer.USING_PYTORCH_OPTIMIZER = False
-    if not distrib_optimizer.HAVE_APEX_OR_TE:
-        distrib_optimizer.HAVE_APEX_OR_TE = True
-        distrib_optimizer.USING_APEX_OPTIMIZER = True
-
-
 class FusedAdam(torch.optim.Optimizer):
     """Do Adam or AdamW with the number of steps in each parameter group.
 
@@ -62,7 +45,7 @@ class FusedAdam(torch.optim.Optimizer):
 
     def __init__(
         self,
-        params: Iterable[Any],
+        params: Iterable[torch.nn.Parameter] | Iterable[dict[str, Any]],
         lr: float = 1e-3,
         betas: tuple[float, float] = (0.9, 0.999),
         eps: float = 1e-8,
@@ -111,3 +94,29 @@ class FusedAdam(torch.optim.Optimizer):
         _torch._foreach_sqrt_(denominator)
         _torch._foreach_add_(denominator, group["eps"])
         _torch._foreach_addcdiv_(params, exp_avg, denominator, -lr / (1 - beta1 ** group["step"]))
+
+
+_WHY = "torch's AdamW counts steps by parameter, which the distributed optimizer cannot save"
+# Where no other package has the kernel; on the CPU always.
+ADAM = (
+    *(
+        Patch(module, "Adam", ("params", "lr"), instead(FusedAdam), _WHY)
+        for module in (optimizer, distrib_optimizer)
+    ),
+    Patch(optimizer, "USING_PYTORCH_OPTIMIZER", None, instead(False), "what `Adam` is"),
+    *(
+        Patch(distrib_optimizer, name, None, instead(True), "what `Adam` is")
+        for name in ("HAVE_APEX_OR_TE", "USING_APEX_OPTIMIZER")
+        if not distrib_optimizer.HAVE_APEX_OR_TE
+    ),
+)
+PATCHES = (
+    Patch(
+        optimizer.ChainedOptimizer,
+        "prepare_grads",
+        ("self",),
+        scaled_together,
+        "after an overflow each part of a chain divides by a loss scale of its own",
+    ),
+    *(ADAM if optimizer.USING_PYTORCH_OPTIMIZER else ()),
+)

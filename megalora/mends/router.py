@@ -1,25 +1,35 @@
 """The count of tokens for an expert bias, which Megatron's routers take without padding only."""
 
-from typing import Any
+from collections.abc import Callable
 
 import torch
 from megatron.core.transformer.moe.router import TopKRouter
 
+from megalora.replace import Patch, around
 
-def install() -> None:
-    """Let routers with an expert bias leave padding out of their counts.
+
+def apply_expert_bias(
+    count: Callable[[TopKRouter, torch.Tensor], None],
+    self: TopKRouter,
+    routing_map: torch.Tensor,
+    padding_mask: torch.Tensor | None = None,
+) -> None:
+    """Leave padding out of the counts of routers with an expert bias.
 
     Megatron combines its routing map [tokens, experts] with a padding mask [tokens], which has no
     dimension for the experts.
     """
-    count = TopKRouter._apply_expert_bias
+    if padding_mask is not None:
+        routing_map = routing_map & ~padding_mask[:, None]
+    count(self, routing_map)
 
-    def apply_expert_bias(
-        self: Any, routing_map: torch.Tensor, padding_mask: torch.Tensor | None = None
-    ) -> None:
-        if padding_mask is not None:
-            routing_map = routing_map & ~padding_mask[:, None]
-        count(self, routing_map)
 
-    patched: Any = TopKRouter
-    patched._apply_expert_bias = apply_expert_bias
+PATCHES = (
+    Patch(
+        TopKRouter,
+        "_apply_expert_bias",
+        ("routing_map", "padding_mask"),
+        around(apply_expert_bias),
+        "a padding mask is combined with the routing map without a dimension for experts",
+    ),
+)

@@ -1,29 +1,23 @@
 """The flags of a run beside --lora-*: bases and adapters in, adapters out, their checkpoints."""
 
 import argparse
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from megalora import cpu
+from megalora.config import LoRAConfig
 from megalora.model.config_json import read_config
 from megalora.model.megatron import megatron_flags
-from megalora.replace import replace_once
+from megalora.model.shape import refuse_hybrid
 from megalora.training.auto_lr import add_auto_lr_args
 
 
 def add_exchange_args(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
-    """Add the flags that bring base weights and adapters in and take adapters out.
+    """Add the flags that bring base weights and adapters in and take adapters out; and --lr auto.
 
-    Also guards what Megatron does right after parsing: it follows --use-checkpoint-args, asks for
-    --save-interval, and makes the tokenizer.
+    The parser must have Megatron's own flags already, as the `extra_args_provider` of a script has.
     """
-    from megalora.checkpoint.find import guard_checkpoint_args
-    from megalora.checkpoint.save import save_last_by_default
-
-    guard_checkpoint_args()
-    save_last_by_default()
-    guard_tokenizer()
     group = parser.add_argument_group("exchange", "with Hugging Face directories")
     add = group.add_argument
     add("--hf-model", help="directory with config.json and safetensors: builds and loads the base")
@@ -53,25 +47,6 @@ def add_exchange_args(parser: argparse.ArgumentParser) -> argparse.ArgumentParse
     return parser
 
 
-def guard_tokenizer() -> None:
-    """Let a run without --tokenizer-type end in what to set: Megatron lists its own kinds only.
-
-    A second call does nothing.
-    """
-    from megatron.training import global_vars
-
-    def build_tokenizer(original: Callable[..., Any], args: Any, **kwargs: Any) -> Any:
-        if args.tokenizer_type is None:
-            bytes_too = ", or --byte-tokenizer, which needs no files"
-            raise ValueError(
-                "tokenizer_type is not given: set --tokenizer-type HuggingFaceTokenizer and "
-                f"--tokenizer-model DIR{bytes_too if hasattr(args, 'byte_tokenizer') else ''}"
-            )
-        return original(args, **kwargs)
-
-    replace_once(global_vars, "build_tokenizer", build_tokenizer)
-
-
 def with_hf_flags(argv: Sequence[str]) -> list[str]:
     """Return a command line with the Megatron flags of --hf-model's config.json before the user's.
 
@@ -84,6 +59,51 @@ def with_hf_flags(argv: Sequence[str]) -> list[str]:
     if directory is None:
         return list(argv)
     return [*megatron_flags(read_config(directory)), *argv]
+
+
+def check_flags(args: argparse.Namespace, config: LoRAConfig | None) -> None:
+    """Raise ValueError where the flags of a run cannot be right, before anything is built."""
+    if config is None:
+        for flag in ("lora_load", "export_hf", "save_merged"):
+            if getattr(args, flag):
+                raise ValueError(f"{flag} is {getattr(args, flag)!r} without LoRA: set --lora-rank")
+    elif args.num_experts:
+        config.resolve_expert_rank(args.moe_router_topk)
+    _check_bases(args)
+    check_output_args(args)
+    if config is not None:
+        refuse_fsdp(args)
+        check_checkpoint_args(args)
+
+
+def _check_bases(args: argparse.Namespace) -> None:
+    for flag in ("hf_model", "lora_load"):
+        path = getattr(args, flag)
+        if path and not Path(path).exists():
+            raise ValueError(f"{flag} {path!r} does not exist: give an existing directory")
+    for flag in ("hf_model", "export_hf"):
+        if getattr(args, flag):
+            refuse_hybrid(getattr(args, "hybrid_layer_pattern", None))
+    if args.hf_model and args.pretrained_checkpoint:
+        raise ValueError(
+            f"hf_model {args.hf_model!r} and pretrained_checkpoint "
+            f"{args.pretrained_checkpoint!r} are two bases: leave one of them out"
+        )
+
+
+def check_output_args(args: argparse.Namespace) -> None:
+    """Raise ValueError for output directories that hold something else."""
+    if args.export_hf and not may_export_to(Path(args.export_hf)):
+        raise ValueError(
+            f"export_hf {args.export_hf!r} exists and is no adapter: give a new directory"
+        )
+    for other in ("save", "load", "pretrained_checkpoint", "hf_model", "export_hf"):
+        path = getattr(args, other)
+        if args.save_merged and path and Path(path).resolve() == Path(args.save_merged).resolve():
+            raise ValueError(
+                f"save_merged {args.save_merged!r} is the directory of {other} too, whose "
+                "checkpoints it would hide: give a new directory"
+            )
 
 
 def refuse_fsdp(args: argparse.Namespace) -> None:
@@ -103,7 +123,7 @@ def refuse_fsdp(args: argparse.Namespace) -> None:
 
 
 def check_checkpoint_args(args: argparse.Namespace) -> None:
-    """Ask for what adapter checkpoints need, and for optimizer states of any layout."""
+    """Raise ValueError for what adapter checkpoints cannot be saved or loaded with."""
     if args.save and args.ckpt_format != "torch_dist":
         raise ValueError(
             f"ckpt_format is {args.ckpt_format!r}: adapters are saved as torch_dist, which loads "
@@ -116,9 +136,6 @@ def check_checkpoint_args(args: argparse.Namespace) -> None:
         )
     if getattr(args, "init_model_with_meta_device", False):
         raise ValueError("init_model_with_meta_device is set: LoRA loads the base while building")
-    if args.use_distributed_optimizer and args.non_persistent_ckpt_type != "local":
-        # The states of adapters are small, and Megatron's default cannot change TP or PP.
-        args.dist_ckpt_optim_fully_reshardable = True
 
 
 def check_same_optimizer(args: argparse.Namespace, description: Mapping[str, Any]) -> None:

@@ -4,48 +4,22 @@ Both, --export-hf and --save-merged, would else be refused after days of trainin
 """
 
 import argparse
-import contextlib
 import os
 import shlex
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, cast
 
 import torch
 import torch.distributed as dist
+from megatron.training import get_signal_handler, get_tokenizer
 
+from megalora.adapters import merge
+from megalora.checkpoint.layout import read_iteration
+from megalora.checkpoint.merged import save_merged
+from megalora.checkpoint.ranks import on_all_ranks
 from megalora.config import LoRAConfig
-from megalora.training.flags import may_export_to
-
-
-@contextlib.contextmanager
-def at_end(finish: Callable[..., None]) -> Iterator[None]:
-    """Call finish() after what trains, or finish(early=True) where it leaves by sys.exit(0).
-
-    Megatron leaves so for --exit-interval, --exit-duration-in-mins and --exit-signal-handler.
-    """
-    try:
-        yield
-    except SystemExit as end:
-        if not end.code:
-            finish(early=True)
-        raise
-    finish()
-
-
-def check_output_args(args: argparse.Namespace) -> None:
-    """Raise ValueError for output directories that hold something else."""
-    if args.export_hf and not may_export_to(Path(args.export_hf)):
-        raise ValueError(
-            f"export_hf {args.export_hf!r} exists and is no adapter: give a new directory"
-        )
-    for other in ("save", "load", "pretrained_checkpoint", "hf_model", "export_hf"):
-        path = getattr(args, other)
-        if args.save_merged and path and Path(path).resolve() == Path(args.save_merged).resolve():
-            raise ValueError(
-                f"save_merged {args.save_merged!r} is the directory of {other} too, whose "
-                "checkpoints it would hide: give a new directory"
-            )
+from megalora.hf import exchange
 
 
 def check_outputs(
@@ -55,28 +29,22 @@ def check_outputs(
 
     All ranks must call it, once the adapters are attached. Warns of what a server would refuse.
     """
-    from megalora.adapters import merge
-    from megalora.hf import exchange
-
     if args.export_hf:
-        _raise_everywhere(lambda: _check_writable("export_hf", args.export_hf), only=0)
+        on_all_ranks(lambda: _check_writable("export_hf", args.export_hf), only=0)
         warnings = exchange.check_export(
             model_chunks, config=config, vocab_size=hf_vocab_size(args), hf_model=args.hf_model
         )
         for warning in warnings if dist.get_rank() == 0 else ():
             print(f"WARNING: export_hf: {warning}", flush=True)
     if args.save_merged:
-        _raise_everywhere(lambda: _check_writable("save_merged", args.save_merged))
-        _raise_everywhere(lambda: merge.check(model_chunks))
+        on_all_ranks(lambda: _check_writable("save_merged", args.save_merged))
+        on_all_ranks(lambda: merge.check(model_chunks))
 
 
 def write_outputs(
     model_chunks: Sequence[torch.nn.Module], args: argparse.Namespace, config: LoRAConfig
 ) -> None:
     """Write what --export-hf and --save-merged ask for. All ranks must call it."""
-    from megalora.checkpoint.merged import save_merged
-    from megalora.hf import exchange
-
     if args.export_hf:
         exchange.export_adapter(
             model_chunks,
@@ -96,8 +64,6 @@ def outputs_have_to_wait(args: argparse.Namespace) -> bool:
 
     After SIGTERM a scheduler kills within seconds. Without --save the outputs are all that is left.
     """
-    from megatron.training import get_signal_handler
-
     if not args.save or not args.exit_signal_handler:
         return False
     return any(cast(Any, get_signal_handler()).signals_received())
@@ -105,8 +71,6 @@ def outputs_have_to_wait(args: argparse.Namespace) -> bool:
 
 def say_how_to_write(args: argparse.Namespace, config: LoRAConfig) -> None:
     """Print, on rank 0, by which commands the outputs come from the checkpoint in --save."""
-    from megalora.checkpoint.layout import read_iteration
-
     if args.rank != 0 or not (args.export_hf or args.save_merged):
         return
     flags = [flag for flag in ("export_hf", "save_merged") if getattr(args, flag)]
@@ -135,8 +99,6 @@ def hf_vocab_size(args: argparse.Namespace) -> int:
     rows than its tokenizer has tokens; fewer are left over from another script, as Megatron follows
     the tokenizer.
     """
-    from megatron.training import get_tokenizer
-
     if args.vocab_size and (args.hf_model or args.tokenizer_type == "NullTokenizer"):
         return args.vocab_size
     return max(args.vocab_size or 0, cast(Any, get_tokenizer()).vocab_size)
@@ -149,17 +111,3 @@ def _check_writable(flag: str, directory: str) -> None:
     if not place.is_dir() or not os.access(place, os.W_OK | os.X_OK):
         what = "cannot be written to" if place.is_dir() else "is a file"
         raise ValueError(f"{flag} {directory!r}: {place} {what}: give another directory")
-
-
-def _raise_everywhere(check: Callable[[], None], *, only: int | None = None) -> None:
-    """Run a check on every rank, or on one, and raise the first ValueError on all of them."""
-    problem = None
-    try:
-        if only in (None, dist.get_rank()):
-            check()
-    except ValueError as error:
-        problem = str(error)
-    problems: list[str | None] = [None] * dist.get_world_size()
-    dist.all_gather_object(problems, problem)
-    if found := next(filter(None, problems), None):
-        raise ValueError(found)

@@ -1,16 +1,27 @@
 """The learning rates and epsilons of lora_A and lora_B, as Megatron's optimizer takes them."""
 
-import argparse
 import functools
 import itertools
-from typing import Any
+from typing import TYPE_CHECKING, Protocol
 
 import torch
 
 from megalora.config import LoRAConfig
 
+if TYPE_CHECKING:
+    from megatron.core.optimizer import ParamGroupOverride, ParamKey
 
-def factor_overrides(config: LoRAConfig, args: argparse.Namespace) -> dict[Any, Any]:
+
+class Rates(Protocol):
+    """Megatron's rates, as its args and its OptimizerConfig have them."""
+
+    lr: float
+    min_lr: float | None
+    decoupled_lr: float | None
+    decoupled_min_lr: float | None
+
+
+def factor_overrides(config: LoRAConfig, args: Rates) -> "dict[ParamKey, ParamGroupOverride]":
     """Return Megatron's optimizer overrides for lora_A and lora_B.
 
     --decoupled-lr, Megatron's rate of the embedding and the output layer, is the rate of the

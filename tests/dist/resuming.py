@@ -21,12 +21,12 @@ from megatron.training import arguments, global_vars, initialize, training
 
 from megalora.arguments import add_lora_args
 from megalora.builder import apply_lora
-from megalora.checkpoint import save
 from megalora.checkpoint.find import find_on_all_ranks
-from megalora.checkpoint.schedule import take_rates
+from megalora.checkpoint.schedule import stored_rates
 from megalora.config import LoRAConfig
+from megalora.training import patches
+from megalora.training.changes import before_building, change_args
 from megalora.training.flags import add_exchange_args, check_checkpoint_args
-from megalora.training.rates import factor_overrides
 from tests.dist.cases import KINDS
 from tests.dist.layouts import Layout
 from tests.dist.models import build_model
@@ -68,7 +68,10 @@ class Resumable:
     def __init__(self, cell: Cell, directory: Path, flags: str = "", **lora: Any) -> None:
         self.args = _args(cell, directory, flags)
         found = find_on_all_ranks(str(directory), step=None, on_corrupt="stop", warn=print)
-        take_rates(self.args, found and found.description and found.description["schedule"])
+        change_args(
+            self.args,
+            stored_rates(self.args, found and found.description and found.description["schedule"]),
+        )
         halves = {name: True for name in ("bf16", "fp16") if getattr(self.args, name)}
         config = cell.config(**lora)
         chunks = build_model(cell.layout, **{**KINDS[cell.kind].model, **halves, **cell.model})
@@ -79,7 +82,6 @@ class Resumable:
 
         def optimizer(models: list[Any]) -> Any:
             made, overrides = training.get_megatron_optimizer_config(self.args)
-            overrides = {**(overrides or {}), **factor_overrides(config, self.args)}
             return training.get_megatron_optimizer(made, models, overrides)
 
         run = Run(distributed_optimizer=is_distributed)
@@ -191,16 +193,18 @@ def _args(cell: Cell, directory: Path, flags: str) -> argparse.Namespace:
         *cell.flags.split(),
         *flags.split(),
     ]
+    patches.install(patches.PARSING)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sys, "argv", words)
         args = arguments.parse_args(lambda parser: add_exchange_args(add_lora_args(parser)))
         arguments.validate_args(args)
     check_checkpoint_args(args)
+    change_args(args, before_building(args, cell.config()))
     global_vars.set_args(args)
     num_microbatches_calculator.destroy_num_microbatches_calculator()
     num_microbatches_calculator.init_num_microbatches_calculator(
         args.rank, None, NUM_SEQUENCES, 1, cell.layout.dp
     )
     initialize._set_random_seed(args.seed)
-    save.install()
+    patches.install(patches.TRAINING)
     return args

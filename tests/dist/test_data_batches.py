@@ -25,7 +25,7 @@ from megalora.data import ByteTokenizer, PackedDataset, add_data_args, attention
 from megalora.data.arguments import AttentionFormat, check_data_args, tokenizer_from_args
 from megalora.data.examples import encode_rows, gather_examples
 from megalora.data.tokenizers import encoder_for
-from megalora.training.flags import guard_tokenizer
+from megalora.training import patches
 from tests.dist.layouts import Layout, model_parallel, one_rank, over
 from tests.dist.models import MOE, build_model
 
@@ -288,9 +288,7 @@ def test_megatrons_own_parser_and_tokenizers_take_the_byte_tokenizer(
 
 @pytest.mark.world_1
 def test_a_run_without_a_tokenizer_is_told_what_to_set(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(global_vars, "build_tokenizer", global_vars.build_tokenizer)
-    guard_tokenizer()
-    guard_tokenizer()
+    patches.install(patches.PARSING)
     monkeypatch.setattr(sys, "argv", ["train.py"])
     remedies = {
         add_data_args: ", or --byte-tokenizer",
