@@ -19,7 +19,7 @@ class AddmmLinear(torch.autograd.Function):
     """LoRA by BLAS calls with beta = 1: no copy of x or y, no fused kernel, no dropout."""
 
     @staticmethod
-    def forward(ctx, x: Tensor, weight: Tensor, lora_A: Tensor, lora_B: Tensor, scale: float):
+    def forward(ctx: Any, x: Tensor, weight: Tensor, lora_A: Tensor, lora_B: Tensor, scale: float):
         """Return x Wᵀ + scale * x Aᵀ Bᵀ."""
         s = x @ lora_A.T
         y = (x @ weight.T).addmm_(s, lora_B.T, alpha=scale)
@@ -28,7 +28,7 @@ class AddmmLinear(torch.autograd.Function):
         return y
 
     @staticmethod
-    def backward(ctx, dy: Tensor):  # type: ignore[override]
+    def backward(ctx: Any, dy: Tensor):  # type: ignore[override]
         """dgrad: dx = dy W + ds A. wgrad: dA = dsᵀ x, dB = scale * dyᵀ s."""
         x, weight, lora_A, lora_B, s = ctx.saved_tensors
         ds = ctx.scale * (dy @ lora_B)
@@ -40,14 +40,14 @@ class RecomputingLinear(torch.autograd.Function):
     """LoRA as Unsloth does it: beta = 1, x Aᵀ computed again in backward, dy B computed twice."""
 
     @staticmethod
-    def forward(ctx, x: Tensor, weight: Tensor, lora_A: Tensor, lora_B: Tensor, scale: float):
+    def forward(ctx: Any, x: Tensor, weight: Tensor, lora_A: Tensor, lora_B: Tensor, scale: float):
         """Return x Wᵀ + scale * x Aᵀ Bᵀ."""
         ctx.save_for_backward(x, weight, lora_A, lora_B)
         ctx.scale = scale
         return (x @ weight.T).addmm_(x @ lora_A.T, lora_B.T, alpha=scale)
 
     @staticmethod
-    def backward(ctx, dy: Tensor):  # type: ignore[override]
+    def backward(ctx: Any, dy: Tensor):  # type: ignore[override]
         """dgrad: dx = dy W + (dy B) A. wgrad: dA = (dy B)ᵀ x, dB = dyᵀ (x Aᵀ)."""
         x, weight, lora_A, lora_B = ctx.saved_tensors
         d_a = ctx.scale * ((dy @ lora_B).T @ x)
@@ -65,7 +65,7 @@ class LowRankFirst(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx, x: Tensor, weight: Tensor, lora_A: Tensor, lora_B: Tensor, scale: float, side: Any
+        ctx: Any, x: Tensor, weight: Tensor, lora_A: Tensor, lora_B: Tensor, scale: float, side: Any
     ):
         """Return scale * x Aᵀ Bᵀ + x Wᵀ."""
         s = x @ lora_A.T
@@ -75,7 +75,7 @@ class LowRankFirst(torch.autograd.Function):
         return y.addmm_(x, weight.T)
 
     @staticmethod
-    def backward(ctx, dy: Tensor):  # type: ignore[override]
+    def backward(ctx: Any, dy: Tensor):  # type: ignore[override]
         """dgrad: dx = ds A + dy W. wgrad: dA = dsᵀ x, dB = scale * dyᵀ s."""
         x, weight, lora_A, lora_B, s = ctx.saved_tensors
         ds = dy @ (ctx.scale * lora_B)

@@ -191,7 +191,9 @@ class BytesMoved(TorchDispatchMode):
         super().__init__()
         self.count = 0
 
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
         result = func(*args, **(kwargs or {}))
         if not getattr(func, "is_view", False):
             tensors = _tensors((args, kwargs)) + _tensors(result)

@@ -10,7 +10,8 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import torch
 
-from megalora.ops import fused, reference
+from megalora.ops import reference
+from megalora.ops.fused import load
 from tests.op_cases import CASES, TOLERANCE, draw, on, relative_error, run_all
 
 
@@ -23,7 +24,7 @@ def main() -> int:
             for p in (0.0, 0.3):
                 given = draw(case, dtype)
                 expected = run_all(reference, given, p)
-                for name, got in run_all(fused, on(device, given), p).items():
+                for name, got in run_all(load(), on(device, given), p).items():
                     error = relative_error(got.cpu(), expected[name])
                     if not error < TOLERANCE[got.dtype]:
                         wrong += 1

@@ -4,36 +4,39 @@
 
 namespace megalora {
 
-// Dense without offsets, grouped over experts with them; megalora/ops/reference.py says what each op
-// computes.
+// Dense without offsets, grouped over experts with them. Python calls these, so names and defaults
+// are those of megalora/ops/protocol.py; megalora/ops/reference.py says what each op computes.
 inline void define_ops(torch::Library& m) {
-  m.def("shrink(Tensor x, Tensor lora_A, Tensor? offsets, float p, Tensor? seed) -> Tensor");
   m.def(
-      "expand_(Tensor(a!) y, Tensor s, Tensor lora_B, float scale, Tensor? offsets, int[] "
-      "segments) "
-      "-> ()");
-  m.def(
-      "expand_dgrad(Tensor dy, Tensor lora_B, float scale, Tensor? offsets, int[] segments) "
+      "shrink(Tensor x, Tensor lora_A, Tensor? offsets=None, float p=0.0, Tensor? seed=None) "
       "-> Tensor");
   m.def(
-      "expand_wgrad(Tensor dy, Tensor s, Tensor lora_B, float scale, Tensor? offsets, "
-      "int[] segments) -> Tensor");
+      "expand_(Tensor(a!) y, Tensor s, Tensor lora_B, float scale, Tensor? offsets=None, "
+      "int[] segments=[]) -> ()");
   m.def(
-      "expand_backward(Tensor dy, Tensor s, Tensor lora_B, float scale, Tensor? offsets, "
-      "int[] segments) -> (Tensor, Tensor)");
+      "expand_dgrad(Tensor dy, Tensor lora_B, float scale, Tensor? offsets=None, "
+      "int[] segments=[]) -> Tensor");
   m.def(
-      "shrink_dgrad_(Tensor(a!) dx, Tensor ds, Tensor lora_A, Tensor? offsets, float p, "
-      "Tensor? seed) -> ()");
-  m.def("shrink_wgrad(Tensor ds, Tensor x, Tensor? offsets, float p, Tensor? seed) -> Tensor");
+      "expand_wgrad(Tensor dy, Tensor s, Tensor lora_B, float scale, Tensor? offsets=None, "
+      "int[] segments=[]) -> Tensor");
   m.def(
-      "expand_wgrad_(Tensor(a!) d_b, Tensor dy, Tensor s, float scale, Tensor? offsets, "
-      "int[] segments) -> ()");
+      "expand_backward(Tensor dy, Tensor s, Tensor lora_B, float scale, Tensor? offsets=None, "
+      "int[] segments=[]) -> (Tensor, Tensor)");
+  m.def(
+      "shrink_dgrad_(Tensor(a!) dx, Tensor ds, Tensor lora_A, Tensor? offsets=None, "
+      "float p=0.0, Tensor? seed=None) -> ()");
+  m.def(
+      "shrink_wgrad(Tensor ds, Tensor x, Tensor? offsets=None, float p=0.0, Tensor? seed=None) "
+      "-> Tensor");
+  m.def(
+      "expand_wgrad_(Tensor(a!) d_b, Tensor dy, Tensor s, float scale, Tensor? offsets=None, "
+      "int[] segments=[]) -> ()");
   m.def(
       "expand_backward_(Tensor(a!) d_b, Tensor dy, Tensor s, Tensor lora_B, float scale, "
-      "Tensor? offsets, int[] segments) -> Tensor");
+      "Tensor? offsets=None, int[] segments=[]) -> Tensor");
   m.def(
-      "shrink_wgrad_(Tensor(a!) d_a, Tensor ds, Tensor x, Tensor? offsets, float p, "
-      "Tensor? seed) -> ()");
+      "shrink_wgrad_(Tensor(a!) d_a, Tensor ds, Tensor x, Tensor? offsets=None, float p=0.0, "
+      "Tensor? seed=None) -> ()");
 }
 
 }  // namespace megalora

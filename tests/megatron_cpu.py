@@ -23,8 +23,10 @@ import megalora.builder  # noqa: E402
 import megalora.checkpoint.base  # noqa: E402
 import megalora.checkpoint.save  # noqa: E402
 import megalora.hf.exchange  # noqa: E402
-import megalora.ops.fused  # noqa: E402
 import megalora.run  # noqa: E402
+from megalora.ops.fused import load  # noqa: E402
+
+load()
 
 # Megatron reads the helps of its flags out of its source, which takes longer than a tiny run's
 # training: do so once, before ranks are forked.

@@ -10,12 +10,14 @@ import re
 import shutil
 import subprocess
 from pathlib import Path
+from typing import cast
 
 import pytest
 import torch
 from torch.utils.cpp_extension import include_paths, library_paths
 
-from megalora.ops import Ops, fused, reference
+from megalora.ops import Ops, reference
+from megalora.ops.fused import load
 from tests.op_cases import (
     CASES,
     TOLERANCE,
@@ -48,10 +50,9 @@ def emulated_library() -> Path:
 
 
 @pytest.fixture
-def emulated(emulated_library: Path, monkeypatch: pytest.MonkeyPatch) -> Ops:
+def emulated(emulated_library: Path) -> Ops:
     """Return the compiled ops with the kernels of csrc/cuda behind them."""
-    monkeypatch.setattr(fused, "_ops", torch.ops.megalora_emulated)
-    return fused
+    return cast(Ops, torch.ops.megalora_emulated)
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)
@@ -137,6 +138,7 @@ def test_the_kernels_repeat_themselves_bit_for_bit(emulated: Ops) -> None:
 @pytest.fixture(scope="module")
 def cuobjdump() -> str:
     """Return cuobjdump of the CUDA toolkit or of triton; skip where there is nothing to look at."""
+    load()
     has_kernel = torch._C._dispatch_has_kernel_for_dispatch_key
     if not has_kernel("megalora::shrink", "CUDA"):
         pytest.skip("the library is built for the CPU only")

@@ -3,8 +3,6 @@
 from types import SimpleNamespace
 
 import pytest
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
-from transformers import PreTrainedTokenizerFast
 
 from megalora.data.chats import Chat, Message
 from megalora.data.tokenizers import (
@@ -14,57 +12,22 @@ from megalora.data.tokenizers import (
     Tokens,
     encoder_for,
 )
-
-CHATML = (
-    "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
-    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+from tests.chat_templates import (
+    CHAT,
+    CHATML,
+    hugging_face_tokenizer,
+    trained_text,
 )
+
 # As Qwen3's: the last answer begins with an empty thought, which earlier ones lose.
 THINKING = CHATML.replace(
     "\n{{ m.content }}",
     "\n{% if m.role == 'assistant' and loop.last %}<think></think>{% endif %}{{ m.content }}",
 )
-CHAT = [
-    {"role": "system", "content": "Be kind."},
-    {"role": "user", "content": "Hello?"},
-    {"role": "assistant", "content": "Hello!"},
-    {"role": "user", "content": "And now?"},
-    {"role": "assistant", "content": "Good bye."},
-]
 
 
 def chat(messages: list[Message] = CHAT, tools=(), **variables) -> Chat:
     return Chat([dict(message) for message in messages], list(tools), variables)
-
-
-def hugging_face_tokenizer(template: str | None = CHATML, bos: bool = False, eos: bool = True):
-    """Return a small byte-level BPE, trained on the chat itself so that it does merge."""
-    tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    special = ["<|bos|>", "<|eos|>", "<|im_start|>", "<|im_end|>"]
-    trainer = trainers.BpeTrainer(
-        vocab_size=320,
-        special_tokens=special,
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        show_progress=False,
-    )
-    tokenizer.train_from_iterator([m["content"] for m in CHAT] * 4, trainer)
-    if bos:
-        tokenizer.post_processor = processors.TemplateProcessing(
-            single="<|bos|> $A", special_tokens=[("<|bos|>", 0)]
-        )
-    return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer,
-        bos_token="<|bos|>",
-        eos_token="<|eos|>" if eos else None,
-        chat_template=template,
-    )
-
-
-def trained_text(tokenizer, tokens: Tokens) -> str:
-    ids = [i for i, trained in zip(*tokens, strict=True) if trained]
-    return tokenizer.decode(ids) if hasattr(tokenizer, "decode") else tokenizer.detokenize(ids)
 
 
 def test_byte_tokenizer_gives_back_any_text() -> None:

@@ -6,9 +6,11 @@ from torch import Tensor
 
 from megalora.adapters.routes import LOCAL_ROUTE
 from megalora.adapters.sandwich import Call, adapt
-from megalora.ops import fused, reference
+from megalora.ops import reference
+from megalora.ops.fused import load
 from tests.op_cases import CASES, TOLERANCE, Case, draw, on, relative_error, run_all
 
+fused = load()
 pytestmark = [
     pytest.mark.gpu,
     pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device"),

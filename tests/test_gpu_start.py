@@ -1,6 +1,7 @@
 """A run on a GPU goes from Megatron's start through its first steps, on megatron-core from pip.
 
-No GPU is needed: `tests.as_on_gpu` fakes the devices, and Megatron is as a GPU run finds it.
+No GPU is needed: `tests.as_on_gpu` fakes the devices; Megatron is as a GPU run
+finds it.
 """
 
 import importlib.util

@@ -1,20 +1,19 @@
 """The compiled ops on CPU against the reference, which is checked against known answers itself."""
 
 import itertools
-from pathlib import Path
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch import Tensor
-from torch.autograd.gradcheck import GradcheckError
 
-from megalora.ops import backend, fused, reference
+from megalora.ops import reference
+from megalora.ops.fused import load
 from tests.op_cases import CASES, TOLERANCE, Case, assert_matches_reference, draw, relative_error
 
 SEED = torch.tensor([11])
 DTYPES = list(TOLERANCE)
+fused = load()
 
 
 # === The reference ===
@@ -201,209 +200,3 @@ def test_the_number_of_threads_changes_no_bit() -> None:
     finally:
         torch.set_num_threads(before)
     assert all(torch.equal(one, two) for one, two in zip(*results, strict=True))
-
-
-# === Errors ===
-
-X, A, B = torch.zeros(4, 6), torch.zeros(2, 6), torch.zeros(8, 2)
-Y, S, ENDS = torch.zeros(4, 8), torch.zeros(4, 2), torch.tensor([1, 4])
-MISUSES = {
-    "dtype": (
-        lambda: fused.expand_(Y.double(), S, B, 1.0),
-        "lora_B has dtype Float, expected that of y, Double",
-    ),
-    "width": (lambda: fused.shrink(X, A[:, :5]), "lora_A's last size is 5, expected 6"),
-    "rank": (
-        lambda: fused.expand_(Y, S, B, 1.0, None, [4, 4]),
-        "last size of s or ds is 2, expected 4",
-    ),
-    "period": (
-        lambda: fused.expand_dgrad(Y, B, 1.0, None, [3, 2]),
-        "period 5, expected a divisor of the output features, 8",
-    ),
-    "segment": (
-        lambda: fused.expand_dgrad(Y, B, 1.0, None, [9, -1]),
-        "expected sizes of at least 0",
-    ),
-    "rows": (
-        lambda: fused.expand_(Y, S[:3], B, 1.0),
-        r"s has shape \[3, 2\], expected the leading sizes of y",
-    ),
-    "probability": (
-        lambda: fused.shrink(X, A, p=1.0, seed=SEED),
-        r"p is 1, expected a dropout probability in \[0, 1\)",
-    ),
-    "seed": (lambda: fused.shrink(X, A, p=0.1), "seed is missing, expected an int64 tensor"),
-    "seed dtype": (lambda: fused.shrink(X, A, p=0.1, seed=SEED.int()), "seed is Int of shape"),
-    "experts": (lambda: fused.shrink(X, A, ENDS), "lora_A has 2 dimensions, expected 3"),
-    "number of experts": (
-        lambda: fused.shrink(X, A[None], ENDS),
-        "number of experts|is 1, expected 2",
-    ),
-    "decreasing": (
-        lambda: fused.shrink(X, torch.zeros(2, 2, 6), ENDS.flip(0)),
-        r"offsets\[1\] is 1, expected 4 to 4",
-    ),
-    "beyond": (
-        lambda: fused.shrink(X, torch.zeros(2, 2, 6), ENDS + 1),
-        r"offsets\[1\] is 5, expected 2 to 4",
-    ),
-    "offsets dtype": (
-        lambda: fused.shrink(X, A, ENDS.float()),
-        "offsets has dtype Float, expected int32 or int64",
-    ),
-    "gradient dtype": (
-        lambda: fused.expand_wgrad_(B.double(), Y, S, 1.0),
-        "d_b has dtype Double, expected that of dy, Float",
-    ),
-    "narrower gradient": (
-        lambda: fused.shrink_wgrad_(A, S.double(), X.double()),
-        "d_a has dtype Float, expected that of x, Double",
-    ),
-    "gradient shape": (
-        lambda: fused.expand_backward_(B[:7], Y, S, B, 1.0),
-        r"d_b has shape \[7, 2\], expected that of lora_B, \[8, 2\]",
-    ),
-    "one dimension": (lambda: fused.shrink(X[0], A), "x has 1 dimensions, expected 2 to 4"),
-    "integers": (lambda: fused.shrink(X.int(), A.int()), "dtype Int is not supported on cpu"),
-}
-
-
-@pytest.mark.parametrize("misuse", MISUSES)
-def test_errors_name_the_argument_and_what_was_expected(misuse: str) -> None:
-    call, message = MISUSES[misuse]
-    with pytest.raises(ValueError, match=message):
-        call()
-
-
-def test_a_missing_library_says_how_to_build_it(tmp_path: Path) -> None:
-    with pytest.raises(ImportError, match="pip install -e"):
-        fused._load(tmp_path / "_C.so")
-
-
-def test_the_environment_overrides_the_backend(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert backend("fused") is fused
-    monkeypatch.setenv("MEGALORA_OPS", "reference")
-    assert backend("fused") is reference
-    monkeypatch.setenv("MEGALORA_OPS", "fastest")
-    with pytest.raises(ValueError, match="'fastest' is unknown"):
-        backend("fused")
-
-
-# === torch's own checks ===
-
-
-@pytest.mark.parametrize("case", [CASES[1], CASES[7]], ids=str)
-def test_opcheck_accepts_every_op(case: Case) -> None:
-    given = draw(case, torch.float32)
-    ops, offsets, segments = torch.ops.megalora, given.offsets, given.segments
-    x, lora_A = given.x.clone().requires_grad_(), given.lora_A.clone().requires_grad_()
-    b_call = (given.lora_B, 0.5, offsets, segments)
-    calls = {
-        ops.shrink: (x, lora_A, offsets, 0.25, SEED),
-        ops.expand_: (given.y, given.s, *b_call),
-        ops.expand_dgrad: (given.y, *b_call),
-        ops.expand_wgrad: (given.y, given.s, *b_call),
-        ops.expand_backward: (given.y, given.s, *b_call),
-        ops.shrink_dgrad_: (given.x, given.s, given.lora_A, offsets, 0.25, SEED),
-        ops.shrink_wgrad: (given.s, given.x, offsets, 0.25, SEED),
-        ops.expand_wgrad_: (given.lora_B.clone(), given.y, given.s, *b_call[1:]),
-        ops.expand_backward_: (given.lora_B.clone(), given.y, given.s, *b_call),
-        ops.shrink_wgrad_: (given.lora_A.clone(), given.s, given.x, offsets, 0.25, SEED),
-    }
-    for op, arguments in calls.items():
-        torch.library.opcheck(op.default, arguments)
-
-
-class LoRALinear(torch.autograd.Function):
-    """y = x Wᵀ + scale * dropout(x) Aᵀ Bᵀ and all its gradients, made of the ops."""
-
-    @staticmethod
-    def forward(ctx, x, weight, lora_A, lora_B, offsets, segments, p):
-        s = fused.shrink(x, lora_A, offsets, p=p, seed=SEED)
-        y = x @ weight.T
-        fused.expand_(y, s, lora_B, 0.5, offsets, segments)
-        ctx.save_for_backward(x, weight, lora_A, lora_B, s, offsets)
-        ctx.segments, ctx.p = segments, p
-        return y
-
-    @staticmethod
-    def backward(ctx, dy):  # type: ignore[override]
-        x, weight, lora_A, lora_B, s, offsets = ctx.saved_tensors
-        ds, d_b = fused.expand_backward(dy, s, lora_B, 0.5, offsets, ctx.segments)
-        dx = dy @ weight
-        fused.shrink_dgrad_(dx, ds, lora_A, offsets, p=ctx.p, seed=SEED)
-        d_a = fused.shrink_wgrad(ds, x, offsets, p=ctx.p, seed=SEED)
-        return dx, None, d_a, d_b, None, None, None
-
-
-@pytest.mark.parametrize("p", [0.0, 0.4])
-@pytest.mark.parametrize("experts", [0, 3])
-def test_the_gradients_pass_gradcheck(experts: int, p: float) -> None:
-    given = draw(Case(6, 5, (2, 1), 2, rank=2, experts=experts), torch.float64)
-    weight = torch.randn(6, 5, dtype=torch.float64)
-    leaves = [t.clone().requires_grad_() for t in (given.x, given.lora_A, given.lora_B)]
-
-    def linear(x: Tensor, lora_A: Tensor, lora_B: Tensor) -> Tensor:
-        return LoRALinear.apply(x, weight, lora_A, lora_B, given.offsets, given.segments, p)  # type: ignore[return-value]
-
-    def shrunk(x: Tensor, lora_A: Tensor) -> Tensor:
-        return fused.shrink(x, lora_A, given.offsets, p=p, seed=SEED)
-
-    assert torch.autograd.gradcheck(linear, leaves)
-    assert torch.autograd.gradcheck(shrunk, leaves[:2])
-
-
-def test_gradcheck_notices_a_gradient_of_another_mask(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Control: the check above must fail where backward drops other elements than forward."""
-    x, lora_A, weight = (
-        torch.randn(6, 5).double(),
-        torch.randn(2, 5).double(),
-        torch.zeros(4, 5).double(),
-    )
-    lora_B = torch.randn(4, 2).double()
-    right = fused.shrink_wgrad
-    monkeypatch.setattr(
-        fused,
-        "shrink_wgrad",
-        lambda ds, x, offsets, p, seed: right(ds, x, offsets, p=p, seed=seed + 1),
-    )
-    with pytest.raises(GradcheckError):
-        torch.autograd.gradcheck(
-            lambda a: LoRALinear.apply(x, weight, a, lora_B, None, [], 0.4),
-            [lora_A.requires_grad_()],
-        )
-
-
-def test_autocast_computes_in_its_dtype_and_returns_gradients_in_the_weights_dtype() -> None:
-    x, weight = torch.randn(6, 8), torch.randn(5, 8)
-    lora_A, lora_B = torch.randn(3, 8, requires_grad=True), torch.randn(5, 3)
-    with torch.autocast("cpu", torch.bfloat16):
-        s = fused.shrink(x, lora_A)
-        y = torch.nn.functional.linear(x, weight)
-        fused.expand_(y, s.detach(), lora_B, 0.5)
-    assert (s.dtype, y.dtype) == (torch.bfloat16, torch.bfloat16)
-    torch.testing.assert_close(s.float(), x @ lora_A.T, rtol=2e-2, atol=5e-2)
-    expected = x @ weight.T + 0.5 * s.detach().float() @ lora_B.T
-    torch.testing.assert_close(y.float(), expected, rtol=2e-2, atol=5e-2)
-    s.sum().backward()
-    assert lora_A.grad is not None
-    torch.testing.assert_close(lora_A.grad, x.sum(0).expand(3, 8), rtol=2e-2, atol=5e-2)
-
-
-@pytest.mark.parametrize("experts", [0, 3])
-def test_a_lora_linear_compiles_to_one_graph(experts: int) -> None:
-    given = draw(Case(12, 8, (4, 2), 2, rank=3, experts=experts), torch.float32)
-    weight = torch.randn(12, 8)
-
-    def linear(x: Tensor, lora_A: Tensor, lora_B: Tensor) -> Tensor:
-        return LoRALinear.apply(x, weight, lora_A, lora_B, given.offsets, given.segments, 0.2)  # type: ignore[return-value]
-
-    results = []
-    for function in (linear, torch.compile(linear, fullgraph=True, backend="aot_eager")):
-        leaves = [t.clone().requires_grad_() for t in (given.x, given.lora_A, given.lora_B)]
-        y = function(*leaves)
-        y.square().sum().backward()
-        results.append([y, *(leaf.grad for leaf in leaves)])
-    for eager, compiled in zip(*results, strict=True):
-        torch.testing.assert_close(compiled, eager)

@@ -138,7 +138,7 @@ def _add_to_x_grad(dx: Tensor | None, ds: Tensor, x: Tensor, full_a: Tensor, cal
         return torch.matmul(ds, full_a)
     if dx is None:
         dx = torch.zeros_like(x)
-    call.ops.shrink_dgrad_(dx, ds, full_a, call.a_offsets, p=call.dropout, seed=call.seed)
+    call.ops.shrink_dgrad_(dx, ds, full_a, call.a_offsets, call.dropout, call.seed)
     return dx
 
 
@@ -173,7 +173,7 @@ def _start_forward(
     a = start_gather(lora_A, -1, call.a_group) if gathers_a else done(lora_A)
 
     def shrink() -> Tensor:
-        return call.ops.shrink(x, a.wait(), call.a_offsets, p=call.dropout, seed=call.seed)
+        return call.ops.shrink(x, a.wait(), call.a_offsets, call.dropout, call.seed)
 
     # Where s does not travel, the gather of A hides behind the base and s is computed after it.
     deferred = gathers_a and route.forward is Collective.NONE and group_size(call.a_group) > 1
@@ -233,19 +233,19 @@ def _sliced_b_grad(dy: Tensor, s: Tensor, full_b: Tensor, call: Call) -> Pending
 
 
 def _start_a_grad(ds: Tensor, x: Tensor, call: Call) -> Pending | None:
-    route, how = call.route, {"p": call.dropout, "seed": call.seed}
+    route, how = call.route, (call.a_offsets, call.dropout, call.seed)
     if route.a is ShardUse.SLICED and call.dropout > 0.0:
         # The mask counts elements of the whole x: slice the gradient, not x.
-        d_a = call.ops.shrink_wgrad(ds, x, call.a_offsets, **how)
+        d_a = call.ops.shrink_wgrad(ds, x, *how)
         return done(own_shard(d_a, -1, call.a_group).contiguous())
     if route.a is ShardUse.SLICED:
         x = own_shard(x, -1, call.a_group)
     if route.a is not ShardUse.SUMMED and call.a_param is not None:
         experts = () if call.a_offsets is None else call.a_offsets.shape
         main_grad = _main_grad(call.a_param, (*experts, ds.shape[-1], x.shape[-1]))
-        call.ops.shrink_wgrad_(main_grad, ds, x, call.a_offsets, **how)
+        call.ops.shrink_wgrad_(main_grad, ds, x, *how)
         return None
-    d_a = call.ops.shrink_wgrad(ds, x, call.a_offsets, **how)
+    d_a = call.ops.shrink_wgrad(ds, x, *how)
     if route.a is ShardUse.SUMMED:
         return start_reduce_scatter(d_a, -1, call.a_group)
     return done(d_a)

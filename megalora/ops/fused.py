@@ -1,16 +1,30 @@
-"""Call the compiled ops: importing this module loads `_C.so` and gives its ops shapes and autograd.
-
-The functions are those of `megalora.ops.Ops`, thin over `torch.ops.megalora`.
-"""
+"""Load the compiled ops of `_C.so`, `torch.ops.megalora`, and give them shapes and autograd."""
 
 from collections.abc import Sequence
+from functools import cache
 from pathlib import Path
+from typing import cast
 
 import torch
 from torch import Tensor
+from torch.autograd.function import FunctionCtx
+
+from megalora.ops.protocol import Ops
 
 
-def _load(library: Path) -> None:
+@cache
+def load() -> Ops:
+    """Return the compiled ops, whose schemas have the names and defaults of `Ops`."""
+    _load_library(Path(__file__).parents[1] / "_C.so")
+    for name, shape in _SHAPES.items():
+        torch.library.register_fake(f"megalora::{name}", shape)
+    torch.library.register_autograd(
+        "megalora::shrink", _shrink_backward, setup_context=_save_shrink
+    )
+    return cast(Ops, torch.ops.megalora)
+
+
+def _load_library(library: Path) -> None:
     """Load the compiled library; raise ImportError that says how to build it where it is absent."""
     if not library.exists():
         raise ImportError(
@@ -20,206 +34,76 @@ def _load(library: Path) -> None:
     torch.ops.load_library(library)
 
 
-_load(Path(__file__).parents[1] / "_C.so")
-_ops = torch.ops.megalora
+# === Shapes, for torch.compile and FakeTensor, which leave out what has its default ===
 
 
-def shrink(
-    x: Tensor,
-    lora_A: Tensor,
-    offsets: Tensor | None = None,
-    *,
-    p: float = 0.0,
-    seed: Tensor | None = None,
-) -> Tensor:
-    """Return s = dropout(x) Aᵀ, [..., P*r]; differentiable in x and lora_A."""
-    return _ops.shrink(x, lora_A, offsets, p, seed)
-
-
-def expand_(
-    y: Tensor,
-    s: Tensor,
-    lora_B: Tensor,
-    scale: float,
-    offsets: Tensor | None = None,
-    segments: Sequence[int] = (),
-) -> None:
-    """Add scale * s Bᵀ to y in place."""
-    _ops.expand_(y, s, lora_B, scale, offsets, segments)
-
-
-def expand_dgrad(
-    dy: Tensor,
-    lora_B: Tensor,
-    scale: float,
-    offsets: Tensor | None = None,
-    segments: Sequence[int] = (),
-) -> Tensor:
-    """Return ds = scale * dy B, [..., P*r]."""
-    return _ops.expand_dgrad(dy, lora_B, scale, offsets, segments)
-
-
-def expand_wgrad(
-    dy: Tensor,
-    s: Tensor,
-    lora_B: Tensor,
-    scale: float,
-    offsets: Tensor | None = None,
-    segments: Sequence[int] = (),
-) -> Tensor:
-    """Return dB = scale * dyᵀ s in the shape of lora_B, whose values are not read."""
-    return _ops.expand_wgrad(dy, s, lora_B, scale, offsets, segments)
-
-
-def expand_backward(
-    dy: Tensor,
-    s: Tensor,
-    lora_B: Tensor,
-    scale: float,
-    offsets: Tensor | None = None,
-    segments: Sequence[int] = (),
-) -> tuple[Tensor, Tensor]:
-    """Return ds and dB: `expand_dgrad` and `expand_wgrad` in one call."""
-    return _ops.expand_backward(dy, s, lora_B, scale, offsets, segments)
-
-
-def shrink_dgrad_(
-    dx: Tensor,
-    ds: Tensor,
-    lora_A: Tensor,
-    offsets: Tensor | None = None,
-    *,
-    p: float = 0.0,
-    seed: Tensor | None = None,
-) -> None:
-    """Add dropout(ds A) to dx in place, with the mask of the forward pass."""
-    _ops.shrink_dgrad_(dx, ds, lora_A, offsets, p, seed)
-
-
-def shrink_wgrad(
-    ds: Tensor,
-    x: Tensor,
-    offsets: Tensor | None = None,
-    *,
-    p: float = 0.0,
-    seed: Tensor | None = None,
-) -> Tensor:
-    """Return dA = dsᵀ dropout(x), [P*r, in] or [E, P*r, in]."""
-    return _ops.shrink_wgrad(ds, x, offsets, p, seed)
-
-
-def expand_wgrad_(
-    d_b: Tensor,
-    dy: Tensor,
-    s: Tensor,
-    scale: float,
-    offsets: Tensor | None = None,
-    segments: Sequence[int] = (),
-) -> None:
-    """Add scale * dyᵀ s to d_b in place."""
-    _ops.expand_wgrad_(d_b, dy, s, scale, offsets, segments)
-
-
-def expand_backward_(
-    d_b: Tensor,
-    dy: Tensor,
-    s: Tensor,
-    lora_B: Tensor,
-    scale: float,
-    offsets: Tensor | None = None,
-    segments: Sequence[int] = (),
-) -> Tensor:
-    """Return ds and add dB to d_b in place: `expand_dgrad` and `expand_wgrad_` in one call."""
-    return _ops.expand_backward_(d_b, dy, s, lora_B, scale, offsets, segments)
-
-
-def shrink_wgrad_(
-    d_a: Tensor,
-    ds: Tensor,
-    x: Tensor,
-    offsets: Tensor | None = None,
-    *,
-    p: float = 0.0,
-    seed: Tensor | None = None,
-) -> None:
-    """Add dsᵀ dropout(x) to d_a in place."""
-    _ops.shrink_wgrad_(d_a, ds, x, offsets, p, seed)
-
-
-# === Shapes, for torch.compile and FakeTensor ===
-
-
-@torch.library.register_fake("megalora::shrink")
-def _(x, lora_A, offsets, p, seed):
+def _s(x: Tensor, lora_A: Tensor, *_: object) -> Tensor:
     return x.new_empty(*x.shape[:-1], lora_A.shape[-2])
 
 
-@torch.library.register_fake("megalora::expand_")
-def _(y, s, lora_B, scale, offsets, segments):
-    return None
-
-
-@torch.library.register_fake("megalora::expand_dgrad")
-def _(dy, lora_B, scale, offsets, segments):
+def _ds(
+    dy: Tensor, lora_B: Tensor, _scale: float, _offsets: object = None, segments: Sequence[int] = ()
+) -> Tensor:
     return dy.new_empty(*dy.shape[:-1], max(1, len(segments)) * lora_B.shape[-1])
 
 
-@torch.library.register_fake("megalora::expand_wgrad")
-def _(dy, s, lora_B, scale, offsets, segments):
+def _d_b(dy: Tensor, _s: Tensor, lora_B: Tensor, *_: object) -> Tensor:
     return dy.new_empty(lora_B.shape)
 
 
-@torch.library.register_fake("megalora::expand_backward")
-def _(dy, s, lora_B, scale, offsets, segments):
-    ds = dy.new_empty(*dy.shape[:-1], max(1, len(segments)) * lora_B.shape[-1])
-    return ds, dy.new_empty(lora_B.shape)
-
-
-@torch.library.register_fake("megalora::shrink_dgrad_")
-def _(dx, ds, lora_A, offsets, p, seed):
-    return None
-
-
-@torch.library.register_fake("megalora::shrink_wgrad")
-def _(ds, x, offsets, p, seed):
-    experts = () if offsets is None else (offsets.shape[0],)
+def _d_a(ds: Tensor, x: Tensor, offsets: Tensor | None = None, *_: object) -> Tensor:
+    experts = () if offsets is None else offsets.shape
     return x.new_empty(*experts, ds.shape[-1], x.shape[-1])
 
 
-@torch.library.register_fake("megalora::expand_wgrad_")
-def _(d_b, dy, s, scale, offsets, segments):
+def _nothing(*_: object) -> None:
     return None
 
 
-@torch.library.register_fake("megalora::expand_backward_")
-def _(d_b, dy, s, lora_B, scale, offsets, segments):
-    return dy.new_empty(*dy.shape[:-1], max(1, len(segments)) * lora_B.shape[-1])
-
-
-@torch.library.register_fake("megalora::shrink_wgrad_")
-def _(d_a, ds, x, offsets, p, seed):
-    return None
+_SHAPES = {
+    "shrink": _s,
+    "expand_": _nothing,
+    "expand_dgrad": _ds,
+    "expand_wgrad": _d_b,
+    "expand_backward": lambda dy, s, lora_B, *how: (_ds(dy, lora_B, *how), _d_b(dy, s, lora_B)),
+    "shrink_dgrad_": _nothing,
+    "shrink_wgrad": _d_a,
+    "expand_wgrad_": _nothing,
+    "expand_backward_": lambda d_b, dy, s, lora_B, *how: _ds(dy, lora_B, *how),
+    "shrink_wgrad_": _nothing,
+}
 
 
 # === Autograd of shrink, the one op that layers may differentiate through ===
 
 
-def _save_shrink(ctx, inputs: tuple, output: Tensor) -> None:
-    x, lora_A, offsets, p, seed = inputs
-    ctx.save_for_backward(x, lora_A, offsets, seed)
-    ctx.p = p
+class _Shrunk(FunctionCtx):
+    """What the backward of shrink finds of its forward."""
+
+    saved_tensors: tuple[Tensor, Tensor, Tensor | None, Tensor | None]
+    needs_input_grad: tuple[bool, ...]
+    p: float
 
 
-def _shrink_backward(ctx, ds: Tensor):
+def _save_shrink(
+    ctx: _Shrunk,
+    inputs: tuple[Tensor, Tensor, Tensor | None, float, Tensor | None],
+    output: Tensor,
+) -> None:
+    x, lora_A, offsets, ctx.p, seed = inputs
+    ctx.save_for_backward(x, lora_A, offsets, seed)  # type: ignore[arg-type]
+
+
+def _shrink_backward(
+    ctx: _Shrunk, ds: Tensor
+) -> tuple[Tensor | None, Tensor | None, None, None, None]:
     """dgrad: dx = dropout(ds A). wgrad: dA = dsᵀ dropout(x)."""
+    ops = torch.ops.megalora
     x, lora_A, offsets, seed = ctx.saved_tensors
     dx = d_a = None
     if ctx.needs_input_grad[0]:
         dx = torch.zeros_like(x)
-        shrink_dgrad_(dx, ds, lora_A, offsets, p=ctx.p, seed=seed)
+        ops.shrink_dgrad_(dx, ds, lora_A, offsets, ctx.p, seed)
     if ctx.needs_input_grad[1]:
-        d_a = shrink_wgrad(ds, x, offsets, p=ctx.p, seed=seed)
+        d_a = ops.shrink_wgrad(ds, x, offsets, ctx.p, seed)
     return dx, d_a, None, None, None
-
-
-torch.library.register_autograd("megalora::shrink", _shrink_backward, setup_context=_save_shrink)

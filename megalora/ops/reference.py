@@ -61,7 +61,6 @@ def shrink(
     x: Tensor,
     lora_A: Tensor,
     offsets: Tensor | None = None,
-    *,
     p: float = 0.0,
     seed: Tensor | None = None,
 ) -> Tensor:
@@ -134,7 +133,6 @@ def shrink_dgrad_(
     ds: Tensor,
     lora_A: Tensor,
     offsets: Tensor | None = None,
-    *,
     p: float = 0.0,
     seed: Tensor | None = None,
 ) -> None:
@@ -150,7 +148,6 @@ def shrink_wgrad(
     ds: Tensor,
     x: Tensor,
     offsets: Tensor | None = None,
-    *,
     p: float = 0.0,
     seed: Tensor | None = None,
 ) -> Tensor:
@@ -189,7 +186,6 @@ def shrink_wgrad_(
     ds: Tensor,
     x: Tensor,
     offsets: Tensor | None = None,
-    *,
     p: float = 0.0,
     seed: Tensor | None = None,
 ) -> None:

@@ -8,17 +8,16 @@ import contextlib
 import dataclasses
 import functools
 from collections.abc import Iterator
-from types import SimpleNamespace
 from typing import Any, Literal, NamedTuple
-from unittest import mock
 
 import numpy as np
 import torch
 from megatron.core import parallel_state
 from megatron.training.datasets import data_samplers
 
-from megalora.data import PackedDataset, batch
+from megalora.data import PackedDataset
 from megalora.data.examples import Examples
+from tests.dist.route import as_args, route_args
 
 NUM_SEQUENCES, SEQ_LENGTH = 4, 16
 NUM_ROWS = 5 * NUM_SEQUENCES
@@ -103,28 +102,13 @@ class Answers:
     @contextlib.contextmanager
     def as_args(self, config: Any) -> Iterator[None]:
         """Give the route the arguments of a run."""
-        args = SimpleNamespace(
+        args = route_args(
             micro_batch_size=self.micro_batch_size,
             global_batch_size=NUM_SEQUENCES,
-            dataloader_type="single",
-            full_validation=False,
-            hybrid_context_parallel=False,
-            num_workers=0,
-            exit_signal_handler=False,
-            check_for_nan_in_loss_and_grad=True,
             calculate_per_token_loss=self.per_token,
             num_experts=config.num_moe_experts,
             moe_router_load_balancing_type=config.moe_router_load_balancing_type,
             sequence_parallel=config.sequence_parallel,
         )
-        timer = SimpleNamespace(start=lambda: None, stop=lambda: None)
-        route = {
-            "get_args": lambda: args,
-            "get_timers": lambda: lambda name, log_level=0: timer,
-            "attention_format": lambda _: self.attention,
-        }
-        with (
-            mock.patch.multiple(batch, **route),
-            mock.patch.object(data_samplers, "get_args", return_value=args),
-        ):
+        with as_args(args, self.attention):
             yield

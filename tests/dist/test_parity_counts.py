@@ -18,7 +18,7 @@ from tests.dist.parity import draw_b, lora_config
 from tests.dist.training import Run, train
 
 NUM_TOKENS = SEQ_LENGTH
-# tests.dist.models.DENSE: hidden, query + key + value, heads, 2 ffn, vocabulary; three projections
+# Of models.DENSE: hidden, query + key + value, heads, 2 ffn, vocabulary; three projections
 # of rank 4 in linear_qkv, two in linear_fc1.
 H, QKV, HEADS, FC1, FFN, VOCAB, R = 32, 128, 64, 96, 48, 64, 4
 AG, RS, AR = "all-gather", "reduce-scatter", "all-reduce"

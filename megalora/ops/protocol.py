@@ -1,0 +1,137 @@
+"""The LoRA ops that layers call, whoever computes them.
+
+Dense without `offsets` and grouped over experts with them.
+`offsets`: int32 or int64 [E], the inclusive cumulative sum of tokens per expert, on x's device.
+`segments`: the sizes of one period of output columns; block p of every period belongs to
+projection p and reads rank block p of s. `()` means that all columns belong to one projection.
+"""
+
+from collections.abc import Sequence
+from typing import Protocol
+
+from torch import Tensor
+
+
+class Ops(Protocol):
+    """The functions that layers call. `seed`: int64 [1] on the device of x, needed where p > 0.
+
+    Layers give all arguments by position: torch takes a microsecond for those given by name.
+    """
+
+    def shrink(
+        self,
+        x: Tensor,
+        lora_A: Tensor,
+        offsets: Tensor | None = None,
+        p: float = 0.0,
+        seed: Tensor | None = None,
+    ) -> Tensor:
+        """Return s = dropout(x) Aᵀ."""
+        ...
+
+    def expand_(
+        self,
+        y: Tensor,
+        s: Tensor,
+        lora_B: Tensor,
+        scale: float,
+        offsets: Tensor | None = None,
+        segments: Sequence[int] = (),
+    ) -> None:
+        """Add scale * s Bᵀ to y in place."""
+        ...
+
+    def expand_dgrad(
+        self,
+        dy: Tensor,
+        lora_B: Tensor,
+        scale: float,
+        offsets: Tensor | None = None,
+        segments: Sequence[int] = (),
+    ) -> Tensor:
+        """Return ds = scale * dy B."""
+        ...
+
+    def expand_wgrad(
+        self,
+        dy: Tensor,
+        s: Tensor,
+        lora_B: Tensor,
+        scale: float,
+        offsets: Tensor | None = None,
+        segments: Sequence[int] = (),
+    ) -> Tensor:
+        """Return dB = scale * dyᵀ s."""
+        ...
+
+    def expand_backward(
+        self,
+        dy: Tensor,
+        s: Tensor,
+        lora_B: Tensor,
+        scale: float,
+        offsets: Tensor | None = None,
+        segments: Sequence[int] = (),
+    ) -> tuple[Tensor, Tensor]:
+        """Return ds and dB, reading dy once where that is faster."""
+        ...
+
+    def shrink_dgrad_(
+        self,
+        dx: Tensor,
+        ds: Tensor,
+        lora_A: Tensor,
+        offsets: Tensor | None = None,
+        p: float = 0.0,
+        seed: Tensor | None = None,
+    ) -> None:
+        """Add dropout(ds A) to dx in place."""
+        ...
+
+    def shrink_wgrad(
+        self,
+        ds: Tensor,
+        x: Tensor,
+        offsets: Tensor | None = None,
+        p: float = 0.0,
+        seed: Tensor | None = None,
+    ) -> Tensor:
+        """Return dA = dsᵀ dropout(x)."""
+        ...
+
+    def expand_wgrad_(
+        self,
+        d_b: Tensor,
+        dy: Tensor,
+        s: Tensor,
+        scale: float,
+        offsets: Tensor | None = None,
+        segments: Sequence[int] = (),
+    ) -> None:
+        """Add scale * dyᵀ s to d_b in place, which is fp32 or of dy's dtype."""
+        ...
+
+    def expand_backward_(
+        self,
+        d_b: Tensor,
+        dy: Tensor,
+        s: Tensor,
+        lora_B: Tensor,
+        scale: float,
+        offsets: Tensor | None = None,
+        segments: Sequence[int] = (),
+    ) -> Tensor:
+        """Return ds and add dB to d_b in place, reading dy once where that is faster."""
+        ...
+
+    def shrink_wgrad_(
+        self,
+        d_a: Tensor,
+        ds: Tensor,
+        x: Tensor,
+        offsets: Tensor | None = None,
+        p: float = 0.0,
+        seed: Tensor | None = None,
+    ) -> None:
+        """Add dsᵀ dropout(x) to d_a in place, which is fp32 or of x's dtype."""
+        ...

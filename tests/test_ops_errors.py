@@ -1,0 +1,95 @@
+"""What the ops and the choice of their implementation say where they are given something wrong."""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from megalora.ops import backend, reference
+from megalora.ops.fused import _load_library, load
+
+SEED = torch.tensor([11])
+fused = load()
+X, A, B = torch.zeros(4, 6), torch.zeros(2, 6), torch.zeros(8, 2)
+Y, S, ENDS = torch.zeros(4, 8), torch.zeros(4, 2), torch.tensor([1, 4])
+MISUSES = {
+    "dtype": (
+        lambda: fused.expand_(Y.double(), S, B, 1.0),
+        "lora_B has dtype Float, expected that of y, Double",
+    ),
+    "width": (lambda: fused.shrink(X, A[:, :5]), "lora_A's last size is 5, expected 6"),
+    "rank": (
+        lambda: fused.expand_(Y, S, B, 1.0, None, [4, 4]),
+        "last size of s or ds is 2, expected 4",
+    ),
+    "period": (
+        lambda: fused.expand_dgrad(Y, B, 1.0, None, [3, 2]),
+        "period 5, expected a divisor of the output features, 8",
+    ),
+    "segment": (
+        lambda: fused.expand_dgrad(Y, B, 1.0, None, [9, -1]),
+        "expected sizes of at least 0",
+    ),
+    "rows": (
+        lambda: fused.expand_(Y, S[:3], B, 1.0),
+        r"s has shape \[3, 2\], expected the leading sizes of y",
+    ),
+    "probability": (
+        lambda: fused.shrink(X, A, p=1.0, seed=SEED),
+        r"p is 1, expected a dropout probability in \[0, 1\)",
+    ),
+    "seed": (lambda: fused.shrink(X, A, p=0.1), "seed is missing, expected an int64 tensor"),
+    "seed dtype": (lambda: fused.shrink(X, A, p=0.1, seed=SEED.int()), "seed is Int of shape"),
+    "experts": (lambda: fused.shrink(X, A, ENDS), "lora_A has 2 dimensions, expected 3"),
+    "number of experts": (
+        lambda: fused.shrink(X, A[None], ENDS),
+        "number of experts|is 1, expected 2",
+    ),
+    "decreasing": (
+        lambda: fused.shrink(X, torch.zeros(2, 2, 6), ENDS.flip(0)),
+        r"offsets\[1\] is 1, expected 4 to 4",
+    ),
+    "beyond": (
+        lambda: fused.shrink(X, torch.zeros(2, 2, 6), ENDS + 1),
+        r"offsets\[1\] is 5, expected 2 to 4",
+    ),
+    "offsets dtype": (
+        lambda: fused.shrink(X, A, ENDS.float()),
+        "offsets has dtype Float, expected int32 or int64",
+    ),
+    "gradient dtype": (
+        lambda: fused.expand_wgrad_(B.double(), Y, S, 1.0),
+        "d_b has dtype Double, expected that of dy, Float",
+    ),
+    "narrower gradient": (
+        lambda: fused.shrink_wgrad_(A, S.double(), X.double()),
+        "d_a has dtype Float, expected that of x, Double",
+    ),
+    "gradient shape": (
+        lambda: fused.expand_backward_(B[:7], Y, S, B, 1.0),
+        r"d_b has shape \[7, 2\], expected that of lora_B, \[8, 2\]",
+    ),
+    "one dimension": (lambda: fused.shrink(X[0], A), "x has 1 dimensions, expected 2 to 4"),
+    "integers": (lambda: fused.shrink(X.int(), A.int()), "dtype Int is not supported on cpu"),
+}
+
+
+@pytest.mark.parametrize("misuse", MISUSES)
+def test_errors_name_the_argument_and_what_was_expected(misuse: str) -> None:
+    call, message = MISUSES[misuse]
+    with pytest.raises(ValueError, match=message):
+        call()
+
+
+def test_a_missing_library_says_how_to_build_it(tmp_path: Path) -> None:
+    with pytest.raises(ImportError, match="pip install -e"):
+        _load_library(tmp_path / "_C.so")
+
+
+def test_the_environment_overrides_the_backend(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert backend("fused") is fused
+    monkeypatch.setenv("MEGALORA_OPS", "reference")
+    assert backend("fused") is reference
+    monkeypatch.setenv("MEGALORA_OPS", "fastest")
+    with pytest.raises(ValueError, match="'fastest' is unknown"):
+        backend("fused")
