@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 
-from tests.tiny import train
+from tests.support.tiny import train
 
 WORLDS = "test_dist"
 # Workers are given them in this order, before all others: what takes longest must not be last. The

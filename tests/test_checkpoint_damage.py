@@ -11,8 +11,8 @@ import pytest
 
 from megalora.__main__ import main
 from megalora.checkpoint.layout import TRACKER
-from tests.forked import call
-from tests.tiny import LORA, flags, train
+from tests.support.forked import call
+from tests.support.tiny import LORA, flags, train
 
 ITERATION = "iter_0000001"
 TP2 = [*LORA, *flags("tp2")]

@@ -6,8 +6,8 @@ from pathlib import Path
 import pytest
 
 from megalora.checkpoint.layout import RELEASE, write_tracker
-from tests.forked import call
-from tests.tiny import LORA, train
+from tests.support.forked import call
+from tests.support.tiny import LORA, train
 
 
 @pytest.fixture(scope="module")

@@ -10,7 +10,7 @@ import pytest
 
 import megalora
 from megalora import cpu
-from tests.forked import call
+from tests.support.forked import call
 
 RUN = {**os.environ, "OMP_NUM_THREADS": "1"}
 

@@ -15,7 +15,7 @@ from megalora.model.megatron import args_shape, megatron_args
 from megalora.model.shape import ModelShape
 from megalora.recommend import add_parser, recommend_for_args
 from megalora.training.flags import with_hf_flags
-from tests.sizes import RUN, TINY_LLAMA, TINY_MOE, TINY_QWEN2_MOE
+from tests.support.sizes import RUN, TINY_LLAMA, TINY_MOE, TINY_QWEN2_MOE
 
 QWEN3 = {**TINY_LLAMA, "model_type": "qwen3"}
 YARN = {"rope_type": "yarn", "factor": 4.0}

@@ -20,7 +20,7 @@ from megalora.model.config_json import mapped_family, model_shape
 from megalora.model.megatron import megatron_flags
 from megalora.recommend import learning_rates, recommend
 from megalora.training.auto_lr import add_auto_lr_args
-from tests.sizes import TINY_MOE
+from tests.support.sizes import TINY_MOE
 
 PACKAGE = Path(families.__file__).parents[2]
 TOY = """

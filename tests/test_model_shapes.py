@@ -13,7 +13,7 @@ from megalora.model.config_json import load_config, model_shape
 from megalora.model.megatron import args_shape
 from megalora.model.presets import named_shape, preset_shape
 from megalora.recommend.linears import base_parameters
-from tests.sizes import (
+from tests.support.sizes import (
     LLAMA,
     MEGATRON_LLAMA,
     TINY_LLAMA,

@@ -10,8 +10,8 @@ import torch
 from megalora.hf.factors import LoRAFactors
 from megalora.hf.servers import refusals
 from megalora.model.families import FAMILIES
-from tests.forked import Ranks, call
-from tests.tiny import EXPERTS, LORA, MODEL, TRAIN
+from tests.support.forked import Ranks, call
+from tests.support.tiny import EXPERTS, LORA, MODEL, TRAIN
 
 
 def start(logs: Path, *more: object) -> Ranks:

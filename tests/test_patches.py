@@ -12,7 +12,7 @@ import pytest
 
 from megalora import replace
 from megalora.replace import Patch, around
-from tests.forked import ROOT, call
+from tests.support.forked import ROOT, call
 
 # Stand-ins for devices, which docs/patches.md lists in words.
 DEVICES = "cuda_facade.py"

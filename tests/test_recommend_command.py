@@ -13,7 +13,7 @@ from megalora.recommend import (
     recommend,
     recommend_for_args,
 )
-from tests.sizes import (
+from tests.support.sizes import (
     LLAMA,
     MEGATRON_LLAMA,
     MOE,

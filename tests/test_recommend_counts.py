@@ -10,7 +10,7 @@ from megalora.recommend import (
     adapter_parameters,
     step_flops,
 )
-from tests.sizes import LLAMA, MOE, TINY_LLAMA, TINY_MOE, lora, trainable
+from tests.support.sizes import LLAMA, MOE, TINY_LLAMA, TINY_MOE, lora, trainable
 
 
 def test_llama_parameters_for_each_rank_are_the_articles() -> None:

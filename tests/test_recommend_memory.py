@@ -12,7 +12,7 @@ from megalora.recommend import (
     gpu_memory,
 )
 from megalora.recommend.linears import base_parameters
-from tests.sizes import LLAMA, MOE, lora, trainable
+from tests.support.sizes import LLAMA, MOE, lora, trainable
 
 
 def test_full_fine_tuning_takes_eighteen_bytes_for_each_parameter_on_one_gpu() -> None:

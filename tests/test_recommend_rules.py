@@ -11,7 +11,7 @@ from megalora.recommend import (
     recommend,
 )
 from megalora.recommend.rules import two_number_basis
-from tests.sizes import LLAMA, MOE, lora, trainable
+from tests.support.sizes import LLAMA, MOE, lora, trainable
 
 
 @pytest.mark.parametrize(

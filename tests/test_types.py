@@ -3,7 +3,7 @@
 import subprocess
 import sys
 
-from tests.forked import ROOT
+from tests.support.forked import ROOT
 
 
 def test_the_type_checker_finds_no_fault() -> None:

@@ -12,8 +12,8 @@ from megalora.config import LoRAConfig
 from megalora.recommend import Layout as GpuLayout
 from megalora.recommend import ModelShape, adapter_parameters, gpu_memory, step_flops
 from megalora.recommend.linears import linears
-from tests.dist.layouts import Layout, model_parallel, over
-from tests.dist.models import DENSE, MOE, SEQ_LENGTH, VOCAB_SIZE, build_model
+from tests.dist.support.layouts import Layout, model_parallel, over
+from tests.dist.support.models import DENSE, MOE, SEQ_LENGTH, VOCAB_SIZE, build_model
 
 MODES: dict[str, dict[str, Any]] = {
     "all": {},

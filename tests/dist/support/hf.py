@@ -12,8 +12,8 @@ from megatron.core.pipeline_parallel import get_forward_backward_func
 from megalora.hf.base import load_hf_base
 from megalora.model.config_json import read_config
 from megalora.model.megatron import megatron_args
-from tests.dist.layouts import Layout
-from tests.dist.models import build_model
+from tests.dist.support.layouts import Layout
+from tests.dist.support.models import build_model
 
 PADDED_VOCAB = 72
 _NOT_FIELDS = (
