@@ -66,7 +66,7 @@ def mapping_problem(config: Mapping[str, Any], family: Family) -> str:
             f"config.json model_type is {family.model_type!r}, of which recommendations know the "
             f"sizes and nothing else: supported are {', '.join(mapped_families())}"
         )
-    for name, supported in {**family.refused, "hidden_act": "silu"}.items():
+    for name, supported in {"hidden_act": "silu", **family.refused}.items():
         if config.get(name, supported) not in (supported, None):
             return (
                 f"config.json {name} is {config[name]!r}, {family.model_type} is supported with "
