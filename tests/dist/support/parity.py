@@ -147,11 +147,12 @@ def _shards(sharded: ShardedTensor | ShardedTensorFactory, data: Tensor) -> list
 
 def _join_parts(whole: Tensors) -> Tensors:
     """Put the parts of Mamba's in_proj, which are stored each by itself, in the weight's order."""
-    joined = {key: tensor for key, tensor in whole.items() if key.endswith(("lora_A", "lora_B"))}
+    names = ("z", "x", "B", "C", "dt")
+    joined = {key: whole[key] for key in whole if key.rpartition(".")[2] not in names}
     for key in whole:
-        if key.endswith("lora_B.z"):
-            parts = (whole[key[:-1] + part] for part in ("z", "x", "B", "C", "dt"))
-            joined[key.removesuffix(".z")] = torch.cat(list(parts))
+        if key.endswith(".z"):
+            parts = [whole[key.removesuffix("z") + name] for name in names]
+            joined[key.removesuffix(".z")] = torch.cat(parts)
     return joined
 
 
@@ -161,10 +162,13 @@ def _where(shard: ShardedTensor) -> tuple[slice, ...]:
 
 
 def _flat(key: str, tensor: Tensor) -> Tensor:
-    """Give a gated lora_B [(E,) 2, f, r] its output dimension back."""
-    is_grouped = ".experts." in f".{key}"
-    gated = key.endswith("linear_fc1_lora.lora_B") and tensor.dim() == (4 if is_grouped else 3)
-    return tensor.flatten(-3, -2) if gated else tensor
+    """Give a gated factor of the output, as lora_B [(E,) 2, f, r], its output dimension back."""
+    name = key.rpartition(".")[2]
+    if not key.endswith(f"linear_fc1_lora.{name}") or name == "lora_A":
+        return tensor
+    own = 2 if name == "lora_B" else 1
+    first = int(".experts." in f".{key}")
+    return tensor.flatten(first, first + 1) if tensor.dim() > first + own else tensor
 
 
 class Probe:
