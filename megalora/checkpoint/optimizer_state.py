@@ -10,17 +10,29 @@ rates and epsilons are this run's, and the checkpoint gives moments and steps.
 """
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Protocol
 
+import torch
 import torch.distributed as dist
+from megatron.core.optimizer import OptimizerConfig, distrib_optimizer, optimizer
 
 from megalora.adapters.collectives import union
 from megalora.checkpoint.schedule import say_changed
 
 Groups = list[dict[str, Any]]
+State = dict[str, Any]
 
 
-def complete(optimizer: Any) -> None:
+class Part(Protocol):
+    """What one of Megatron's optimizers has: torch's, and a way to make its first states."""
+
+    param_groups: Groups
+    optimizer: torch.optim.Optimizer | None
+    config: OptimizerConfig
+    init_state_fn: Callable[..., None] | None
+
+
+def complete(optimizer: Part) -> None:
     """Give an optimizer all that a checkpoint of it must hold; all ranks must call it.
 
     Groups without parameters on this rank get the steps that others have taken. Moments that no
@@ -40,8 +52,6 @@ def complete(optimizer: Any) -> None:
 
 def install() -> None:
     """Let Megatron's optimizers save and load so; not to be called twice."""
-    from megatron.core.optimizer import distrib_optimizer, optimizer
-
     kind: Any
     for kind in (optimizer.FP32Optimizer, optimizer.Float16OptimizerWithFloat16Params):
         kind.sharded_state_dict = _method(_sharded_state_dict, kind.sharded_state_dict)
@@ -59,23 +69,25 @@ def install() -> None:
     module.param_group_identifier_keys = (*module.param_group_identifier_keys, "eps")
 
 
-def _method(wrapper: Callable[..., Any], original: Any) -> Any:
+def _method(
+    wrapper: Callable[..., object], original: Callable[..., object]
+) -> Callable[..., object]:
     return lambda self, *args, **kwargs: wrapper(self, original, *args, **kwargs)
 
 
-def _chain(self: Any, original: Callable[..., None], chained_optimizers: list[Any]) -> None:
+def _chain(self: object, original: Callable[..., None], chained_optimizers: list[Part]) -> None:
     """Leave out what has no parameters on any rank, unless nothing is trained at all."""
     parts = [part for part in chained_optimizers if part.optimizer is not None]
     original(self, parts or chained_optimizers)
 
 
 def _sharded_state_dict(
-    self: Any,
-    original: Callable[..., dict[str, Any]],
-    model: Any,
+    self: object,
+    original: Callable[..., State],
+    model: State,
     is_loading: bool = False,
-    **kwargs: Any,
-) -> dict[str, Any]:
+    **kwargs: object,
+) -> State:
     state = original(self, model, is_loading, **kwargs)
     if not any(state.get("fp32_from_fp16_params", [True])):
         # Rank 0 would write an empty list where others have main parameters.
@@ -86,17 +98,18 @@ def _sharded_state_dict(
     return state
 
 
-def _load(self: Any, original: Callable[..., None], state_dict: dict[str, Any]) -> None:
+def _load(self: Part, original: Callable[..., None], state_dict: State) -> None:
     part = state_dict.get("optimizer", state_dict)
     # What is empty in the checkpoint is left out of what is read.
     part.setdefault("state", {})
     if "optimizer" in state_dict:
         state_dict.setdefault("fp32_from_fp16_params", [])
+    assert self.optimizer is not None
     part["param_groups"] = _going_on(part["param_groups"], self.optimizer)
     original(self, state_dict)
 
 
-def _going_on(stored: Groups, optimizer: Any) -> Groups:
+def _going_on(stored: Groups, optimizer: torch.optim.Optimizer) -> Groups:
     """Return this run's groups, as a state has them, at the number of steps of the stored ones."""
     groups: Groups = optimizer.state_dict()["param_groups"]
     for name in ("betas", "eps"):

@@ -9,7 +9,9 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import torch
 import torch.distributed as dist
+from megatron.training import async_utils, get_args
 from torch.distributed.checkpoint.api import CheckpointException
 
 from megalora.checkpoint import optimizer_state, schedule, writers
@@ -77,13 +79,18 @@ class Saver:
         # Iterations that are being written asynchronously, oldest first.
         self.pending: list[int] = []
 
-    def save(self, iteration: int, model: Any, optimizer: Any, *args: Any, **kwargs: Any) -> None:
+    def save(
+        self,
+        iteration: int,
+        model: list[torch.nn.Module],
+        optimizer: optimizer_state.Part | None,
+        *args: object,
+        **kwargs: object,
+    ) -> None:
         """Save, or start to, with a manifest, into a directory without stale files.
 
         A failure is reported with what is left to go on from, and raised.
         """
-        from megatron.training import get_args
-
         run: Any = get_args()
         if iteration in self.pending:
             # Else its files would be removed, or mixed, under the process that writes them.
@@ -108,8 +115,6 @@ class Saver:
         blocking: wait for all. terminate: end the writing process too. A failure is reported and
         raised, and so is a writing process that died, for which Megatron waits for ever.
         """
-        from megatron.training import get_args
-
         if not self.pending:
             self._finish(blocking=blocking, terminate=terminate)
             return
@@ -128,8 +133,6 @@ class Saver:
 
 def _num_unfinished() -> int:
     """Return how many asynchronous saves are not finished, the same on every rank."""
-    from megatron.training import async_utils
-
     queue = async_utils._async_calls_queue
     return 0 if queue is None else queue.get_num_unfinalized_calls()
 

@@ -8,7 +8,12 @@ and weight decay are this run's, and so is what decides nothing: a constant rate
 
 import argparse
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+# NOTE: launch scripts import this before Megatron is prepared.
+if TYPE_CHECKING:
+    from megatron.core.optimizer import MegatronOptimizer
+    from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 
 _RATES = ("max_lr", "min_lr", "start_wd", "end_wd")
 _FLAGS = {
@@ -39,7 +44,9 @@ def take_rates(args: argparse.Namespace, stored: Mapping[str, Any] | None) -> No
         args.lr, args.min_lr = stored["max_lr"], stored["min_lr"]
 
 
-def _load(self: Any, original: Callable[..., None], stored: dict[str, Any]) -> None:
+def _load(
+    self: "OptimizerParamScheduler", original: Callable[..., None], stored: dict[str, Any]
+) -> None:
     _warn_of_lost_steps(self.optimizer, stored["num_steps"])
     if not (self.override_opt_param_scheduler or self.use_checkpoint_opt_param_scheduler):
         own = self.state_dict()
@@ -52,13 +59,11 @@ def _load(self: Any, original: Callable[..., None], stored: dict[str, Any]) -> N
     self.step(0)
 
 
-def _warn_of_lost_steps(optimizer: Any, done: int) -> None:
+def _warn_of_lost_steps(optimizer: "MegatronOptimizer", done: int) -> None:
     """Say where a checkpoint of an older megalora counts samples, but not the steps of Adam."""
-    from megatron.training import print_rank_0
-
     groups = [group for group in optimizer.param_groups if "betas" in group]
     if done and groups and not any("step" in group for group in groups):
-        print_rank_0(
+        _say(
             "WARNING: checkpoint does not say how many steps Adam has taken, so its first updates "
             "will be too large: set --no-load-optim to start the optimizer anew"
         )
@@ -66,10 +71,14 @@ def _warn_of_lost_steps(optimizer: Any, done: int) -> None:
 
 def say_changed(name: str, own: object, stored: object) -> None:
     """Print what a resumed run does otherwise than the one that it goes on from."""
+    if own != stored:
+        _say(f"> LoRA: going on with {name} {own} instead of the checkpoint's {stored}")
+
+
+def _say(message: str) -> None:
     from megatron.training import print_rank_0
 
-    if own != stored:
-        print_rank_0(f"> LoRA: going on with {name} {own} instead of the checkpoint's {stored}")
+    print_rank_0(message)
 
 
 def _check_same_shape(own: Mapping[str, Any], stored: Mapping[str, Any]) -> None:

@@ -12,11 +12,14 @@ import os
 import signal
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from multiprocessing.managers import SyncManager
 from multiprocessing.process import BaseProcess
 from multiprocessing.util import Finalize
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from megatron.core.dist_checkpointing.strategies.async_utils import PersistentAsyncCaller
 
 # NOTE: writers that are spawned import this before Megatron: only functions import it.
 
@@ -50,13 +53,11 @@ def install() -> None:
     patched._get_process = classmethod(functools.partial(_start_writer, start))
 
 
-def write_for(trainer: int, *args: Any) -> None:
+def write_for(trainer: int, *args: object) -> None:
     """Be the process that writes asynchronously. trainer: process id of the rank."""
     outlive_sigterm(trainer)
-    from megatron.core.dist_checkpointing.strategies.async_utils import PersistentAsyncCaller
-
     # A forked writer has what `install` changed, a spawned one has Megatron as it is.
-    caller: Any = PersistentAsyncCaller
+    caller: Any = _persistent_caller()
     getattr(caller, "megatron_loop", caller.async_loop)(*args)
 
 
@@ -73,22 +74,23 @@ def dead_writer() -> BaseProcess | None:
 
 def forget_writer() -> None:
     """Let this process exit although nobody reads what it sent to a dead writer."""
-    from megatron.core.dist_checkpointing.strategies.async_utils import PersistentAsyncCaller
-
-    for queue in (
-        PersistentAsyncCaller._persistent_queue,
-        PersistentAsyncCaller._persistent_preload_q,
-    ):
+    caller = _persistent_caller()
+    for queue in (caller._persistent_queue, caller._persistent_preload_q):
         if queue is not None:
             queue.cancel_join_thread()
 
 
-def _writers() -> Iterator[BaseProcess]:
+def _persistent_caller() -> "type[PersistentAsyncCaller]":
     from megatron.core.dist_checkpointing.strategies.async_utils import PersistentAsyncCaller
+
+    return PersistentAsyncCaller
+
+
+def _writers() -> Iterator[BaseProcess]:
     from megatron.training import async_utils
 
     calls = getattr(async_utils._async_calls_queue, "async_calls", ())
-    callers = [PersistentAsyncCaller._persistent_process]
+    callers = [_persistent_caller()._persistent_process]
     callers += [getattr(call.async_caller, "process", None) for call in calls]
     yield from (process for process in callers if process is not None)
 
@@ -105,7 +107,12 @@ def _results_queue(mp_mode: str = "spawn") -> Any:
     return module._results_queue
 
 
-def _start_writer(start: Any, caller: Any, *args: Any, **kwargs: Any) -> BaseProcess:
+def _start_writer(
+    start: Callable[..., BaseProcess],
+    caller: "type[PersistentAsyncCaller]",
+    *args: object,
+    **kwargs: object,
+) -> BaseProcess:
     is_new = caller._persistent_process is None
     process = start(caller, *args, **kwargs)
     if is_new:
