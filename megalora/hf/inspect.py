@@ -3,7 +3,7 @@
 import math
 import warnings
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -164,7 +164,7 @@ def _row(kind: str, group: list[ModuleReport]) -> tuple[str, ...]:
     )
 
 
-def _values(values: Any) -> str:
+def _values(values: Iterable[float]) -> str:
     distinct = sorted(set(values))
     text = [f"{value:g}" for value in distinct]
     return text[0] if len(text) == 1 else f"{text[0]}..{text[-1]}"
