@@ -19,13 +19,13 @@ from megalora.checkpoint.gather import gather_adapters, load_adapters
 from megalora.checkpoint.read import read_adapter_checkpoint
 from megalora.config import LoRAConfig
 from tests.dist import cases, parity
-from tests.dist.cases import ETP2, TP2_SP, Case, Kind
-from tests.dist.layouts import Layout, model_parallel, over, world
-from tests.dist.models import build_model
-from tests.dist.oracle import Oracle, Tensors
-from tests.dist.parity import errors, largest, lora_config, start_values
-from tests.dist.resuming import HALF, Cell, Resumable, shared_directory
-from tests.dist.training import Run, train
+from tests.dist.support.cases import ETP2, TP2_SP, Case, Kind
+from tests.dist.support.layouts import Layout, model_parallel, over, world
+from tests.dist.support.models import build_model
+from tests.dist.support.oracle import Oracle, Tensors
+from tests.dist.support.parity import errors, largest, lora_config, start_values
+from tests.dist.support.resuming import HALF, Cell, Resumable, shared_directory
+from tests.dist.support.training import Run, train
 
 
 def draw_near_one(name: str, shape: tuple[int, ...], seed: int) -> Tensor:
