@@ -27,25 +27,33 @@ OUTPUT_B = "output_layer_lora.lora_B"
 
 
 def load_adapter(
-    model_chunks: Sequence[torch.nn.Module], directory: str | os.PathLike[str], config: LoRAConfig
+    model_chunks: Sequence[torch.nn.Module],
+    directory: str | os.PathLike[str],
+    config: LoRAConfig,
+    *,
+    hf_model: str | None = None,
 ) -> None:
     """Set a model's adapters from a PEFT directory or an adapter checkpoint: weights only.
 
     A PEFT directory may have a lower rank and fewer modules: the rest keeps its start values. An
     adapter checkpoint must have the same adapters. All ranks must call it. Raises ValueError where
-    the directory does not fit the model.
+    the directory does not fit the model. hf_model: directory of the base, whose family names the
+    modules of a PEFT directory.
     """
     path = Path(directory)
     if (path / CONFIG_NAME).is_file():
-        _load_peft(model_chunks, path, config)
+        _load_peft(model_chunks, path, config, hf_model)
     else:
         _load_checkpoint(model_chunks, path, config)
 
 
 def _load_peft(
-    model_chunks: Sequence[torch.nn.Module], directory: Path, config: LoRAConfig
+    model_chunks: Sequence[torch.nn.Module],
+    directory: Path,
+    config: LoRAConfig,
+    hf_model: str | None,
 ) -> None:
-    shape = model_shape(model_chunks)
+    shape = model_shape(model_chunks, hf_model)
     tensors = from_hf(
         read_adapter(directory, hidden_size=shape.hidden_size),
         config,
