@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, cast
 import torch
 from torch import Tensor
 
+from megalora.checkpoint.read import is_adapter_key
 from megalora.hf.safetensors_files import HFWeights
 from megalora.hf.weights import Piece, Placement, Shard, Weights
 from megalora.model.config_json import read_config
@@ -21,7 +22,6 @@ if TYPE_CHECKING:
     from megatron.core.models.gpt.gpt_model import GPTModel
 
 _LAYER = re.compile(r"decoder\.layers\.\d+")
-_ADAPTER = re.compile(r".*_lora\.lora_[AB]")
 
 # Megatron's argument -> field of TransformerConfig, where the names differ.
 _FIELDS = {"num_experts": "num_moe_experts", "swiglu": "gated_linear_unit"}
@@ -99,7 +99,7 @@ def parameters(
         if _LAYER.fullmatch(name)
     }
     for name, param in chunk.named_parameters():
-        if _ADAPTER.fullmatch(name):
+        if is_adapter_key(name):
             continue
         found = _LAYER.match(name)
         layer = numbers[found.group(0)] if found else None
