@@ -40,8 +40,8 @@ def test_a_release_of_adapters_is_read_and_trained_on_from_iteration_0(
     checkpoint = trained / "run" / "iter_0000001"
     root = release_of(checkpoint, tmp_path / "run")
     assert call(different_adapters, root, checkpoint) == []
-    # Its optimizer, of another kind, and its schedule are left alone. Megatron counts the samples of
-    # a checkpoint's arguments all the same, so it would miss the last ones.
+    # Its optimizer, of another kind, and its schedule are left alone. Megatron counts the samples
+    # of a checkpoint's arguments all the same, so it would miss the last ones.
     more = ["--use-distributed-optimizer", "--lr", "1e-30", "--exit-interval", 1]
     run = train(1, root, *LORA, *more, iters=9).succeed()
     assert sorted(run.losses()) == [1]
