@@ -29,16 +29,14 @@ EARLY_MEGATRON: set[str] = set()
 LONG_FILES = {"adapters/adapter.py": 305, "launch.py": 304}
 LONG_FUNCTIONS = {
     "cpu/gloo.py:_patch_uneven": 42,
-    "data/build.py:build_datasets": 74,
-    "hf/peft.py:write_adapter": 43,
     "mends/losses.py:counted_over_context": 46,
     "recommend/sources.py:megatron_sizes": 45,
 }
 
 # So many there are today. The numbers may only fall, and must where they are more than SLACK off.
 LIMITS = {
-    "bare Any": 129,
-    "imports in functions": 114,
+    "bare Any": 105,
+    "imports in functions": 109,
     "no docstring": 15,
     "no annotation": 6,
 }

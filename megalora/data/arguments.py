@@ -2,12 +2,13 @@
 
 import argparse
 from collections.abc import Callable, Sequence
-from typing import Any, Literal
+from typing import Literal, cast
 
 import psutil
 
+from megalora import cpu
 from megalora.data.build import Datasets, build_datasets, check_dataset, default_valid_split
-from megalora.data.tokenizers import ByteTokenizer
+from megalora.data.tokenizers import ByteTokenizer, Tokenizer
 
 type AttentionFormat = Literal["padded", "mask", "thd"]
 
@@ -24,7 +25,7 @@ class _ByteTokenizer(argparse.Action):
         self,
         parser: argparse.ArgumentParser,
         namespace: argparse.Namespace,
-        values: Any,
+        values: object,
         option_string: str | None = None,
     ) -> None:
         """Store the choice."""
@@ -42,7 +43,7 @@ class _Once(argparse.Action):
         self,
         parser: argparse.ArgumentParser,
         namespace: argparse.Namespace,
-        values: Any,
+        values: object,
         option_string: str | None = None,
     ) -> None:
         """Store the value, or end where there is one."""
@@ -89,7 +90,7 @@ def add_data_args(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
     return parser
 
 
-def tokenizer_from_args(args: argparse.Namespace) -> Any:
+def tokenizer_from_args(args: argparse.Namespace) -> Tokenizer:
     """Return the tokenizer that the flags name; Megatron must have built its own.
 
     Raises ValueError where they name two.
@@ -103,7 +104,7 @@ def tokenizer_from_args(args: argparse.Namespace) -> Any:
         return ByteTokenizer()
     from megatron.training import get_tokenizer
 
-    return get_tokenizer()
+    return cast(Tokenizer, get_tokenizer())
 
 
 def attention_format(args: argparse.Namespace) -> AttentionFormat:
@@ -136,8 +137,6 @@ def attention_format(args: argparse.Namespace) -> AttentionFormat:
 def _has_local_layers(args: argparse.Namespace) -> bool:
     """Say whether attention is Megatron's own, or ours in its place, not TransformerEngine's."""
     from megatron.core.extensions.transformer_engine import HAVE_TE
-
-    from megalora import cpu
 
     return args.transformer_impl != "transformer_engine" or not HAVE_TE or cpu.installed()
 

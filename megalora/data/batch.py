@@ -5,7 +5,7 @@ Imports Megatron, so `megalora.cpu.install` comes first where it is wanted.
 
 from collections.abc import Iterator
 from functools import partial
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 import torch
 from megatron.core import parallel_state
@@ -14,12 +14,32 @@ from megatron.core.rerun_state_machine import get_rerun_state_machine
 from megatron.core.tensor_parallel import broadcast_data
 from megatron.core.utils import get_attr_wrapped_model
 from megatron.training import get_args, get_timers, get_tokenizer, print_rank_0
+from torch.distributed import ProcessGroup
 
 from megalora.data.arguments import AttentionFormat, attention_format, datasets_from_args
 from megalora.data.indexed import indexed_datasets
 
+if TYPE_CHECKING:
+    from megatron.core.models.common.model_chunk_schedule_plan import (
+        TransformerModelChunkSchedulePlan,
+    )
+
 _KEYS = ["tokens", "labels", "loss_mask", "position_ids", "padding_mask", "cu_seqlens"]
 _SEQUENCE_KEYS = _KEYS[:-1]
+
+
+class Model(Protocol):
+    """What `forward_step` runs: a model of Megatron's, or its wrapper of gradients."""
+
+    def __call__(self, *inputs: torch.Tensor | None, **named: object) -> torch.Tensor:
+        """Return the losses [b, s/cp]."""
+        ...
+
+    def build_schedule_plan(
+        self, *inputs: torch.Tensor | None, **named: object
+    ) -> "TransformerModelChunkSchedulePlan":
+        """Return the plan by which Megatron overlaps expert communication."""
+        ...
 
 
 class Batch(NamedTuple):
@@ -46,7 +66,8 @@ def datasets_provider(num_samples: list[int | None], vp_stage: int | None = None
     args: Any = get_args()
     is_read = parallel_state.get_tensor_model_parallel_rank() == 0
     if args.dataset is None:
-        return indexed_datasets(args, get_tokenizer(), num_samples, is_read)
+        tokenizer: Any = get_tokenizer()
+        return indexed_datasets(args, tokenizer, num_samples, is_read)
     if not is_read:
         return None, None, None
     return datasets_from_args(args, num_samples, log=print_rank_0)
@@ -58,7 +79,7 @@ setattr(datasets_provider, "is_distributed", True)  # noqa: B010
 
 def forward_step(
     data_iterator: Iterator[dict[str, torch.Tensor]] | None,
-    model: Any,
+    model: Model,
     return_schedule_plan: bool = False,
 ) -> tuple:
     """Run one microbatch of --dataset through `model`; return the losses and the loss function.
@@ -68,12 +89,14 @@ def forward_step(
     """
     args: Any = get_args()
     timers: Any = get_timers()
+    tp_group: Any = parallel_state.get_tensor_model_parallel_group()
+    cp_group: Any = parallel_state.get_context_parallel_group()
     timers("batch-generator", log_level=2).start()
     batch = get_batch(
         data_iterator,
         attention_format(args),
-        tp_group=parallel_state.get_tensor_model_parallel_group(),
-        cp_group=parallel_state.get_context_parallel_group(),
+        tp_group=tp_group,
+        cp_group=cp_group,
     )
     timers("batch-generator").stop()
     padding: dict[str, Any] = {}
@@ -97,8 +120,8 @@ def get_batch(
     data_iterator: Iterator[dict[str, torch.Tensor]] | None,
     attention: AttentionFormat,
     *,
-    tp_group: Any,
-    cp_group: Any,
+    tp_group: ProcessGroup,
+    cp_group: ProcessGroup,
 ) -> Batch:
     """Return this rank's part of the next microbatch.
 
@@ -186,17 +209,18 @@ def merge_boundaries(cu_seqlens: torch.Tensor) -> torch.Tensor:
     return torch.unique(starts)
 
 
-def packed_params(bounds: torch.Tensor, cp_group: Any) -> PackedSeqParams:
+def packed_params(bounds: torch.Tensor, cp_group: ProcessGroup | None) -> PackedSeqParams:
     """Return the boundaries as TransformerEngine's attention and Mamba take them."""
     cu_seqlens = bounds.to(torch.int32)
     longest = int((bounds[1:] - bounds[:-1]).max())
+    group: Any = cp_group  # Megatron means None too
     return PackedSeqParams(
         qkv_format="thd",
         cu_seqlens_q=cu_seqlens,
         cu_seqlens_kv=cu_seqlens,
         max_seqlen_q=longest,
         max_seqlen_kv=longest,
-        cp_group=cp_group,
+        cp_group=group,
         # Megatron numbers the tokens' examples by it, for Mamba's convolution and state.
         total_tokens=int(bounds[-1]),
     )
@@ -225,7 +249,7 @@ def chunk_positions(bounds: torch.Tensor, cp_size: int, cp_rank: int) -> torch.T
     return starts[piece] + torch.where(place < chunk, cp_rank * chunk + place, late)
 
 
-def _padding_mask(padding: torch.Tensor, model: Any, sequence_parallel: bool) -> torch.Tensor:
+def _padding_mask(padding: torch.Tensor, model: Model, sequence_parallel: bool) -> torch.Tensor:
     """Return the part of the mask that the routers of this stage meet.
 
     NOTE: the model shards it over the sequence with the embedding only, on the first stage.

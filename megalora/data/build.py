@@ -1,13 +1,14 @@
 """From a dataset's name to the train, validation and test datasets that Megatron serves."""
 
 from collections.abc import Callable, Sequence
-from typing import Any, Literal
+from dataclasses import dataclass, field
+from typing import Literal
 
 from megalora.data.examples import encode_rows, gather_examples, hold_out, read_rows
 from megalora.data.packing import PackedDataset
 from megalora.data.rows import EMBEDDED, files_left_out, load_rows, schema_of
 from megalora.data.sources import Rows
-from megalora.data.tokenizers import encoder_for
+from megalora.data.tokenizers import Encoder, Tokenizer, encoder_for
 
 type Datasets = tuple[PackedDataset | None, PackedDataset | None, PackedDataset | None]
 type SplitName = Literal["train", "valid", "test"]
@@ -15,7 +16,7 @@ type SplitName = Literal["train", "valid", "test"]
 
 def build_datasets(
     dataset: str,
-    tokenizer: Any,
+    tokenizer: Tokenizer,
     seq_length: int,
     *,
     train_split: str = "train",
@@ -40,12 +41,31 @@ def build_datasets(
     Raises ValueError for anything in dataset, tokenizer or lengths that cannot be trained on.
     """
     check_lengths(seq_length, max_seq_length, valid_fraction)
-    encoder = encoder_for(tokenizer)
-    num_train, num_valid, num_test = num_samples
-    valid_split = valid_split or default_valid_split(dataset)
-    rows = load_rows(dataset, train_split)
-    valid_rows: Rows | None = None
-    warnings: list[str] = []
+    encoder, warnings = encoder_for(tokenizer), []
+    splits = (train_split, valid_split or default_valid_split(dataset), test_split)
+    rows = _rows_of(dataset, splits, num_samples, valid_fraction, seed, warnings)
+    made = _Made(dataset, encoder, seq_length, packing, pad_multiple, seed, log or (lambda _: None))
+    datasets = (
+        made.dataset_of("train", rows[0], num_samples[0]),
+        made.dataset_of("valid", rows[1], num_samples[1]),
+        made.dataset_of("test", rows[2], num_samples[2]),
+    )
+    made.warn(warnings)
+    return datasets
+
+
+def _rows_of(
+    dataset: str,
+    splits: tuple[str, str | None, str | None],
+    num_samples: Sequence[int | None],
+    valid_fraction: float,
+    seed: int,
+    warnings: list[str],
+) -> tuple[Rows, Rows | None, Rows | None]:
+    """Return the rows of the three datasets, and add to warnings if two have some in common."""
+    train_split, valid_split, test_split = splits
+    _, num_valid, num_test = num_samples
+    rows, valid_rows = load_rows(dataset, train_split), None
     if valid_split and num_valid != 0:
         valid_rows = load_rows(dataset, valid_split)
         if num_shared := valid_rows.num_shared(rows):
@@ -53,45 +73,59 @@ def build_datasets(
     elif num_valid != 0:
         rows, valid_rows = hold_out(rows, valid_fraction, seed)
     test_rows = load_rows(dataset, test_split) if test_split and num_test != 0 else None
-    unused: set[str] = set()
+    return rows, valid_rows, test_rows
 
-    def build(name: SplitName, rows: Rows | None, num: int | None) -> PackedDataset | None:
-        if rows is None or num == 0:
+
+@dataclass(frozen=True, slots=True)
+class _Made:
+    """What the three datasets are made with, and what of their rows nothing is made of."""
+
+    name: str
+    encoder: Encoder
+    seq_length: int
+    packing: bool
+    pad_multiple: int
+    seed: int
+    log: Callable[[str], None]
+    unused: set[str] = field(default_factory=set)
+
+    def dataset_of(
+        self, split: SplitName, rows: Rows | None, num_samples: int | None
+    ) -> PackedDataset | None:
+        """Encode and pack rows, and log what they are; None for no rows or no samples."""
+        if rows is None or num_samples == 0:
             return None
-        encoded = encode_rows(rows, schema_of(rows, dataset), encoder, seq_length, unused)
+        schema = schema_of(rows, self.name)
+        encoded = encode_rows(rows, schema, self.encoder, self.seq_length, self.unused)
         built = PackedDataset(
-            gather_examples(encoded, dataset),
-            seq_length,
-            encoder.pad_id,
-            packing=packing,
-            pad_multiple=pad_multiple,
-            num_samples=num,
-            shuffle=name == "train",
-            seed=seed,
-            split_name=name,
+            gather_examples(encoded, self.name),
+            self.seq_length,
+            self.encoder.pad_id,
+            packing=self.packing,
+            pad_multiple=self.pad_multiple,
+            num_samples=num_samples,
+            shuffle=split == "train",
+            seed=self.seed,
+            split_name=split,
         )
-        if log is not None:
-            log(describe(built))
+        self.log(describe(built))
         return built
 
-    built = (
-        build("train", rows, num_train),
-        build("valid", valid_rows, num_valid),
-        build("test", test_rows, num_test),
-    )
-    if unused:
-        warnings.append(f"nothing is made of {sorted(unused)}")
-    if left_out := files_left_out(dataset):
-        warnings.append(f"not read: {left_out}")
-    warnings += [f"{number} {note}" for note, number in encoder.notes.items()]
-    if warnings and log is not None:
-        log(f"WARNING: dataset {dataset}: {'; '.join(warnings)}")
-    return built
+    def warn(self, warnings: list[str]) -> None:
+        """Log these warnings, and what of the data is not trained on, as one line."""
+        found = list(warnings)
+        if self.unused:
+            found.append(f"nothing is made of {sorted(self.unused)}")
+        if left_out := files_left_out(self.name):
+            found.append(f"not read: {left_out}")
+        found += [f"{number} {note}" for note, number in self.encoder.notes.items()]
+        if found:
+            self.log(f"WARNING: dataset {self.name}: {'; '.join(found)}")
 
 
 def check_dataset(
     dataset: str,
-    tokenizer: Any,
+    tokenizer: Tokenizer,
     seq_length: int,
     *,
     train_split: str = "train",

@@ -3,8 +3,11 @@
 import json
 import re
 from collections import Counter
+from collections.abc import Mapping, Sequence
 from functools import cached_property, lru_cache
-from typing import Any
+from typing import Any, Protocol
+
+from jinja2 import Environment, meta
 
 from megalora.data.chats import Chat, Message
 
@@ -14,13 +17,37 @@ _GENERATION = re.compile(r"{%-?\s*(?:end)?generation\s*-?%}")
 _REASONING = {"reasoning", "reasoning_content", "thinking"}  # transformers fills all from one
 
 
+class HuggingFaceTokenizer(Protocol):
+    """What is used of a tokenizer of transformers, whose own types leave much open."""
+
+    chat_template: str | None
+    is_fast: bool
+    bos_token_id: Any
+    eos_token_id: Any
+    pad_token_id: int | None
+    special_tokens_map: Mapping[str, str]
+    added_tokens_encoder: Mapping[str, int]
+
+    def __call__(self, text: str, **options: bool) -> Any:
+        """Return the tokens of a text, as `input_ids` of a BatchEncoding."""
+        ...
+
+    def apply_chat_template(self, conversation: Sequence[Message], **options: Any) -> str:
+        """Return the text of a conversation; with `tokenize=False`."""
+        ...
+
+    def get_chat_template(self, chat_template: None, tools: Sequence[object] | None) -> str:
+        """Return the source of the template for these tools."""
+        ...
+
+
 class ChatTemplate:
     """The chat template of a Hugging Face tokenizer.
 
     notes: counts what the template does to answers, by a sentence each.
     """
 
-    def __init__(self, tokenizer: Any) -> None:
+    def __init__(self, tokenizer: HuggingFaceTokenizer) -> None:
         self.tokenizer = tokenizer
         self.notes: Counter[str] = Counter()
 
@@ -188,8 +215,6 @@ class ChatTemplate:
 @lru_cache(maxsize=8)
 def _variables(source: str) -> frozenset[str]:
     """Return the variables that a template is given from outside."""
-    from jinja2 import Environment, meta  # transformers needs it for templates too
-
     environment = Environment(extensions=["jinja2.ext.loopcontrols"])
     tree = environment.parse(_GENERATION.sub("", source))
     return frozenset(meta.find_undeclared_variables(tree))

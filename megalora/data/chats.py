@@ -85,7 +85,7 @@ def _messages_of(row: Row, schema: str) -> list[Message]:
     return context + _messages("completion", row["completion"])
 
 
-def _messages(column: str, value: Any) -> list[Message]:
+def _messages(column: str, value: object) -> list[Message]:
     raw = _parsed(column, value, list)
     if not raw:
         raise ValueError(f"`{column}` has no message: leave the row out")
@@ -98,7 +98,7 @@ def _messages(column: str, value: Any) -> list[Message]:
     return messages
 
 
-def _message(raw: Any) -> Message:
+def _message(raw: object) -> Message:
     if not isinstance(raw, Mapping):
         raise ValueError(f"{_short(raw)} is no message: write {{role, content}}")
     message = {key: value for key, value in raw.items() if value is not None}
@@ -138,12 +138,13 @@ def _read_calls(message: Message) -> None:
         message["tool_calls"] = [_call(c) for c in ([calls] if isinstance(calls, dict) else calls)]
 
 
-def _call(raw: Any) -> dict[str, Any]:
-    function = raw.get("function", raw) if isinstance(raw, Mapping) else None
+def _call(raw: object) -> dict[str, Any]:
+    given = raw if isinstance(raw, Mapping) else {}
+    function = given.get("function", given)
     if not isinstance(function, Mapping) or not isinstance(function.get("name"), str):
         raise ValueError(f"tool call {_short(raw)} names no function: write {{name, arguments}}")
     arguments = _parsed("arguments", function.get("arguments"), dict) or {}
-    rest = {} if function is raw else {k: v for k, v in raw.items() if v is not None}
+    rest = {} if function is given else {k: v for k, v in given.items() if v is not None}
     call = {"name": function["name"], "arguments": arguments}
     return {"type": "function", **rest, "function": call}
 
@@ -169,7 +170,7 @@ def _with_system(messages: list[Message], system: str) -> list[Message]:
     return messages
 
 
-def _text(name: str, value: Any) -> str:
+def _text(name: str, value: object) -> str:
     """Return text; parts of text, as OpenAI writes them, are joined by line ends, as vLLM does."""
     if isinstance(value, str):
         return value
@@ -184,7 +185,7 @@ def _text(name: str, value: Any) -> str:
     return "\n".join(texts)
 
 
-def _parsed(name: str, value: Any, kind: type | tuple[type, ...]) -> Any:
+def _parsed[T](name: str, value: object, kind: type[T] | tuple[type[T], ...]) -> T | None:
     """Return a list or dict that is given as such or as JSON; None for nothing."""
     parsed = value
     if isinstance(value, str):
@@ -201,6 +202,6 @@ def _parsed(name: str, value: Any, kind: type | tuple[type, ...]) -> Any:
     return parsed
 
 
-def _short(value: Any) -> str:
+def _short(value: object) -> str:
     text = repr(value)
     return text if len(text) <= 60 else f"{text[:57]}..."

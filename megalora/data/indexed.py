@@ -2,7 +2,7 @@
 
 import argparse
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from megatron.core.datasets.blended_megatron_dataset_builder import BlendedMegatronDatasetBuilder
@@ -10,11 +10,22 @@ from megatron.core.datasets.gpt_dataset import GPTDataset, GPTDatasetConfig, Moc
 from megatron.training.utils import get_blend_and_blend_per_split
 from torch.utils.data import Dataset
 
+if TYPE_CHECKING:
+    from megatron.core.tokenizers.text import MegatronTokenizerText
+
+
+class Samples(Protocol):
+    """A dataset of Megatron's."""
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, index: int) -> dict[str, torch.Tensor]: ...
+
 
 class IndexedDataset(Dataset):
     """A dataset of Megatron's, its samples completed by the keys that ours have."""
 
-    def __init__(self, dataset: Any, eod: int, *, keep_apart: bool) -> None:
+    def __init__(self, dataset: Samples, eod: int, *, keep_apart: bool) -> None:
         """Complete `dataset`; `keep_apart` ends an example behind every `eod` token."""
         self.dataset = dataset
         self.eod = eod
@@ -37,7 +48,10 @@ class IndexedDataset(Dataset):
 
 
 def indexed_datasets(
-    args: argparse.Namespace, tokenizer: Any, num_samples: Sequence[int | None], is_read: bool
+    args: argparse.Namespace,
+    tokenizer: "MegatronTokenizerText",
+    num_samples: Sequence[int | None],
+    is_read: bool,
 ) -> list[IndexedDataset | None]:
     """Return the train, validation and test datasets of --data-path or --mock-data.
 
@@ -67,10 +81,9 @@ def indexed_datasets(
         defer_npy_index_mmap=args.dataloader_defer_npy_index_mmap,
     )
     kind: Any = MockGPTDataset if args.mock_data else GPTDataset
-    sizes: Any = list(num_samples)
-    built = BlendedMegatronDatasetBuilder(kind, sizes, lambda: is_read, config).build()
+    builder: Any = BlendedMegatronDatasetBuilder
     keep_apart = args.reset_attention_mask
     return [
         None if dataset is None else IndexedDataset(dataset, tokenizer.eod, keep_apart=keep_apart)
-        for dataset in built
+        for dataset in builder(kind, list(num_samples), lambda: is_read, config).build()
     ]

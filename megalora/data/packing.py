@@ -2,13 +2,16 @@
 
 from bisect import bisect_left, insort
 from functools import lru_cache
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 from torch.utils.data import Dataset
 
 from megalora.data.examples import Examples
+
+if TYPE_CHECKING:
+    from megatron.core.datasets.utils import Split
 
 # Rows that packing keeps open: more pack a little better and mix examples over longer distances.
 _MAX_OPEN_ROWS = 256
@@ -85,7 +88,7 @@ class PackedDataset(Dataset):
         self._order = lru_cache(maxsize=2)(self._shuffled)
 
     @property
-    def split(self) -> Any:
+    def split(self) -> "Split":
         """Return Megatron's own name of the split, by which its loaders choose batch sizes."""
         from megatron.core.datasets.utils import Split
 

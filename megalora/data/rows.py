@@ -122,12 +122,11 @@ def _filled(rows: Rows, split: str, dataset: str) -> Rows:
 
 
 def _load_parquet(file: str) -> Any:
-    from pyarrow import ArrowInvalid
-    from pyarrow.parquet import read_metadata
+    import pyarrow.parquet
 
     try:
-        num_rows = read_metadata(file).num_rows
-    except (ArrowInvalid, OSError) as error:
+        num_rows = pyarrow.parquet.read_metadata(file).num_rows
+    except (pyarrow.ArrowInvalid, OSError) as error:
         raise ValueError(f"dataset {file} is no parquet file: {error}") from error
     # The library takes a table without rows for a split that is not there.
     return _call_datasets(file, "train", path="parquet", data_files=[file]) if num_rows else []

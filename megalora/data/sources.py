@@ -6,7 +6,7 @@ from bisect import bisect_right
 from collections.abc import Iterator, Mapping, Sequence
 from itertools import accumulate
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Protocol
 
 import numpy as np
 
@@ -68,7 +68,7 @@ class JsonLines:
 class Table:
     """Rows of a list, or of a table of the `datasets` library."""
 
-    def __init__(self, name: str, rows: Sequence[Any]) -> None:
+    def __init__(self, name: str, rows: Sequence[Row]) -> None:
         self.name = name
         self._rows = rows
 
@@ -153,7 +153,7 @@ def json_source(path: str) -> Source:
     return Table(path, rows)
 
 
-def _object(value: Any) -> Row:
+def _object(value: object) -> Row:
     if not isinstance(value, dict):
         raise ValueError(f"it is a {type(value).__name__}")
     return value
@@ -165,7 +165,7 @@ def _cause(error: ValueError) -> str:
     return f"{error.msg}, column {error.colno}" if is_json else str(error)
 
 
-def _without_nulls(value: Any) -> Any:
+def _without_nulls(value: object) -> object:
     if isinstance(value, Mapping):
         return {key: _without_nulls(item) for key, item in value.items() if item is not None}
     return [_without_nulls(item) for item in value] if isinstance(value, list) else value

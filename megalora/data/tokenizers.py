@@ -2,10 +2,12 @@
 
 from collections import Counter
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple, Protocol
+from typing import NamedTuple, Protocol, cast
 
-from megalora.data.chat_template import ChatTemplate
+from megalora.data.chat_template import ChatTemplate, HuggingFaceTokenizer
 from megalora.data.chats import Chat
+
+type Tokenizer = ByteTokenizer | MegatronTokenizer | HuggingFaceTokenizer
 
 
 class Tokens(NamedTuple):
@@ -13,6 +15,19 @@ class Tokens(NamedTuple):
 
     ids: list[int]
     trained: list[bool]
+
+
+class MegatronTokenizer(Protocol):
+    """What Megatron asks of a tokenizer."""
+
+    @property
+    def eod(self) -> int:
+        """Return the token that ends a document."""
+        ...
+
+    def tokenize(self, text: str) -> list[int]:
+        """Return the tokens of a text."""
+        ...
 
 
 class Encoder(Protocol):
@@ -111,7 +126,7 @@ class ByteEncoder:
 class HuggingFaceEncoder:
     """Encoder of a Hugging Face tokenizer; chats go through its own chat template."""
 
-    def __init__(self, tokenizer: Any) -> None:
+    def __init__(self, tokenizer: HuggingFaceTokenizer) -> None:
         self.tokenizer = tokenizer
         self._template = ChatTemplate(tokenizer)
         self.notes = self._template.notes
@@ -161,7 +176,7 @@ class HuggingFaceEncoder:
 class MegatronEncoder:
     """Encoder of Megatron's other tokenizers (SentencePiece, Tiktoken): text and completions."""
 
-    def __init__(self, tokenizer: Any) -> None:
+    def __init__(self, tokenizer: MegatronTokenizer) -> None:
         self.tokenizer = tokenizer
         pad_id = getattr(tokenizer, "pad", None)
         self.pad_id: int = tokenizer.eod if pad_id is None or pad_id < 0 else pad_id
@@ -189,7 +204,7 @@ class MegatronEncoder:
         return _keys(chat)
 
 
-def encoder_for(tokenizer: Any) -> Encoder:
+def encoder_for(tokenizer: Tokenizer) -> Encoder:
     """Return the encoder of a byte, a Hugging Face or a Megatron tokenizer."""
     if isinstance(tokenizer, ByteTokenizer):
         return ByteEncoder(tokenizer)
@@ -198,8 +213,8 @@ def encoder_for(tokenizer: Any) -> Encoder:
     inner = getattr(getattr(tokenizer, "_tokenizer", None), "tokenizer", None)
     for candidate in (tokenizer, inner):
         if callable(candidate) and hasattr(candidate, "convert_tokens_to_ids"):
-            return HuggingFaceEncoder(candidate)
-    return MegatronEncoder(tokenizer)
+            return HuggingFaceEncoder(cast(HuggingFaceTokenizer, candidate))
+    return MegatronEncoder(cast(MegatronTokenizer, tokenizer))
 
 
 def _keys(chat: Chat) -> set[str]:

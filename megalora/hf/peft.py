@@ -92,11 +92,7 @@ def write_adapter(
     moe_layers: those with experts; where left out, all that have no adapter of a dense MLP.
     Raises ValueError for values that are not finite, and for what the format cannot say.
     """
-    if format not in FORMATS:
-        raise ValueError(f"adapter format is {format!r}: must be one of {', '.join(FORMATS)}")
-    if not factors:
-        raise ValueError("adapter has no factors: nothing to write")
-    check_finite(factors)
+    _check_writable(factors, format)
     layers = [layer for name in factors if (layer := layer_of(name)) is not None]
     num_layers = num_layers or max(layers, default=-1) + 1
     if format == "uniform":
@@ -110,10 +106,17 @@ def write_adapter(
         tensors |= join_3d(experts) if format == "peft-3d" else _flat(experts.factors)
     config = _config(dense, experts, format, base_model_name, num_layers)
     with whole_directory(directory, overwrite=overwrite) as target:
-        save_tensors(
-            target / f"{ADAPTER}.safetensors", {_PREFIX + k: v for k, v in tensors.items()}
-        )
+        prefixed = {_PREFIX + key: tensor for key, tensor in tensors.items()}
+        save_tensors(target / f"{ADAPTER}.safetensors", prefixed)
         write_json(target / CONFIG_NAME, config)
+
+
+def _check_writable(factors: Mapping[str, LoRAFactors], format: str) -> None:
+    if format not in FORMATS:
+        raise ValueError(f"adapter format is {format!r}: must be one of {', '.join(FORMATS)}")
+    if not factors:
+        raise ValueError("adapter has no factors: nothing to write")
+    check_finite(factors)
 
 
 def make_uniform(factors: Mapping[str, LoRAFactors]) -> dict[str, LoRAFactors]:

@@ -61,7 +61,7 @@ class PeftRules:
         return alpha / (math.sqrt(rank) if self.use_rslora else rank)
 
 
-def _first_match(patterns: Mapping[str, Any], name: str, default: Any) -> Any:
+def _first_match[T](patterns: Mapping[str, T], name: str, default: T) -> T:
     for pattern, value in patterns.items():
         if matches(pattern, name):
             return value
