@@ -50,15 +50,15 @@ def _with_root() -> str:
 def worker() -> None:
     """Run this world's cases; rank 0 prints one line of JSON for each."""
     import megalora.cpu
-    import tests.mamba_on_cpu
+    import tests.support.mamba_on_cpu
 
     megalora.cpu.install()
-    tests.mamba_on_cpu.install()
+    tests.support.mamba_on_cpu.install()
     import torch
     import torch.distributed as dist
 
-    from tests.dist.cases import CASES
-    from tests.dist.parity import errors
+    from tests.dist.support.cases import CASES
+    from tests.dist.support.parity import errors
 
     torch.set_num_threads(1)
     dist.init_process_group("gloo")

@@ -12,7 +12,7 @@ import torch
 
 from megalora.ops import reference
 from megalora.ops.fused import load
-from tests.op_cases import CASES, TOLERANCE, draw, on, relative_error, run_all
+from tests.support.op_cases import CASES, TOLERANCE, draw, on, relative_error, run_all
 
 
 def main() -> int:

@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 
-from tests.tiny import train
+from tests.support.tiny import train
 
 # Workers are given them in this order, before all others: what takes longest must not be last.
 LONGEST = ["test_dist", "test_checkpoint_resume", "test_checkpoint_faults", "test_gpu_check"]

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.forked import Ranks, call
-from tests.tiny import ASYNC, LORA, back_to, flags, same_tensors, train
+from tests.support.forked import Ranks, call
+from tests.support.tiny import ASYNC, LORA, back_to, flags, same_tensors, train
 
 ITERATIONS = 8
 LAYOUT = flags("dp")

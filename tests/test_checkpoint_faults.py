@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 
 from megalora.__main__ import main
-from tests.forked import Ranks, call
-from tests.tiny import ASYNC, LORA, MODEL, back_to, flags, same_tensors, train
+from tests.support.forked import Ranks, call
+from tests.support.tiny import ASYNC, LORA, MODEL, back_to, flags, same_tensors, train
 
 NUM_KILLS = 10
 ITERATIONS = 20

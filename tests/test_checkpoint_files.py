@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.forked import call
+from tests.support.forked import call
 
 DESCRIPTION = {"config": {}, "model": {}}
 

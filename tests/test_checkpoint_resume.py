@@ -5,8 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.forked import call
-from tests.tiny import EXPERTS, LORA, MODEL, back_to, flags, same_tensors, train
+from tests.support.forked import call
+from tests.support.tiny import EXPERTS, LORA, MODEL, back_to, flags, same_tensors, train
 
 MOE = [*MODEL, *EXPERTS]
 TOLERANCE = 1e-5

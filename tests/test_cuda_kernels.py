@@ -17,7 +17,7 @@ from torch.utils.cpp_extension import include_paths, library_paths
 
 from megalora.ops import Ops, reference
 from megalora.ops.fused import load
-from tests.op_cases import (
+from tests.support.op_cases import (
     CASES,
     TOLERANCE,
     Case,

@@ -7,7 +7,7 @@ import pytest
 from megalora.data.chats import read_chat
 from megalora.data.examples import encode_rows
 from megalora.data.tokenizers import ByteTokenizer, encoder_for
-from tests.chat_templates import (
+from tests.support.chat_templates import (
     AS_JSON,
     AS_TEXT,
     CALLED,

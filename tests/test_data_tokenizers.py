@@ -12,7 +12,7 @@ from megalora.data.tokenizers import (
     Tokens,
     encoder_for,
 )
-from tests.chat_templates import (
+from tests.support.chat_templates import (
     CHAT,
     CHATML,
     hugging_face_tokenizer,

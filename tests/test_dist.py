@@ -5,8 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.forked import SCRIPT, Ranks
-from tests.watchdog import tail_of_logs
+from tests.support.forked import SCRIPT, Ranks
+from tests.support.watchdog import tail_of_logs
 
 PYTEST = SCRIPT.with_name("run_pytest.py")
 TESTS = Path(__file__).parent / "dist"

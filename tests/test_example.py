@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.forked import Ranks
-from tests.tiny import EXPERTS, LORA, MODEL, TRAIN, flags
+from tests.support.forked import Ranks
+from tests.support.tiny import EXPERTS, LORA, MODEL, TRAIN, flags
 
 EXAMPLE = Path(__file__).parent.parent / "examples" / "pretrain_lora.py"
 MODELS = {"dense": MODEL, "moe": [*MODEL, *EXPERTS]}

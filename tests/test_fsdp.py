@@ -5,8 +5,8 @@ import sys
 
 import pytest
 
-from tests.forked import call
-from tests.tiny import LORA, MODEL, TRAIN
+from tests.support.forked import call
+from tests.support.tiny import LORA, MODEL, TRAIN
 
 MEGATRON = ["--use-megatron-fsdp", "--ckpt-format", "fsdp_dtensor"]
 TORCH = ["--use-torch-fsdp2"]

@@ -8,7 +8,7 @@ from megalora.adapters.routes import LOCAL_ROUTE
 from megalora.adapters.sandwich import Call, adapt
 from megalora.ops import reference
 from megalora.ops.fused import load
-from tests.op_cases import CASES, TOLERANCE, Case, draw, on, relative_error, run_all
+from tests.support.op_cases import CASES, TOLERANCE, Case, draw, on, relative_error, run_all
 
 fused = load()
 pytestmark = [

@@ -11,8 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.forked import ROOT
-from tests.watchdog import run_watched
+from tests.support.forked import ROOT
+from tests.support.watchdog import run_watched
 
 sys.path.insert(0, str(ROOT / "benchmarks"))
 import gpu_check

@@ -12,8 +12,8 @@ import torch.distributed as dist
 
 from megalora import cpu
 from megalora.cpu import signs
-from tests.forked import ROOT, with_root
-from tests.watchdog import run_watched
+from tests.support.forked import ROOT, with_root
+from tests.support.watchdog import run_watched
 
 
 @pytest.mark.parametrize("file", ["proc/driver/nvidia/version", "dev/nvidia0", "dev/nvidiactl"])

@@ -1,6 +1,6 @@
 """A run on a GPU goes from Megatron's start through its first steps, on megatron-core from pip.
 
-No GPU is needed: `tests.as_on_gpu` fakes the devices; Megatron is as a GPU run
+No GPU is needed: `tests.support.as_on_gpu` fakes the devices; Megatron is as a GPU run
 finds it.
 """
 
@@ -13,10 +13,10 @@ from pathlib import Path
 
 import pytest
 
-from tests.examples import run_example
-from tests.forked import ROOT, SCRIPT, Ranks, free_port
-from tests.tiny import EXPERTS, LORA, TRAIN
-from tests.watchdog import run_watched
+from tests.support.examples import run_example
+from tests.support.forked import ROOT, SCRIPT, Ranks, free_port
+from tests.support.tiny import EXPERTS, LORA, TRAIN
+from tests.support.watchdog import run_watched
 
 pytestmark = pytest.mark.skipif(
     importlib.util.find_spec("transformer_engine") is not None,
@@ -47,7 +47,7 @@ def on_fake_gpu(logs: Path, *words: object) -> str:
     logs.mkdir()
     alone = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "localhost"}
     finished = run_watched(
-        [sys.executable, "-m", "tests.as_on_gpu", *(str(word) for word in words)],
+        [sys.executable, "-m", "tests.support.as_on_gpu", *(str(word) for word in words)],
         logs,
         cwd=ROOT,
         env={**os.environ, **alone, "MASTER_PORT": str(free_port()), "OMP_NUM_THREADS": "1"},

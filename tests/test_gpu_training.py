@@ -14,9 +14,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.forked import ROOT, free_port, with_root
-from tests.tiny import EXPERTS, LORA, MODEL, TRAIN
-from tests.watchdog import run_watched
+from tests.support.forked import ROOT, free_port, with_root
+from tests.support.tiny import EXPERTS, LORA, MODEL, TRAIN
+from tests.support.watchdog import run_watched
 
 REHEARSING = "MEGALORA_REHEARSE" in os.environ
 HAS_TE = importlib.util.find_spec("transformer_engine") is not None

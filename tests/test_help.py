@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from megalora.__main__ import make_parser
-from tests.forked import ROOT, call
+from tests.support.forked import ROOT, call
 
 SCRIPTS = [
     path.relative_to(ROOT)

@@ -12,7 +12,7 @@ from megalora.config import LoRAConfig
 from megalora.hf.adapters import from_hf, to_hf
 from megalora.hf.peft import read_adapter, write_adapter
 from megalora.hf.shape import ModelShape
-from tests.full_adapters import DENSE, MOE, PADDED, megatron_adapter
+from tests.support.full_adapters import DENSE, MOE, PADDED, megatron_adapter
 
 
 def same(first: dict[str, Tensor], second: dict[str, Tensor]) -> bool:

@@ -7,7 +7,7 @@ from torch import Tensor
 from megalora.config import LoRAConfig
 from megalora.hf.adapters import from_hf, to_hf
 from megalora.hf.factors import LoRAFactors
-from tests.full_adapters import DENSE, MOE, megatron_adapter
+from tests.support.full_adapters import DENSE, MOE, megatron_adapter
 
 
 def third_party(name: str, rank: int, num_in: int, num_out: int, scale: float = 1.5):

@@ -10,8 +10,8 @@ import torch
 
 from megalora.hf.factors import LoRAFactors
 from megalora.hf.peft import read_adapter, write_adapter
-from tests.forked import with_root
-from tests.hf_models import (
+from tests.support.forked import with_root
+from tests.support.hf_models import (
     LAYERS,
     NUM_EXPERTS,
     hf_model,
@@ -21,7 +21,7 @@ from tests.hf_models import (
     peft_model,
     random_factors,
 )
-from tests.watchdog import run_watched
+from tests.support.watchdog import run_watched
 
 ROOT = Path(__file__).parent.parent
 # Alpha 32 for all: 32 / 8 and 32 / 4.
@@ -73,7 +73,7 @@ def place(tmp_path_factory, factors) -> Path:
     commands = [command.split() for command in COMMANDS.values()]
     (place / "commands.json").write_text(json.dumps(commands))
     finished = run_watched(
-        [sys.executable, "-m", "tests.hf_commands", "commands.json", "results.json"],
+        [sys.executable, "-m", "tests.support.hf_commands", "commands.json", "results.json"],
         place,
         cwd=place,
         env={**os.environ, "PYTHONPATH": with_root(), "OMP_NUM_THREADS": "1"},

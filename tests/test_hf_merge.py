@@ -11,7 +11,7 @@ from megalora.hf.factors import LoRAFactors
 from megalora.hf.inspect import inspect_peft, measure
 from megalora.hf.merge import merge_adapter
 from megalora.hf.peft import write_adapter
-from tests.hf_models import hf_model, hf_model_from, logits, merged, random_factors
+from tests.support.hf_models import hf_model, hf_model_from, logits, merged, random_factors
 
 RANKS = {"experts": (4, 0.5), "": (8, 2.0)}
 

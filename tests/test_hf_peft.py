@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 
 from megalora.hf.factors import LoRAFactors
 from megalora.hf.peft import FORMATS, read_adapter, write_adapter
-from tests.hf_models import (
+from tests.support.hf_models import (
     IDS,
     LAYERS,
     NUM_EXPERTS,

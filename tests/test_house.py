@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.house import (
+from tests.support.house import (
     FILE_LINES,
     FUNCTION_LINES,
     RATCHETS,

@@ -5,8 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.forked import ROOT, SCRIPT, Ranks, call
-from tests.tiny import EXPERTS, HYBRID, LORA, MODEL, TRAIN, back_to, flags, read_all, train
+from tests.support.forked import ROOT, SCRIPT, Ranks, call
+from tests.support.tiny import EXPERTS, HYBRID, LORA, MODEL, TRAIN, back_to, flags, read_all, train
 
 EXAMPLE = ROOT / "examples" / "pretrain_lora.py"
 HYBRID_SCRIPT = SCRIPT.with_name("pretrain_hybrid.py")

@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from tests.forked import ROOT, SCRIPT, free_port, with_root
-from tests.tiny import LORA, MODEL, TRAIN
-from tests.watchdog import run_watched
+from tests.support.forked import ROOT, SCRIPT, free_port, with_root
+from tests.support.tiny import LORA, MODEL, TRAIN
+from tests.support.watchdog import run_watched
 
 EXAMPLES = ROOT / "examples"
 

@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from tests.forked import SCRIPT, Ranks, free_port, with_root
-from tests.tiny import LORA, MODEL, TRAIN, flags, train
-from tests.watchdog import run_watched
+from tests.support.forked import SCRIPT, Ranks, free_port, with_root
+from tests.support.tiny import LORA, MODEL, TRAIN, flags, train
+from tests.support.watchdog import run_watched
 
 PROVIDER_SCRIPT = SCRIPT.with_name("pretrain_provider.py")
 

@@ -9,9 +9,9 @@ import pytest
 
 from megalora import LoRAConfig
 from megalora.training import auto_lr
-from tests.examples import run_example
-from tests.forked import Ranks, call
-from tests.tiny import EXPERTS, LORA, MODEL, TRAIN
+from tests.support.examples import run_example
+from tests.support.forked import Ranks, call
+from tests.support.tiny import EXPERTS, LORA, MODEL, TRAIN
 
 SHORT = ["--train-iters", "2", "--lr", "auto"]
 # 5e-5 * 15 (fewer than 100 steps) * (2000 / 64) ** 0.0775: FACTS' rule at hidden size 64.

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from tests.forked import call
+from tests.support.forked import call
 
 
 def replaces_make(folder: Path) -> bool:

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.forked import Ranks
-from tests.tiny import LORA, flags, train
+from tests.support.forked import Ranks
+from tests.support.tiny import LORA, flags, train
 
 # Of LevelDB's logs: the size of a block, and kinds of parts of a record.
 BLOCK, WHOLE, LAST = 32768, 1, 4

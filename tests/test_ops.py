@@ -9,7 +9,14 @@ from hypothesis import strategies as st
 
 from megalora.ops import reference
 from megalora.ops.fused import load
-from tests.op_cases import CASES, TOLERANCE, Case, assert_matches_reference, draw, relative_error
+from tests.support.op_cases import (
+    CASES,
+    TOLERANCE,
+    Case,
+    assert_matches_reference,
+    draw,
+    relative_error,
+)
 
 SEED = torch.tensor([11])
 DTYPES = list(TOLERANCE)

@@ -6,7 +6,7 @@ from torch import Tensor
 from torch.autograd.gradcheck import GradcheckError
 
 from megalora.ops.fused import load
-from tests.op_cases import CASES, Case, draw
+from tests.support.op_cases import CASES, Case, draw
 
 SEED = torch.tensor([11])
 fused = load()

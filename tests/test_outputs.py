@@ -10,8 +10,8 @@ import torch
 from megalora.hf.factors import LoRAFactors
 from megalora.hf.families import FAMILIES
 from megalora.hf.servers import refusals
-from tests.forked import Ranks, call
-from tests.tiny import EXPERTS, LORA, MODEL, TRAIN
+from tests.support.forked import Ranks, call
+from tests.support.tiny import EXPERTS, LORA, MODEL, TRAIN
 
 
 def start(logs: Path, *more: object) -> Ranks:

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.forked import Ranks
-from tests.public_scripts import (
+from tests.support.forked import Ranks
+from tests.support.public_scripts import (
     DEEPSEEK_V3,
     LLAMA3_8B,
     MIXTRAL_8X7B,

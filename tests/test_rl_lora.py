@@ -8,9 +8,9 @@ from typing import Any
 
 import pytest
 
-from tests.examples import run_example
-from tests.forked import call
-from tests.tiny import back_to
+from tests.support.examples import run_example
+from tests.support.forked import call
+from tests.support.tiny import back_to
 
 MODEL_AND_TRAINING = """
 --cpu --num-layers 2 --hidden-size 64 --ffn-hidden-size 96 --num-attention-heads 4

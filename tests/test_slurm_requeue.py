@@ -13,8 +13,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.forked import ROOT
-from tests.watchdog import POLL_S, STALL_S
+from tests.support.forked import ROOT
+from tests.support.watchdog import POLL_S, STALL_S
 
 SCRIPT = ROOT / "examples" / "slurm_multinode.sbatch"
 TRACKER = "latest_checkpointed_iteration.txt"

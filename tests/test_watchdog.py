@@ -5,9 +5,9 @@ from pathlib import Path
 import psutil
 import pytest
 
-from tests import watchdog
-from tests.forked import Ranks
-from tests.watchdog import Watchdog, run_watched
+from tests.support import watchdog
+from tests.support.forked import Ranks
+from tests.support.watchdog import Watchdog, run_watched
 
 
 class Clock:

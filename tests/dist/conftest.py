@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from tests.watchdog import STALL_S
+from tests.support.watchdog import STALL_S
 
 # Plain pytest must not collect these modules: they need the other processes.
 IN_A_WORLD = "LOCAL_WORLD_SIZE" in os.environ
@@ -14,7 +14,7 @@ collect_ignore_glob = [] if IN_A_WORLD else ["test_*.py"]
 
 if IN_A_WORLD:
     # Before any test module imports megatron.
-    import tests.megatron_cpu  # noqa: F401
+    import tests.support.megatron_cpu  # noqa: F401
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -7,13 +7,13 @@ import torch
 
 from megalora.builder import apply_lora
 from megalora.checkpoint.state import load_adapters
-from tests.dist import answers
-from tests.dist.answers import Answers
-from tests.dist.cases import BY_MICROBATCH, BY_TOKEN, CP2, KINDS
-from tests.dist.layouts import Layout, model_parallel, over
-from tests.dist.models import build_model
-from tests.dist.parity import assemble, lora_config, objective, start_values
-from tests.dist.training import Run, context_parallel_cut, train
+from tests.dist.support import answers
+from tests.dist.support.answers import Answers
+from tests.dist.support.cases import BY_MICROBATCH, BY_TOKEN, CP2, KINDS
+from tests.dist.support.layouts import Layout, model_parallel, over
+from tests.dist.support.models import build_model
+from tests.dist.support.parity import assemble, lora_config, objective, start_values
+from tests.dist.support.training import Run, context_parallel_cut, train
 
 
 @over(CP2)

@@ -9,9 +9,9 @@ from megatron.core import parallel_state
 from torch.nn.functional import scaled_dot_product_attention
 
 from megalora.mends import attention
-from tests.dist.layouts import Layout, model_parallel, one_rank, over
-from tests.dist.models import MLA, MOE, SEQ_LENGTH, build_model
-from tests.dist.training import Run, packed, train
+from tests.dist.support.layouts import Layout, model_parallel, one_rank, over
+from tests.dist.support.models import MLA, MOE, SEQ_LENGTH, build_model
+from tests.dist.support.training import Run, packed, train
 
 TOLERANCE = 1e-5
 DISTRIBUTED_OPTIMIZER = Run(distributed_optimizer=True, overlap=True)

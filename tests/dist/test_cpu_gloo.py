@@ -7,7 +7,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from tests.dist.layouts import Layout, over
+from tests.dist.support.layouts import Layout, over
 
 # More than the sockets between two processes hold, so that sending has to wait for the receiver.
 LARGE = 4_000_000

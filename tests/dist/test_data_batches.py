@@ -15,9 +15,9 @@ from megalora.data import ByteTokenizer, PackedDataset, batch
 from megalora.data.arguments import AttentionFormat
 from megalora.data.examples import encode_rows, gather_examples
 from megalora.data.tokenizers import encoder_for
-from tests.dist.layouts import Layout, model_parallel, one_rank, over
-from tests.dist.models import MOE, build_model
-from tests.dist.route import as_args, route_args
+from tests.dist.support.layouts import Layout, model_parallel, one_rank, over
+from tests.dist.support.models import MOE, build_model
+from tests.dist.support.route import as_args, route_args
 
 SEQ_LENGTH = 64
 VOCAB_SIZE = 264

@@ -18,7 +18,7 @@ from megatron.training.arguments import parse_args
 from megalora.data import ByteTokenizer, add_data_args, attention_format, batch
 from megalora.data.arguments import check_data_args, tokenizer_from_args
 from megalora.training.flags import guard_tokenizer
-from tests.dist.layouts import Layout, model_parallel
+from tests.dist.support.layouts import Layout, model_parallel
 
 
 @pytest.mark.world_1

@@ -19,10 +19,10 @@ from megalora.hf.base_out import hf_config, save_hf_base
 from megalora.hf.factors import LoRAFactors
 from megalora.hf.families import model_shape, read_config
 from megalora.hf.peft import read_adapter, write_adapter
-from tests import hf_models
-from tests.dist import hf
-from tests.dist.layouts import Layout, model_parallel, over
+from tests.dist.support import hf
+from tests.dist.support.layouts import Layout, model_parallel, over
 from tests.dist.test_hf_base import reference
+from tests.support import hf_models
 
 TOLERANCE = 1e-4
 CONFIG = LoRAConfig(rank=8, alpha=16.0, expert_rank=4)

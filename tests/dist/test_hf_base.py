@@ -13,9 +13,9 @@ from safetensors.torch import load_file, save_file
 
 from megalora.hf.base import load_hf_base
 from megalora.hf.families import megatron_args, megatron_flags, read_config
-from tests import hf_models
-from tests.dist import hf
-from tests.dist.layouts import Layout, model_parallel, over
+from tests.dist.support import hf
+from tests.dist.support.layouts import Layout, model_parallel, over
+from tests.support import hf_models
 
 TOLERANCE = 1e-4
 ONE = Layout()

@@ -11,11 +11,11 @@ from megalora.adapters.rows import in_rank_order, in_whole_order
 from megalora.builder import apply_lora, named_adapters
 from megalora.checkpoint.state import gather_adapters, load_adapters
 from megalora.config import LoRAConfig
-from tests.dist.cases import KINDS, TP2, TP2_SP
-from tests.dist.layouts import Layout, model_parallel, one_rank, over
-from tests.dist.models import build_model
-from tests.dist.parity import largest, lora_config, relative, start_values
-from tests.dist.training import Run, train
+from tests.dist.support.cases import KINDS, TP2, TP2_SP
+from tests.dist.support.layouts import Layout, model_parallel, one_rank, over
+from tests.dist.support.models import build_model
+from tests.dist.support.parity import largest, lora_config, relative, start_values
+from tests.dist.support.training import Run, train
 
 IN_PROJ = "decoder.layers.0.mixer.in_proj"
 

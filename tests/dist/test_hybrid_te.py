@@ -8,13 +8,13 @@ import torch
 from megatron.core.extensions import transformer_engine as te
 from megatron.core.models.hybrid.hybrid_layer_specs import hybrid_stack_spec
 
-import tests.dist.models
+import tests.dist.support.models
 from megalora.mends.attention import CoreAttention
-from tests.dist.cases import EP2, TP2, TP2_SP, Case
-from tests.dist.layouts import Layout
-from tests.dist.parity import errors, truth
+from tests.dist.support.cases import EP2, TP2, TP2_SP, Case
+from tests.dist.support.layouts import Layout
+from tests.dist.support.parity import errors, truth
 from tests.dist.test_parity import in_its_world, tolerance
-from tests.te_on_cpu import kernels_of_torch
+from tests.support.te_on_cpu import kernels_of_torch
 
 pytestmark = pytest.mark.skipif(not te.HAVE_TE, reason="TransformerEngine is not installed")
 GROUPED = {"moe_grouped_gemm": True}
@@ -34,7 +34,7 @@ def test_adapters_on_the_default_layers_train_alike(
     with kernels_of_torch():
         # Of Megatron's own layers, and kept.
         truth(case.layout.world_size, case.kind, case.dtype)
-        monkeypatch.setattr(tests.dist.models, "STACK", default_stack())
+        monkeypatch.setattr(tests.dist.support.models, "STACK", default_stack())
         found = errors(case)
     assert found["start"] == 0.0
     too_large = {what: e for what, e in found.items() if e > tolerance(torch.float32, what)}

@@ -8,8 +8,8 @@ import torch
 
 from megalora.builder import apply_lora, named_adapters
 from megalora.config import LoRAConfig
-from tests.dist.layouts import Layout, model_parallel, over
-from tests.dist.models import SEQ_LENGTH, VOCAB_SIZE, build_model
+from tests.dist.support.layouts import Layout, model_parallel, over
+from tests.dist.support.models import SEQ_LENGTH, VOCAB_SIZE, build_model
 
 NUM_STEPS = 40
 LR, EPS = 3e-3, 1e-4

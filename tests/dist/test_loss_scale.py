@@ -13,13 +13,21 @@ from megatron.core.optimizer import ChainedOptimizer
 
 from megalora.builder import apply_lora, named_adapters
 from megalora.checkpoint.state import load_adapters
-from tests.dist.cases import EP2, FP16, KINDS, PP2, TP2_SP
-from tests.dist.layouts import Layout, model_parallel
-from tests.dist.models import build_model
-from tests.dist.oracle import EPS
-from tests.dist.parity import LR, NUM_STEPS, assemble, largest, lora_config, start_values, truth
+from tests.dist.support.cases import EP2, FP16, KINDS, PP2, TP2_SP
+from tests.dist.support.layouts import Layout, model_parallel
+from tests.dist.support.models import build_model
+from tests.dist.support.oracle import EPS
+from tests.dist.support.parity import (
+    LR,
+    NUM_STEPS,
+    assemble,
+    largest,
+    lora_config,
+    start_values,
+    truth,
+)
+from tests.dist.support.training import Run, train
 from tests.dist.test_parity import tolerance
-from tests.dist.training import Run, train
 
 SKIPPED = 1
 CASES = [(TP2_SP, "dense"), (PP2, "dense"), (PP2, "unembedding alone")]

@@ -5,7 +5,7 @@ import torch
 from megatron.core import parallel_state
 
 from megalora.losses import vocab_parallel_logprobs
-from tests.dist.layouts import Layout, model_parallel, over
+from tests.dist.support.layouts import Layout, model_parallel, over
 
 S, B, V = 5, 3, 16
 

@@ -11,10 +11,10 @@ from megalora.builder import apply_lora
 from megalora.checkpoint.state import gather_adapters, whole_shapes
 from megalora.hf.exchange import check_export
 from megalora.training.outputs import check_outputs
-from tests.dist.cases import EP2, KINDS, TP2_SP
-from tests.dist.layouts import Layout, model_parallel, over
-from tests.dist.models import VOCAB_SIZE, build_model
-from tests.dist.parity import lora_config
+from tests.dist.support.cases import EP2, KINDS, TP2_SP
+from tests.dist.support.layouts import Layout, model_parallel, over
+from tests.dist.support.models import VOCAB_SIZE, build_model
+from tests.dist.support.parity import lora_config
 
 PP2 = Layout(pp=2)
 

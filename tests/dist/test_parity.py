@@ -5,9 +5,9 @@ from typing import Any
 import pytest
 import torch
 
-from tests.dist.cases import CASES, Case
-from tests.dist.layouts import world
-from tests.dist.parity import errors
+from tests.dist.support.cases import CASES, Case
+from tests.dist.support.layouts import world
+from tests.dist.support.parity import errors
 
 
 def tolerance(dtype: torch.dtype, what: str) -> float:

@@ -18,8 +18,8 @@ from megalora.adapters.adapter import LoRAAdapter
 from megalora.adapters.bases import Split, State
 from megalora.adapters.collectives import Collective, GatherFactor, group_size, own_shard
 from megalora.adapters.routes import ROUTES, FactorUse
-from tests.dist.answers import Answers
-from tests.dist.cases import (
+from tests.dist.support.answers import Answers
+from tests.dist.support.cases import (
     BF16,
     BY_MICROBATCH,
     BY_TOKEN,
@@ -32,10 +32,10 @@ from tests.dist.cases import (
     TP2_SP,
     Case,
 )
-from tests.dist.layouts import Layout
-from tests.dist.parity import errors, truth
+from tests.dist.support.layouts import Layout
+from tests.dist.support.parity import errors, truth
+from tests.dist.support.training import Run
 from tests.dist.test_parity import in_its_world, tolerance
-from tests.dist.training import Run
 
 Break = Callable[[pytest.MonkeyPatch], None]
 

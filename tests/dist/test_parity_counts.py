@@ -11,11 +11,11 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from megalora.builder import apply_lora, named_adapters, set_enabled
-from tests.dist.cases import KINDS, TP2, TP2_SP
-from tests.dist.layouts import Layout, model_parallel, over
-from tests.dist.models import SEQ_LENGTH, build_model
-from tests.dist.parity import draw_b, lora_config
-from tests.dist.training import Run, train
+from tests.dist.support.cases import KINDS, TP2, TP2_SP
+from tests.dist.support.layouts import Layout, model_parallel, over
+from tests.dist.support.models import SEQ_LENGTH, build_model
+from tests.dist.support.parity import draw_b, lora_config
+from tests.dist.support.training import Run, train
 
 NUM_TOKENS = SEQ_LENGTH
 # Of models.DENSE: hidden, query + key + value, heads, 2 ffn, vocabulary; three projections
@@ -210,7 +210,7 @@ def _adapter_numbers(chunks: list[Any]) -> int:
 def test_the_frozen_base_has_no_gradient_no_buffer_and_no_optimizer_state(
     layout: Layout, kind: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    import tests.dist.training as training
+    import tests.dist.support.training as training
 
     made: list[Any] = []
     monkeypatch.setattr(training, "get_megatron_optimizer", _spy(training, made))

@@ -11,11 +11,11 @@ from megalora.adapters.adapter import LoRAAdapter
 from megalora.builder import apply_lora
 from megalora.checkpoint.state import load_adapters
 from megalora.ops.reference import dropout_mask
-from tests.dist.cases import ETP2, KINDS, RECOMPUTED, TP2, TP2_SP
-from tests.dist.layouts import Layout, model_parallel, over
-from tests.dist.models import build_model
-from tests.dist.parity import draw_b, lora_config, relative, start_values
-from tests.dist.training import Run, train
+from tests.dist.support.cases import ETP2, KINDS, RECOMPUTED, TP2, TP2_SP
+from tests.dist.support.layouts import Layout, model_parallel, over
+from tests.dist.support.models import build_model
+from tests.dist.support.parity import draw_b, lora_config, relative, start_values
+from tests.dist.support.training import Run, train
 
 P = 0.4
 ATTENTION = "decoder.layers.0.self_attention"

@@ -9,10 +9,10 @@ from torch import Tensor
 from megalora.builder import apply_lora, named_adapters
 from megalora.checkpoint.state import load_adapters
 from megalora.config import LoRAConfig
-from tests.dist.cases import KINDS
-from tests.dist.layouts import Layout, model_parallel, over
-from tests.dist.models import build_model
-from tests.dist.parity import assemble, draw_b, lora_config, start_values
+from tests.dist.support.cases import KINDS
+from tests.dist.support.layouts import Layout, model_parallel, over
+from tests.dist.support.models import build_model
+from tests.dist.support.parity import assemble, draw_b, lora_config, start_values
 
 
 class _Wrapped(torch.nn.Module):

@@ -9,10 +9,10 @@ from torch import Tensor
 
 from megalora.builder import apply_lora
 from megalora.checkpoint.state import load_adapters
-from tests.dist.cases import EP2, ETP2, KINDS, TP2_EP2
-from tests.dist.layouts import Layout, model_parallel, one_rank, over
-from tests.dist.models import build_model
-from tests.dist.parity import (
+from tests.dist.support.cases import EP2, ETP2, KINDS, TP2_EP2
+from tests.dist.support.layouts import Layout, model_parallel, one_rank, over
+from tests.dist.support.models import build_model
+from tests.dist.support.parity import (
     EPS,
     assemble,
     largest,
@@ -20,7 +20,7 @@ from tests.dist.parity import (
     relative,
     start_values,
 )
-from tests.dist.training import Run, train
+from tests.dist.support.training import Run, train
 
 
 @dataclasses.dataclass

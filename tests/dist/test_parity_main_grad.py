@@ -8,11 +8,11 @@ import torch
 
 from megalora.builder import apply_lora, named_adapters
 from megalora.checkpoint.state import load_adapters
-from tests.dist.cases import KINDS, TP2, TP2_SP
-from tests.dist.layouts import Layout, model_parallel, over
-from tests.dist.models import build_model
-from tests.dist.parity import Tensors, assemble, largest, lora_config, start_values
-from tests.dist.training import NUM_SEQUENCES, Run, train
+from tests.dist.support.cases import KINDS, TP2, TP2_SP
+from tests.dist.support.layouts import Layout, model_parallel, over
+from tests.dist.support.models import build_model
+from tests.dist.support.parity import Tensors, assemble, largest, lora_config, start_values
+from tests.dist.support.training import NUM_SEQUENCES, Run, train
 
 KIND = "latent attention"  # column, row and duplicated linears
 

@@ -7,11 +7,11 @@ import torch
 
 from megalora.builder import apply_lora
 from megalora.checkpoint.state import load_adapters
-from tests.dist.cases import EP2, KINDS
-from tests.dist.layouts import Layout, model_parallel, over
-from tests.dist.models import build_model
-from tests.dist.parity import Tensors, assemble, largest, lora_config, start_values
-from tests.dist.training import Run, train
+from tests.dist.support.cases import EP2, KINDS
+from tests.dist.support.layouts import Layout, model_parallel, over
+from tests.dist.support.models import build_model
+from tests.dist.support.parity import Tensors, assemble, largest, lora_config, start_values
+from tests.dist.support.training import Run, train
 
 KIND = "experts in 4 layers"
 

@@ -4,9 +4,9 @@ from typing import Any
 
 import pytest
 
-from tests.dist.cases import Case
-from tests.dist.layouts import Layout, over
-from tests.dist.parity import errors
+from tests.dist.support.cases import Case
+from tests.dist.support.layouts import Layout, over
+from tests.dist.support.parity import errors
 
 
 @pytest.mark.parametrize(

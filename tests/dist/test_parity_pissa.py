@@ -11,12 +11,12 @@ from megalora.adapters.pissa import at_start
 from megalora.builder import apply_lora
 from megalora.checkpoint.state import gather_adapters
 from megalora.config import LoRAConfig
-from tests.dist.cases import ETP2, KINDS, TP2_EP2, TP2_SP
-from tests.dist.layouts import Layout, model_parallel, one_rank, over
-from tests.dist.models import build_model
-from tests.dist.oracle import projections
-from tests.dist.parity import Tensors, assemble, largest, relative
-from tests.dist.training import Run, train
+from tests.dist.support.cases import ETP2, KINDS, TP2_EP2, TP2_SP
+from tests.dist.support.layouts import Layout, model_parallel, one_rank, over
+from tests.dist.support.models import build_model
+from tests.dist.support.oracle import projections
+from tests.dist.support.parity import Tensors, assemble, largest, relative
+from tests.dist.support.training import Run, train
 
 CONFIG = LoRAConfig(rank=4, alpha=6.0, init="pissa")
 ONE_STEP = Run(num_steps=1)

@@ -9,11 +9,11 @@ from torch import Tensor
 from megalora.adapters.merge import merge, unmerge
 from megalora.builder import apply_lora, set_enabled
 from megalora.checkpoint.state import load_adapters
-from tests.dist.cases import EP2, ETP2, KINDS, TP2, TP2_EP2, TP2_SP, TP4_SP
-from tests.dist.layouts import Layout, model_parallel, over
-from tests.dist.models import build_model
-from tests.dist.parity import lora_config, start_values
-from tests.dist.training import Run, train
+from tests.dist.support.cases import EP2, ETP2, KINDS, TP2, TP2_EP2, TP2_SP, TP4_SP
+from tests.dist.support.layouts import Layout, model_parallel, over
+from tests.dist.support.models import build_model
+from tests.dist.support.parity import lora_config, start_values
+from tests.dist.support.training import Run, train
 
 KIND_OF = {
     Layout(): "experts",

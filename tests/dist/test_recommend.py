@@ -11,8 +11,8 @@ from megalora.builder import apply_lora, named_adapters
 from megalora.config import LoRAConfig
 from megalora.recommend import Layout as GpuLayout
 from megalora.recommend import ModelShape, adapter_parameters, gpu_memory, step_flops
-from tests.dist.layouts import Layout, model_parallel, over
-from tests.dist.models import DENSE, MOE, SEQ_LENGTH, VOCAB_SIZE, build_model
+from tests.dist.support.layouts import Layout, model_parallel, over
+from tests.dist.support.models import DENSE, MOE, SEQ_LENGTH, VOCAB_SIZE, build_model
 
 MODES: dict[str, dict[str, Any]] = {
     "all": {},

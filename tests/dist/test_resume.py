@@ -9,8 +9,15 @@ import pytest
 import torch
 
 from megalora.checkpoint.state import gather_adapters
-from tests.dist.layouts import Layout, model_parallel, world
-from tests.dist.resuming import HALF, ITERATIONS, Cell, Resumable, differences, shared_directory
+from tests.dist.support.layouts import Layout, model_parallel, world
+from tests.dist.support.resuming import (
+    HALF,
+    ITERATIONS,
+    Cell,
+    Resumable,
+    differences,
+    shared_directory,
+)
 
 EXPERTS = ("*.experts.linear_fc1", "*.experts.linear_fc2")
 FIRST, LAST = ("decoder.layers.0.*",), ("decoder.layers.1.*",)

@@ -15,11 +15,11 @@ from torch import Tensor
 from megalora.builder import apply_lora
 from megalora.checkpoint.state import load_adapters
 from megalora.config import LoRAConfig
-from tests.dist.cases import TP2, TP2_SP
-from tests.dist.layouts import Layout, model_parallel, over
-from tests.dist.models import MOE, build_config
-from tests.dist.parity import Tensors, assemble, draw_b, largest, relative
-from tests.te_on_cpu import kernels_of_torch
+from tests.dist.support.cases import TP2, TP2_SP
+from tests.dist.support.layouts import Layout, model_parallel, over
+from tests.dist.support.models import MOE, build_config
+from tests.dist.support.parity import Tensors, assemble, draw_b, largest, relative
+from tests.support.te_on_cpu import kernels_of_torch
 
 pytestmark = pytest.mark.skipif(not te.HAVE_TE, reason="TransformerEngine is not installed")
 TOLERANCE = 1e-6

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from pathlib import Path
 
-from tests.forked import ROOT, Ranks
+from tests.support.forked import ROOT, Ranks
 
 EXAMPLES = ROOT / "examples"
 

@@ -18,8 +18,8 @@ from megatron.core.models.hybrid.hybrid_model import HybridModel
 from megatron.core.tensor_parallel import set_defaults_if_not_set_tensor_model_parallel_attributes
 from megatron.core.transformer.transformer_config import MLATransformerConfig, TransformerConfig
 
-from tests.dist.layouts import Layout
-from tests.hybrid_spec import STACK
+from tests.dist.support.layouts import Layout
+from tests.support.hybrid_spec import STACK
 
 VOCAB_SIZE = 64
 SEQ_LENGTH = 16

@@ -27,10 +27,10 @@ from megalora.checkpoint.schedule import take_rates
 from megalora.config import LoRAConfig
 from megalora.training.flags import add_exchange_args, check_checkpoint_args
 from megalora.training.rates import factor_overrides
-from tests.dist.cases import KINDS
-from tests.dist.layouts import Layout
-from tests.dist.models import build_model
-from tests.dist.training import NUM_SEQUENCES, Run, Trainer
+from tests.dist.support.cases import KINDS
+from tests.dist.support.layouts import Layout
+from tests.dist.support.models import build_model
+from tests.dist.support.training import NUM_SEQUENCES, Run, Trainer
 
 ITERATIONS = 4
 HALF = 2

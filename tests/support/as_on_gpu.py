@@ -1,7 +1,7 @@
 """Run a program as on a GPU: CUDA devices and NCCL are faked, and nothing else of Megatron.
 
-python -m tests.as_on_gpu SCRIPT.py <its flags>
-python -m tests.as_on_gpu run SCRIPT.py <its flags>         by `megalora run`
+python -m tests.support.as_on_gpu SCRIPT.py <its flags>
+python -m tests.support.as_on_gpu run SCRIPT.py <its flags>         by `megalora run`
 
 What `megalora.cpu` brings for the CPU's sake alone, stand-ins for CUDA kernels, is left out.
 """

@@ -11,8 +11,8 @@ from megatron.core.pipeline_parallel import get_forward_backward_func
 
 from megalora.hf.base import load_hf_base
 from megalora.hf.families import megatron_args, read_config
-from tests.dist.layouts import Layout
-from tests.dist.models import build_model
+from tests.dist.support.layouts import Layout
+from tests.dist.support.models import build_model
 
 PADDED_VOCAB = 72
 _NOT_FIELDS = (

@@ -1,7 +1,7 @@
 """A spec of hybrid models of Megatron's own layers; those of the default are TransformerEngine's.
 
-Import it after `tests.mamba_on_cpu.install()`.
-Scripts name it by `--spec tests.hybrid_spec STACK`.
+Import it after `tests.support.mamba_on_cpu.install()`.
+Scripts name it by `--spec tests.support.hybrid_spec STACK`.
 """
 
 from typing import Any

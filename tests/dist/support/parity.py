@@ -20,12 +20,12 @@ from torch import Tensor
 from megalora.builder import apply_lora, named_adapters
 from megalora.checkpoint.state import load_adapters
 from megalora.config import LoRAConfig
-from tests.dist.answers import Answers
-from tests.dist.cases import KINDS, Case
-from tests.dist.layouts import Layout, model_parallel, one_rank
-from tests.dist.models import build_model
-from tests.dist.oracle import EPS, Oracle, Tensors
-from tests.dist.training import NUM_SEQUENCES, SEQ_LENGTH, Run, context_parallel_cut, train
+from tests.dist.support.answers import Answers
+from tests.dist.support.cases import KINDS, Case
+from tests.dist.support.layouts import Layout, model_parallel, one_rank
+from tests.dist.support.models import build_model
+from tests.dist.support.oracle import EPS, Oracle, Tensors
+from tests.dist.support.training import NUM_SEQUENCES, SEQ_LENGTH, Run, context_parallel_cut, train
 
 NUM_STEPS = 3
 LR = 1e-2

@@ -8,10 +8,10 @@ from typing import Any
 
 import torch
 
-from tests.dist.answers import Answers
-from tests.dist.layouts import Layout
-from tests.dist.models import MAMBA, MLA, MOE
-from tests.dist.training import Run
+from tests.dist.support.answers import Answers
+from tests.dist.support.layouts import Layout
+from tests.dist.support.models import MAMBA, MLA, MOE
+from tests.dist.support.training import Run
 
 
 @dataclasses.dataclass(frozen=True)

@@ -17,7 +17,7 @@ from megatron.training.datasets import data_samplers
 
 from megalora.data import PackedDataset
 from megalora.data.examples import Examples
-from tests.dist.route import as_args, route_args
+from tests.dist.support.route import as_args, route_args
 
 NUM_SEQUENCES, SEQ_LENGTH = 4, 16
 NUM_ROWS = 5 * NUM_SEQUENCES

@@ -7,10 +7,10 @@ import gc
 import torch
 
 import megalora.cpu
-import tests.mamba_on_cpu
+import tests.support.mamba_on_cpu
 
 megalora.cpu.install()
-tests.mamba_on_cpu.install()
+tests.support.mamba_on_cpu.install()
 torch.set_num_threads(1)
 
 # It imports transformers, which takes longer than all the rest of a small run.

@@ -22,9 +22,9 @@ from megatron.core.transformer.module import Float16Module
 from megatron.core.utils import get_model_config
 
 from megalora.data.batch import forward_step
-from tests.dist.answers import NUM_SEQUENCES, Answers, Microbatch
-from tests.dist.layouts import Layout
-from tests.dist.models import SEQ_LENGTH, VOCAB_SIZE
+from tests.dist.support.answers import NUM_SEQUENCES, Answers, Microbatch
+from tests.dist.support.layouts import Layout
+from tests.dist.support.models import SEQ_LENGTH, VOCAB_SIZE
 
 NUM_STEPS = 3
 

@@ -1,6 +1,6 @@
 """Run several commands of `megalora` in one process, since importing megatron is slow.
 
-python -m tests.hf_commands COMMANDS RESULTS, both JSON: a list of argument lists,
+python -m tests.support.hf_commands COMMANDS RESULTS, both JSON: a list of argument lists,
 and a list of [exit status, standard output, standard error].
 """
 

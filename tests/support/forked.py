@@ -21,9 +21,9 @@ from typing import Any
 
 import pytest
 
-from tests.watchdog import POLL_S, STALL_S, Watchdog, tail_of_logs
+from tests.support.watchdog import POLL_S, STALL_S, Watchdog, tail_of_logs
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 SCRIPT = ROOT / "tests" / "scripts" / "pretrain_tiny.py"
 # A rank that has written nothing for so long after another failed waits for that other.
 REPORT_S = 3.0
@@ -174,7 +174,7 @@ def _server() -> Any:
     context = multiprocessing.get_context("forkserver")
     # Read by OpenMP when the server imports torch.
     os.environ.update(OMP_NUM_THREADS="1", MKL_NUM_THREADS="1")
-    context.set_forkserver_preload(["tests.megatron_cpu"])
+    context.set_forkserver_preload(["tests.support.megatron_cpu"])
     return context
 
 

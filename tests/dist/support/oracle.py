@@ -13,7 +13,7 @@ from megatron.core.transformer.moe.moe_utils import MoEAuxLossAutoScaler
 from megatron.core.transformer.multi_token_prediction import MTPLossAutoScaler
 from torch import Tensor
 
-from tests.dist.answers import Microbatch
+from tests.dist.support.answers import Microbatch
 
 Tensors = dict[str, Tensor]
 # A usual epsilon of 1e-8 would turn the rounding of vanishing gradients into whole steps.

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 
-from tests.forked import SCRIPT, Ranks
+from tests.support.forked import SCRIPT, Ranks
 
 MODEL = shlex.split("""
 --num-layers 4 --hidden-size 64 --ffn-hidden-size 96 --num-attention-heads 4
@@ -25,7 +25,7 @@ EXPERTS = shlex.split("""
 """)
 # All kinds of layers; of Megatron's own linears.
 HYBRID = shlex.split("""
---hybrid-layer-pattern M*-E --spec tests.hybrid_spec STACK
+--hybrid-layer-pattern M*-E --spec tests.support.hybrid_spec STACK
 --mamba-state-dim 12 --mamba-head-dim 8 --mamba-num-heads 8 --mamba-num-groups 2
 """)
 TRAIN = shlex.split("""

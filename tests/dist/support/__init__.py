@@ -1,0 +1,1 @@
+"""What distributed tests share: layouts, models, cases, the oracle and the parity."""
