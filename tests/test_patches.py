@@ -119,6 +119,19 @@ def test_installing_twice_is_installing_once() -> None:
     assert call(changed_by_installing_again) == []
 
 
+def test_the_args_of_a_run_are_written_in_one_place() -> None:
+    written = []
+    for path in sorted((ROOT / "megalora").glob("training/*.py")) + [
+        ROOT / "megalora" / name for name in ("launch.py", "run.py")
+    ]:
+        written += re.findall(
+            r"^ *(?:vars|setattr)\(\w*args\b.*|\bargs\.\w+ [-+*]?= .*",
+            path.read_text(),
+            re.MULTILINE,
+        )
+    assert [line.strip() for line in written] == ["vars(args).update(changes)"]
+
+
 def module_with(**members: object) -> types.ModuleType:
     module = types.ModuleType("megatron.somewhere")
     vars(module).update(members)

@@ -186,7 +186,7 @@ def _patch_rng() -> None:
         patched.manual_seed_all = _nothing()
 
 
-def _on_cpu(device: Any) -> Any:
+def _on_cpu(device: object) -> object:
     """Turn "cuda", "cuda:0", torch.device("cuda") and device indices into the CPU."""
     if isinstance(device, str):
         return CPU if device.startswith("cuda") else device
@@ -195,9 +195,9 @@ def _on_cpu(device: Any) -> Any:
     return CPU if isinstance(device, int) and not isinstance(device, bool) else device
 
 
-def _with_cpu_device(function: Callable[..., Any]) -> Callable[..., Any]:
+def _with_cpu_device[T](function: Callable[..., T]) -> Callable[..., T]:
     @functools.wraps(function)
-    def on_cpu(*args: Any, **kwargs: Any) -> Any:
+    def on_cpu(*args: object, **kwargs: object) -> T:
         if kwargs.get("device") is not None:
             kwargs["device"] = _on_cpu(kwargs["device"])
         # Pinned memory needs a CUDA context.
@@ -220,14 +220,14 @@ def _redirect_devices() -> None:
     tensor._to = tensor.to
     type_ = tensor.type
 
-    def to_cpu(self: Any, *args: Any, **kwargs: Any) -> torch.Tensor:
+    def to_cpu(self: torch.Tensor, *args: object, **kwargs: object) -> torch.Tensor:
         if args:
             args = (_on_cpu(args[0]), *args[1:])
         if "device" in kwargs:
             kwargs["device"] = _on_cpu(kwargs["device"])
-        return self._to(*args, **kwargs)
+        return self._to(*args, **kwargs)  # type: ignore[attr-defined]
 
-    def cuda_type(self: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+    def cuda_type(self: torch.Tensor, *args: object, **kwargs: object) -> object:
         result = type_(self, *args, **kwargs)
         # Megatron's optimizers sort parameters by names such as "torch.cuda.FloatTensor".
         if isinstance(result, str) and _called_by_megatron():

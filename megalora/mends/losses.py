@@ -48,14 +48,8 @@ def counted_over_context(process: Callable[..., torch.Tensor]) -> Callable[..., 
         if labels is not None and cp_group is not None and cp_group.size() > 1:
             mask = torch.ones_like(labels) if loss_mask is None else loss_mask
             own, of_all = _counts(mask, config.mtp_num_layers or 0, cp_group, packed_seq_params)
-            weights = iter(cp_group.size() * own[1:].clamp(min=1) / of_all[1:].clamp(min=1))
-            compute = compute_language_model_loss
-
-            def weighted(*inputs: torch.Tensor) -> torch.Tensor:
-                # Of the next depth; Megatron divides by this rank's own count.
-                return compute(*inputs) * next(weights)
-
-            compute_language_model_loss = weighted
+            weights = cp_group.size() * own[1:].clamp(min=1) / of_all[1:].clamp(min=1)
+            compute_language_model_loss = _weighted(compute_language_model_loss, weights)
             if config.calculate_per_token_loss:
                 changed: Any = copy.copy(config)
                 changed.calculate_per_token_loss = False
@@ -73,6 +67,18 @@ def counted_over_context(process: Callable[..., torch.Tensor]) -> Callable[..., 
         )
 
     return counted
+
+
+def _weighted(
+    compute: Callable[..., torch.Tensor], weights: torch.Tensor
+) -> Callable[..., torch.Tensor]:
+    """Weigh the losses of all depths, [num_depths], which Megatron divides by this rank's count."""
+    of_next_depth = iter(weights)
+
+    def weighted(*inputs: torch.Tensor) -> torch.Tensor:
+        return compute(*inputs) * next(of_next_depth)
+
+    return weighted
 
 
 def _counts(
