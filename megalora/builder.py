@@ -1,13 +1,14 @@
 """Attach adapters to the model chunks that Megatron's builders build, and freeze the base."""
 
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from typing import cast
 
 import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
 from megatron.core.models.common.embeddings.language_model_embedding import LanguageModelEmbedding
 from megatron.core.ssm.mamba_layer import MambaLayer
+from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.transformer_layer import TransformerLayer
 from torch.distributed import ProcessGroup
@@ -15,7 +16,7 @@ from torch.distributed import ProcessGroup
 from megalora.adapters import pissa
 from megalora.adapters.adapter import LoRAAdapter, named_adapters
 from megalora.adapters.bases import Base, base_linears, refusal
-from megalora.adapters.collectives import group_size, union
+from megalora.adapters.collectives import union
 from megalora.adapters.rows import parts_of
 from megalora.adapters.styles import ADAPTERS
 from megalora.checkpoint.state import install_checkpointing
@@ -51,9 +52,10 @@ def apply_lora(model_chunks: ModelChunks, config: LoRAConfig) -> ModelChunks:
     model, where a module would bypass its adapter, or where sizes cannot be sharded.
     """
     check_targets(config.targets)
-    for chunk in model_chunks:
+    chunks = cast(list[MegatronModule], model_chunks)
+    for chunk in chunks:
         _check_unwrapped(chunk)
-    found = [(chunk, list(_candidates(chunk))) for chunk in model_chunks]
+    found = [(chunk, list(_candidates(chunk))) for chunk in chunks]
     matched = {
         target
         for _, candidates in found
@@ -64,7 +66,7 @@ def apply_lora(model_chunks: ModelChunks, config: LoRAConfig) -> ModelChunks:
     world = dist.group.WORLD if dist.is_initialized() else None
     check_all_matched(config.targets, union(matched, world), union(leaves, world))
     made = [_make_adapters(chunk, candidates, config) for chunk, candidates in found]
-    for chunk, pairs in zip(model_chunks, made, strict=True):
+    for chunk, pairs in zip(chunks, made, strict=True):
         chunk.requires_grad_(False)
         _attach(pairs)
         install_checkpointing(chunk, config, model_facts(chunk))
@@ -89,7 +91,7 @@ class _Candidate:
         self.leaf = name.rpartition(".")[2]
 
 
-def model_facts(chunk: Any) -> ModelFacts:
+def model_facts(chunk: MegatronModule) -> ModelFacts:
     """Read the sizes that decide the form of adapters from a model chunk and its configuration."""
     config = chunk.config
     return ModelFacts(
@@ -106,7 +108,7 @@ def model_facts(chunk: Any) -> ModelFacts:
     )
 
 
-def _moe_layer_freq(config: Any) -> int | list[int]:
+def _moe_layer_freq(config: TransformerConfig) -> int | list[int]:
     # In one form, however it was given: a checkpoint's facts are compared with those of a run.
     frequency = config.moe_layer_freq
     if isinstance(frequency, int):
@@ -136,7 +138,7 @@ def _candidates(chunk: torch.nn.Module) -> Iterator[_Candidate]:
 
 
 def _make_adapters(
-    chunk: Any, candidates: list[_Candidate], config: LoRAConfig
+    chunk: MegatronModule, candidates: list[_Candidate], config: LoRAConfig
 ) -> list[tuple[_Candidate, LoRAAdapter]]:
     """Make a chunk's adapters without touching it, so that a refusal leaves it as it was."""
     facts = model_facts(chunk)
@@ -182,8 +184,8 @@ def _make_adapter(
     )
 
 
-def _process_group(group: Any) -> ProcessGroup | None:
-    return group if group_size(group) > 1 else None
+def _process_group(group: object) -> ProcessGroup | None:
+    return group if isinstance(group, ProcessGroup) and group.size() > 1 else None
 
 
 def _refuse_bypasses(chunk: torch.nn.Module, chosen: list[_Candidate]) -> None:
@@ -201,13 +203,13 @@ def _refuse_bypasses(chunk: torch.nn.Module, chosen: list[_Candidate]) -> None:
             raise ValueError(f"lora_targets select linears of {name}: {reason}")
 
 
-def _freeze_router_bias(chunk: Any) -> None:
+def _freeze_router_bias(chunk: MegatronModule) -> None:
     # Megatron moves the expert bias of a frozen router at every step: the base would drift.
     if getattr(chunk.config, "moe_router_enable_expert_bias", False):
         chunk.config.moe_router_bias_update_rate = 0.0
 
 
-def _make_embedding_require_grad(chunk: Any) -> None:
+def _make_embedding_require_grad(chunk: MegatronModule) -> None:
     """Let the layers see an input that requires gradient, as behind a trained embedding.
 
     A frozen embedding's output requires none. Megatron runs layers in pieces that it differentiates
@@ -225,6 +227,6 @@ def _make_embedding_require_grad(chunk: Any) -> None:
             module.register_forward_hook(_require_grad)
 
 
-def _require_grad(_module: torch.nn.Module, _inputs: Any, output: torch.Tensor) -> None:
+def _require_grad(_module: torch.nn.Module, _inputs: object, output: torch.Tensor) -> None:
     if torch.is_grad_enabled() and not output.requires_grad:
         output.requires_grad_(True)

@@ -137,7 +137,7 @@ def state(base: Base) -> State:
     return State.TOKEN_SHARD if module.sequence_parallel else State.REPLICATED
 
 
-def refusal(module: Any) -> str | None:
+def refusal(module: torch.nn.Module) -> str | None:
     """Say why adapters inside a module would be bypassed or misplaced; None where not."""
     kind = type(module).__name__
     if kind == "TEFusedMLP":

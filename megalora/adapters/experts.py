@@ -60,7 +60,9 @@ class SequentialAdapter(LoRAAdapter):
             b: Any = GatherFactor.apply(b, -2, self.b_group)
         return self.by_expert(a, b)
 
-    def _call_experts(self, base_forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    def _call_experts(
+        self, base_forward: Callable[..., Any], *args: object, **kwargs: object
+    ) -> Any:
         """Gather the factors, run the experts, let the factors go."""
         self.pairs = self() if self.enabled else ()
         try:

@@ -9,9 +9,8 @@ finishes the travel and adds ds A in place into that dX. So every collective but
 beside the routes hides behind the base's GEMM.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -28,6 +27,7 @@ from megalora.adapters.collectives import (
     start_reduce_scatter,
 )
 from megalora.adapters.routes import Route, ShardUse
+from megalora.ops import Ops
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -42,7 +42,7 @@ class Call:
     main_grad (gradient accumulation fusion), None where autograd gets them.
     """
 
-    ops: Any
+    ops: Ops
     route: Route
     scale: float
     segments: list[int]
@@ -142,9 +142,13 @@ def _add_to_x_grad(dx: Tensor | None, ds: Tensor, x: Tensor, full_a: Tensor, cal
     return dx
 
 
-def adapt(
-    base_forward: Any, x: Tensor, lora_A: Tensor, lora_B: Tensor, call: Call
-) -> tuple[Tensor, Any]:
+def adapt[Rest](
+    base_forward: Callable[[Tensor], tuple[Tensor, Rest]],
+    x: Tensor,
+    lora_A: Tensor,
+    lora_B: Tensor,
+    call: Call,
+) -> tuple[Tensor, Rest]:
     """Run a base linear with its adapter around it.
 
     base_forward: callable of x that returns (y, rest). Returns (y + c s Bᵀ, rest).

@@ -45,7 +45,7 @@ def _base_only(chunk: Any) -> Iterator[None]:
 
 
 def _sharded_state_dict(
-    chunk: Any, base: Callable[..., dict], *args: Any, **kwargs: Any
+    chunk: Any, base: Callable[..., dict], *args: object, **kwargs: object
 ) -> dict[str, Any]:
     if getattr(chunk, "megalora_base_only", False):
         return base(*args, **kwargs)
@@ -60,7 +60,7 @@ def _sharded_state_dict(
     return {**found, DESCRIPTION: json.dumps(chunk.megalora_description)}
 
 
-def _adapter_state_dict(chunk: Any, *args: Any, **kwargs: Any) -> dict[str, Any]:
+def _adapter_state_dict(chunk: Any, *args: object, **kwargs: object) -> dict[str, Any]:
     state = chunk.state_dict(*args, **kwargs)
     return {key: value for key, value in state.items() if is_adapter_key(key)}
 
@@ -70,7 +70,7 @@ def _load_state_dict(
     load_module: Callable[..., Any],
     state_dict: Mapping[str, Any],
     strict: bool = True,
-    **kwargs: Any,
+    **kwargs: object,
 ) -> Any:
     """Load either part of the model; whatever `strict` is, an adapter is loaded whole or not."""
     state = dict(state_dict)
