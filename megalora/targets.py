@@ -215,6 +215,11 @@ def plan(
     )
 
 
+def is_adapter_key(key: str) -> bool:
+    """Tell a factor of an adapter, or its optimizer states, from other tensors."""
+    return key.rpartition(".")[0].endswith(ADAPTER_SUFFIX)
+
+
 def is_gated(name: str, facts: ModelFacts) -> bool:
     """Say whether the output of the base linear with this name is [gate; up]."""
     return facts.gated_linear_unit and name.rpartition(".")[2] == "linear_fc1"

@@ -82,7 +82,7 @@ def resume(directory: Path) -> None:
 def lora_load(directory: Path) -> None:
     from megalora.config import LoRAConfig
     from megalora.hf import exchange
-    from megalora.hf.offline import one_process
+    from megalora.hf.one_process import one_process
 
     exchange.load_adapters = lambda chunks, tensors: None
     with one_process():
@@ -91,7 +91,7 @@ def lora_load(directory: Path) -> None:
 
 def base(directory: Path) -> None:
     from megalora.checkpoint.base import checkpointing, load_base
-    from megalora.hf.offline import one_process
+    from megalora.hf.one_process import one_process
 
     checkpointing.load_checkpoint = lambda *chunks, **options: None
     with one_process():

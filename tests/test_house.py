@@ -22,23 +22,19 @@ from tests.support.house import (
 PACKAGE = Path(__file__).parents[1] / "megalora"
 
 # What breaks a rule today: a line that no longer does has to go, and none may come.
-UPWARD_IMPORTS = {"adapters/merge.py -> builder"}
+UPWARD_IMPORTS: set[str] = set()
 EARLY_MEGATRON: set[str] = set()
 
 # What is longer today, with its lines, which may only fall.
-LONG_FILES = {"adapters/adapter.py": 305, "launch.py": 304}
-LONG_FUNCTIONS = {
-    "cpu/gloo.py:_patch_uneven": 42,
-    "mends/losses.py:counted_over_context": 46,
-    "recommend/sources.py:megatron_sizes": 45,
-}
+LONG_FILES: dict[str, int] = {}
+LONG_FUNCTIONS = {"mends/losses.py:counted_over_context": 41}
 
 # So many there are today. The numbers may only fall, and must where they are more than SLACK off.
 LIMITS = {
-    "bare Any": 105,
-    "imports in functions": 109,
-    "no docstring": 15,
-    "no annotation": 6,
+    "bare Any": 14,
+    "imports in functions": 32,
+    "no docstring": 0,
+    "no annotation": 0,
 }
 SLACK = 5
 

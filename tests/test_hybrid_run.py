@@ -99,7 +99,7 @@ def test_an_adapter_of_a_hybrid_model_is_not_exported(trained: Trained) -> None:
 
 
 def _error_of_reading(checkpoint: Path) -> str:
-    from megalora.hf.offline import read_adapter
+    from megalora.hf.one_process import read_adapter
 
     with pytest.raises(ValueError, match="hybrid") as error:
         read_adapter(checkpoint)

@@ -7,6 +7,7 @@ the current stream wait, not the host, so work queued between start and wait ove
 from collections.abc import Callable
 from dataclasses import dataclass
 from enum import Enum
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -123,10 +124,14 @@ class GatherFactor(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, shard: Tensor, dim: int, group: ProcessGroup | None) -> Tensor:  # type: ignore[override]
+    def forward(  # type: ignore[override]
+        ctx: Any, shard: Tensor, dim: int, group: ProcessGroup | None
+    ) -> Tensor:
+        """Return the whole factor."""
         ctx.dim, ctx.group = dim, group
         return start_gather(shard, dim, group).wait()
 
     @staticmethod
-    def backward(ctx, grad: Tensor):  # type: ignore[override]
+    def backward(ctx: Any, grad: Tensor):  # type: ignore[override]
+        """Return this rank's shard of the gradient that all uses on all ranks add up to."""
         return start_reduce_scatter(grad, ctx.dim, ctx.group).wait(), None, None

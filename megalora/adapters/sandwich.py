@@ -11,6 +11,7 @@ beside the routes hides behind the base's GEMM.
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -81,8 +82,9 @@ class BeforeBase(torch.autograd.Function):
 
     @staticmethod
     def forward(  # type: ignore[override]
-        ctx, x: Tensor, lora_A: Tensor, lora_B: Tensor, call: Call, in_flight: _InFlight
+        ctx: Any, x: Tensor, lora_A: Tensor, lora_B: Tensor, call: Call, in_flight: _InFlight
     ) -> tuple[Tensor, Tensor]:
+        """Start s and the gathers of A and B that the route asks for."""
         ctx.call, ctx.in_flight, ctx.b_shape = call, in_flight, lora_B.shape
         ctx.save_for_backward(x, lora_A)
         ctx.set_materialize_grads(False)
@@ -93,7 +95,8 @@ class BeforeBase(torch.autograd.Function):
         return passed, x.new_empty(0)
 
     @staticmethod
-    def backward(ctx, dx: Tensor | None, _anchor: Tensor | None):  # type: ignore[override]
+    def backward(ctx: Any, dx: Tensor | None, _anchor: Tensor | None):  # type: ignore[override]
+        """Finish ds, add ds A to dx, and finish dA and dB."""
         call, in_flight = ctx.call, ctx.in_flight
         x, lora_A = ctx.saved_tensors
         assert in_flight.ds is not None
@@ -115,7 +118,10 @@ class AfterBase(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, y: Tensor, anchor: Tensor, call: Call, in_flight: _InFlight) -> Tensor:  # type: ignore[override]
+    def forward(  # type: ignore[override]
+        ctx: Any, y: Tensor, anchor: Tensor, call: Call, in_flight: _InFlight
+    ) -> Tensor:
+        """Finish s and B, and add c s Bᵀ to y."""
         s, full_b = _finish_forward(call, in_flight)
         ctx.call, ctx.in_flight = call, in_flight
         ctx.save_for_backward(s, full_b)
@@ -126,7 +132,8 @@ class AfterBase(torch.autograd.Function):
         return y.detach()
 
     @staticmethod
-    def backward(ctx, dy: Tensor):  # type: ignore[override]
+    def backward(ctx: Any, dy: Tensor):  # type: ignore[override]
+        """Start ds and dB."""
         s, full_b = ctx.saved_tensors
         _start_backward(dy, s, full_b, ctx.lora_A, ctx.call, ctx.in_flight)
         return dy, dy.new_empty(0), None, None

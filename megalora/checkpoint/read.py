@@ -19,7 +19,7 @@ from megalora.adapters.kinds import kind_named
 from megalora.adapters.rows import whole_key
 from megalora.checkpoint.layout import METADATA, find_directory, verify
 from megalora.config import LoRAConfig
-from megalora.targets import ADAPTER_SUFFIX, ModelFacts
+from megalora.targets import ModelFacts, is_adapter_key
 
 # Key of the adapters' description in a checkpoint's common state.
 DESCRIPTION = "megalora"
@@ -86,11 +86,6 @@ def read_description(directory: Path) -> dict[str, Any] | None:
                 "schedule": common.get("opt_param_scheduler"),
             }
     return None
-
-
-def is_adapter_key(key: str) -> bool:
-    """Tell a factor of an adapter, or its optimizer states, from other tensors."""
-    return key.rpartition(".")[0].endswith(ADAPTER_SUFFIX)
 
 
 @contextmanager

@@ -13,9 +13,9 @@ from dataclasses import asdict
 from typing import Any
 
 from megalora.adapters.adapter import LoRAAdapter
-from megalora.checkpoint.read import DESCRIPTION, is_adapter_key
+from megalora.checkpoint.read import DESCRIPTION
 from megalora.config import LoRAConfig
-from megalora.targets import ModelFacts
+from megalora.targets import ModelFacts, is_adapter_key
 
 
 def install_checkpointing(chunk: Any, config: LoRAConfig, facts: ModelFacts) -> None:

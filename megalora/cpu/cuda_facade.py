@@ -41,20 +41,22 @@ class Stream:
         pass
 
     def wait_stream(self, stream: object) -> None:
-        pass
+        """Do nothing: whatever the other stream had is done."""
 
     def wait_event(self, event: object) -> None:
-        pass
+        """Do nothing: the event has happened."""
 
     def record_event(self, event: "Event | None" = None) -> "Event":
+        """Return the event, which has happened now."""
         event = event or Event()
         event.record()
         return event
 
     def synchronize(self) -> None:
-        pass
+        """Do nothing: all is done."""
 
     def query(self) -> bool:
+        """Say that all is done."""
         return True
 
     def __enter__(self) -> "Stream":
@@ -77,15 +79,17 @@ class Event:
         self.record()
 
     def record(self, stream: object = None) -> None:
+        """Note the time."""
         self.seconds = time.perf_counter()
 
     def wait(self, stream: object = None) -> None:
-        pass
+        """Do nothing: it has happened."""
 
     def synchronize(self) -> None:
-        pass
+        """Do nothing: all is done."""
 
     def query(self) -> bool:
+        """Say that all is done."""
         return True
 
     def elapsed_time(self, end: "Event") -> float:

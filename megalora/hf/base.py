@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING, Any, cast
 import torch
 from torch import Tensor
 
-from megalora.checkpoint.read import is_adapter_key
 from megalora.hf.safetensors_files import HFWeights
 from megalora.hf.weights import Piece, Placement, Shard, Weights
 from megalora.model.config_json import read_config
@@ -17,6 +16,7 @@ from megalora.model.families import names_of
 from megalora.model.megatron import megatron_args
 from megalora.model.rope import rope
 from megalora.model.shape import ModelShape
+from megalora.targets import is_adapter_key
 
 if TYPE_CHECKING:
     from megatron.core.models.gpt.gpt_model import GPTModel

@@ -1,4 +1,7 @@
-"""What the commands that exchange with Hugging Face do, and print."""
+"""What the commands that exchange with Hugging Face do, and print.
+
+`one_process` imports Megatron, which has to be prepared and takes seconds: only where it is needed.
+"""
 
 import argparse
 import json
@@ -25,7 +28,10 @@ from megalora.model.megatron import megatron_flags
 def export(args: argparse.Namespace) -> None:
     """Write an adapter checkpoint as a PEFT directory."""
     start = time.monotonic()
-    tensors, config, facts = offline.read_adapter(args.checkpoint)
+    offline.prepare()
+    from megalora.hf import one_process
+
+    tensors, config, facts = one_process.read_adapter(args.checkpoint)
     if args.hf_model:
         shape = model_shape(read_config(args.hf_model))
     else:
@@ -59,8 +65,8 @@ def import_adapter(args: argparse.Namespace) -> None:
         expert_rank=args.expert_rank or config.expert_rank,
     )
     offline.prepare()
-    # It imports Megatron, which has to be prepared.
     from megalora.adapters.start import draw_uniform
+    from megalora.hf import one_process
 
     tensors = from_hf(
         factors,
@@ -69,7 +75,9 @@ def import_adapter(args: argparse.Namespace) -> None:
         padded_vocab_size=args.padded_vocab_size,
         fresh_a=draw_uniform,
     )
-    offline.write_adapter_checkpoint(args.output, tensors, config, shape, overwrite=args.overwrite)
+    one_process.write_adapter_checkpoint(
+        args.output, tensors, config, shape, overwrite=args.overwrite
+    )
     _say_done("imported", factors, args.output, start)
     expert = f" --lora-expert-rank {config.expert_rank}" if config.expert_rank else ""
     targets = " ".join(config.targets)
@@ -107,7 +115,10 @@ def inspect(args: argparse.Namespace) -> None:
 
 
 def _of_checkpoint(args: argparse.Namespace) -> AdapterReport:
-    tensors, config, facts = offline.read_adapter(args.directory)
+    offline.prepare()
+    from megalora.hf import one_process
+
+    tensors, config, facts = one_process.read_adapter(args.directory)
     output = tensors.get("output_layer_lora.lora_B")
     rows = 0 if output is None else output.shape[0]
     shape = offline.checkpoint_shape(tensors, facts, vocab_size=args.vocab_size or rows)
@@ -119,8 +130,11 @@ def _of_checkpoint(args: argparse.Namespace) -> AdapterReport:
 def import_base(args: argparse.Namespace) -> None:
     """Turn a Hugging Face model into a Megatron checkpoint."""
     start = time.monotonic()
+    offline.prepare()
+    from megalora.hf import one_process
+
     with tqdm(unit="tensor", desc="loading", disable=None) as bar:
-        count = offline.import_base(
+        count = one_process.import_base(
             args.hf_model,
             args.output,
             dtype=getattr(torch, args.dtype),

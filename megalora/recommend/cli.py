@@ -14,7 +14,7 @@ from megalora.recommend.costs import Layout
 from megalora.recommend.recommendation import recommend
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
+    from megalora.data.chat_template import HuggingFaceTokenizer
 
 
 def add_parser(
@@ -167,7 +167,7 @@ def _tokens(args: argparse.Namespace) -> int | None:
     return count_trained_tokens(args.dataset, tokenizer)
 
 
-def _hf_tokenizer(name: str) -> "PreTrainedTokenizerBase":
+def _hf_tokenizer(name: str) -> "HuggingFaceTokenizer":
     from transformers import AutoTokenizer
 
     return AutoTokenizer.from_pretrained(name)

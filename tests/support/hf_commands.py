@@ -30,8 +30,11 @@ def compare_base(hf_model: str, checkpoint: str) -> tuple[int, str, str]:
     """Load a written Megatron checkpoint and compare it with the directory that it came from."""
     import torch
 
+    from megalora.hf import offline
+
+    offline.prepare()
     from megalora.hf.base import load_hf_base
-    from megalora.hf.offline import build_base, one_process
+    from megalora.hf.one_process import build_base, one_process
     from megalora.model.config_json import read_config
 
     with one_process():

@@ -13,7 +13,15 @@ ROOMS = (
 )
 # Everything else can be imported before Megatron is.
 IMPORT_MEGATRON = (
-    *("adapters/", "checkpoint/", "builder.py", "mends/", "cpu/", "hf/exchange.py"),
+    *(
+        "adapters/",
+        "checkpoint/",
+        "builder.py",
+        "mends/",
+        "cpu/",
+        "hf/exchange.py",
+        "hf/one_process.py",
+    ),
     *("data/batch.py", "data/indexed.py"),
     *("training/session.py", "training/outputs.py", "training/patches.py"),
 )
