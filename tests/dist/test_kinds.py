@@ -18,7 +18,7 @@ from megalora.builder import apply_lora
 from megalora.checkpoint.gather import gather_adapters, load_adapters
 from megalora.checkpoint.read import read_adapter_checkpoint
 from megalora.config import LoRAConfig
-from tests.dist import cases, parity
+from tests.dist.support import cases, parity
 from tests.dist.support.cases import ETP2, TP2_SP, Case, Kind
 from tests.dist.support.layouts import Layout, model_parallel, over, world
 from tests.dist.support.models import build_model
