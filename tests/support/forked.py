@@ -29,6 +29,12 @@ SCRIPT = ROOT / "tests" / "scripts" / "pretrain_tiny.py"
 REPORT_S = 3.0
 
 
+# A process has one such server, and whoever starts it first, as compileall does, has to find this.
+multiprocessing.set_forkserver_preload(["tests.support.megatron_cpu"])
+# Read by OpenMP when the server imports torch.
+os.environ.update(OMP_NUM_THREADS="1", MKL_NUM_THREADS="1")
+
+
 class Ranks:
     """The processes of one run, each with its own log file.
 
@@ -171,11 +177,7 @@ def _call(sender: Any, function: Callable[..., Any], args: tuple[Any, ...]) -> N
 
 
 def _server() -> Any:
-    context = multiprocessing.get_context("forkserver")
-    # Read by OpenMP when the server imports torch.
-    os.environ.update(OMP_NUM_THREADS="1", MKL_NUM_THREADS="1")
-    context.set_forkserver_preload(["tests.support.megatron_cpu"])
-    return context
+    return multiprocessing.get_context("forkserver")
 
 
 def _run_rank(words: list[str], by_megalora: bool, env: dict[str, str], log: str) -> None:
