@@ -72,7 +72,7 @@ class Kit:
 
 
 def open_kit(folder: Path) -> Kit:
-    """Return the kit in a folder; ValueError where a file is missing or another."""
+    """Return the kit in a folder; ValueError where a file or csrc is not what it was made of."""
     description = folder / DESCRIPTION
     if not description.exists():
         raise ValueError(f"kit {folder} has no kit.json: make it by `make gpu-kit`")
@@ -81,7 +81,15 @@ def open_kit(folder: Path) -> Kit:
         path = folder / name
         if not path.exists() or sha256(path) != digest:
             raise ValueError(f"kit {folder}: {name} is missing or changed: `make gpu-kit` again")
+    if facts.get("sources") != checksum_of_sources():
+        raise ValueError(f"kit {folder} has the library of another csrc: `make gpu-kit` again")
     return Kit(folder, facts)
+
+
+def checksum_of_sources() -> str:
+    """Return one checksum of all that the library is built from."""
+    sources = [ROOT / "setup.py", *(path for path in (ROOT / "csrc").rglob("*") if path.is_file())]
+    return hashlib.sha256("".join(map(sha256, sorted(sources))).encode()).hexdigest()
 
 
 def sha256(path: Path) -> str:
@@ -209,7 +217,13 @@ def describe(folder: Path, torch_version: str, arch: str) -> None:
     files = {
         path.name: sha256(path) for path in sorted(folder.iterdir()) if path.name != DESCRIPTION
     }
-    facts = {"torch": torch_version, "arch": arch, "commit": commit, "files": files}
+    facts = {
+        "torch": torch_version,
+        "arch": arch,
+        "commit": commit,
+        "sources": checksum_of_sources(),
+        "files": files,
+    }
     (folder / DESCRIPTION).write_text(json.dumps(facts, indent=1) + "\n")
 
 

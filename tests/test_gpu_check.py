@@ -188,6 +188,13 @@ def test_a_changed_kit_is_refused(tmp_path: Path) -> None:
         gpu_kit.open_kit(folder)
 
 
+def test_a_kit_of_another_csrc_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = kit_in(tmp_path / "kit")
+    monkeypatch.setattr(gpu_kit, "checksum_of_sources", lambda: "another")
+    with pytest.raises(ValueError, match="has the library of another csrc"):
+        gpu_kit.open_kit(folder)
+
+
 def test_a_folder_that_is_no_kit_is_not_replaced(tmp_path: Path) -> None:
     (tmp_path / "mine").write_text("kept")
     command = [sys.executable, "benchmarks/gpu_kit.py", "--output", str(tmp_path)]
