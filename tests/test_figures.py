@@ -138,7 +138,8 @@ def early(tmp_path_factory: pytest.TempPathFactory) -> Figure:
     scale = Scale(pretrain_steps=40, early_steps=12, sweep_rates=(3e-3,))
     rates = made_up(experiments.sweep_jobs(scale), lambda job: 1.0)
     jobs = [job for job in experiments.early_jobs(rates, scale) if job.rank in (1, 16, 64)]
-    real = run_all(jobs, tmp_path_factory.mktemp("regret"), workers=1)
+    # Forked from a server that has imported Megatron and done nothing with it.
+    real = run_all(jobs, tmp_path_factory.mktemp("regret"), 1, start_method="forkserver")
     unused = [job for job in experiments.early_jobs(rates, scale) if job.rank == 4]
     return figures.early_figure(rates | real | made_up(unused, lambda job: 1.0), scale)
 

@@ -18,16 +18,20 @@ PRETRAIN_DECAY = 0.3
 HELD_OUT_SEED, HELD_OUT_SEQUENCES = 999, 128
 
 
-def run_all(jobs: Sequence[Job], folder: Path, workers: int) -> dict[Job, Result]:
-    """Run what is not on disk yet, each job in one of the worker processes; return all results."""
+def run_all(
+    jobs: Sequence[Job], folder: Path, workers: int, start_method: str = "spawn"
+) -> dict[Job, Result]:
+    """Run what is not on disk yet, each job in one of the worker processes; return all results.
+
+    start_method: of multiprocessing; Megatron's state must not be inherited.
+    """
     (folder / "runs").mkdir(parents=True, exist_ok=True)
     jobs = list(dict.fromkeys(jobs))
     missing = [job for job in jobs if not _file(folder, job).exists()]
     wanted: list[tuple[Base, int]] = [(job.base, job.pretrain_steps) for job in missing]
     bases = [base for base in dict.fromkeys(wanted) if not _base_file(folder, *base).exists()]
     if missing:
-        # Spawned: Megatron's state must not be inherited.
-        with get_context("spawn").Pool(workers, _start_worker) as pool:
+        with get_context(start_method).Pool(workers, _start_worker) as pool:
             pool.starmap(_pretrain, [(folder, *base) for base in bases], chunksize=1)
             done = pool.imap_unordered(_run, [(folder, job) for job in missing])
             for number, job in enumerate(done, start=1):
