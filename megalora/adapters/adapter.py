@@ -7,6 +7,7 @@ parameter gathering, which hooks module calls, sees it.
 
 import functools
 from collections.abc import Iterator, Sequence
+from typing import cast
 
 import torch
 from megatron.core import parallel_state
@@ -83,7 +84,8 @@ class LoRAAdapter(torch.nn.Module):
 
     def pair(self) -> tuple[Tensor, Tensor]:
         """Return the shards of A [(E,) P r, i/t] and B [(E,) o/t, r] that the factors make."""
-        return self.kind.pair({name: getattr(self, name) for name in self.shardings})
+        # Each call asks: torch's own mapping of the factors, for they are all the parameters.
+        return self.kind.pair(cast(dict[str, torch.nn.Parameter], self._parameters))
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
