@@ -8,6 +8,7 @@ import torch.distributed as dist
 from megatron.core import parallel_state
 from megatron.core.models.gpt.gpt_model import GPTModel
 from megatron.core.pipeline_parallel import get_forward_backward_func
+from megatron.core.transformer.transformer_config import TransformerConfig
 
 from megalora.hf.base import load_hf_base
 from megalora.model.config_json import read_config
@@ -16,25 +17,13 @@ from tests.dist.support.layouts import Layout
 from tests.dist.support.models import build_model
 
 PADDED_VOCAB = 72
-_NOT_FIELDS = (
-    "group_query_attention",
-    "max_position_embeddings",
-    "vocab_size",
-    "untie_embeddings_and_output_weights",
-    "position_embedding_type",
-    "rotary_base",
-    "use_rope_scaling",
-    "rope_scaling_factor",
-    "normalization",
-    "swiglu",
-    "num_experts",
-)
 
 
 def build(layout: Layout, directory: Path, **changes: Any) -> list[GPTModel]:
     """Build the model that a directory's config.json describes, with other weights."""
     args = megatron_args(read_config(directory))
-    fields = {name: value for name, value in args.items() if name not in _NOT_FIELDS}
+    known = TransformerConfig.__dataclass_fields__
+    fields = {name: value for name, value in args.items() if name in known}
     if "num_experts" in args:
         fields["num_moe_experts"] = args["num_experts"]
     return build_model(
