@@ -79,6 +79,13 @@ inline void check_dropout(double p, const OptionalTensor& seed, const Tensor& to
   }
 }
 
+template <class Products>
+void check_supported(const Tensor& tokens) {
+  TORCH_CHECK_VALUE(Products::supports(tokens.scalar_type()), "dtype ", tokens.scalar_type(),
+                    " is not supported on ", tokens.device().type(), ", expected one of ",
+                    Products::kDtypes);
+}
+
 inline int64_t check_segments(at::IntArrayRef segments, int64_t out_features) {
   if (segments.empty()) {
     return out_features;

@@ -45,6 +45,15 @@ void multiply(Tensor out, const Tensor& a, const Tensor& b, double beta, double 
   at::addmm_out(out, out, a, b, beta, scale);
 }
 
+// wide = beta * wide + scale * thin · Wᵀ.
+void add_to_wide(const Factor& f, double beta) {
+  const Tensor y = wide(f), s = thin(f), w = weight(f);
+  for_each_block(f, [&](int64_t start, int64_t size, int64_t rank_start, bool) {
+    multiply(y.narrow(1, start, size), s.narrow(1, rank_start, f.rank),
+             w.narrow(0, start, size).t(), beta, f.scale);
+  });
+}
+
 }  // namespace
 
 void project(const Factor& f) {
@@ -55,13 +64,9 @@ void project(const Factor& f) {
   });
 }
 
-void update(const Factor& f) {
-  const Tensor y = wide(f), s = thin(f), w = weight(f);
-  for_each_block(f, [&](int64_t start, int64_t size, int64_t rank_start, bool) {
-    multiply(y.narrow(1, start, size), s.narrow(1, rank_start, f.rank),
-             w.narrow(0, start, size).t(), 1, f.scale);
-  });
-}
+void update(const Factor& f) { add_to_wide(f, 1); }
+
+void write(const Factor& f) { add_to_wide(f, 0); }
 
 void outer(const Factor& f) {
   const Tensor x = wide(f), s = thin(f), d_w = weight(f);

@@ -4,7 +4,7 @@
 
 namespace megalora {
 
-// Dense without offsets, grouped over experts with them. Python calls these, so names and defaults
+// Dense without offsets, grouped over experts with them; linear and its dgrad are dense. Python calls these, so names and defaults
 // are those of megalora/ops/protocol.py; megalora/ops/reference.py says what each op computes.
 inline void define_ops(torch::Library& m) {
   m.def(
@@ -37,6 +37,12 @@ inline void define_ops(torch::Library& m) {
   m.def(
       "shrink_wgrad_(Tensor(a!) d_a, Tensor ds, Tensor x, Tensor? offsets=None, float p=0.0, "
       "Tensor? seed=None) -> ()");
+  m.def(
+      "linear(Tensor x, Tensor weight, Tensor lora_A, Tensor lora_B, float scale, "
+      "int[] segments=[]) -> (Tensor, Tensor)");
+  m.def(
+      "linear_dgrad(Tensor dy, Tensor weight, Tensor lora_A, Tensor lora_B, float scale, "
+      "int[] segments=[]) -> (Tensor, Tensor)");
 }
 
 }  // namespace megalora

@@ -132,6 +132,16 @@ def test_inputs_may_be_strided() -> None:
     )
 
 
+def test_a_linear_takes_tokens_of_three_dimensions_and_strided_weights() -> None:
+    x, dy = torch.randn(3, 6, 10).transpose(0, 1), torch.randn(3, 6, 7).transpose(0, 1)
+    weight, lora_A, lora_B = torch.randn(10, 7).T, torch.randn(10, 4).T, torch.randn(4, 7).T
+    y, s = fused.linear(x, weight, lora_A, lora_B, 2.0)
+    dx, ds = fused.linear_dgrad(dy, weight, lora_A, lora_B, 2.0)
+    merged = weight + 2.0 * lora_B @ lora_A
+    torch.testing.assert_close((y, s), (x @ merged.T, x @ lora_A.T))
+    torch.testing.assert_close((dx, ds), (dy @ merged, 2.0 * dy @ lora_B))
+
+
 @pytest.mark.parametrize("p", [0.0, 0.5])
 def test_an_expert_without_tokens_gets_a_gradient_of_exactly_zero(p: float) -> None:
     ends = torch.tensor([0, 4, 4, 9])

@@ -11,6 +11,7 @@ from megalora.ops.fused import _load_library, load
 SEED = torch.tensor([11])
 fused = load()
 X, A, B = torch.zeros(4, 6), torch.zeros(2, 6), torch.zeros(8, 2)
+W = torch.zeros(8, 6)
 Y, S, ENDS = torch.zeros(4, 8), torch.zeros(4, 2), torch.tensor([1, 4])
 MISUSES = {
     "dtype": (
@@ -68,6 +69,30 @@ MISUSES = {
     "gradient shape": (
         lambda: fused.expand_backward_(B[:7], Y, S, B, 1.0),
         r"d_b has shape \[7, 2\], expected that of lora_B, \[8, 2\]",
+    ),
+    "weight dtype": (
+        lambda: fused.linear(X, W.double(), A, B, 1.0),
+        "weight has dtype Double, expected that of x, Float",
+    ),
+    "weight width": (
+        lambda: fused.linear(X, W[:, :5], A, B, 1.0),
+        "weight's last size is 5, expected 6, the last size of x",
+    ),
+    "weight height": (
+        lambda: fused.linear_dgrad(Y, W[:7], A, B, 1.0),
+        "weight's first size is 7, expected 8, the last size of dy",
+    ),
+    "rows of A": (
+        lambda: fused.linear(X, W, A, B, 1.0, [4, 4]),
+        "lora_A's number of rows is 2, expected 4, one rank block for each segment",
+    ),
+    "width of A": (
+        lambda: fused.linear_dgrad(Y, W, A[:, :5], B, 1.0),
+        "lora_A's last size is 5, expected 6, the input features",
+    ),
+    "rows of B": (
+        lambda: fused.linear(X, W, A, B[:7], 1.0),
+        "lora_B's number of rows is 7, expected 8, the output features",
     ),
     "one dimension": (lambda: fused.shrink(X[0], A), "x has 1 dimensions, expected 2 to 4"),
     "integers": (lambda: fused.shrink(X.int(), A.int()), "dtype Int is not supported on cpu"),

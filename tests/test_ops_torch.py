@@ -30,6 +30,9 @@ def test_opcheck_accepts_every_op(case: Case) -> None:
         ops.expand_backward_: (given.lora_B.clone(), given.y, given.s, *b_call),
         ops.shrink_wgrad_: (given.lora_A.clone(), given.s, given.x, offsets, 0.25, SEED),
     }
+    if offsets is None:
+        how = (given.weight, given.lora_A, given.lora_B, 0.5, segments)
+        calls |= {ops.linear: (given.x, *how), ops.linear_dgrad: (given.y, *how)}
     for op, arguments in calls.items():
         torch.library.opcheck(op.default, arguments)
 
@@ -46,6 +49,8 @@ def test_opcheck_accepts_calls_that_leave_out_what_has_a_default() -> None:
         fused.expand_backward: (given.y, given.s, *b_call),
         fused.shrink_wgrad: (given.s, given.x),
         fused.expand_backward_: (given.lora_B.clone(), given.y, given.s, *b_call),
+        fused.linear: (given.x, given.weight, given.lora_A, *b_call),
+        fused.linear_dgrad: (given.y, given.weight, given.lora_A, *b_call),
     }
     for op, arguments in calls.items():
         torch.library.opcheck(op.default, arguments, test_utils=("test_schema", "test_faketensor"))

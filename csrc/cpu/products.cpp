@@ -12,6 +12,7 @@
 #include <vector>
 
 #include "../gemm.h"
+#include "../linear.h"
 #include "table.h"
 
 namespace megalora::cpu {
@@ -350,5 +351,8 @@ void Products::backward(const Factor& dgrad, const Factor& wgrad) {
   project(dgrad);
   outer(wgrad);
 }
+
+// MKL with beta = 1 takes longer than our update of y.
+void Products::linear(const Linear& linear) { base_first<Products>(linear); }
 
 }  // namespace megalora::cpu

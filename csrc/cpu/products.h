@@ -4,6 +4,10 @@
 
 #include "../factor.h"
 
+namespace megalora {
+struct Linear;
+}
+
 namespace megalora::cpu {
 
 struct Products {
@@ -16,6 +20,7 @@ struct Products {
   static void update(const Factor& factor);
   static void outer(const Factor& factor);
   static void backward(const Factor& dgrad, const Factor& wgrad);
+  static void linear(const Linear& linear);
 };
 
 }  // namespace megalora::cpu

@@ -56,6 +56,14 @@ def _d_a(ds: Tensor, x: Tensor, offsets: Tensor | None = None, *_: object) -> Te
     return x.new_empty(*experts, ds.shape[-1], x.shape[-1])
 
 
+def _y_s(x: Tensor, weight: Tensor, lora_A: Tensor, *_: object) -> tuple[Tensor, Tensor]:
+    return x.new_empty(*x.shape[:-1], weight.shape[0]), _s(x, lora_A)
+
+
+def _dx_ds(dy: Tensor, weight: Tensor, lora_A: Tensor, *_: object) -> tuple[Tensor, Tensor]:
+    return dy.new_empty(*dy.shape[:-1], weight.shape[1]), _s(dy, lora_A)
+
+
 def _nothing(*_: object) -> None:
     return None
 
@@ -71,6 +79,8 @@ _SHAPES = {
     "expand_wgrad_": _nothing,
     "expand_backward_": lambda d_b, dy, s, lora_B, *how: _ds(dy, lora_B, *how),
     "shrink_wgrad_": _nothing,
+    "linear": _y_s,
+    "linear_dgrad": _dx_ds,
 }
 
 

@@ -1,6 +1,6 @@
 """The LoRA ops that layers call, whoever computes them.
 
-Dense without `offsets` and grouped over experts with them.
+Dense without `offsets` and grouped over experts with them; `linear` and `linear_dgrad` are dense.
 `offsets`: int32 or int64 [E], the inclusive cumulative sum of tokens per expert, on x's device.
 `segments`: the sizes of one period of output columns; block p of every period belongs to
 projection p and reads rank block p of s. `()` means that all columns belong to one projection.
@@ -134,4 +134,28 @@ class Ops(Protocol):
         seed: Tensor | None = None,
     ) -> None:
         """Add dsᵀ dropout(x) to d_a in place, which is fp32 or of x's dtype."""
+        ...
+
+    def linear(
+        self,
+        x: Tensor,
+        weight: Tensor,
+        lora_A: Tensor,
+        lora_B: Tensor,
+        scale: float,
+        segments: Sequence[int] = (),
+    ) -> tuple[Tensor, Tensor]:
+        """Return y = x Wᵀ + scale * s Bᵀ and s = x Aᵀ, for a base weight W [out, in]."""
+        ...
+
+    def linear_dgrad(
+        self,
+        dy: Tensor,
+        weight: Tensor,
+        lora_A: Tensor,
+        lora_B: Tensor,
+        scale: float,
+        segments: Sequence[int] = (),
+    ) -> tuple[Tensor, Tensor]:
+        """Return dx = dy W + ds A and ds = scale * dy B."""
         ...

@@ -1,9 +1,9 @@
 """Say in plain torch what every op of `megalora::` must compute.
 
 x, dx: [..., in], y, dy: [..., out], s, ds: [..., P*r], lora_A, d_a: [P*r, in] or [E, P*r, in],
-lora_B, d_b: [out, r] or [E, out, r]. Everything is computed in fp32 (fp64 for fp64 inputs) and
-rounded once to the dtype of the result; d_a and d_b, which are added to, may be fp32 beside
-narrower tokens. Rows past the last offset are zero in results, untouched in place.
+lora_B, d_b: [out, r] or [E, out, r], weight: [out, in]. Everything is computed in fp32 (fp64 for
+fp64 inputs) and rounded once to the dtype of the result; d_a and d_b, which are added to, may be
+fp32 beside narrower tokens. Rows past the last offset are zero in results, untouched in place.
 """
 
 from collections.abc import Iterator, Sequence
@@ -191,6 +191,36 @@ def shrink_wgrad_(
 ) -> None:
     """Add dsᵀ dropout(x) to d_a in place."""
     d_a.copy_(_accumulated(d_a) + _d_a(ds, x, offsets, p, seed))
+
+
+def linear(
+    x: Tensor,
+    weight: Tensor,
+    lora_A: Tensor,
+    lora_B: Tensor,
+    scale: float,
+    segments: Sequence[int] = (),
+) -> tuple[Tensor, Tensor]:
+    """Return y = x Wᵀ + scale * s Bᵀ, [..., out], and s = x Aᵀ, [..., P*r]."""
+    s = shrink(x, lora_A)
+    y = _accumulated(x) @ _accumulated(weight).mT
+    expand_(y, s, lora_B, scale, segments=segments)
+    return y.to(x.dtype), s
+
+
+def linear_dgrad(
+    dy: Tensor,
+    weight: Tensor,
+    lora_A: Tensor,
+    lora_B: Tensor,
+    scale: float,
+    segments: Sequence[int] = (),
+) -> tuple[Tensor, Tensor]:
+    """Return dx = dy W + ds A, [..., in], and ds = scale * dy B, [..., P*r]."""
+    ds = expand_dgrad(dy, lora_B, scale, segments=segments)
+    dx = _accumulated(dy) @ _accumulated(weight)
+    shrink_dgrad_(dx, ds, lora_A)
+    return dx.to(dy.dtype), ds
 
 
 def owners(segments: Sequence[int], num_columns: int, device: torch.device) -> Tensor:

@@ -65,6 +65,7 @@ class Problem:
     s: Tensor
     lora_A: Tensor
     lora_B: Tensor
+    weight: Tensor
     offsets: Tensor | None
     segments: list[int]
 
@@ -95,6 +96,7 @@ def draw(case: Case, dtype: torch.dtype, seed: int = 0) -> Problem:
         s=normal(case.tokens, stacked_rank),
         lora_A=normal(*experts, stacked_rank, case.in_features),
         lora_B=normal(*experts, num_columns, case.rank),
+        weight=normal(num_columns, case.in_features),
         offsets=draw_offsets(case, generator),
         segments=case.op_segments,
     )
@@ -137,6 +139,7 @@ def run_all(ops: Ops, given: Problem, p: float) -> dict[str, Tensor]:
         added[f"shrink_wgrad_ in {d_a_sum.dtype}"] = d_a_sum
     return {
         **added,
+        **(run_linear(ops, given) if offsets is None and p == 0.0 else {}),
         "shrink": ops.shrink(given.x, given.lora_A, offsets, **dropout),
         "expand_": y,
         "expand_dgrad": ops.expand_dgrad(given.y, given.lora_B, 0.7, offsets, segments),
@@ -146,6 +149,14 @@ def run_all(ops: Ops, given: Problem, p: float) -> dict[str, Tensor]:
         "shrink_dgrad_": dx,
         "shrink_wgrad": ops.shrink_wgrad(given.s, given.x, offsets, **dropout),
     }
+
+
+def run_linear(ops: Ops, given: Problem) -> dict[str, Tensor]:
+    """Return the results of the ops that have the base's product in them: dense, no dropout."""
+    how = (given.weight, given.lora_A, given.lora_B, 0.7, given.segments)
+    y, s = ops.linear(given.x, *how)
+    dx, ds = ops.linear_dgrad(given.y, *how)
+    return {"linear y": y, "linear s": s, "linear_dgrad dx": dx, "linear_dgrad ds": ds}
 
 
 def relative_error(got: Tensor, expected: Tensor) -> float:
