@@ -21,7 +21,7 @@ from megalora.adapters.bases import Base, Split, State, state
 from megalora.adapters.collectives import start_gather
 from megalora.adapters.factors import Factor, Sharding, sizes
 from megalora.adapters.kinds import kind_named
-from megalora.adapters.routes import ROUTES, Route, ShardUse
+from megalora.adapters.routes import LOCAL_ROUTE, ROUTES, Route, ShardUse
 from megalora.adapters.sandwich import Call
 from megalora.adapters.start import start_values
 from megalora.config import LoRAConfig
@@ -41,6 +41,8 @@ class LoRAAdapter(torch.nn.Module):
     base: Base
     lora_A: torch.nn.Parameter
     lora_B: torch.nn.Parameter
+    opens = False  # where calls of the base may be one op with the adapter: `adapters.opened`
+    _opened: Call | None = None
 
     def __init__(
         self,
@@ -173,7 +175,7 @@ class LoRAAdapter(torch.nn.Module):
         be forked here: under sequence parallelism a block runs inside a fork (and ranks differ
         already), a recomputed block does not, and a nested fork would draw other numbers.
         """
-        if self.config.dropout == 0.0 or not self.training:
+        if not self._drops():
             return None
         seed = torch.randint(2**62, (1,), device=device)
         distinct = self.base.split is Split.ROW or tensor_state is State.TOKEN_SHARD
@@ -198,6 +200,24 @@ class LoRAAdapter(torch.nn.Module):
             a_param=self._fused(a),
             b_param=self._fused(b),
         )
+
+    def _opened_call(self, a: Tensor, b: Tensor) -> Call:
+        """Return all about a call that opens its base: what the last one had, unless it differs."""
+        a_param, b_param = self._fused(a), self._fused(b)
+        kept = self._opened
+        if kept is None or kept.a_param is not a_param or kept.b_param is not b_param:
+            kept = self._opened = Call(
+                ops=self.ops,
+                route=LOCAL_ROUTE,
+                scale=self.spec.scale,
+                segments=self.segments(),
+                a_param=a_param,
+                b_param=b_param,
+            )
+        return kept
+
+    def _drops(self) -> bool:
+        return self.config.dropout > 0.0 and self.training
 
     def _fused(self, factor: Tensor) -> torch.nn.Parameter | None:
         """Return a parameter where Megatron asks that backward adds to its main_grad."""

@@ -10,6 +10,8 @@ from torch import Tensor
 from megalora.adapters.adapter import LoRAAdapter
 from megalora.adapters.bases import Split, state
 from megalora.adapters.collectives import GatherFactor
+from megalora.adapters.one_gemm import biases, is_one_gemm, open_weight
+from megalora.adapters.opened import adapt_opened
 from megalora.adapters.routes import LOCAL_ROUTE
 from megalora.adapters.sandwich import Call, adapt
 
@@ -46,6 +48,7 @@ class SequentialAdapter(LoRAAdapter):
 
     def bind(self) -> None:
         """Wrap the forward of all experts together, and that of the linear of each."""
+        self.opens = self.base.tp_size == 1 and all(map(is_one_gemm, self.base.linears))
         experts = self.base.module
         experts.forward = functools.partial(self._call_experts, experts.forward)
         for index, linear in enumerate(self.base.linears):
@@ -73,9 +76,14 @@ class SequentialAdapter(LoRAAdapter):
     def _call_expert(
         self, index: int, base_forward: ExpertForward, x: Tensor
     ) -> tuple[Tensor, Tensor | None]:
-        """Call the linear of one expert with its adapter around it."""
+        """Call the linear of one expert with its adapter around or inside it."""
         if not self.pairs:
             return base_forward(x)
+        a, b = self.pairs[index]
+        linear = self.base.linears[index]
+        if self.opens and not self._drops() and (weight := open_weight(linear, x)) is not None:
+            added, left = biases(linear)
+            return adapt_opened(x, weight, a, b, self._opened_call(a, b), added), left
         seed = self._seed(state(self.base), x.device)
         call = Call(
             ops=self.ops,
@@ -85,4 +93,4 @@ class SequentialAdapter(LoRAAdapter):
             dropout=self.config.dropout if seed is not None else 0.0,
             seed=seed,
         )
-        return adapt(base_forward, x, *self.pairs[index], call)
+        return adapt(base_forward, x, a, b, call)

@@ -9,6 +9,8 @@ from torch import Tensor
 
 from megalora.adapters.adapter import LoRAAdapter
 from megalora.adapters.bases import Split
+from megalora.adapters.one_gemm import biases, is_one_gemm, open_weight
+from megalora.adapters.opened import adapt_opened
 from megalora.adapters.sandwich import adapt, add_update
 
 LinearForward = Callable[..., tuple[Tensor, Tensor | None]]
@@ -20,9 +22,15 @@ class LinearAdapter(LoRAAdapter):
     def forward(
         self, base_forward: LinearForward, x: Tensor, *args: object, **kwargs: object
     ) -> tuple[Tensor, Tensor | None]:
-        """Call the base with its adapter around it; returns what the base returns."""
+        """Call the base with its adapter around or inside it; returns what the base returns."""
         if not self.enabled:
             return base_forward(x, *args, **kwargs)
+        a, b = self.pair()
+        if self.opens and not self._drops():
+            given: Any = args[0] if args else kwargs.get("weight")
+            weight = open_weight(self.base.module, x, given)
+            if weight is not None:
+                return self._open(x, weight, a, b)
         gather = kwargs.pop("runtime_gather_output", None)
         if gather is None:
             gather = getattr(self.base.module, "gather_output", False)
@@ -33,11 +41,21 @@ class LinearAdapter(LoRAAdapter):
         def run_base(inner: Tensor) -> tuple[Tensor, Tensor | None]:
             return base_forward(inner, *args, **kwargs)
 
-        a, b = self.pair()
         y, bias = adapt(run_base, x, a, b, self._call(x, a, b))
         if gather:
             y = gather_from_tensor_model_parallel_region(y, group=self.base.group)
         return y, bias
+
+    def bind(self) -> None:
+        """Wrap the base's forward; where nothing is split over ranks, calls may open the base."""
+        self.opens = self.base.tp_size == 1 and is_one_gemm(self.base.module)
+        super().bind()
+
+    def _open(
+        self, x: Tensor, weight: Tensor, a: Tensor, b: Tensor
+    ) -> tuple[Tensor, Tensor | None]:
+        added, left = biases(self.base.module)
+        return adapt_opened(x, weight, a, b, self._opened_call(a, b), added), left
 
 
 class LayerNormLinearAdapter(LoRAAdapter):

@@ -1,0 +1,77 @@
+"""When a base linear is nothing but the product with its weight, so that an adapter may open it."""
+
+import sys
+from typing import Any
+
+import torch
+from megatron.core.extensions import transformer_engine as te
+from torch import Tensor
+
+from megalora.adapters.bases import PLAIN_LINEARS
+
+# What a configuration may ask of a linear beside its product.
+_MORE = (
+    "cpu_offloading",
+    "defer_embedding_wgrad_compute",
+    "delay_wgrad_compute",
+    "fine_grained_activation_offloading",
+    "tp_comm_overlap",
+)
+_PLAIN = (Tensor, torch.nn.Parameter)
+
+
+def is_one_gemm(linear: Any) -> bool:
+    """Say whether a linear on one rank is its product and its bias: what holds for all its calls.
+
+    linear: a base, before an adapter wraps its forward.
+    """
+    if type(linear) not in PLAIN_LINEARS or "forward" in vars(linear):
+        return False
+    # TransformerEngine's inspection of tensors, which is asked for before a model is built.
+    inspection = sys.modules.get("nvdlfw_inspect.api")
+    return (
+        not any(getattr(linear.config, asked, False) for asked in _MORE)
+        and getattr(linear, "gtp_remat_size", 1) == 1
+        and getattr(linear, "te_quant_params", None) is None
+        and getattr(inspection, "DEBUG_MANAGER", None) is None
+    )
+
+
+def open_weight(linear: Any, x: Tensor, weight: Tensor | None = None) -> Tensor | None:
+    """Return W [o, i] where this call of a linear that `is_one_gemm` is x Wᵀ + bias, None if not.
+
+    weight: what the call is given in place of the linear's own. It is not where the weight or the
+    bias is trained, where one of them has another dtype than x, under autocast and in FP8.
+    """
+    if weight is None:
+        weight = linear.weight
+    bias = linear.bias
+    opens = (
+        type(x) in _PLAIN
+        and _is_frozen(weight, x.dtype)
+        and (bias is None or _is_frozen(bias, x.dtype))
+        and not torch.is_autocast_enabled(x.device.type)
+        and not (te.HAVE_TE and _quantizes())
+    )
+    return weight if opens else None
+
+
+def biases(linear: Any) -> tuple[Tensor | None, Tensor | None]:
+    """Return the bias that a linear adds to y and the one that it leaves to its caller."""
+    bias = linear.bias
+    # Without a bias, TransformerEngine's linears have an empty one.
+    if bias is None or bias.numel() == 0:
+        return None, None
+    left = getattr(linear, "skip_bias_add", False) or getattr(linear, "te_return_bias", False)
+    return (None, bias) if left else (bias, None)
+
+
+def _is_frozen(tensor: Tensor | None, dtype: torch.dtype) -> bool:
+    """Say whether a tensor is a plain one of a dtype, not quantized or sharded, and not trained."""
+    return type(tensor) in _PLAIN and tensor.dtype == dtype and not tensor.requires_grad
+
+
+def _quantizes() -> bool:
+    """Say whether TransformerEngine's linears compute in FP8 or less here, or calibrate for it."""
+    quantization = te.FP8GlobalStateManager
+    return quantization.is_fp8_enabled() or quantization.is_fp8_calibration()

@@ -1,0 +1,81 @@
+"""LoRA inside a base linear that is one GEMM on one rank: one op and one autograd node each way.
+
+What else a base may be asked for, and all that travels between ranks, is the sandwich's
+(`adapters.sandwich`), which leaves the base closed; `bases.open_weight` says which calls open it.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from megalora.adapters.sandwich import Call, deliver, main_grad
+
+
+class OpenedLinear(torch.autograd.Function):
+    """A linear of a frozen W [o, i] with its adapter: y = x Wᵀ + bias + c s Bᵀ, s = x Aᵀ.
+
+    dgrad: ds = c dY B, dX = dY W + ds A. wgrad: dA = dsᵀ x, dB = c dYᵀ s. No collective.
+    """
+
+    @staticmethod
+    def forward(  # type: ignore[override]
+        ctx: Any,
+        x: Tensor,
+        lora_A: Tensor,
+        lora_B: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        call: Call,
+    ) -> Tensor:
+        """Return y [..., o]."""
+        y, s = call.ops.linear(x, weight, lora_A, lora_B, call.scale, call.segments)
+        ctx.call = call
+        ctx.save_for_backward(x, weight, lora_A, lora_B, s)
+        return y if bias is None else y.add_(bias)
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor):  # type: ignore[override]
+        """Return dX, dA and dB; only those that are asked for are computed."""
+        call: Call = ctx.call
+        ops, scale, segments = call.ops, call.scale, call.segments
+        x, weight, lora_A, lora_B, s = ctx.saved_tensors
+        needs_x, needs_a, needs_b, *_ = ctx.needs_input_grad
+        dx = ds = d_a = d_b = None
+        if needs_x:
+            dx, ds = ops.linear_dgrad(dy, weight, lora_A, lora_B, scale, segments)
+        elif needs_a:
+            ds = ops.expand_dgrad(dy, lora_B, scale, None, segments)
+        if needs_a:
+            assert ds is not None
+            d_a = _a_grad(ds, x, lora_A, call)
+        if needs_b:
+            d_b = _b_grad(dy, s, lora_B, call)
+        return dx, d_a, d_b, None, None, None
+
+
+def _a_grad(ds: Tensor, x: Tensor, lora_A: Tensor, call: Call) -> Tensor | None:
+    if call.a_param is None:
+        return call.ops.shrink_wgrad(ds, x)
+    call.ops.shrink_wgrad_(main_grad(call.a_param, lora_A.shape), ds, x)
+    return deliver(None, call.a_param, lora_A.shape)
+
+
+def _b_grad(dy: Tensor, s: Tensor, lora_B: Tensor, call: Call) -> Tensor | None:
+    how = (call.scale, None, call.segments)
+    if call.b_param is None:
+        return call.ops.expand_wgrad(dy, s, lora_B, *how)
+    call.ops.expand_wgrad_(main_grad(call.b_param, lora_B.shape), dy, s, *how)
+    return deliver(None, call.b_param, lora_B.shape)
+
+
+def adapt_opened(
+    x: Tensor,
+    weight: Tensor,
+    lora_A: Tensor,
+    lora_B: Tensor,
+    call: Call,
+    bias: Tensor | None = None,
+) -> Tensor:
+    """Return y = x Wᵀ + bias + c s Bᵀ, for a base weight W that has no gradient."""
+    return OpenedLinear.apply(x, lora_A, lora_B, weight, bias, call)  # type: ignore[return-value]
