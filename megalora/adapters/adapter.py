@@ -18,7 +18,7 @@ from torch.distributed import ProcessGroup
 
 from megalora import ops
 from megalora.adapters.bases import Base, Split, State, state
-from megalora.adapters.collectives import start_gather
+from megalora.adapters.collectives import group_size, start_gather
 from megalora.adapters.factors import Factor, Sharding, sizes
 from megalora.adapters.kinds import kind_named
 from megalora.adapters.routes import LOCAL_ROUTE, ROUTES, Route, ShardUse
@@ -215,6 +215,11 @@ class LoRAAdapter(torch.nn.Module):
                 b_param=b_param,
             )
         return kept
+
+    def _is_whole(self) -> bool:
+        """Say whether this rank has the whole weight and both whole factors."""
+        groups = (self.base.group, self.a_group, self.b_group)
+        return all(group_size(group) == 1 for group in groups)
 
     def _drops(self) -> bool:
         return self.config.dropout > 0.0 and self.training

@@ -2,7 +2,7 @@
 
 import functools
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -48,7 +48,7 @@ class SequentialAdapter(LoRAAdapter):
 
     def bind(self) -> None:
         """Wrap the forward of all experts together, and that of the linear of each."""
-        self.opens = self.base.tp_size == 1 and all(map(is_one_gemm, self.base.linears))
+        self.opens = self.base.tp_size == 1 and all(map(is_one_gemm, cast(Any, self.base.linears)))
         experts = self.base.module
         experts.forward = functools.partial(self._call_experts, experts.forward)
         for index, linear in enumerate(self.base.linears):
@@ -80,7 +80,7 @@ class SequentialAdapter(LoRAAdapter):
         if not self.pairs:
             return base_forward(x)
         a, b = self.pairs[index]
-        linear = self.base.linears[index]
+        linear: Any = self.base.linears[index]
         if self.opens and not self._drops() and (weight := open_weight(linear, x)) is not None:
             added, left = biases(linear)
             return adapt_opened(x, weight, a, b, self._opened_call(a, b), added), left

@@ -48,7 +48,7 @@ class LinearAdapter(LoRAAdapter):
 
     def bind(self) -> None:
         """Wrap the base's forward; where nothing is split over ranks, calls may open the base."""
-        self.opens = self.base.tp_size == 1 and is_one_gemm(self.base.module)
+        self.opens = self._is_whole() and is_one_gemm(self.base.module)
         super().bind()
 
     def _open(

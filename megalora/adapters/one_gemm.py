@@ -1,9 +1,10 @@
 """When a base linear is nothing but the product with its weight, so that an adapter may open it."""
 
 import sys
-from typing import Any
+from typing import Protocol
 
 import torch
+from megatron.core import ModelParallelConfig
 from megatron.core.extensions import transformer_engine as te
 from torch import Tensor
 
@@ -20,7 +21,15 @@ _MORE = (
 _PLAIN = (Tensor, torch.nn.Parameter)
 
 
-def is_one_gemm(linear: Any) -> bool:
+class Linear(Protocol):
+    """What `PLAIN_LINEARS` have: weight [o, i], None where calls are given it, and bias [o]."""
+
+    config: ModelParallelConfig
+    weight: Tensor | None
+    bias: Tensor | None
+
+
+def is_one_gemm(linear: Linear) -> bool:
     """Say whether a linear on one rank is its product and its bias: what holds for all its calls.
 
     linear: a base, before an adapter wraps its forward.
@@ -37,7 +46,7 @@ def is_one_gemm(linear: Any) -> bool:
     )
 
 
-def open_weight(linear: Any, x: Tensor, weight: Tensor | None = None) -> Tensor | None:
+def open_weight(linear: Linear, x: Tensor, weight: Tensor | None = None) -> Tensor | None:
     """Return W [o, i] where this call of a linear that `is_one_gemm` is x Wᵀ + bias, None if not.
 
     weight: what the call is given in place of the linear's own. It is not where the weight or the
@@ -56,7 +65,7 @@ def open_weight(linear: Any, x: Tensor, weight: Tensor | None = None) -> Tensor 
     return weight if opens else None
 
 
-def biases(linear: Any) -> tuple[Tensor | None, Tensor | None]:
+def biases(linear: Linear) -> tuple[Tensor | None, Tensor | None]:
     """Return the bias that a linear adds to y and the one that it leaves to its caller."""
     bias = linear.bias
     # Without a bias, TransformerEngine's linears have an empty one.
@@ -68,7 +77,9 @@ def biases(linear: Any) -> tuple[Tensor | None, Tensor | None]:
 
 def _is_frozen(tensor: Tensor | None, dtype: torch.dtype) -> bool:
     """Say whether a tensor is a plain one of a dtype, not quantized or sharded, and not trained."""
-    return type(tensor) in _PLAIN and tensor.dtype == dtype and not tensor.requires_grad
+    if tensor is None or type(tensor) not in _PLAIN:
+        return False
+    return tensor.dtype == dtype and not tensor.requires_grad
 
 
 def _quantizes() -> bool:

@@ -4,12 +4,19 @@ What else a base may be asked for, and all that travels between ranks, is the sa
 (`adapters.sandwich`), which leaves the base closed; `bases.open_weight` says which calls open it.
 """
 
-from typing import Any
-
 import torch
 from torch import Tensor
+from torch.autograd.function import FunctionCtx
 
-from megalora.adapters.sandwich import Call, deliver, main_grad
+from megalora.adapters.sandwich import Call, deliver, main_grad_of
+
+
+class _Context(FunctionCtx):
+    """What backward finds of its forward."""
+
+    call: Call
+    saved_tensors: tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
+    needs_input_grad: tuple[bool, ...]
 
 
 class OpenedLinear(torch.autograd.Function):
@@ -20,7 +27,7 @@ class OpenedLinear(torch.autograd.Function):
 
     @staticmethod
     def forward(  # type: ignore[override]
-        ctx: Any,
+        ctx: _Context,
         x: Tensor,
         lora_A: Tensor,
         lora_B: Tensor,
@@ -35,9 +42,9 @@ class OpenedLinear(torch.autograd.Function):
         return y if bias is None else y.add_(bias)
 
     @staticmethod
-    def backward(ctx: Any, dy: Tensor):  # type: ignore[override]
+    def backward(ctx: _Context, dy: Tensor):  # type: ignore[override]
         """Return dX, dA and dB; only those that are asked for are computed."""
-        call: Call = ctx.call
+        call = ctx.call
         ops, scale, segments = call.ops, call.scale, call.segments
         x, weight, lora_A, lora_B, s = ctx.saved_tensors
         needs_x, needs_a, needs_b, *_ = ctx.needs_input_grad
@@ -57,7 +64,7 @@ class OpenedLinear(torch.autograd.Function):
 def _a_grad(ds: Tensor, x: Tensor, lora_A: Tensor, call: Call) -> Tensor | None:
     if call.a_param is None:
         return call.ops.shrink_wgrad(ds, x)
-    call.ops.shrink_wgrad_(main_grad(call.a_param, lora_A.shape), ds, x)
+    call.ops.shrink_wgrad_(main_grad_of(call.a_param, lora_A.shape), ds, x)
     return deliver(None, call.a_param, lora_A.shape)
 
 
@@ -65,7 +72,7 @@ def _b_grad(dy: Tensor, s: Tensor, lora_B: Tensor, call: Call) -> Tensor | None:
     how = (call.scale, None, call.segments)
     if call.b_param is None:
         return call.ops.expand_wgrad(dy, s, lora_B, *how)
-    call.ops.expand_wgrad_(main_grad(call.b_param, lora_B.shape), dy, s, *how)
+    call.ops.expand_wgrad_(main_grad_of(call.b_param, lora_B.shape), dy, s, *how)
     return deliver(None, call.b_param, lora_B.shape)
 
 

@@ -219,7 +219,7 @@ def _start_backward(
         in_flight.d_b = _sliced_b_grad(dy, s, full_b, call)
         return
     if route.b is ShardUse.LOCAL and call.b_param is not None:
-        main_grad = main_grad(call.b_param, full_b.shape)
+        main_grad = main_grad_of(call.b_param, full_b.shape)
         ds = ops.expand_backward_(main_grad, dy, s, full_b, *how)
         in_flight.ds = start_collective(ds, route.backward, call.group)
         return
@@ -238,7 +238,7 @@ def _sliced_b_grad(dy: Tensor, s: Tensor, full_b: Tensor, call: Call) -> Pending
     dy = own_shard(dy, -1, call.b_group)
     shard = own_shard(full_b, -2, call.b_group)
     if call.b_param is not None:
-        call.ops.expand_wgrad_(main_grad(call.b_param, shard.shape), dy, s, *how)
+        call.ops.expand_wgrad_(main_grad_of(call.b_param, shard.shape), dy, s, *how)
         return None
     return done(call.ops.expand_wgrad(dy, s, shard, *how))
 
@@ -253,7 +253,7 @@ def _start_a_grad(ds: Tensor, x: Tensor, call: Call) -> Pending | None:
         x = own_shard(x, -1, call.a_group)
     if route.a is not ShardUse.SUMMED and call.a_param is not None:
         experts = () if call.a_offsets is None else call.a_offsets.shape
-        main_grad = main_grad(call.a_param, (*experts, ds.shape[-1], x.shape[-1]))
+        main_grad = main_grad_of(call.a_param, (*experts, ds.shape[-1], x.shape[-1]))
         call.ops.shrink_wgrad_(main_grad, ds, x, *how)
         return None
     d_a = call.ops.shrink_wgrad(ds, x, *how)
@@ -262,7 +262,7 @@ def _start_a_grad(ds: Tensor, x: Tensor, call: Call) -> Pending | None:
     return done(d_a)
 
 
-def main_grad(param: torch.nn.Parameter, shape: Sequence[int]) -> Tensor:
+def main_grad_of(param: torch.nn.Parameter, shape: Sequence[int]) -> Tensor:
     """Return Megatron's gradient buffer of a parameter in the shape of the factor's rows."""
     return param.main_grad.view(shape)  # type: ignore[attr-defined]
 
@@ -278,6 +278,6 @@ def deliver(
     if param is None:
         return gradient and gradient.wait()
     if gradient is not None:
-        main_grad(param, shape).add_(gradient.wait())
+        main_grad_of(param, shape).add_(gradient.wait())
     param.grad_added_to_main_grad = True  # type: ignore[attr-defined]
     return param.new_empty(shape)
