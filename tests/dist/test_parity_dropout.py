@@ -78,15 +78,22 @@ def test_recomputation_repeats_the_mask(layout: Layout) -> None:
     assert relative(without, kept) > 1e-4
 
 
+def every(seeds: dict[str, list[Tensor | None]]) -> list[Tensor | None]:
+    return [seed for of_one in seeds.values() for seed in of_one]
+
+
 @over(Layout(), TP2_SP)
 def test_evaluation_drops_nothing(layout: Layout, seeds: dict[str, list[Tensor | None]]) -> None:
     with model_parallel(layout):
         (chunk,) = adapted(layout)
-        chunk.eval()
         tokens = torch.arange(8)[None]
         chunk(tokens, tokens, None)
-    assert seeds
-    assert all(seed is None for drawn in seeds.values() for seed in drawn)
+        assert seeds
+        assert all(seed is not None for seed in every(seeds))
+        seeds.clear()
+        chunk.eval()
+        chunk(tokens, tokens, None)
+        assert all(seed is None for seed in every(seeds))
 
 
 @pytest.mark.parametrize("name", [f"{ATTENTION}.linear_qkv", f"{ATTENTION}.linear_proj"])
