@@ -3,11 +3,13 @@
 python benchmarks/bench_linear.py [--cases goal forms grid] [--compile] [--results FILE]
 
 `frozen` computes y and dX of the base alone. `eager` is LoRA in plain torch, `addmm` lets the BLAS
-add in place (what hand-tuned code does), `megalora` is the layer of this package, on a GPU also by
-each of its routes (MEGALORA_CUDA_ROUTE); the others are in _peers.py. Cases: `goal`,
-the shapes of the stated goals; `forms`, the other forms of a Megatron linear; `grid`, sizes, ranks
-and dropout. `floor` is what no LoRA can be faster than: forward one more read of x, backward one of
-dY and one of x, at the speed of a large copy on this device.
+add in place (what hand-tuned code does). `megalora` is the layer of this package, which opens its
+base where it can (no dropout, no norm before it), on a GPU also by each of its routes
+(MEGALORA_CUDA_ROUTE); `megalora, closed base` goes around it, as where a weight is split over ranks
+or quantized. The others are in _peers.py. Cases: `goal`, the shapes of the stated goals; `forms`,
+the other forms of a Megatron linear; `grid`, sizes, ranks and dropout. `floor` is what no LoRA can
+be faster than: forward one more read of x, backward one of dY and one of x, at the speed of a large
+copy on this device.
 """
 
 import argparse
@@ -25,6 +27,7 @@ from _results import append, machine, print_rows
 from _timing import Variant, assert_agreement, ceilings, floor_row, measure, that_run
 from torch import Tensor
 
+from megalora.adapters.opened import adapt_opened
 from megalora.adapters.routes import LOCAL_ROUTE
 from megalora.adapters.sandwich import Call, adapt, add_update
 from megalora.ops import backend
@@ -158,9 +161,13 @@ def factors(case: Case, weight: Tensor) -> list[torch.nn.Parameter]:
 
 
 def own_variant(
-    case: Case, weight: Tensor, before: Callable[[Tensor], Tensor], cuda_route: str = "auto"
+    case: Case,
+    weight: Tensor,
+    before: Callable[[Tensor], Tensor],
+    cuda_route: str = "auto",
+    closed: bool = False,
 ) -> Variant:
-    """Return this package's way, on a GPU by one of its routes."""
+    """Return this package's way, on a GPU by one of its routes; closed: around the base."""
     lora_A, lora_B = factors(case, weight)
     if case.form == "main_grad":
         add_to_main_grad([lora_A, lora_B])
@@ -181,10 +188,12 @@ def own_variant(
         if case.form == "after":
             normed = before(x)
             return add_update(normed, F.linear(normed, weight), lora_A, lora_B, call)
+        if not closed and case.p == 0.0:
+            return adapt_opened(x, weight, lora_A, lora_B, call)
         return adapt(lambda x: (F.linear(x, weight), None), x, lora_A, lora_B, call)[0]
 
-    name = "megalora" if cuda_route == "auto" else f"megalora, {cuda_route}"
-    return Variant(name, forward, [lora_A, lora_B], [weight])
+    ways = ["closed base"] if closed else [] if cuda_route == "auto" else [cuda_route]
+    return Variant(", ".join(["megalora", *ways]), forward, [lora_A, lora_B], [weight])
 
 
 def variants_of(case: Case, weight: Tensor, compiled: bool) -> tuple[list[Variant], list[str]]:
@@ -214,6 +223,8 @@ def variants_of(case: Case, weight: Tensor, compiled: bool) -> tuple[list[Varian
         others.append(Variant("torch.compile", torch.compile(eager), trained, [weight]))
     if weight.is_cuda:
         others += [own_variant(case, weight, before, route) for route in ROUTES]
+    if case.form != "after" and case.p == 0.0:
+        others.append(own_variant(case, weight, before, closed=True))
     own = own_variant(case, weight, before)
     found = [Variant("frozen", frozen, [], [weight]), Variant("eager", eager, trained, [weight])]
     for variant in (own, *others):
