@@ -76,10 +76,11 @@ struct Call {
     factor.scale = scale;
   }
 
-  void shrink(const Tensor& wide, const Tensor& thin, const Tensor& lora_A) {
+  // Without dropout.
+  void shrink(const Tensor& wide, const Tensor& thin, const Tensor& lora_A, double scale) {
     weight(lora_A, Layout::rank_first);
     tokens(wide, thin);
-    dropout(0.0, {});
+    segments({}, factor.columns, scale);
   }
 
   void expand(const Tensor& wide, const Tensor& thin, const Tensor& lora_B, at::IntArrayRef sizes,
@@ -102,5 +103,15 @@ struct Call {
     factor.seed = p > 0.0 ? seed->data_ptr<int64_t>() : nullptr;
   }
 };
+
+// Runs body on a contiguous form of a gradient that is added to.
+template <class Body>
+void in_place_weight(const Tensor& target, Body body) {
+  const Tensor contiguous = target.contiguous();
+  body(contiguous);
+  if (!contiguous.is_same(target)) {
+    target.copy_(contiguous);
+  }
+}
 
 }  // namespace megalora

@@ -32,6 +32,14 @@ inline void check_gradient(const Tensor& got, const char* name, const Tensor& li
                     ", expected the device of ", like_name, ", ", like.device());
 }
 
+// The same, of the shape of its factor.
+inline void check_sum(const Tensor& got, const char* name, const Tensor& factor,
+                      const char* factor_name, const Tensor& like, const char* like_name) {
+  check_gradient(got, name, like, like_name);
+  TORCH_CHECK_VALUE(got.sizes() == factor.sizes(), name, " has shape ", got.sizes(),
+                    ", expected that of ", factor_name, ", ", factor.sizes());
+}
+
 inline void check_size(int64_t got, const char* name, int64_t expected, const char* why) {
   TORCH_CHECK_VALUE(got == expected, name, " is ", got, ", expected ", expected, ", ", why);
 }
@@ -44,6 +52,24 @@ inline void check_tokens(const Tensor& tokens, const char* name, const OptionalT
     TORCH_CHECK_VALUE(tokens.dim() >= 2 && tokens.dim() <= 4, name, " has ", tokens.dim(),
                       " dimensions, expected 2 to 4");
   }
+}
+
+// Tokens of the same rows as others.
+inline void check_rows(const Tensor& got, const char* name, const Tensor& like,
+                       const char* like_name) {
+  check_dtype(got, name, like, like_name);
+  TORCH_CHECK_VALUE(got.dim() == like.dim() && got.sizes().slice(0, got.dim() - 1) ==
+                                                   like.sizes().slice(0, like.dim() - 1),
+                    name, " has shape ", got.sizes(), ", expected the leading sizes of ", like_name,
+                    ", ", like.sizes());
+}
+
+inline void check_thin(const Tensor& thin, const char* name, const Tensor& wide,
+                       const char* wide_name, int64_t rank, at::IntArrayRef segments) {
+  check_rows(thin, name, wide, wide_name);
+  const int64_t blocks = segments.empty() ? 1 : static_cast<int64_t>(segments.size());
+  check_size(thin.size(-1), "the last size of s or ds", blocks * rank,
+             "one rank block for each segment");
 }
 
 inline void check_weight(const Tensor& weight, const char* name, const OptionalTensor& offsets) {

@@ -14,8 +14,8 @@
 
 // The ops in terms of the three products of factor.h, for any device: Products has static functions
 // project(Factor&), update(Factor&) and outer(Factor&) on rows with unit column stride,
-// backward(Factor&, Factor&), which is project of the first and outer of the second on one wide, and
-// linear(Linear&) of linear.h.
+// backward(Factor&, Factor&), which is project of the first and outer of the second on one wide,
+// and those of linear.h.
 namespace megalora {
 
 // Runs body on rows of target that can be written in place; copies in and out only where no view of
@@ -26,16 +26,6 @@ void in_place(const Tensor& target, Body body) {
   body(view);
   if (view.data_ptr() != target.data_ptr()) {
     target.copy_(view.view(target.sizes()));
-  }
-}
-
-// Runs body on a contiguous form of a gradient that is added to.
-template <class Body>
-void in_place_weight(const Tensor& target, Body body) {
-  const Tensor contiguous = target.contiguous();
-  body(contiguous);
-  if (!contiguous.is_same(target)) {
-    target.copy_(contiguous);
   }
 }
 
@@ -115,9 +105,7 @@ struct Ops {
   static Tensor expand_backward_(const Tensor& d_b, const Tensor& dy, const Tensor& s,
                                  const Tensor& lora_B, double scale, const OptionalTensor& offsets,
                                  at::IntArrayRef segments) {
-    check_gradient(d_b, "d_b", dy, "dy");
-    TORCH_CHECK_VALUE(d_b.sizes() == lora_B.sizes(), "d_b has shape ", d_b.sizes(),
-                      ", expected that of lora_B, ", lora_B.sizes());
+    check_sum(d_b, "d_b", lora_B, "lora_B", dy, "dy");
     Tensor ds;
     in_place_weight(d_b, [&](const Tensor& target) {
       ds = both(target, dy, s, lora_B, scale, offsets, segments, true);
@@ -262,18 +250,6 @@ struct Ops {
     check_size(weight.size(-2), "lora_B's number of rows", wide.size(-1), "the output features");
     return check_segments(segments, wide.size(-1));
   }
-
-  static void check_thin(const Tensor& thin, const char* name, const Tensor& wide,
-                         const char* wide_name, int64_t rank, at::IntArrayRef segments) {
-    check_dtype(thin, name, wide, wide_name);
-    TORCH_CHECK_VALUE(thin.dim() == wide.dim() && thin.sizes().slice(0, thin.dim() - 1) ==
-                                                      wide.sizes().slice(0, wide.dim() - 1),
-                      name, " has shape ", thin.sizes(), ", expected the leading sizes of ",
-                      wide_name, ", ", wide.sizes());
-    const int64_t blocks = segments.empty() ? 1 : static_cast<int64_t>(segments.size());
-    check_size(thin.size(-1), "the last size of s or ds", blocks * rank,
-               "one rank block for each segment");
-  }
 };
 
 template <class Products>
@@ -289,7 +265,8 @@ void implement(torch::Library& m) {
   m.impl("expand_backward_", &Ops<Products>::expand_backward_);
   m.impl("shrink_wgrad_", &Ops<Products>::shrink_wgrad_);
   m.impl("linear", &LinearOps<Products>::linear);
-  m.impl("linear_dgrad", &LinearOps<Products>::linear_dgrad);
+  m.impl("linear_backward", &LinearOps<Products>::linear_backward);
+  m.impl("linear_backward_", &LinearOps<Products>::linear_backward_);
 }
 
 }  // namespace megalora

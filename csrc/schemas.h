@@ -4,8 +4,9 @@
 
 namespace megalora {
 
-// Dense without offsets, grouped over experts with them; linear and its dgrad are dense. Python calls these, so names and defaults
-// are those of megalora/ops/protocol.py; megalora/ops/reference.py says what each op computes.
+// Dense without offsets, grouped over experts with them; linear and its backward are dense. Python
+// calls these, so names and defaults are those of megalora/ops/protocol.py;
+// megalora/ops/reference.py says what each op computes.
 inline void define_ops(torch::Library& m) {
   m.def(
       "shrink(Tensor x, Tensor lora_A, Tensor? offsets=None, float p=0.0, Tensor? seed=None) "
@@ -41,8 +42,11 @@ inline void define_ops(torch::Library& m) {
       "linear(Tensor x, Tensor weight, Tensor lora_A, Tensor lora_B, float scale, "
       "int[] segments=[]) -> (Tensor, Tensor)");
   m.def(
-      "linear_dgrad(Tensor dy, Tensor weight, Tensor lora_A, Tensor lora_B, float scale, "
-      "int[] segments=[]) -> (Tensor, Tensor)");
+      "linear_backward(Tensor dy, Tensor x, Tensor s, Tensor weight, Tensor lora_A, "
+      "Tensor lora_B, float scale, int[] segments=[]) -> (Tensor, Tensor, Tensor)");
+  m.def(
+      "linear_backward_(Tensor(a!) d_a, Tensor(b!) d_b, Tensor dy, Tensor x, Tensor s, "
+      "Tensor weight, Tensor lora_A, Tensor lora_B, float scale, int[] segments=[]) -> Tensor");
 }
 
 }  // namespace megalora

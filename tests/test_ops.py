@@ -136,10 +136,15 @@ def test_a_linear_takes_tokens_of_three_dimensions_and_strided_weights() -> None
     x, dy = torch.randn(3, 6, 10).transpose(0, 1), torch.randn(3, 6, 7).transpose(0, 1)
     weight, lora_A, lora_B = torch.randn(10, 7).T, torch.randn(10, 4).T, torch.randn(4, 7).T
     y, s = fused.linear(x, weight, lora_A, lora_B, 2.0)
-    dx, ds = fused.linear_dgrad(dy, weight, lora_A, lora_B, 2.0)
     merged = weight + 2.0 * lora_B @ lora_A
-    torch.testing.assert_close((y, s), (x @ merged.T, x @ lora_A.T))
-    torch.testing.assert_close((dx, ds), (dy @ merged, 2.0 * dy @ lora_B))
+    torch.testing.assert_close((y, s), (x @ merged.T, 2.0 * x @ lora_A.T))
+    found = fused.linear_backward(dy, x, s, weight, lora_A, lora_B, 2.0)
+    d_merged = dy.flatten(0, 1).T @ x.flatten(0, 1)
+    expected = (dy @ merged, 2.0 * lora_B.T @ d_merged, 2.0 * d_merged @ lora_A.T)
+    torch.testing.assert_close(found, expected)
+    d_a, d_b = torch.ones(10, 4).T, torch.ones(4, 7).T
+    fused.linear_backward_(d_a, d_b, dy, x, s, weight, lora_A, lora_B, 2.0)
+    torch.testing.assert_close((d_a, d_b), (expected[1] + 1.0, expected[2] + 1.0))
 
 
 @pytest.mark.parametrize("p", [0.0, 0.5])

@@ -79,7 +79,7 @@ MISUSES = {
         "weight's last size is 5, expected 6, the last size of x",
     ),
     "weight height": (
-        lambda: fused.linear_dgrad(Y, W[:7], A, B, 1.0),
+        lambda: fused.linear_backward(Y, X, S, W[:7], A, B, 1.0),
         "weight's first size is 7, expected 8, the last size of dy",
     ),
     "rows of A": (
@@ -87,12 +87,32 @@ MISUSES = {
         "lora_A's number of rows is 2, expected 4, one rank block for each segment",
     ),
     "width of A": (
-        lambda: fused.linear_dgrad(Y, W, A[:, :5], B, 1.0),
+        lambda: fused.linear_backward(Y, X, S, W, A[:, :5], B, 1.0),
         "lora_A's last size is 5, expected 6, the input features",
     ),
     "rows of B": (
         lambda: fused.linear(X, W, A, B[:7], 1.0),
         "lora_B's number of rows is 7, expected 8, the output features",
+    ),
+    "rows of x": (
+        lambda: fused.linear_backward(Y, X[:3], S, W, A, B, 1.0),
+        r"x has shape \[3, 6\], expected the leading sizes of dy",
+    ),
+    "width of x": (
+        lambda: fused.linear_backward(Y, X[:, :5], S, W, A, B, 1.0),
+        "the last size of x is 5, expected 6, weight's last size",
+    ),
+    "width of s": (
+        lambda: fused.linear_backward(Y, X, X, W, A, B, 1.0),
+        "last size of s or ds is 6, expected 2, one rank block for each segment",
+    ),
+    "shape of dA": (
+        lambda: fused.linear_backward_(B, B, Y, X, S, W, A, B, 1.0),
+        r"d_a has shape \[8, 2\], expected that of lora_A, \[2, 6\]",
+    ),
+    "dtype of dB": (
+        lambda: fused.linear_backward_(A, B.half(), Y, X, S, W, A, B, 1.0),
+        "d_b has dtype Half, expected that of dy, Float",
     ),
     "one dimension": (lambda: fused.shrink(X[0], A), "x has 1 dimensions, expected 2 to 4"),
     "integers": (lambda: fused.shrink(X.int(), A.int()), "dtype Int is not supported on cpu"),

@@ -32,7 +32,13 @@ def test_opcheck_accepts_every_op(case: Case) -> None:
     }
     if offsets is None:
         how = (given.weight, given.lora_A, given.lora_B, 0.5, segments)
-        calls |= {ops.linear: (given.x, *how), ops.linear_dgrad: (given.y, *how)}
+        both = (given.y, given.x, given.s, *how)
+        sums = (given.lora_A.clone(), given.lora_B.clone())
+        calls |= {
+            ops.linear: (given.x, *how),
+            ops.linear_backward: both,
+            ops.linear_backward_: (*sums, *both),
+        }
     for op, arguments in calls.items():
         torch.library.opcheck(op.default, arguments)
 
@@ -42,6 +48,7 @@ def test_opcheck_accepts_calls_that_leave_out_what_has_a_default() -> None:
     assert given.offsets is None
     x, lora_A = given.x.clone().requires_grad_(), given.lora_A.clone().requires_grad_()
     b_call = (given.lora_B, 0.5)
+    both = (given.y, given.x, given.s, given.weight, given.lora_A, *b_call)
     calls = {
         fused.shrink: (x, lora_A),
         fused.expand_dgrad: (given.y, *b_call),
@@ -50,7 +57,8 @@ def test_opcheck_accepts_calls_that_leave_out_what_has_a_default() -> None:
         fused.shrink_wgrad: (given.s, given.x),
         fused.expand_backward_: (given.lora_B.clone(), given.y, given.s, *b_call),
         fused.linear: (given.x, given.weight, given.lora_A, *b_call),
-        fused.linear_dgrad: (given.y, given.weight, given.lora_A, *b_call),
+        fused.linear_backward: both,
+        fused.linear_backward_: (given.lora_A.clone(), given.lora_B.clone(), *both),
     }
     for op, arguments in calls.items():
         torch.library.opcheck(op.default, arguments, test_utils=("test_schema", "test_faketensor"))

@@ -353,6 +353,10 @@ void Products::backward(const Factor& dgrad, const Factor& wgrad) {
 }
 
 // MKL with beta = 1 takes longer than our update of y.
-void Products::linear(const Linear& linear) { base_first<Products>(linear); }
+void Products::add_base(const Linear& linear) { base_first<Products>(linear); }
+
+void Products::linear(const Linear& linear) { compose<Products>(linear); }
+
+void Products::linear_backward(const LinearBackward& backward) { compose<Products>(backward); }
 
 }  // namespace megalora::cpu

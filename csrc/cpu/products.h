@@ -6,7 +6,8 @@
 
 namespace megalora {
 struct Linear;
-}
+struct LinearBackward;
+}  // namespace megalora
 
 namespace megalora::cpu {
 
@@ -20,7 +21,9 @@ struct Products {
   static void update(const Factor& factor);
   static void outer(const Factor& factor);
   static void backward(const Factor& dgrad, const Factor& wgrad);
+  static void add_base(const Linear& linear);
   static void linear(const Linear& linear);
+  static void linear_backward(const LinearBackward& backward);
 };
 
 }  // namespace megalora::cpu

@@ -9,6 +9,7 @@
 #include <string_view>
 
 #include "../gemm.h"
+#include "hopper.h"
 #include "kernels.cuh"
 
 namespace megalora::cuda {
@@ -16,15 +17,16 @@ namespace {
 
 // Who computes a product of a dense factor, where both can. MEGALORA_CUDA_ROUTE overrides the
 // choice for tuning: "gemm" or "kernels" for all, or a list as in "project:kernels,update:gemm",
-// where "backward:gemm" means two products instead of our one read. It is looked up at every call,
-// so that one process can measure both.
+// where "backward:gemm" means two products instead of our one read, and "linear:gemm" the products
+// one after another instead of our one launch. It is looked up at every call, so that one process
+// can measure both.
 enum class Route { automatic, gemm, kernels };
 
 void check_product(std::string_view name) {
-  TORCH_CHECK_VALUE(
-      name == "project" || name == "update" || name == "outer" || name == "backward",
-      "MEGALORA_CUDA_ROUTE names the product \"", name,
-      "\": use project, update, outer or backward");
+  TORCH_CHECK_VALUE(name == "project" || name == "update" || name == "outer" ||
+                        name == "backward" || name == "linear",
+                    "MEGALORA_CUDA_ROUTE names the product \"", name,
+                    "\": use project, update, outer, backward or linear");
 }
 
 Route route_named(std::string_view name) {
@@ -81,6 +83,14 @@ bool one_read_is_faster(const Factor& dgrad, const Factor& wgrad) {
     return false;
   }
   return route == Route::kernels || dgrad.rank <= 16 || !gemm_can(dgrad) || !gemm_can(wgrad);
+}
+
+// call: forward or backward, whose GEMM is l.
+template <class LinearCall>
+bool one_launch_is_faster(const LinearCall& call, const Linear& l) {
+  const Route route = route_of("linear");
+  return route != Route::gemm && (route == Route::kernels || linear_fills(l)) &&
+         linear_supports(call);
 }
 
 Tensor floats(const Factor& f, int64_t count) {
@@ -140,12 +150,29 @@ struct Products {
     C10_CUDA_KERNEL_LAUNCH_CHECK();
   }
 
-  // An adapted linear, forward and dgrad, as a whole. Measured likewise: cuBLAS that adds to the
-  // low-rank term in its epilogue saves one pass over y.
   static void linear(const Linear& l) {
-    const c10::cuda::CUDAGuard guard(l.out.device());
+    const c10::cuda::CUDAGuard guard(l.update.device);
+    if (one_launch_is_faster(l, l)) {
+      linear_forward(l);
+    } else {
+      compose<Products>(l);
+    }
+  }
+
+  static void linear_backward(const LinearBackward& b) {
+    const c10::cuda::CUDAGuard guard(b.d_a.device);
+    if (one_launch_is_faster(b, b.dgrad)) {
+      cuda::linear_backward(b);
+    } else {
+      compose<Products>(b);
+    }
+  }
+
+  // Measured likewise: cuBLAS that adds to the low-rank term in its epilogue saves one pass over y.
+  static void add_base(const Linear& l) {
+    const c10::cuda::CUDAGuard guard(l.update.device);
     if (gemm_updates_faster(l.update)) {
-      low_rank_first<Products>(l);
+      low_rank_first(l);
     } else {
       base_first<Products>(l);
     }

@@ -4,6 +4,8 @@ What else a base may be asked for, and all that travels between ranks, is the sa
 (`adapters.sandwich`), which leaves the base closed; `bases.open_weight` says which calls open it.
 """
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 from torch.autograd.function import FunctionCtx
@@ -20,9 +22,9 @@ class _Context(FunctionCtx):
 
 
 class OpenedLinear(torch.autograd.Function):
-    """A linear of a frozen W [o, i] with its adapter: y = x Wᵀ + bias + c s Bᵀ, s = x Aᵀ.
+    """A linear of a frozen W [o, i] with its adapter: y = x Wᵀ + bias + s Bᵀ, s = c x Aᵀ.
 
-    dgrad: ds = c dY B, dX = dY W + ds A. wgrad: dA = dsᵀ x, dB = c dYᵀ s. No collective.
+    dgrad: ds = c dY B, dX = dY W + ds A. wgrad: dA = dsᵀ x, dB = dYᵀ s. No collective.
     """
 
     @staticmethod
@@ -45,20 +47,36 @@ class OpenedLinear(torch.autograd.Function):
     def backward(ctx: _Context, dy: Tensor):  # type: ignore[override]
         """Return dX, dA and dB; only those that are asked for are computed."""
         call = ctx.call
-        ops, scale, segments = call.ops, call.scale, call.segments
-        x, weight, lora_A, lora_B, s = ctx.saved_tensors
-        needs_x, needs_a, needs_b, *_ = ctx.needs_input_grad
-        dx = ds = d_a = d_b = None
+        needs = ctx.needs_input_grad[:3]
+        if not all(needs) or (call.a_param is None) != (call.b_param is None):
+            return *_asked(dy, ctx, needs), None, None, None
+        x, *factors, s = ctx.saved_tensors
+        how = (dy, x, s, *factors, call.scale, call.segments)
+        if call.a_param is None or call.b_param is None:
+            return *call.ops.linear_backward(*how), None, None, None
+        _, lora_A, lora_B = factors
+        sums = main_grad_of(call.a_param, lora_A.shape), main_grad_of(call.b_param, lora_B.shape)
+        dx = call.ops.linear_backward_(*sums, *how)
+        d_a = deliver(None, call.a_param, lora_A.shape)
+        return dx, d_a, deliver(None, call.b_param, lora_B.shape), None, None, None
+
+
+def _asked(dy: Tensor, ctx: _Context, needs: Sequence[bool]) -> list[Tensor | None]:
+    """Return dX, dA and dB where one is not asked for, or one alone goes to a main_grad."""
+    call = ctx.call
+    needs_x, needs_a, needs_b = needs
+    x, weight, lora_A, lora_B, s = ctx.saved_tensors
+    dx = d_a = d_b = None
+    if needs_x or needs_a:
+        ds = call.ops.expand_dgrad(dy, lora_B, call.scale, None, call.segments)
         if needs_x:
-            dx, ds = ops.linear_dgrad(dy, weight, lora_A, lora_B, scale, segments)
-        elif needs_a:
-            ds = ops.expand_dgrad(dy, lora_B, scale, None, segments)
+            dx = torch.matmul(dy, weight)
+            call.ops.shrink_dgrad_(dx, ds, lora_A)
         if needs_a:
-            assert ds is not None
             d_a = _a_grad(ds, x, lora_A, call)
-        if needs_b:
-            d_b = _b_grad(dy, s, lora_B, call)
-        return dx, d_a, d_b, None, None, None
+    if needs_b:
+        d_b = _b_grad(dy, s, lora_B, call)
+    return [dx, d_a, d_b]
 
 
 def _a_grad(ds: Tensor, x: Tensor, lora_A: Tensor, call: Call) -> Tensor | None:
@@ -69,7 +87,7 @@ def _a_grad(ds: Tensor, x: Tensor, lora_A: Tensor, call: Call) -> Tensor | None:
 
 
 def _b_grad(dy: Tensor, s: Tensor, lora_B: Tensor, call: Call) -> Tensor | None:
-    how = (call.scale, None, call.segments)
+    how = (1.0, None, call.segments)  # s has the scale in it
     if call.b_param is None:
         return call.ops.expand_wgrad(dy, s, lora_B, *how)
     call.ops.expand_wgrad_(main_grad_of(call.b_param, lora_B.shape), dy, s, *how)
@@ -84,5 +102,5 @@ def adapt_opened(
     call: Call,
     bias: Tensor | None = None,
 ) -> Tensor:
-    """Return y = x Wᵀ + bias + c s Bᵀ, for a base weight W that has no gradient."""
+    """Return y = x Wᵀ + bias + c x Aᵀ Bᵀ, for a base weight W that has no gradient."""
     return OpenedLinear.apply(x, lora_A, lora_B, weight, bias, call)  # type: ignore[return-value]

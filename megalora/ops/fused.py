@@ -60,8 +60,17 @@ def _y_s(x: Tensor, weight: Tensor, lora_A: Tensor, *_: object) -> tuple[Tensor,
     return x.new_empty(*x.shape[:-1], weight.shape[0]), _s(x, lora_A)
 
 
-def _dx_ds(dy: Tensor, weight: Tensor, lora_A: Tensor, *_: object) -> tuple[Tensor, Tensor]:
-    return dy.new_empty(*dy.shape[:-1], weight.shape[1]), _s(dy, lora_A)
+def _dx(
+    _d_a: Tensor, _d_b: Tensor, dy: Tensor, _x: Tensor, _s: Tensor, weight: Tensor, *_: object
+) -> Tensor:
+    return dy.new_empty(*dy.shape[:-1], weight.shape[1])
+
+
+def _dx_d_a_d_b(
+    dy: Tensor, x: Tensor, s: Tensor, weight: Tensor, lora_A: Tensor, lora_B: Tensor, *_: object
+) -> tuple[Tensor, Tensor, Tensor]:
+    d_a, d_b = lora_A.new_empty(lora_A.shape), lora_B.new_empty(lora_B.shape)
+    return _dx(d_a, d_b, dy, x, s, weight), d_a, d_b
 
 
 def _nothing(*_: object) -> None:
@@ -80,7 +89,8 @@ _SHAPES = {
     "expand_backward_": lambda d_b, dy, s, lora_B, *how: _ds(dy, lora_B, *how),
     "shrink_wgrad_": _nothing,
     "linear": _y_s,
-    "linear_dgrad": _dx_ds,
+    "linear_backward": _dx_d_a_d_b,
+    "linear_backward_": _dx,
 }
 
 

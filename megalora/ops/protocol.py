@@ -1,6 +1,6 @@
 """The LoRA ops that layers call, whoever computes them.
 
-Dense without `offsets` and grouped over experts with them; `linear` and `linear_dgrad` are dense.
+Dense without `offsets` and grouped over experts with them; `linear` and its backward are dense.
 `offsets`: int32 or int64 [E], the inclusive cumulative sum of tokens per expert, on x's device.
 `segments`: the sizes of one period of output columns; block p of every period belongs to
 projection p and reads rank block p of s. `()` means that all columns belong to one projection.
@@ -145,17 +145,38 @@ class Ops(Protocol):
         scale: float,
         segments: Sequence[int] = (),
     ) -> tuple[Tensor, Tensor]:
-        """Return y = x Wᵀ + scale * s Bᵀ and s = x Aᵀ, for a base weight W [out, in]."""
+        """Return y = x Wᵀ + s Bᵀ and s = scale * x Aᵀ, for a base weight W [out, in]."""
         ...
 
-    def linear_dgrad(
+    def linear_backward(
         self,
         dy: Tensor,
+        x: Tensor,
+        s: Tensor,
         weight: Tensor,
         lora_A: Tensor,
         lora_B: Tensor,
         scale: float,
         segments: Sequence[int] = (),
-    ) -> tuple[Tensor, Tensor]:
-        """Return dx = dy W + ds A and ds = scale * dy B."""
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Return dx = dy W + ds A, dA = dsᵀ x and dB = dyᵀ s, where ds = scale * dy B.
+
+        s is that of `linear`, which has the scale in it.
+        """
+        ...
+
+    def linear_backward_(
+        self,
+        d_a: Tensor,
+        d_b: Tensor,
+        dy: Tensor,
+        x: Tensor,
+        s: Tensor,
+        weight: Tensor,
+        lora_A: Tensor,
+        lora_B: Tensor,
+        scale: float,
+        segments: Sequence[int] = (),
+    ) -> Tensor:
+        """Return dx and add dA and dB to d_a and d_b in place, each fp32 or of dy's dtype."""
         ...

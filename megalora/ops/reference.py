@@ -201,26 +201,50 @@ def linear(
     scale: float,
     segments: Sequence[int] = (),
 ) -> tuple[Tensor, Tensor]:
-    """Return y = x Wᵀ + scale * s Bᵀ, [..., out], and s = x Aᵀ, [..., P*r]."""
-    s = shrink(x, lora_A)
+    """Return y = x Wᵀ + s Bᵀ, [..., out], and s = scale * x Aᵀ, [..., P*r]."""
+    s = (scale * _accumulated(x) @ _accumulated(lora_A).mT).to(x.dtype)
     y = _accumulated(x) @ _accumulated(weight).mT
-    expand_(y, s, lora_B, scale, segments=segments)
+    expand_(y, s, lora_B, 1.0, segments=segments)
     return y.to(x.dtype), s
 
 
-def linear_dgrad(
+def linear_backward(
     dy: Tensor,
+    x: Tensor,
+    s: Tensor,
     weight: Tensor,
     lora_A: Tensor,
     lora_B: Tensor,
     scale: float,
     segments: Sequence[int] = (),
-) -> tuple[Tensor, Tensor]:
-    """Return dx = dy W + ds A, [..., in], and ds = scale * dy B, [..., P*r]."""
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return dx = dy W + ds A, [..., in], dA = dsᵀ x and dB = dyᵀ s, where ds = scale * dy B."""
     ds = expand_dgrad(dy, lora_B, scale, segments=segments)
     dx = _accumulated(dy) @ _accumulated(weight)
     shrink_dgrad_(dx, ds, lora_A)
-    return dx.to(dy.dtype), ds
+    d_b = expand_wgrad(dy, s, lora_B, 1.0, segments=segments)
+    return dx.to(dy.dtype), shrink_wgrad(ds, x), d_b
+
+
+def linear_backward_(
+    d_a: Tensor,
+    d_b: Tensor,
+    dy: Tensor,
+    x: Tensor,
+    s: Tensor,
+    weight: Tensor,
+    lora_A: Tensor,
+    lora_B: Tensor,
+    scale: float,
+    segments: Sequence[int] = (),
+) -> Tensor:
+    """Return dx and add dA and dB to d_a and d_b in place."""
+    ds = expand_dgrad(dy, lora_B, scale, segments=segments)
+    dx = _accumulated(dy) @ _accumulated(weight)
+    shrink_dgrad_(dx, ds, lora_A)
+    shrink_wgrad_(d_a, ds, x)
+    expand_wgrad_(d_b, dy, s, 1.0, segments=segments)
+    return dx.to(dy.dtype)
 
 
 def owners(segments: Sequence[int], num_columns: int, device: torch.device) -> Tensor:

@@ -35,6 +35,9 @@ struct Emulated {
     std::vector<float> workspace(cuda::backward_workspace(dgrad), 1e30f);
     cuda::backward(dgrad, wgrad, workspace.data(), nullptr);
   }
+  static void add_base(const Linear& l) { base_first<Emulated>(l); }
+  static void linear(const Linear& l) { compose<Emulated>(l); }
+  static void linear_backward(const LinearBackward& b) { compose<Emulated>(b); }
 };
 
 }  // namespace

@@ -155,8 +155,17 @@ def run_linear(ops: Ops, given: Problem) -> dict[str, Tensor]:
     """Return the results of the ops that have the base's product in them: dense, no dropout."""
     how = (given.weight, given.lora_A, given.lora_B, 0.7, given.segments)
     y, s = ops.linear(given.x, *how)
-    dx, ds = ops.linear_dgrad(given.y, *how)
-    return {"linear y": y, "linear s": s, "linear_dgrad dx": dx, "linear_dgrad ds": ds}
+    dx, d_a, d_b = ops.linear_backward(given.y, given.x, given.s, *how)
+    found = {"linear y": y, "linear s": s}
+    found |= {"linear_backward dx": dx, "linear_backward dA": d_a, "linear_backward dB": d_b}
+    sums = zip(accumulators(given.lora_A), accumulators(given.lora_B), strict=True)
+    for d_a_sum, d_b_sum in sums:
+        name = f"linear_backward_ in {d_a_sum.dtype}"
+        found[f"{name} dx"] = ops.linear_backward_(
+            d_a_sum, d_b_sum, given.y, given.x, given.s, *how
+        )
+        found |= {f"{name} dA": d_a_sum, f"{name} dB": d_b_sum}
+    return found
 
 
 def relative_error(got: Tensor, expected: Tensor) -> float:
