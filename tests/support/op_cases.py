@@ -164,7 +164,8 @@ def run_linear(ops: Ops, given: Problem) -> dict[str, Tensor]:
         found[f"{name} dx"] = ops.linear_backward_(
             d_a_sum, d_b_sum, given.y, given.x, given.s, *how
         )
-        found |= {f"{name} dA": d_a_sum, f"{name} dB": d_b_sum}
+        # Its ds was rounded to the tokens' dtype, whatever dA is.
+        found |= {f"{name} dA": d_a_sum.to(given.x.dtype), f"{name} dB": d_b_sum}
     return found
 
 
