@@ -63,7 +63,9 @@ STAGES = [
     Stage("smoke", ("benchmarks/run_ops.py",), 60),
     Stage("memcheck", ("benchmarks/run_ops.py",), 150, "correctness", "memcheck"),
     Stage("racecheck", ("benchmarks/run_ops.py",), 150, "correctness", "racecheck"),
-    Stage("kernels", (*PYTEST, "tests/test_gpu.py"), 150, "correctness"),
+    Stage(
+        "kernels", (*PYTEST, "tests/test_gpu.py", "tests/test_gpu_linear.py"), 180, "correctness"
+    ),
     Stage("training", (*PYTEST, "tests/test_gpu_training.py"), 200, "correctness"),
     benchmark("linear", "bench_linear", "--cases", "goal", "--profile", limit_s=80),
     benchmark("experts", "bench_experts", "--ranks", "4", "--profile"),

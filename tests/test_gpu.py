@@ -53,7 +53,7 @@ def test_every_route_matches_the_reference(
     ("route", "message"),
     [
         ("project:cutlass", 'route "cutlass": use auto, gemm or kernels'),
-        ("projct:gemm", 'product "projct": use project, update, outer or backward'),
+        ("projct:gemm", 'product "projct": use project, update, outer, backward or linear'),
     ],
 )
 def test_an_unknown_route_is_refused(
