@@ -9,6 +9,7 @@
 #include <vector>
 
 #include "call.h"
+#include "experts.h"
 #include "linear.h"
 #include "schemas.h"
 
@@ -267,6 +268,10 @@ void implement(torch::Library& m) {
   m.impl("linear", &LinearOps<Products>::linear);
   m.impl("linear_backward", &LinearOps<Products>::linear_backward);
   m.impl("linear_backward_", &LinearOps<Products>::linear_backward_);
+  m.impl("experts_linear", &ExpertsOps<Products>::experts_linear);
+  m.impl("experts_linear_backward", &ExpertsOps<Products>::experts_linear_backward);
+  m.impl("experts_linear_backward_", &ExpertsOps<Products>::experts_linear_backward_);
+  m.impl("experts_linear_is_fused", &ExpertsOps<Products>::experts_linear_is_fused);
 }
 
 }  // namespace megalora

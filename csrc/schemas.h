@@ -47,6 +47,17 @@ inline void define_ops(torch::Library& m) {
   m.def(
       "linear_backward_(Tensor(a!) d_a, Tensor(b!) d_b, Tensor dy, Tensor x, Tensor s, "
       "Tensor weight, Tensor lora_A, Tensor lora_B, float scale, int[] segments=[]) -> Tensor");
+  m.def(
+      "experts_linear(Tensor x, Tensor[] weights, Tensor lora_A, Tensor lora_B, float scale, "
+      "Tensor offsets, int[] segments=[]) -> (Tensor, Tensor)");
+  m.def(
+      "experts_linear_backward(Tensor dy, Tensor x, Tensor s, Tensor[] weights, Tensor lora_A, "
+      "Tensor lora_B, float scale, Tensor offsets, int[] segments=[]) -> (Tensor, Tensor, Tensor)");
+  m.def(
+      "experts_linear_backward_(Tensor(a!) d_a, Tensor(b!) d_b, Tensor dy, Tensor x, Tensor s, "
+      "Tensor[] weights, Tensor lora_A, Tensor lora_B, float scale, Tensor offsets, "
+      "int[] segments=[]) -> Tensor");
+  m.def("experts_linear_is_fused(Tensor weight, int experts, int ranks) -> bool");
 }
 
 }  // namespace megalora

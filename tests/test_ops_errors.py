@@ -12,6 +12,7 @@ SEED = torch.tensor([11])
 fused = load()
 X, A, B = torch.zeros(4, 6), torch.zeros(2, 6), torch.zeros(8, 2)
 W = torch.zeros(8, 6)
+AA, BB, S8 = torch.stack([A, A]), torch.stack([B, B]), torch.zeros(4, 8)
 Y, S, ENDS = torch.zeros(4, 8), torch.zeros(4, 2), torch.tensor([1, 4])
 MISUSES = {
     "dtype": (
@@ -113,6 +114,22 @@ MISUSES = {
     "dtype of dB": (
         lambda: fused.linear_backward_(A, B.half(), Y, X, S, W, A, B, 1.0),
         "d_b has dtype Half, expected that of dy, Float",
+    ),
+    "number of weights": (
+        lambda: fused.experts_linear(X, [W], A[None], B[None], 1.0, ENDS),
+        "the number of weights is 1, expected 2, one for each of the offsets",
+    ),
+    "weights of two shapes": (
+        lambda: fused.experts_linear(X, [W, W[:7]], AA, BB, 1.0, ENDS),
+        "weight's first size is 7, expected 8, that of the first",
+    ),
+    "width of experts' s": (
+        lambda: fused.experts_linear_backward(Y, X, S, [W, W], AA, BB, 1.0, ENDS),
+        "the last size of s is 2, expected 8, the ranks up to a multiple of 8",
+    ),
+    "shape of experts' sum": (
+        lambda: fused.experts_linear_backward_(A, BB, Y, X, S8, [W, W], AA, BB, 1.0, ENDS),
+        r"d_a has shape \[2, 6\], expected that of lora_A, \[2, 2, 6\]",
     ),
     "one dimension": (lambda: fused.shrink(X[0], A), "x has 1 dimensions, expected 2 to 4"),
     "integers": (lambda: fused.shrink(X.int(), A.int()), "dtype Int is not supported on cpu"),

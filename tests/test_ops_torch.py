@@ -6,7 +6,7 @@ from torch import Tensor
 from torch.autograd.gradcheck import GradcheckError
 
 from megalora.ops.fused import load
-from tests.support.op_cases import CASES, Case, draw
+from tests.support.op_cases import CASES, Case, draw, expert_weights
 
 SEED = torch.tensor([11])
 fused = load()
@@ -38,6 +38,15 @@ def test_opcheck_accepts_every_op(case: Case) -> None:
             ops.linear: (given.x, *how),
             ops.linear_backward: both,
             ops.linear_backward_: (*sums, *both),
+        }
+    if offsets is not None:
+        how = (expert_weights(given), given.lora_A, given.lora_B, 0.5, offsets, segments)
+        thin = torch.nn.functional.pad(given.s, (0, -given.s.shape[1] % 8))
+        sums = (given.lora_A.clone(), given.lora_B.clone())
+        calls |= {
+            ops.experts_linear: (given.x, *how),
+            ops.experts_linear_backward: (given.y, given.x, thin, *how),
+            ops.experts_linear_backward_: (*sums, given.y, given.x, thin, *how),
         }
     for op, arguments in calls.items():
         torch.library.opcheck(op.default, arguments)

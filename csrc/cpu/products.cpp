@@ -12,6 +12,7 @@
 #include <vector>
 
 #include "../gemm.h"
+#include "../experts.h"
 #include "../linear.h"
 #include "table.h"
 
@@ -358,5 +359,11 @@ void Products::add_base(const Linear& linear) { base_first<Products>(linear); }
 void Products::linear(const Linear& linear) { compose<Products>(linear); }
 
 void Products::linear_backward(const LinearBackward& backward) { compose<Products>(backward); }
+
+void Products::experts_linear(const ExpertsLinear& linear) { compose_experts<Products>(linear); }
+
+void Products::experts_backward(const ExpertsBackward& backward) {
+  compose_experts<Products>(backward);
+}
 
 }  // namespace megalora::cpu

@@ -4,7 +4,13 @@
 
 #include "../factor.h"
 
+namespace at {
+class Tensor;
+}  // namespace at
+
 namespace megalora {
+struct ExpertsBackward;
+struct ExpertsLinear;
 struct Linear;
 struct LinearBackward;
 }  // namespace megalora
@@ -24,6 +30,9 @@ struct Products {
   static void add_base(const Linear& linear);
   static void linear(const Linear& linear);
   static void linear_backward(const LinearBackward& backward);
+  static bool fuses_experts(const at::Tensor&, int64_t, int64_t) { return false; }
+  static void experts_linear(const ExpertsLinear& linear);
+  static void experts_backward(const ExpertsBackward& backward);
 };
 
 }  // namespace megalora::cpu

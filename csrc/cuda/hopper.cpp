@@ -10,6 +10,7 @@
 #include <map>
 #include <mutex>
 #include <utility>
+#include <vector>
 
 #include "kernels.cuh"
 #include "linear.cuh"
@@ -43,13 +44,15 @@ Tensor boxable(const Tensor& tokens) {
              : tokens.clone(at::MemoryFormat::Contiguous);
 }
 
-// The blocks of B where several projections have columns; nothing where B is its one block.
-Tensor spread(const Factor& lora_B, const at::TensorOptions& options, Stream stream) {
-  if (lora_B.num_segments == 1) {
+// B with its columns in blocks, one for each projection, and zeros behind them; nothing where B is that
+// already.
+Tensor spread(const Factor& lora_B, int64_t columns_of_s, const at::TensorOptions& options,
+              Stream stream) {
+  if (lora_B.rank == columns_of_s) {
     return {};
   }
-  Tensor blocks = at::empty({lora_B.columns, lora_B.num_segments * lora_B.rank}, options);
-  block_diagonal(lora_B, blocks.data_ptr(), stream);
+  Tensor blocks = at::empty({lora_B.experts * lora_B.columns, columns_of_s}, options);
+  block_diagonal(lora_B, columns_of_s, blocks.data_ptr(), stream);
   C10_CUDA_KERNEL_LAUNCH_CHECK();
   return blocks;
 }
@@ -60,10 +63,10 @@ const void* pointer_to(const Tensor& blocks, const Factor& lora_B) {
 
 // Zero words, which a launch leaves zero: those of this stream, whose launches wait for each other,
 // or own ones of a graph, which may be replayed on another.
-Tensor words(int64_t tokens, const at::TensorOptions& options, c10::cuda::CUDAStream stream) {
+Tensor words(const Sizes& sizes, const at::TensorOptions& options, c10::cuda::CUDAStream stream) {
   const auto ints = options.dtype(at::kInt);
   if (c10::cuda::currentStreamCaptureStatusMayInitCtx() != c10::cuda::CaptureStatus::None) {
-    return at::zeros({linear_words(tokens)}, ints);
+    return at::zeros({linear_words(sizes.n, sizes.experts)}, ints);
   }
   static std::mutex mutex;
   // Never freed: at the end of a process CUDA may be gone before it.
@@ -71,33 +74,138 @@ Tensor words(int64_t tokens, const at::TensorOptions& options, c10::cuda::CUDASt
   const std::lock_guard<std::mutex> lock(mutex);
   Tensor& own = kept[{stream.device_index(), stream.id()}];
   if (!own.defined()) {
-    own = at::zeros({linear_words(kMostOfAnySize)}, ints);
+    own = at::zeros({linear_words(kMostOfAnySize, kMostExperts)}, ints);
   }
   return own;
+}
+
+// The maps of experts' weights on the device, kept for the weights that they are made of: a weight
+// that moves has another address.
+Tensor maps(const ExpertsLinear& l, bool backward) {
+  struct Kept {
+    std::vector<const void*> weights;
+    int64_t o, i;
+    Tensor maps;
+  };
+  static std::mutex mutex;
+  static auto& all = *new std::map<std::pair<const void*, bool>, Kept>;
+  std::vector<const void*> weights;
+  for (const Tensor& weight : l.weights) {
+    weights.push_back(weight.data_ptr());
+  }
+  const int64_t experts = static_cast<int64_t>(weights.size());
+  const int64_t o = l.weights[0].size(0), i = l.weights[0].size(1);
+  const std::lock_guard<std::mutex> lock(mutex);
+  Kept& kept = all[{weights[0], backward}];
+  if (kept.weights != weights || kept.o != o || kept.i != i) {
+    TORCH_CHECK(c10::cuda::currentStreamCaptureStatusMayInitCtx() == c10::cuda::CaptureStatus::None,
+                "experts run for the first time while a CUDA graph is captured: run them once before");
+    const Tensor host = at::empty({bytes_of_maps(experts) + 128}, at::kByte);
+    auto* const aligned = reinterpret_cast<uint8_t*>(
+        (reinterpret_cast<uintptr_t>(host.data_ptr()) + 127) / 128 * 128);
+    make_maps(aligned, weights.data(), experts, o, i, backward);
+    const int64_t begin = aligned - host.data_ptr<uint8_t>();
+    kept = {weights, o, i, host.narrow(0, begin, bytes_of_maps(experts)).to(l.in.device())};
+  }
+  return kept.maps;
 }
 
 Gradient gradient_of(const Factor& f) {
   return {.to = f.weight, .is_fp32 = f.weight_is_fp32, .accumulates = f.accumulates};
 }
 
-// weight: [out, in]
-bool supports(const Tensor& weight, const Factor& lora_A, const Factor& lora_B) {
-  const auto is_even = [](int64_t size) { return size % 2 == 0; };
-  return linear_is_built() && lora_A.dtype == at::kBFloat16 && is_hopper(lora_A.device) &&
-         is_multiple_of_eight(lora_A.columns) && is_multiple_of_eight(lora_B.columns) &&
-         is_multiple_of_eight(lora_A.rank) && lora_A.rank <= kMostColumnsOfS &&
-         lora_A.tokens <= kMostOfAnySize &&
+bool is_even(int64_t size) { return size % 2 == 0; }
+
+bool supports_weight(const Tensor& weight) {
+  return linear_is_built() && weight.scalar_type() == at::kBFloat16 &&
+         is_hopper(weight.device()) && weight.is_contiguous() && is_aligned(weight.data_ptr()) &&
+         is_multiple_of_eight(weight.size(0)) && is_multiple_of_eight(weight.size(1));
+}
+
+bool supports_factors(const Factor& lora_A, const Factor& lora_B, int64_t columns_of_s) {
+  return lora_A.dtype == at::kBFloat16 && columns_of_s % 8 == 0 &&
+         columns_of_s <= kMostColumnsOfS && lora_A.tokens <= kMostOfAnySize &&
          std::all_of(lora_B.segment, lora_B.segment + lora_B.num_segments, is_even) &&
-         weight.is_contiguous() && is_aligned(weight.data_ptr()) && is_aligned(lora_A.weight) &&
-         (lora_B.num_segments > 1 || is_aligned(lora_B.weight));
+         is_aligned(lora_A.weight) && is_aligned(lora_B.weight);
+}
+
+bool supports_experts(const ExpertsLinear& l, const Factor& lora_A, const Factor& lora_B) {
+  return std::all_of(l.weights.begin(), l.weights.end(), supports_weight) &&
+         supports_factors(lora_A, lora_B, l.thin.size(1)) &&
+         lora_A.experts <= kMostExperts;
+}
+
+// columns_of_s: the ranks of all projections and their padding.
+Sizes sizes_of(const Factor& lora_A, const Factor& lora_B, int64_t columns_of_s) {
+  return {.n = lora_A.tokens,
+          .i = lora_A.columns,
+          .o = lora_B.columns,
+          .ranks = lora_A.rank,
+          .r = columns_of_s,
+          .experts = lora_A.experts};
+}
+
+Forward forward_of(const Sizes& sizes, const Tensor& x, const Factor& lora_A, const void* lora_B,
+                   const Tensor& out, const Tensor& thin) {
+  return {.sizes = sizes,
+          .x = x.data_ptr(),
+          .weight = nullptr,
+          .lora_A = lora_A.weight,
+          .lora_B = lora_B,
+          .y = out.data_ptr(),
+          .s = thin.data_ptr(),
+          .words = nullptr,
+          .scale = static_cast<float>(lora_A.scale)};
+}
+
+void run(Forward call, const Tensor& like) {
+  const auto stream = c10::cuda::getCurrentCUDAStream();
+  const Tensor zeros = words(call.sizes, like.options(), stream);
+  call.words = zeros.data_ptr<int>();
+  linear_forward(call, stream);
+  C10_CUDA_KERNEL_LAUNCH_CHECK();
+}
+
+// What dense linears and experts have in common; weight: null where sizes have maps.
+void run_backward(const Sizes& sizes, const void* weight, const Tensor& in, const Tensor& x_given,
+                  const Tensor& s_given, const Tensor& out, const Tensor& thin,
+                  const Factor& lora_A, const Factor& lora_B, const Factor& d_a,
+                  const Factor& d_b) {
+  const auto stream = c10::cuda::getCurrentCUDAStream();
+  const Tensor dy = boxable(in), x = boxable(x_given), s = boxable(s_given);
+  const Tensor blocks = spread(lora_B, sizes.r, dy.options(), stream);
+  const Tensor zeros = words(sizes, dy.options(), stream);
+  Backward call{.sizes = sizes,
+                .dy = dy.data_ptr(),
+                .x = x.data_ptr(),
+                .s = s.data_ptr(),
+                .weight = weight,
+                .lora_A = lora_A.weight,
+                .lora_B = pointer_to(blocks, lora_B),
+                .dx = out.data_ptr(),
+                .ds = thin.data_ptr(),
+                .words = zeros.data_ptr<int>(),
+                .scale = static_cast<float>(lora_B.scale),
+                .d_a = gradient_of(d_a),
+                .d_b = gradient_of(d_b),
+                .rank = lora_B.rank,
+                .period = lora_B.period,
+                .num_segments = lora_B.num_segments,
+                .segment = {}};
+  std::copy_n(lora_B.segment, lora_B.num_segments, call.segment);
+  linear_backward(call, stream);
+  C10_CUDA_KERNEL_LAUNCH_CHECK();
 }
 
 }  // namespace
 
-bool linear_supports(const Linear& l) { return supports(l.weight.t(), l.project, l.update); }
+bool linear_supports(const Linear& l) {
+  return supports_weight(l.weight.t()) && supports_factors(l.project, l.update, l.thin.size(1));
+}
 
 bool linear_supports(const LinearBackward& b) {
-  return supports(b.dgrad.weight, b.dgrad.update, b.dgrad.project);
+  return supports_weight(b.dgrad.weight) &&
+         supports_factors(b.dgrad.update, b.dgrad.project, b.dgrad.thin.size(1));
 }
 
 bool linear_fills(const Linear& l) {
@@ -106,55 +214,49 @@ bool linear_fills(const Linear& l) {
 }
 
 void linear_forward(const Linear& l) {
-  const auto stream = c10::cuda::getCurrentCUDAStream();
-  const Factor &lora_A = l.project, &lora_B = l.update;
-  const Tensor x = boxable(l.in), blocks = spread(lora_B, l.in.options(), stream);
-  const Tensor zeros = words(lora_A.tokens, l.in.options(), stream);
-  linear_forward(Forward{.x = x.data_ptr(),
-                         .weight = l.weight.data_ptr(),
-                         .lora_A = lora_A.weight,
-                         .lora_B = pointer_to(blocks, lora_B),
-                         .y = l.out.data_ptr(),
-                         .s = l.thin.data_ptr(),
-                         .words = zeros.data_ptr<int>(),
-                         .n = lora_A.tokens,
-                         .i = lora_A.columns,
-                         .o = lora_B.columns,
-                         .r = lora_A.rank,
-                         .scale = static_cast<float>(lora_A.scale)},
-                 stream);
-  C10_CUDA_KERNEL_LAUNCH_CHECK();
+  const Sizes sizes = sizes_of(l.project, l.update, l.thin.size(1));
+  const Tensor x = boxable(l.in);
+  const Tensor blocks =
+      spread(l.update, sizes.r, l.in.options(), c10::cuda::getCurrentCUDAStream());
+  Forward call = forward_of(sizes, x, l.project, pointer_to(blocks, l.update), l.out, l.thin);
+  call.weight = l.weight.data_ptr();
+  run(call, l.in);
 }
 
 void linear_backward(const LinearBackward& b) {
-  const auto stream = c10::cuda::getCurrentCUDAStream();
-  const Factor &lora_A = b.dgrad.update, &lora_B = b.dgrad.project;
-  const Tensor dy = boxable(b.dgrad.in), x = boxable(b.x), s = boxable(b.s);
-  const Tensor blocks = spread(lora_B, dy.options(), stream);
-  const Tensor zeros = words(lora_A.tokens, dy.options(), stream);
-  Backward call{.dy = dy.data_ptr(),
-                .x = x.data_ptr(),
-                .s = s.data_ptr(),
-                .weight = b.dgrad.weight.data_ptr(),
-                .lora_A = lora_A.weight,
-                .lora_B = pointer_to(blocks, lora_B),
-                .dx = b.dgrad.out.data_ptr(),
-                .ds = b.dgrad.thin.data_ptr(),
-                .words = zeros.data_ptr<int>(),
-                .n = lora_A.tokens,
-                .i = lora_A.columns,
-                .o = lora_B.columns,
-                .r = lora_A.rank,
-                .scale = static_cast<float>(lora_B.scale),
-                .d_a = gradient_of(b.d_a),
-                .d_b = gradient_of(b.d_b),
-                .rank = lora_B.rank,
-                .period = lora_B.period,
-                .num_segments = lora_B.num_segments,
-                .segment = {}};
-  std::copy_n(lora_B.segment, lora_B.num_segments, call.segment);
-  linear_backward(call, stream);
-  C10_CUDA_KERNEL_LAUNCH_CHECK();
+  const Linear& l = b.dgrad;
+  run_backward(sizes_of(l.update, l.project, l.thin.size(1)), l.weight.data_ptr(), l.in, b.x, b.s,
+               l.out, l.thin, l.update, l.project, b.d_a, b.d_b);
+}
+
+bool fuses_experts(const Tensor& weight, int64_t experts, int64_t ranks) {
+  return supports_weight(weight) && experts <= kMostExperts && padded(ranks) <= kMostColumnsOfS;
+}
+
+bool experts_support(const ExpertsLinear& l) { return supports_experts(l, l.project, l.update); }
+
+bool experts_support(const ExpertsBackward& b) {
+  return supports_experts(b.dgrad, b.dgrad.update, b.dgrad.project);
+}
+
+void experts_forward(const ExpertsLinear& l) {
+  const Tensor ends = l.offsets.to(at::kLong).contiguous(), weights = maps(l, false);
+  Sizes sizes = sizes_of(l.project, l.update, l.thin.size(1));
+  sizes.ends = ends.const_data_ptr<int64_t>();
+  sizes.maps = weights.data_ptr();
+  const Tensor x = boxable(l.in);
+  const Tensor blocks =
+      spread(l.update, sizes.r, l.in.options(), c10::cuda::getCurrentCUDAStream());
+  run(forward_of(sizes, x, l.project, pointer_to(blocks, l.update), l.out, l.thin), l.in);
+}
+
+void experts_backward(const ExpertsBackward& b) {
+  const ExpertsLinear& l = b.dgrad;
+  const Tensor ends = l.offsets.to(at::kLong).contiguous(), weights = maps(l, true);
+  Sizes sizes = sizes_of(l.update, l.project, l.thin.size(1));
+  sizes.ends = ends.const_data_ptr<int64_t>();
+  sizes.maps = weights.data_ptr();
+  run_backward(sizes, nullptr, l.in, b.x, b.s, l.out, l.thin, l.update, l.project, b.d_a, b.d_b);
 }
 
 }  // namespace megalora::cuda

@@ -168,6 +168,28 @@ struct Products {
     }
   }
 
+  static bool fuses_experts(const Tensor& weight, int64_t experts, int64_t ranks) {
+    return route_of("linear") != Route::gemm && cuda::fuses_experts(weight, experts, ranks);
+  }
+
+  static void experts_linear(const ExpertsLinear& l) {
+    const c10::cuda::CUDAGuard guard(l.update.device);
+    if (route_of("linear") != Route::gemm && experts_support(l)) {
+      experts_forward(l);
+    } else {
+      compose_experts<Products>(l);
+    }
+  }
+
+  static void experts_backward(const ExpertsBackward& b) {
+    const c10::cuda::CUDAGuard guard(b.d_a.device);
+    if (route_of("linear") != Route::gemm && experts_support(b)) {
+      cuda::experts_backward(b);
+    } else {
+      compose_experts<Products>(b);
+    }
+  }
+
   // Measured likewise: cuBLAS that adds to the low-rank term in its epilogue saves one pass over y.
   static void add_base(const Linear& l) {
     const c10::cuda::CUDAGuard guard(l.update.device);

@@ -96,8 +96,10 @@ _TE_ROW: tuple[Any, ...] = (te.TERowParallelLinear,) if _TE else ()
 _TE_LINEAR: tuple[Any, ...] = (te.TELinear,) if _TE else ()
 _TE_GROUPED: tuple[Any, ...] = (te.TEGroupedLinear,) if _TE and te.TEGroupedLinear else ()
 _TE_GROUPED_COLUMN: tuple[Any, ...] = (te.TEColumnParallelGroupedLinear,) if _TE_GROUPED else ()
+_TE_GROUPED_ROW: tuple[Any, ...] = (te.TERowParallelGroupedLinear,) if _TE_GROUPED else ()
 # Those that Megatron calls with x and that give (y, bias).
 PLAIN_LINEARS = (ColumnParallelLinear, RowParallelLinear, *_TE_COLUMN, *_TE_ROW, *_TE_LINEAR)
+GROUPED_LINEARS = (*_TE_GROUPED_COLUMN, *_TE_GROUPED_ROW)
 _TE_ALL = _TE_LAYERNORM + _TE_COLUMN + _TE_ROW + _TE_LINEAR
 
 

@@ -10,8 +10,14 @@ from torch import Tensor
 from megalora.adapters.adapter import LoRAAdapter
 from megalora.adapters.bases import Split, state
 from megalora.adapters.collectives import GatherFactor
-from megalora.adapters.one_gemm import biases, is_one_gemm, open_weight
-from megalora.adapters.opened import adapt_opened
+from megalora.adapters.one_gemm import (
+    biases,
+    is_one_gemm,
+    is_one_grouped_gemm,
+    open_weight,
+    open_weights,
+)
+from megalora.adapters.opened import adapt_opened, adapt_opened_experts
 from megalora.adapters.routes import LOCAL_ROUTE
 from megalora.adapters.sandwich import Call, adapt
 
@@ -20,6 +26,8 @@ ExpertForward = Callable[..., tuple[Tensor, Tensor | None]]
 
 class GroupedAdapter(LoRAAdapter):
     """Adapt a grouped linear over tokens sorted by expert, all local experts in one call."""
+
+    _weights: list[Tensor] | None = None
 
     def forward(
         self, base_forward: ExpertForward, x: Tensor, m_splits: Sequence[int] | Tensor
@@ -34,8 +42,32 @@ class GroupedAdapter(LoRAAdapter):
         # From pageable memory, too, a copy that blocks nothing is staged before it returns.
         splits = torch.as_tensor(m_splits, dtype=torch.int64).to(x.device, non_blocking=True)
         a, b = self.pair()
-        call = self._call(x, a, b, splits.cumsum(0))
+        ends = splits.cumsum(0)
+        weights = self._weights_to_open(x, a)
+        if weights:
+            call = self._opened_call(a, b)
+            return adapt_opened_experts(x, weights, a, b, ends, call), None
+        call = self._call(x, a, b, ends)
         return adapt(lambda inner: base_forward(inner, m_splits), x, a, b, call)
+
+    def bind(self) -> None:
+        """Wrap the base's forward; where nothing is split over ranks, calls may open the base."""
+        is_per_expert = self.a_experts > 0 and self.b_experts > 0
+        self.opens = self._is_whole() and is_per_expert and is_one_grouped_gemm(self.base.module)
+        super().bind()
+
+    def _weights_to_open(self, x: Tensor, a: Tensor) -> list[Tensor]:
+        """Return the experts' weights where this call of theirs is one launch with the adapters."""
+        if not self.opens or self._drops():
+            return []
+        # The module's names are looked up once: there may be hundreds.
+        if not self._weights or self._weights[0] is not self.base.module.weight0:
+            self._weights = self.base.weights()
+        weights = self._weights
+        if not open_weights(weights, x):
+            return []
+        is_fused = self.ops.experts_linear_is_fused(weights[0], len(weights), a.shape[1])
+        return weights if is_fused else []
 
 
 class SequentialAdapter(LoRAAdapter):

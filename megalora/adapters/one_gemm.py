@@ -1,14 +1,14 @@
 """When a base linear is nothing but the product with its weight, so that an adapter may open it."""
 
 import sys
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from megatron.core import ModelParallelConfig
 from megatron.core.extensions import transformer_engine as te
 from torch import Tensor
 
-from megalora.adapters.bases import PLAIN_LINEARS
+from megalora.adapters.bases import GROUPED_LINEARS, PLAIN_LINEARS
 
 # What a configuration may ask of a linear beside its product.
 _MORE = (
@@ -34,7 +34,30 @@ def is_one_gemm(linear: Linear) -> bool:
 
     linear: a base, before an adapter wraps its forward.
     """
-    if type(linear) not in PLAIN_LINEARS or "forward" in vars(linear):
+    return type(linear) in PLAIN_LINEARS and _asks_no_more(linear)
+
+
+def is_one_grouped_gemm(linear: Any) -> bool:
+    """Say whether a grouped linear on one rank is its experts' products: what holds for all calls.
+
+    linear: a base, before an adapter wraps its forward.
+    """
+    kinds = type(linear) in GROUPED_LINEARS
+    return kinds and not linear.use_bias and hasattr(linear, "weight0") and _asks_no_more(linear)
+
+
+def open_weights(weights: list[Tensor], x: Tensor) -> bool:
+    """Say whether this call of a linear that `is_one_grouped_gemm` is x Wᵀ of every expert."""
+    return (
+        type(x) in _PLAIN
+        and all(_is_frozen(weight, x.dtype) for weight in (weights[0], weights[-1]))
+        and not torch.is_autocast_enabled(x.device.type)
+        and not _quantizes()
+    )
+
+
+def _asks_no_more(linear: Any) -> bool:
+    if "forward" in vars(linear):
         return False
     # TransformerEngine's inspection of tensors, which is asked for before a model is built.
     inspection = sys.modules.get("nvdlfw_inspect.api")

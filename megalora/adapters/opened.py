@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import FunctionCtx
 
+from megalora.adapters.collectives import done
 from megalora.adapters.sandwich import Call, deliver, main_grad_of
 
 
@@ -104,3 +105,69 @@ def adapt_opened(
 ) -> Tensor:
     """Return y = x Wᵀ + bias + c x Aᵀ Bᵀ, for a base weight W that has no gradient."""
     return OpenedLinear.apply(x, lora_A, lora_B, weight, bias, call)  # type: ignore[return-value]
+
+
+class _ExpertsContext(FunctionCtx):
+    """What backward finds of its forward."""
+
+    call: Call
+    weights: list[Tensor]
+    saved_tensors: tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
+
+
+class OpenedExperts(torch.autograd.Function):
+    """The frozen linears W [o, i] of experts with their adapters, tokens sorted by expert.
+
+    y, dX, dA and dB of `OpenedLinear`, of each expert for its own tokens. No collective.
+    """
+
+    @staticmethod
+    def forward(  # type: ignore[override]
+        ctx: _ExpertsContext,
+        x: Tensor,
+        lora_A: Tensor,
+        lora_B: Tensor,
+        weights: list[Tensor],
+        offsets: Tensor,
+        call: Call,
+    ) -> Tensor:
+        """Return y [n, o]."""
+        how = (weights, lora_A, lora_B, call.scale, offsets, call.segments)
+        y, s = call.ops.experts_linear(x, *how)
+        ctx.call, ctx.weights = call, weights
+        ctx.save_for_backward(x, lora_A, lora_B, offsets, s)
+        return y
+
+    @staticmethod
+    def backward(ctx: _ExpertsContext, dy: Tensor):  # type: ignore[override]
+        """Return dX, dA and dB."""
+        call = ctx.call
+        x, lora_A, lora_B, offsets, s = ctx.saved_tensors
+        how = (dy, x, s, ctx.weights, lora_A, lora_B, call.scale, offsets, call.segments)
+        a, b = call.a_param, call.b_param
+        if a is not None and b is not None:
+            sums = main_grad_of(a, lora_A.shape), main_grad_of(b, lora_B.shape)
+            dx = call.ops.experts_linear_backward_(*sums, *how)
+            gradients = deliver(None, a, lora_A.shape), deliver(None, b, lora_B.shape)
+        else:
+            dx, d_a, d_b = call.ops.experts_linear_backward(*how)
+            gradients = (
+                deliver(done(d_a), a, lora_A.shape),
+                deliver(done(d_b), b, lora_B.shape),
+            )
+        return dx, *gradients, None, None, None
+
+
+def adapt_opened_experts(
+    x: Tensor,
+    weights: list[Tensor],
+    lora_A: Tensor,
+    lora_B: Tensor,
+    offsets: Tensor,
+    call: Call,
+) -> Tensor:
+    """Return y = x Wᵀ + c x Aᵀ Bᵀ of every token's expert, for weights that have no gradient.
+
+    x: [n, i] sorted by expert. offsets: int64 [E], the inclusive sums of the experts' tokens.
+    """
+    return OpenedExperts.apply(x, lora_A, lora_B, weights, offsets, call)  # type: ignore[return-value]

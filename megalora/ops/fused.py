@@ -73,6 +73,13 @@ def _dx_d_a_d_b(
     return _dx(d_a, d_b, dy, x, s, weight), d_a, d_b
 
 
+def _experts_y_s(
+    x: Tensor, weights: Sequence[Tensor], lora_A: Tensor, *_: object
+) -> tuple[Tensor, Tensor]:
+    padded = -(-lora_A.shape[1] // 8) * 8
+    return x.new_empty(len(x), weights[0].shape[0]), x.new_empty(len(x), padded)
+
+
 def _nothing(*_: object) -> None:
     return None
 
@@ -91,6 +98,13 @@ _SHAPES = {
     "linear": _y_s,
     "linear_backward": _dx_d_a_d_b,
     "linear_backward_": _dx,
+    "experts_linear": _experts_y_s,
+    "experts_linear_backward": lambda dy, x, s, weights, lora_A, lora_B, *how: (
+        torch.empty_like(x),
+        torch.empty_like(lora_A),
+        torch.empty_like(lora_B),
+    ),
+    "experts_linear_backward_": lambda d_a, d_b, dy, x, *how: torch.empty_like(x),
 }
 
 

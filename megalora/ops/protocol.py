@@ -180,3 +180,58 @@ class Ops(Protocol):
     ) -> Tensor:
         """Return dx and add dA and dB to d_a and d_b in place, each fp32 or of dy's dtype."""
         ...
+
+    def experts_linear(
+        self,
+        x: Tensor,
+        weights: Sequence[Tensor],
+        lora_A: Tensor,
+        lora_B: Tensor,
+        scale: float,
+        offsets: Tensor,
+        segments: Sequence[int] = (),
+    ) -> tuple[Tensor, Tensor]:
+        """Return y and s of `linear` for experts, whose tokens x [n, in] are sorted by expert.
+
+        weights: W [out, in] of each. s has zeros behind its columns up to a multiple of 8.
+        """
+        ...
+
+    def experts_linear_backward(
+        self,
+        dy: Tensor,
+        x: Tensor,
+        s: Tensor,
+        weights: Sequence[Tensor],
+        lora_A: Tensor,
+        lora_B: Tensor,
+        scale: float,
+        offsets: Tensor,
+        segments: Sequence[int] = (),
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Return dx, dA and dB of `experts_linear`."""
+        ...
+
+    def experts_linear_backward_(
+        self,
+        d_a: Tensor,
+        d_b: Tensor,
+        dy: Tensor,
+        x: Tensor,
+        s: Tensor,
+        weights: Sequence[Tensor],
+        lora_A: Tensor,
+        lora_B: Tensor,
+        scale: float,
+        offsets: Tensor,
+        segments: Sequence[int] = (),
+    ) -> Tensor:
+        """Return dx, and add dA and dB to d_a and d_b, which are fp32 or of x's dtype."""
+        ...
+
+    def experts_linear_is_fused(self, weight: Tensor, experts: int, ranks: int) -> bool:
+        """Say whether one launch computes so many experts with weights like this one.
+
+        ranks: those of all projections. Elsewhere `experts_linear` is right and slow.
+        """
+        ...

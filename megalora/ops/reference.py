@@ -214,6 +214,76 @@ def linear_backward_(
     return dx.to(dy.dtype)
 
 
+def experts_linear(
+    x: Tensor,
+    weights: Sequence[Tensor],
+    lora_A: Tensor,
+    lora_B: Tensor,
+    scale: float,
+    offsets: Tensor,
+    segments: Sequence[int] = (),
+) -> tuple[Tensor, Tensor]:
+    """Return y and s of each expert's `linear`, s with zeros behind it up to a multiple of 8."""
+    ranks = lora_A.shape[-2]
+    y = x.new_zeros(len(x), weights[0].shape[0])
+    s = x.new_zeros(len(x), -(-ranks // 8) * 8)
+    for e, span in _spans(offsets, x):
+        assert isinstance(e, int)
+        y[span], s[span, :ranks] = linear(
+            x[span], weights[e], lora_A[e], lora_B[e], scale, segments
+        )
+    return y, s
+
+
+def experts_linear_backward(
+    dy: Tensor,
+    x: Tensor,
+    s: Tensor,
+    weights: Sequence[Tensor],
+    lora_A: Tensor,
+    lora_B: Tensor,
+    scale: float,
+    offsets: Tensor,
+    segments: Sequence[int] = (),
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return dx, dA and dB of each expert's `linear_backward`."""
+    ranks = lora_A.shape[-2]
+    dx, d_a, d_b = torch.zeros_like(x), torch.zeros_like(lora_A), torch.zeros_like(lora_B)
+    for e, span in _spans(offsets, x):
+        assert isinstance(e, int)
+        own = (dy[span], x[span], s[span, :ranks], weights[e], lora_A[e], lora_B[e])
+        dx[span], d_a[e], d_b[e] = linear_backward(*own, scale, segments)
+    return dx, d_a, d_b
+
+
+def experts_linear_backward_(
+    d_a: Tensor,
+    d_b: Tensor,
+    dy: Tensor,
+    x: Tensor,
+    s: Tensor,
+    weights: Sequence[Tensor],
+    lora_A: Tensor,
+    lora_B: Tensor,
+    scale: float,
+    offsets: Tensor,
+    segments: Sequence[int] = (),
+) -> Tensor:
+    """Return dx and add dA and dB of each expert to d_a and d_b."""
+    ranks = lora_A.shape[-2]
+    dx = torch.zeros_like(x)
+    for e, span in _spans(offsets, x):
+        assert isinstance(e, int)
+        own = (dy[span], x[span], s[span, :ranks], weights[e], lora_A[e], lora_B[e])
+        dx[span] = linear_backward_(d_a[e], d_b[e], *own, scale, segments)
+    return dx
+
+
+def experts_linear_is_fused(weight: Tensor, experts: int, ranks: int) -> bool:
+    """Say that nothing is computed in one launch here."""
+    return False
+
+
 def owners(segments: Sequence[int], num_columns: int, device: torch.device) -> Tensor:
     """Return the index of the projection of each output column, int64 [num_columns]."""
     if not segments:

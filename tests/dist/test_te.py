@@ -12,9 +12,11 @@ from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer.moe.experts import GroupedMLPSubmodules, TEGroupedMLP
 from torch import Tensor
 
+from megalora.adapters.opened import adapt_opened_experts
 from megalora.builder import apply_lora
 from megalora.checkpoint.gather import load_adapters
 from megalora.config import LoRAConfig
+from megalora.ops import reference
 from tests.dist.support.cases import TP2, TP2_SP
 from tests.dist.support.layouts import Layout, model_parallel, over
 from tests.dist.support.models import MOE, build_config
@@ -166,6 +168,33 @@ GROUPED_LAYOUTS = (Layout(), Layout(tp=2, sp=True, etp=2), Layout(dp=2, ep=2))
 
 def _splits(form: str, splits: list[int]) -> Any:
     return splits if form == "list" else torch.tensor(splits, dtype=torch.int64)
+
+
+@pytest.fixture
+def calls_that_open(monkeypatch: pytest.MonkeyPatch) -> list[object]:
+    """Let experts' linears open as on a GPU that computes them in one launch; list which do."""
+    opened: list[object] = []
+
+    def adapt(*arguments: Any) -> Tensor:
+        opened.append(arguments)
+        return adapt_opened_experts(*arguments)
+
+    for ops in (reference, torch.ops.megalora):
+        monkeypatch.setattr(ops, "experts_linear_is_fused", lambda *_: True)
+    monkeypatch.setattr("megalora.adapters.experts.adapt_opened_experts", adapt)
+    return opened
+
+
+@pytest.mark.parametrize(("backend", "where"), [("fused", "main_grad"), ("reference", "grad")])
+@pytest.mark.parametrize("mode", ["per_expert", "shared_outer"])
+@over(*GROUPED_LAYOUTS)
+def test_te_grouped_experts_that_open_equal_the_merged_weights(
+    layout: Layout, mode: Any, backend: Any, where: str, calls_that_open: list[object]
+) -> None:
+    """They open where nothing of theirs is split or shared."""
+    test_te_grouped_experts_equal_the_merged_weights(layout, mode, backend, "list", where)
+    opens = layout.etp == 1 and mode == "per_expert"
+    assert len(calls_that_open) == (2 if opens else 0)
 
 
 @pytest.mark.parametrize(("form", "where"), [("list", "grad"), ("tensor", "main_grad")])

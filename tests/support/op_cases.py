@@ -139,7 +139,7 @@ def run_all(ops: Ops, given: Problem, p: float) -> dict[str, Tensor]:
         added[f"shrink_wgrad_ in {d_a_sum.dtype}"] = d_a_sum
     return {
         **added,
-        **(run_linear(ops, given) if offsets is None and p == 0.0 else {}),
+        **(run_with_base(ops, given) if p == 0.0 else {}),
         "shrink": ops.shrink(given.x, given.lora_A, offsets, **dropout),
         "expand_": y,
         "expand_dgrad": ops.expand_dgrad(given.y, given.lora_B, 0.7, offsets, segments),
@@ -151,8 +151,40 @@ def run_all(ops: Ops, given: Problem, p: float) -> dict[str, Tensor]:
     }
 
 
+def run_with_base(ops: Ops, given: Problem) -> dict[str, Tensor]:
+    """Return the results of the ops that have the base's product in them, which do not drop."""
+    return run_linear(ops, given) if given.offsets is None else run_experts(ops, given)
+
+
+def expert_weights(given: Problem) -> list[Tensor]:
+    """Return W [out, in] of each expert, each its own tensor."""
+    assert given.offsets is not None
+    return [given.weight * (e % 3 - 1.5) for e in range(given.offsets.numel())]
+
+
+def run_experts(ops: Ops, given: Problem) -> dict[str, Tensor]:
+    """Return the results of the ops that compute experts with their adapters."""
+    assert given.offsets is not None
+    factors = (given.lora_A, given.lora_B, 0.7, given.offsets, given.segments)
+    how = (expert_weights(given), *factors)
+    y, s = ops.experts_linear(given.x, *how)
+    # As the op leaves it: with zeros behind the ranks.
+    thin = torch.nn.functional.pad(given.s, (0, -given.s.shape[1] % 8))
+    dx, d_a, d_b = ops.experts_linear_backward(given.y, given.x, thin, *how)
+    found = {"experts y": y, "experts s": s, "experts dx": dx, "experts dA": d_a, "experts dB": d_b}
+    sums = zip(accumulators(given.lora_A), accumulators(given.lora_B), strict=True)
+    for d_a_sum, d_b_sum in sums:
+        name = f"experts_linear_backward_ in {d_a_sum.dtype}"
+        found[f"{name} dx"] = ops.experts_linear_backward_(
+            d_a_sum, d_b_sum, given.y, given.x, thin, *how
+        )
+        # Its ds was rounded to the tokens' dtype, whatever dA is.
+        found |= {f"{name} dA": d_a_sum.to(given.x.dtype), f"{name} dB": d_b_sum}
+    return found
+
+
 def run_linear(ops: Ops, given: Problem) -> dict[str, Tensor]:
-    """Return the results of the ops that have the base's product in them: dense, no dropout."""
+    """Return the results of the ops that compute a dense linear with its adapter."""
     how = (given.weight, given.lora_A, given.lora_B, 0.7, given.segments)
     y, s = ops.linear(given.x, *how)
     dx, d_a, d_b = ops.linear_backward(given.y, given.x, given.s, *how)
