@@ -248,7 +248,7 @@ def measured(
             subject.step()
         rounds = [[subject.step() for subject in subjects] for _ in range(options.rounds)]
         for subject, times in zip(subjects, zip(*rounds, strict=True), strict=True):
-            yield subject.name, list(times), subject.memory() | {"in_turn": list(group)}
+            yield subject.name, list(times), subject.memory() | {"in_turn": " ".join(group)}
         del subjects, subject
         gc.collect()
         if device == "cuda":
