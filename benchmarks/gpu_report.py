@@ -30,6 +30,7 @@ def setting(kit: Kit | None) -> Row:
     return {
         "date": datetime.now(UTC).date().isoformat(),
         "device": torch.cuda.get_device_name() if on_gpu else "CPU, a rehearsal",
+        **({"capability": _capability()} if on_gpu else {}),
         "driver": _driver(),
         "CUDA": torch.version.cuda,
         **versions,
@@ -99,6 +100,11 @@ def whole_qwen3(name: str, depths: dict[int, float], tokens: int) -> str:
         f"{1e3 * tokens / whole:,.0f} tokens/s: a step of {tokens} tokens on a GPU. "
         "Each of 8 GPUs has that only as far as expert parallelism hides what it sends."
     )
+
+
+def _capability() -> int:
+    major, minor = torch.cuda.get_device_capability()
+    return 10 * major + minor
 
 
 def _driver() -> str:
