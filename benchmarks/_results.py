@@ -6,6 +6,7 @@ identifies the shape, `variant`, and its numbers.
 
 import json
 import platform
+import re
 from collections.abc import Iterable, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
@@ -14,6 +15,7 @@ from typing import Any
 import torch
 
 Row = dict[str, Any]
+RESULTS = Path(__file__).parent / "results"
 PHASES = ("forward", "backward", "both")
 _NUMBERS = ("_ms", "_overhead", "_bytes", "bytes_moved", "launches", "kernels", "variant", "bench")
 
@@ -34,6 +36,20 @@ def read(path: Path) -> list[Row]:
     # A measurement that was ended by force may have left half a line.
     lines = path.read_text().split("\n")[:-1]
     return [json.loads(line) for line in lines]
+
+
+def runs_of(folder: Path) -> list[Path]:
+    """Return the folders of a device's runs in their order, named as 2026-11-26-3 is.
+
+    A folder with more in its name holds what a run is compared with, and is none.
+    """
+    numbered = re.compile(r"\d{4}-\d\d-\d\d-(\d+)")
+    found = [
+        (path.name[:10], int(m[1]), path)
+        for path in folder.glob("*")
+        if (m := numbered.fullmatch(path.name))
+    ]
+    return [path for _day, _number, path in sorted(found)]
 
 
 def write_text(path: Path, text: str) -> None:

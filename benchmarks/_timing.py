@@ -131,10 +131,10 @@ def _median_seconds(function: Callable[[], Any], device: torch.device) -> float:
     for _ in range(10):
         if device.type == "cuda":
             torch.cuda._sleep(int(2e-4 * _CYCLES_PER_SECOND))
-        marks = [_mark(device)]
+        marks = [mark(device)]
         function()
-        marks.append(_mark(device))
-        seconds.append(_elapsed(marks)[0] / 1e3)
+        marks.append(mark(device))
+        seconds.append(elapsed(marks)[0] / 1e3)
     return statistics.median(seconds)
 
 
@@ -154,12 +154,12 @@ def _timed_step(variant: Variant, x: Tensor, dy: Tensor, queueing: float) -> dic
     if x.device.type == "cuda":
         # The GPU waits while the host queues the work: what is timed is the GPU's, without gaps.
         torch.cuda._sleep(int(queueing * _CYCLES_PER_SECOND))
-    marks = [_mark(x.device)]
+    marks = [mark(x.device)]
     y = variant.forward(x)
-    marks.append(_mark(x.device))
+    marks.append(mark(x.device))
     y.backward(dy)
-    marks.append(_mark(x.device))
-    forward, backward = _elapsed(marks)
+    marks.append(mark(x.device))
+    forward, backward = elapsed(marks)
     return {"forward": forward, "backward": backward, "both": forward + backward}
 
 
@@ -169,7 +169,8 @@ def synchronize(device: torch.device) -> None:
         torch.cuda.synchronize(device)
 
 
-def _mark(device: torch.device) -> Any:
+def mark(device: torch.device) -> Any:
+    """Return a point in time: an event on a GPU, seconds on a CPU."""
     if device.type != "cuda":
         return time.process_time() if torch.get_num_threads() == 1 else time.perf_counter()
     event = torch.cuda.Event(enable_timing=True)
@@ -177,7 +178,8 @@ def _mark(device: torch.device) -> Any:
     return event
 
 
-def _elapsed(marks: list[Any]) -> list[float]:
+def elapsed(marks: list[Any]) -> list[float]:
+    """Return the milliseconds between neighbouring points in time."""
     if isinstance(marks[0], float):
         return [1e3 * (end - start) for start, end in itertools.pairwise(marks)]
     torch.cuda.synchronize()

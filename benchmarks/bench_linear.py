@@ -121,8 +121,12 @@ TINY_CASES = {
 }
 
 
-# Who computes which product of ours, beside the choice that csrc/cuda/ops.cpp makes by itself.
-ROUTES = ["project:kernels", "update:kernels", "outer:kernels", "backward:gemm", "gemm", "kernels"]
+# Who computes which product of ours, beside the library's own choice; choose.py compares them.
+ROUTES = [
+    f"{product}:{route}"
+    for product in ("project", "update", "outer", "backward")
+    for route in ("gemm", "kernels")
+]
 
 
 def split_projections(s: Tensor, lora_B: Tensor, case: Case) -> Tensor:

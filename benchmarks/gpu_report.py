@@ -30,6 +30,7 @@ def setting(kit: Kit | None) -> Row:
     return {
         "date": datetime.now(UTC).date().isoformat(),
         "device": torch.cuda.get_device_name() if on_gpu else "CPU, a rehearsal",
+        **({"capability": _capability()} if on_gpu else {}),
         "driver": _driver(),
         "CUDA": torch.version.cuda,
         **versions,
@@ -81,13 +82,11 @@ def model_table(rows: list[Row]) -> list[str]:
     """Return the models' rows, and what they mean for all layers of Qwen3-30B-A3B."""
     lines = plain_table(rows)
     for name in ("frozen", "LoRA", "full"):
-        depths = {
-            row["layers"]: row["milliseconds"]
-            for row in rows
-            if row["kind"] == "qwen3-30b-a3b" and row["name"] == name
-        }
-        if len(depths) > 1:
-            lines += ["", whole_qwen3(name, depths, _sequence_length(rows))]
+        same = [row for row in rows if row["kind"] == "qwen3-30b-a3b" and row["name"] == name]
+        for tokens in sorted({row["tokens"] for row in same}):
+            depths = {row["layers"]: row["step_ms"] for row in same if row["tokens"] == tokens}
+            if len(depths) > 1:
+                lines += ["", whole_qwen3(name, depths, tokens)]
     return lines
 
 
@@ -98,14 +97,14 @@ def whole_qwen3(name: str, depths: dict[int, float], tokens: int) -> str:
     whole = depths[many] + (QWEN3_LAYERS - many) * layer
     return (
         f"Qwen3-30B-A3B, {name}: {layer:.2f} ms a layer, so {whole:.0f} ms for {QWEN3_LAYERS}, "
-        f"{1e3 * tokens / whole:,.0f} tokens/s: forward and backward of {tokens} tokens on a GPU. "
+        f"{1e3 * tokens / whole:,.0f} tokens/s: a step of {tokens} tokens on a GPU. "
         "Each of 8 GPUs has that only as far as expert parallelism hides what it sends."
     )
 
 
-def _sequence_length(rows: list[Row]) -> int:
-    row = next(row for row in rows if row["kind"] == "qwen3-30b-a3b")
-    return round(row["tokens_per_second"] * row["milliseconds"] / 1e3)
+def _capability() -> int:
+    major, minor = torch.cuda.get_device_capability()
+    return 10 * major + minor
 
 
 def _driver() -> str:

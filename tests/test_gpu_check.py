@@ -21,7 +21,7 @@ import gpu_report
 
 NEEDS_GPU = {"kernels", "training"}
 # Other stages run the same scripts with the same kinds of words.
-REPEATED = {"memcheck", "racecheck", "ranks", "model-dense"}
+REPEATED = {"memcheck", "racecheck", "ranks", "model-dense", "model-qwen3-4-long"}
 REHEARSED = [stage.name for stage in gpu_check.STAGES if stage.name not in REPEATED]
 
 

@@ -5,23 +5,24 @@
 #include <c10/cuda/CUDAStream.h>
 
 #include <algorithm>
+#include <array>
 #include <cstdlib>
+#include <mutex>
 #include <string_view>
 
 #include "../gemm.h"
+#include "choices.h"
 #include "hopper.h"
 #include "kernels.cuh"
 
 namespace megalora::cuda {
 namespace {
 
-// Who computes a product of a dense factor, where both can. MEGALORA_CUDA_ROUTE overrides the
-// choice for tuning: "gemm" or "kernels" for all, or a list as in "project:kernels,update:gemm",
-// where "backward:gemm" means two products instead of our one read, and "linear:gemm" the products
-// one after another instead of our one launch. It is looked up at every call, so that one process
-// can measure both.
-enum class Route { automatic, gemm, kernels };
-
+// choices.h has who computes a product of a dense factor, where both can. MEGALORA_CUDA_ROUTE
+// overrides it for tuning: "gemm" or "kernels" for all, or a list as in
+// "project:kernels,update:gemm", where "backward:gemm" means two products instead of our one read,
+// and "linear:gemm" the products one after another instead of our one launch. It is looked up at
+// every call, so that one process can measure both.
 void check_product(std::string_view name) {
   TORCH_CHECK_VALUE(name == "project" || name == "update" || name == "outer" ||
                         name == "backward" || name == "linear",
@@ -63,26 +64,39 @@ bool gemm_can(const Factor& f) {
   return f.offsets == nullptr && !f.drops() && f.columns == f.period && !f.weight_is_fp32;
 }
 
+// The device whose measurements stand for a GPU: asked for once, which takes a millisecond.
+std::string_view measured_as(c10::DeviceIndex index) {
+  static std::array<std::once_flag, C10_COMPILE_TIME_MAX_GPUS> asked;
+  static std::array<std::string_view, C10_COMPILE_TIME_MAX_GPUS> found;
+  std::call_once(asked.at(index), [index] {
+    cudaDeviceProp gpu;
+    C10_CUDA_CHECK(cudaGetDeviceProperties(&gpu, index));
+    found.at(index) = measured_as(kChoices, gpu.name, 10 * gpu.major + gpu.minor);
+  });
+  return found.at(index);
+}
+
+// What the variable names, else what was measured to be the fastest on such a device.
+Route chosen(const Factor& f, std::string_view product) {
+  const Route named = route_of(product);
+  return named != Route::automatic ? named
+                                   : fastest(kChoices, measured_as(f.device.index()), product,
+                                             f.num_segments > 1, f.rank);
+}
+
+// cuBLAS where nothing was measured.
 bool gemm_is_faster(const Factor& f, std::string_view product) {
-  return gemm_can(f) && route_of(product) != Route::kernels;
+  return gemm_can(f) && chosen(f, product) != Route::kernels;
 }
 
-// Measured on an H200 (benchmarks/results): cuBLAS makes a pass over y for each projection and is
-// slow at ranks that are no whole vector; our kernel is the slower one at larger ranks.
-bool gemm_updates_faster(const Factor& f) {
-  const bool prefers_kernel = f.rank <= 16 && (f.num_segments > 1 || f.rank % 8 != 0);
-  return route_of("update") == Route::gemm ? gemm_can(f)
-                                           : gemm_is_faster(f, "update") && !prefers_kernel;
-}
-
-// Measured likewise: for one projection one read of dY wins up to rank 16, over two products that
-// cuBLAS can make; where it cannot, one read wins as far as it goes.
+// Where cuBLAS cannot make the two products, one read wins as far as it goes.
 bool one_read_is_faster(const Factor& dgrad, const Factor& wgrad) {
-  const Route route = route_of("backward");
-  if (!backward_supports(dgrad) || route == Route::gemm) {
+  if (!backward_supports(dgrad)) {
     return false;
   }
-  return route == Route::kernels || dgrad.rank <= 16 || !gemm_can(dgrad) || !gemm_can(wgrad);
+  const Route route = chosen(dgrad, "backward");
+  const bool gemms_can = gemm_can(dgrad) && gemm_can(wgrad);
+  return route == Route::kernels || (!gemms_can && route_of("backward") != Route::gemm);
 }
 
 // call: forward or backward, whose GEMM is l.
@@ -118,7 +132,7 @@ struct Products {
 
   static void update(const Factor& f) {
     const c10::cuda::CUDAGuard guard(f.device);
-    if (gemm_updates_faster(f)) {
+    if (gemm_is_faster(f, "update")) {
       gemm::update(f);
       return;
     }
@@ -193,7 +207,7 @@ struct Products {
   // Measured likewise: cuBLAS that adds to the low-rank term in its epilogue saves one pass over y.
   static void add_base(const Linear& l) {
     const c10::cuda::CUDAGuard guard(l.update.device);
-    if (gemm_updates_faster(l.update)) {
+    if (gemm_is_faster(l.update, "update")) {
       low_rank_first(l);
     } else {
       base_first<Products>(l);

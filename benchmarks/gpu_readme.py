@@ -1,0 +1,147 @@
+"""Write what was measured on GPUs into README, between two comments there.
+
+python benchmarks/gpu_readme.py
+
+Every table has the last numbers of each shape in benchmarks/results/<device>/, all of a line from
+one run.
+"""
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from _results import RESULTS, Row, line, read, runs_of, write_text
+
+README = Path(__file__).parents[1] / "README.md"
+START = "<!-- From here by benchmarks/gpu_readme.py. -->"
+END = "<!-- To here. -->"
+LINEARS = {
+    "floor": "floor",
+    "megalora": "megalora",
+    "addmm": "addmm, beta 1",
+    "as Unsloth": "Unsloth's way",
+    "PEFT layer": "PEFT's layer",
+    "torch.compile": "torch.compile",
+    "eager": "eager",
+}
+EXPERTS = {"floor": "floor", "megalora": "megalora", "grouped_mm": "torch's grouped GEMM"}
+SHAPES = {"fc1": "fc1 2048 -> 1536, gate and up", "fc2": "fc2 768 -> 2048"}
+MODELS = {
+    "dense": "Llama-3.1-8B",
+    "moe": "16 experts, top 4",
+    "qwen3-30b-a3b": "Qwen3-30B-A3B",
+}
+# The rows of one shape by variant, or of one model by name.
+Group = dict[str, Row]
+
+
+def section(results: Path) -> str:
+    """Return the text between the comments: a part for every device that has runs."""
+    folders = [folder for folder in sorted(results.iterdir()) if runs_of(folder)]
+    return "\n\n".join("\n".join(_device(folder)) for folder in folders)
+
+
+def rewritten(readme: str, text: str) -> str:
+    """Return README with another text between the comments."""
+    before, _, rest = readme.partition(START)
+    _, _, after = rest.partition(END)
+    return f"{before}{START}\n{text}\n{END}{after}"
+
+
+def _device(folder: Path) -> list[str]:
+    runs = runs_of(folder)
+    setting = next(row["setting"] for row in read(runs[-1] / "results.jsonl") if "setting" in row)
+    linears = _newest(runs, "linear goal", "variant", ("in", "out", "tokens", "rank"))
+    experts = _newest(runs, "experts", "variant", ("shape", "rank", "rows"))
+    models = _newest(runs, "model", "name", ("kind", "layers", "rank", "tokens"))
+    lines = [f"### {setting['device']}, bf16, {setting['date']}"]
+    if linears:
+        first = linears[0]["frozen"]
+        lines += ["", f"One linear {first['in']} -> {first['out']}, {first['tokens']} tokens, over"]
+        lines[-1] += " the frozen linear, forward / backward:"
+        lines += ["", *_overheads("rank", linears, LINEARS, lambda row: str(row["rank"]))]
+    if experts:
+        rows = experts[0]["frozen"]["rows"]
+        lines += ["", f"128 experts of Qwen3-30B-A3B, {rows:,} rows, skewed routing, over the"]
+        lines[-1] += " frozen experts:"
+        lines += ["", *_overheads("", experts, EXPERTS, _expert_shape)]
+    if models:
+        lines += [
+            "",
+            "Layers of whole models; a step has Megatron's fp32 gradients, clipping and Adam:",
+        ]
+        lines += ["", *_models(models)]
+    where = f"benchmarks/results/{folder.name}"
+    return [*lines, "", f"The runs, and what they say: [{where}]({where}/README.md)."]
+
+
+def _newest(runs: Sequence[Path], bench: str, name: str, shape: Sequence[str]) -> list[Group]:
+    """Return for each shape the rows of the last run that has it."""
+    found: dict[tuple, Group] = {}
+    for run in runs:
+        own: dict[tuple, Group] = {}
+        for row in map(_with_phases, read(run / "results.jsonl")):
+            if row.get("bench") == bench and name in row:
+                own.setdefault(tuple(row[key] for key in shape), {})[row[name]] = row
+        found |= own
+    return [found[key] for key in sorted(found)]
+
+
+def _with_phases(row: Row) -> Row:
+    """Return a row of a model as it is written now: runs up to 2026-11-26-3 had no whole steps."""
+    if row.get("bench") != "model" or "milliseconds" not in row:
+        return row
+    tokens = round(row["tokens_per_second"] * row["milliseconds"] / 1e3)
+    return row | {"forward_backward_ms": row["milliseconds"], "tokens": tokens}
+
+
+def _overheads(
+    head: str, groups: Sequence[Group], variants: dict[str, str], label: Callable[[Row], str]
+) -> list[str]:
+    measured = {name for group in groups for name in group}
+    names = [name for name in variants if name in measured]
+    lines = [line([head, *(variants[name] for name in names)]), line(["---"] * (1 + len(names)))]
+    for group in groups:
+        cells = [_overhead(group[name]) if name in group else "" for name in names]
+        lines.append(line([label(group["frozen"]), *cells]))
+    return lines
+
+
+def _overhead(row: Row) -> str:
+    cell = f"{100 * row['forward_overhead']:.0f} / {100 * row['backward_overhead']:.0f} %"
+    return f"**{cell}**" if row["variant"] == "megalora" else cell
+
+
+def _expert_shape(row: Row) -> str:
+    return f"{SHAPES[row['shape']]}, rank {row['rank']}"
+
+
+def _models(groups: Sequence[Group]) -> list[str]:
+    head = ["", "tokens", "forward and backward: frozen, LoRA, full", "LoRA over frozen, full"]
+    head += ["whole step: LoRA, full", "LoRA over full", "tokens/s"]
+    return [line(head), line(["---"] * len(head)), *(line(_model(group)) for group in groups)]
+
+
+def _model(group: Group) -> list[str]:
+    lora, full = group["LoRA"], group.get("full", {})
+    passes = [
+        group[name]["forward_backward_ms"] for name in ("frozen", "LoRA", "full") if name in group
+    ]
+    ratios = [f"{lora[key]:.2f}" for key in ("over_frozen", "over_full") if key in lora]
+    steps = [row["step_ms"] for row in (lora, full) if "step_ms" in row]
+    return [
+        f"{MODELS[lora['kind']]}, {lora['layers']} layers, rank {lora['rank']}",
+        f"{lora['tokens']:,}",
+        _milliseconds(passes),
+        " / ".join(ratios),
+        _milliseconds(steps) if steps else "not measured yet",
+        f"**{lora['step_over_full']:.2f}**" if "step_over_full" in lora else "",
+        f"{lora['tokens_per_second']:,.0f}" if steps else "",
+    ]
+
+
+def _milliseconds(values: Sequence[float]) -> str:
+    return f"{' / '.join(f'{value:.0f}' for value in values)} ms"
+
+
+if __name__ == "__main__":
+    write_text(README, rewritten(README.read_text(), section(RESULTS)))
