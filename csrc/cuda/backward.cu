@@ -93,8 +93,8 @@ __global__ void __launch_bounds__(kThreads, blocks_per_processor<RANK>)
   constexpr int kStages = Tiles::kStages;
   Tiles& shared = shared_memory<Tiles>();
 
-  const int slot = static_cast<int>(blockIdx.y);
-  const TokenTile tokens = token_tile(dgrad, slot, block_tokens);
+  const int64_t slot = blockIdx.y;
+  const TokenTile tokens = token_tile(dgrad, static_cast<int>(slot), block_tokens);
   if (tokens.begin >= tokens.result_end) {
     return;
   }
@@ -196,7 +196,7 @@ __global__ void __launch_bounds__(kThreads, blocks_per_processor<RANK>)
 #pragma unroll
   for (int tile = 0; tile < kGroupTiles; ++tile) {
     if (tile < num_tiles) {
-      float* const db = db_parts + slot * (dgrad.columns * ranks);
+      float* const db = db_parts + slot * dgrad.columns * ranks;
 #pragma unroll
       for (int n = 0; n < RANK / 8; ++n) {
 #pragma unroll

@@ -70,10 +70,10 @@ struct TokenTile {
       result_end;  // of the rows that this tile writes: beyond end where no expert owns the rest
 };
 
-// The lower words of int64 offsets say all: there are fewer than 2^32 tokens.
+// The lower word of an int64 offset says all: there are fewer than 2^32 tokens.
 __device__ __forceinline__ int64_t expert_end(const Factor& f, int64_t expert) {
-  const auto* const ends = static_cast<const uint32_t*>(f.offsets);
-  return expert < 0 ? 0 : ends[f.offsets_are_int64 ? 2 * expert : expert];
+  const uint32_t word = static_cast<uint32_t>(expert) << (f.offsets_are_int64 ? 1 : 0);
+  return expert < 0 ? 0 : static_cast<const uint32_t*>(f.offsets)[word];
 }
 
 // Number of slots of `size` tokens that the host launches without knowing the offsets.

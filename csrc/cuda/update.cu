@@ -25,9 +25,7 @@ constexpr int kMostSteps = 4;
 
 // Blocks on a multiprocessor, by registers.
 template <int STEPS, bool WHOLE>
-constexpr int update_blocks = !WHOLE || STEPS == kMostSteps ? 4
-                              : STEPS == 1                  ? 6
-                                                            : 5;
+constexpr int update_blocks = STEPS < kMostSteps && WHOLE ? 5 : 4;
 
 // W of a column tile and of 16 * STEPS ranks, zero beyond those that there are. 16-bit elements:
 // vector 128 s + 32 j + lane is the fragment of product j and the ranks from 16 s on. fp32: vector
@@ -89,12 +87,12 @@ __device__ __forceinline__ void load_weight(UpdateTiles<STEPS>& shared, const Fa
 // points at the lane's first token and at the first of these ranks, WORDS where at whole words.
 template <bool WORDS, int STEPS, class T>
 __device__ __forceinline__ void load_thin(uint32_t (&fragments)[kUnits][STEPS][2], const T* thin,
-                                          int64_t stride, int rows, int ranks) {
+                                          int stride, int rows, int ranks) {
   const Place at;
 #pragma unroll
   for (int unit = 0; unit < kUnits; ++unit) {
     const bool wanted = unit * kUnitTokens + at.group < rows;
-    const T* const from = thin + unit * kUnitTokens * stride + 2 * at.member;
+    const T* const from = thin + int64_t{unit * kUnitTokens} * stride + 2 * at.member;
     const auto element = [&](int rank) {
       return wanted && 2 * at.member + rank < ranks ? from[rank] : T(0);
     };
@@ -135,7 +133,7 @@ __device__ __forceinline__ void multiply_fragments(float (&sums)[kUnits][4][4],
 template <int STEPS>
 __device__ __forceinline__ void multiply_floats(float (&sums)[kUnits][4][4],
                                                 const UpdateTiles<STEPS>& shared, const float* thin,
-                                                int64_t stride, int rows, int ranks) {
+                                                int stride, int rows, int ranks) {
   const Place at;
   for (int rank = 0; rank < min(ranks, 16 * STEPS); ++rank) {
     float weight[4];
@@ -144,7 +142,7 @@ __device__ __forceinline__ void multiply_floats(float (&sums)[kUnits][4][4],
     for (int unit = 0; unit < kUnits; ++unit) {
 #pragma unroll
       for (int i = 0; i < 2; ++i) {
-        const int row = unit * kUnitTokens + 2 * at.member + i;
+        const int64_t row = unit * kUnitTokens + 2 * at.member + i;
         const float value = row < rows ? thin[row * stride + rank] : 0.0f;
 #pragma unroll
         for (int k = 0; k < 4; ++k) {
@@ -239,10 +237,14 @@ __global__ void __launch_bounds__(kThreads, update_blocks<STEPS, WHOLE>)
   const Place at;
   const int own_columns = columns.columns - at.group * kVector<T>;
   const int64_t column = columns.begin + at.group * kVector<T>;
-  int64_t token = tokens.begin + at.warp * kWarpTokens;
+  const int wide_stride = static_cast<int>(f.wide_stride);
+  const int thin_stride = static_cast<int>(f.thin_stride);
+  const int all_columns = static_cast<int>(f.columns);
+  const int64_t token = tokens.begin + at.warp * kWarpTokens;
   int rows = clamp_to(tokens.end - tokens.begin, kBlockTokens) - at.warp * kWarpTokens;
   int steps = (clamp_to(tokens.end - tokens.begin, kBlockTokens) + kStepTokens - 1) / kStepTokens;
   T* wide = wide_at<T>(f, token + 2 * at.member, column);
+  int64_t element = (token + 2 * at.member) * f.columns + column;  // counted without gaps
   const T* thin = thin_at<T>(f, token + (sizeof(T) == 2 ? at.group : 0), columns.projection, 0);
   const bool thin_in_words = (static_cast<uint32_t>(reinterpret_cast<uintptr_t>(thin)) |
                               static_cast<uint32_t>(f.thin_stride * sizeof(T)) |
@@ -257,8 +259,8 @@ __global__ void __launch_bounds__(kThreads, update_blocks<STEPS, WHOLE>)
     for (int unit = 0; unit < kUnits; ++unit) {
 #pragma unroll
       for (int i = 0; i < 2; ++i) {
-        const int row = unit * kUnitTokens + i;
-        load_wide<WHOLE>(vectors[unit][i], wide + row * f.wide_stride,
+        const int64_t row = unit * kUnitTokens + i;
+        load_wide<WHOLE>(vectors[unit][i], wide + row * wide_stride,
                          row + 2 * at.member < rows ? own_columns : 0);
       }
     }
@@ -269,9 +271,9 @@ __global__ void __launch_bounds__(kThreads, update_blocks<STEPS, WHOLE>)
       uint32_t fragments[kUnits][STEPS][2];
       if constexpr (sizeof(T) == 2) {
         if (thin_in_words) {
-          load_thin<true>(fragments, thin + first_rank, f.thin_stride, rows, left);
+          load_thin<true>(fragments, thin + first_rank, thin_stride, rows, left);
         } else {
-          load_thin<false>(fragments, thin + first_rank, f.thin_stride, rows, left);
+          load_thin<false>(fragments, thin + first_rank, thin_stride, rows, left);
         }
       }
       if (!at_once) {
@@ -282,7 +284,7 @@ __global__ void __launch_bounds__(kThreads, update_blocks<STEPS, WHOLE>)
       if constexpr (sizeof(T) == 2) {
         multiply_fragments<T>(sums, shared, fragments);
       } else {
-        multiply_floats(sums, shared, thin + first_rank, f.thin_stride, rows, left);
+        multiply_floats(sums, shared, thin + first_rank, thin_stride, rows, left);
       }
     };
     if constexpr (STEPS < kMostSteps) {
@@ -298,17 +300,16 @@ __global__ void __launch_bounds__(kThreads, update_blocks<STEPS, WHOLE>)
     for (int unit = 0; unit < kUnits; ++unit) {
 #pragma unroll
       for (int i = 0; i < 2; ++i) {
-        const int row = unit * kUnitTokens + i;
-        add_sums(vectors[unit][i], sums[unit], i, f,
-                 (token + 2 * at.member + row) * f.columns + column);
-        store_wide<WHOLE>(wide + row * f.wide_stride, vectors[unit][i],
+        const int64_t row = unit * kUnitTokens + i;
+        add_sums(vectors[unit][i], sums[unit], i, f, element + row * all_columns);
+        store_wide<WHOLE>(wide + row * wide_stride, vectors[unit][i],
                           row + 2 * at.member < rows ? own_columns : 0);
       }
     }
-    token += kStepTokens;
     rows -= kStepTokens;
-    wide += kStepTokens * f.wide_stride;
-    thin += kStepTokens * f.thin_stride;
+    wide += int64_t{kStepTokens} * wide_stride;
+    thin += int64_t{kStepTokens} * thin_stride;
+    element += int64_t{kStepTokens} * all_columns;
   }
 }
 
