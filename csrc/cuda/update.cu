@@ -25,7 +25,9 @@ constexpr int kMostSteps = 4;
 
 // Blocks on a multiprocessor, by registers.
 template <int STEPS, bool WHOLE>
-constexpr int update_blocks = STEPS < kMostSteps && WHOLE ? 5 : 4;
+constexpr int update_blocks = !WHOLE               ? 3
+                              : STEPS < kMostSteps ? 5
+                                                   : 4;
 
 // W of a column tile and of 16 * STEPS ranks, zero beyond those that there are. 16-bit elements:
 // vector 128 s + 32 j + lane is the fragment of product j and the ranks from 16 s on. fp32: vector
@@ -61,7 +63,7 @@ __device__ __forceinline__ void load_weight(UpdateTiles<STEPS>& shared, const Fa
   const int rank = sizeof(T) == 2 ? 2 * at.member : thread / 8;
   const int columns_left = columns - column;
   const T* from = weight + weight_offset(f, column, first_rank + rank);
-#pragma unroll 2
+#pragma unroll(STEPS < kMostSteps ? STEPS : 1)
   for (int step = 0; step < STEPS; ++step) {
     const int ranks_left = static_cast<int>(f.rank) - first_rank - 16 * step - rank;
     const auto element = [&](int c, int r) {
