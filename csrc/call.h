@@ -99,7 +99,7 @@ struct Call {
 
   void dropout(double p, const OptionalTensor& seed) {
     segments({}, factor.columns, 1.0 / (1.0 - p));
-    factor.threshold = static_cast<uint32_t>(p * 4294967296.0);
+    factor.threshold = static_cast<uint32_t>(p * 65536.0);
     factor.seed = p > 0.0 ? seed->data_ptr<int64_t>() : nullptr;
   }
 };

@@ -44,7 +44,8 @@ struct Factor {
   bool accumulates;
   bool weight_is_fp32;
 
-  // Dropout of wide: element e of its row-major order is kept where its Philox word >= threshold.
+  // Dropout of wide: element e of its row-major order is kept where its 16 bits of Philox are at
+  // least threshold.
   uint32_t threshold;
   const int64_t* seed;
 

@@ -185,7 +185,9 @@ def test_the_kernels_use_tensor_cores(cuobjdump: str, architecture: str) -> None
             "HMMA.16816.F32 ",
             "LDSM",
             "LDGSTS.E",
+            "LDG.E.128",
             "STG.E.128",
         ):
             assert instruction in listing
+        assert "CALL." not in listing, "a division in 64 bits is called, and slow"
         assert not re.search(r"\b(RED|ATOM)\b", listing), "an atomic operation is not deterministic"

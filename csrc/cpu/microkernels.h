@@ -187,9 +187,10 @@ MEGALORA_INLINE void drop(T* values, int64_t first, int64_t count, uint64_t seed
     lane_index[lane] = lane;
   }
   const int64_t last = first + count;
-  for (int64_t counter = first / 4; counter * 4 < last; counter += L) {
-    Lane words[4];
-    philox(static_cast<uint64_t>(counter) + lane_index, seed, words);
+  for (int64_t counter = first / 8; counter * 8 < last; counter += L) {
+    const Lane counters = static_cast<uint64_t>(counter) + lane_index;
+    Lane words[4] = {counters & uint64_t{0xFFFFFFFFu}, counters >> 32};
+    philox(seed, words);
     const Lane low = words[0] | words[1] << 32;
     const Lane high = words[2] | words[3] << 32;
     uint64_t pairs[2 * L];
@@ -197,17 +198,17 @@ MEGALORA_INLINE void drop(T* values, int64_t first, int64_t count, uint64_t seed
       pairs[2 * lane] = low[lane];
       pairs[2 * lane + 1] = high[lane];
     }
-    uint32_t ordered[4 * L];
-    std::memcpy(ordered, pairs, sizeof(pairs));
-    const int64_t start = counter * 4 - first;
-    if (start >= 0 && start + 4 * L <= count) {
-      for (int word = 0; word < 4 * L; ++word) {
-        values[start + word] = ordered[word] >= threshold ? values[start + word] : T(0);
+    uint16_t draws[8 * L];
+    std::memcpy(draws, pairs, sizeof(pairs));
+    const int64_t start = counter * 8 - first;
+    if (start >= 0 && start + 8 * L <= count) {
+      for (int i = 0; i < 8 * L; ++i) {
+        values[start + i] = draws[i] >= threshold ? values[start + i] : T(0);
       }
       continue;
     }
-    for (int64_t word = start < 0 ? -start : 0; word < 4 * L && start + word < count; ++word) {
-      values[start + word] = ordered[word] >= threshold ? values[start + word] : T(0);
+    for (int64_t i = start < 0 ? -start : 0; i < 8 * L && start + i < count; ++i) {
+      values[start + i] = draws[i] >= threshold ? values[start + i] : T(0);
     }
   }
 }

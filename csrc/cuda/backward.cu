@@ -6,26 +6,28 @@
 namespace megalora::cuda {
 namespace {
 
-// The fewest tokens that are worth a block.
+// The fewest tokens that are worth a block; and the most where experts have unlike numbers of them,
+// so that some waves of small blocks even them out.
 constexpr int64_t kFewestTokens = 128;
+constexpr int64_t kMostGroupedTokens = 256;
 
 // Column tiles of one block: their part of dB stays in its registers, their B in shared memory.
-template <int RANK>
-constexpr int group_tiles = RANK <= 8 ? 8 : 4;
+constexpr int kGroupTiles = 4;
 
 // Blocks on a multiprocessor, by registers and shared memory.
 template <int RANK>
-constexpr int blocks_per_processor = RANK <= 16 ? kBlocksPerProcessor : 3;
+constexpr int blocks_per_processor = RANK <= 8    ? 5
+                                     : RANK <= 16 ? 4
+                                                  : 3;
 
 template <class T, int RANK>
 struct BackwardTiles {
   static constexpr int kStages = 3;
-  static constexpr int kTiles = group_tiles<RANK>;
   static constexpr int kWidePitch = kTileColumns + kVector<T>;
   static constexpr int kRankPitch = RANK + kVector<T>;
   alignas(16) T wide[kStages][kTileTokens * kWidePitch];
   alignas(16) T thin[kStages][kTileTokens * kRankPitch];
-  alignas(16) T weight[kTiles][kTileColumns * kRankPitch];
+  alignas(16) T weight[kGroupTiles][kTileColumns * kRankPitch];
 };
 
 __host__ __device__ __forceinline__ int64_t tiles_of_projection(const Factor& f, int p) {
@@ -50,7 +52,7 @@ template <int RANK>
 Division division(const Factor& f) {
   Division d{};
   for (int p = 0; p < f.num_segments; ++p) {
-    d.count[p] = groups_of(f, p, group_tiles<RANK>);
+    d.count[p] = groups_of(f, p, kGroupTiles);
     d.groups += d.count[p];
     d.most_groups = std::max<int64_t>(d.most_groups, d.count[p]);
   }
@@ -58,6 +60,9 @@ Division division(const Factor& f) {
   const int64_t blocks = std::max<int64_t>(blocks_at_once / d.groups, 1);
   const int64_t tokens = (f.tokens + blocks - 1) / blocks;
   d.tokens = std::max((tokens + kTileTokens - 1) / kTileTokens * kTileTokens, kFewestTokens);
+  if (f.offsets != nullptr) {
+    d.tokens = std::min(d.tokens, kMostGroupedTokens);
+  }
   d.slots = token_slots(f, d.tokens);
   return d;
 }
@@ -86,24 +91,23 @@ __global__ void __launch_bounds__(kThreads, blocks_per_processor<RANK>)
   using Tiles = BackwardTiles<T, RANK>;
   using Columns = ColumnSteps<kTileColumns>;
   constexpr int kStages = Tiles::kStages;
-  constexpr int kTiles = Tiles::kTiles;
   Tiles& shared = shared_memory<Tiles>();
 
   const int64_t slot = blockIdx.y;
-  const TokenTile tokens = token_tile(dgrad, slot, block_tokens);
+  const TokenTile tokens = token_tile(dgrad, static_cast<int>(slot), block_tokens);
   if (tokens.begin >= tokens.result_end) {
     return;
   }
   int projection = 0;
   int group = static_cast<int>(blockIdx.x);
-  for (; group >= groups_of(dgrad, projection, kTiles); ++projection) {
-    group -= groups_of(dgrad, projection, kTiles);
+  for (; group >= groups_of(dgrad, projection, kGroupTiles); ++projection) {
+    group -= groups_of(dgrad, projection, kGroupTiles);
   }
   const int ranks = static_cast<int>(dgrad.rank);
-  // Groups of a projection are alike: 12 tiles are 6 and 6, where a group holds 8.
+  // Groups of a projection are alike: 6 tiles are 3 and 3, where a group holds 4.
   const int64_t tiles = tiles_of_projection(dgrad, projection);
   const int even_tiles =
-      static_cast<int>(ceil_divide(tiles, groups_of(dgrad, projection, kTiles)));
+      static_cast<int>(ceil_divide(tiles, groups_of(dgrad, projection, kGroupTiles)));
   const int first_tile = group * even_tiles;
   const int num_tiles = clamp_to(tiles - first_tile, even_tiles);
   const Columns first_columns(dgrad, projection, first_tile);
@@ -149,7 +153,7 @@ __global__ void __launch_bounds__(kThreads, blocks_per_processor<RANK>)
     load_next();
   }
 
-  float db_sums[kTiles][RANK / 8][4] = {};
+  float db_sums[kGroupTiles][RANK / 8][4] = {};
   const int warp_row = static_cast<int>(threadIdx.x) / 32 * 16;
   const int64_t width = dgrad.num_segments * dgrad.rank;
   int stage = 0;
@@ -158,7 +162,7 @@ __global__ void __launch_bounds__(kThreads, blocks_per_processor<RANK>)
   for (int64_t token = tokens.begin; token < tokens.result_end; token += kTileTokens) {
     float ds_sums[RANK / 8][4] = {};
 #pragma unroll
-    for (int tile = 0; tile < kTiles; ++tile) {
+    for (int tile = 0; tile < kGroupTiles; ++tile) {
       if (tile < num_tiles) {
         wait_copies<kStages - 2>();
         __syncthreads();
@@ -190,7 +194,7 @@ __global__ void __launch_bounds__(kThreads, blocks_per_processor<RANK>)
 
   columns = first_columns;
 #pragma unroll
-  for (int tile = 0; tile < kTiles; ++tile) {
+  for (int tile = 0; tile < kGroupTiles; ++tile) {
     if (tile < num_tiles) {
       float* const db = db_parts + slot * dgrad.columns * ranks;
 #pragma unroll

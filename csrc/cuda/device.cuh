@@ -100,13 +100,15 @@ __device__ __forceinline__ void tensor_core(c10::Half, float (&sums)[4], const u
 // The sum of value over the lanes of a warp, in each of them.
 __device__ __forceinline__ int warp_sum(int value) { return __reduce_add_sync(0xFFFFFFFFu, value); }
 
-// The value of the lane whose number differs in the lowest bit.
-__device__ __forceinline__ uint32_t neighbours(uint32_t value) {
-  return __shfl_xor_sync(0xFFFFFFFFu, value, 1);
+// Reads 16 bytes of global memory at a multiple of 16, in the order of these calls.
+__device__ __forceinline__ void load_vector(void* to, const void* global) {
+  uint4 words;
+  asm volatile("ld.global.v4.b32 {%0,%1,%2,%3}, [%4];"
+               : "=r"(words.x), "=r"(words.y), "=r"(words.z), "=r"(words.w)
+               : "l"(__cvta_generic_to_global(global))
+               : "memory");
+  *static_cast<uint4*>(to) = words;
 }
-
-// Lets the lanes of a warp see what the others wrote to shared memory.
-__device__ __forceinline__ void sync_warp() { __syncwarp(); }
 
 // Writes 16 bytes of global memory at a multiple of 16.
 // NOTE: in assembly, because nvcc 13.0 splits the plain store into four.

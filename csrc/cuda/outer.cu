@@ -33,7 +33,8 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerProcessor)
   constexpr int kStages = Tiles::kStages;
   Tiles& shared = shared_memory<Tiles>();
 
-  const ColumnTile columns = column_tile(f, blockIdx.x);
+  const ColumnTile columns = column_tile<kTileColumns>(f, static_cast<int>(blockIdx.x),
+                                                       static_cast<int>(tiles_per_period(f)));
   const int first_rank = static_cast<int>(blockIdx.y) * RANK;
   const int ranks = clamp_to(f.rank - first_rank, RANK);
   const int64_t part = blockIdx.z;

@@ -31,7 +31,7 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerProcessor)
   constexpr int kStages = Tiles::kStages;
   Tiles& shared = shared_memory<Tiles>();
 
-  const TokenTile tokens = token_tile(f, blockIdx.x);
+  const TokenTile tokens = token_tile(f, static_cast<int>(blockIdx.x));
   if (tokens.begin >= tokens.result_end) {
     return;
   }

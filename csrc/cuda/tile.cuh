@@ -16,6 +16,15 @@ constexpr int kTileColumns = 64;
 template <class T>
 constexpr int kVector = 16 / sizeof(T);
 
+template <class T>
+struct alignas(16) Vector {
+  T element[kVector<T>];
+};
+
+struct alignas(16) Words {
+  uint32_t word[4];
+};
+
 // Columns (project) or tokens (outer) that one pipeline stage holds: 128 bytes of a row.
 template <class T>
 constexpr int kDepth = 128 / sizeof(T);
@@ -61,12 +70,10 @@ struct TokenTile {
       result_end;  // of the rows that this tile writes: beyond end where no expert owns the rest
 };
 
+// The lower word of an int64 offset says all: there are fewer than 2^32 tokens.
 __device__ __forceinline__ int64_t expert_end(const Factor& f, int64_t expert) {
-  if (expert < 0) {
-    return 0;
-  }
-  return f.offsets_are_int64 ? static_cast<const int64_t*>(f.offsets)[expert]
-                             : static_cast<int64_t>(static_cast<const int32_t*>(f.offsets)[expert]);
+  const uint32_t word = static_cast<uint32_t>(expert) << (f.offsets_are_int64 ? 1 : 0);
+  return expert < 0 ? 0 : static_cast<const uint32_t*>(f.offsets)[word];
 }
 
 // Number of slots of `size` tokens that the host launches without knowing the offsets.
@@ -79,7 +86,7 @@ inline int64_t token_slots(const Factor& f, int64_t size = kTileTokens) {
 // is the last of those that begin at or before the slot, which the lanes of a warp count together:
 // their loads depend on nothing, where those of a binary search would wait for each other.
 // Every thread of the block must call it.
-__device__ __forceinline__ TokenTile token_tile(const Factor& f, int64_t slot,
+__device__ __forceinline__ TokenTile token_tile(const Factor& f, int slot,
                                                 int64_t size = kTileTokens) {
   if (f.offsets == nullptr) {
     const int64_t begin = slot * size;
@@ -87,8 +94,9 @@ __device__ __forceinline__ TokenTile token_tile(const Factor& f, int64_t slot,
     return {0, begin, end, end};
   }
   int begun = 0;
-  for (int64_t e = threadIdx.x % 32; e < f.experts; e += 32) {
-    begun += divide(expert_end(f, e - 1), size) + e <= slot ? 1 : 0;
+  const int experts = static_cast<int>(f.experts);
+  for (int e = static_cast<int>(threadIdx.x) % 32; e < experts; e += 32) {
+    begun += static_cast<int>(divide(expert_end(f, e - 1), size)) + e <= slot ? 1 : 0;
   }
   const int64_t expert = warp_sum(begun) - 1;
   const int64_t first_token = expert_end(f, expert - 1);
@@ -107,10 +115,11 @@ __host__ __device__ __forceinline__ int64_t tiles_of(int64_t size, int tile = kT
   return ceil_divide(size, tile);
 }
 
-__host__ __device__ __forceinline__ int64_t tiles_per_period(const Factor& f) {
+__host__ __device__ __forceinline__ int64_t tiles_per_period(const Factor& f,
+                                                             int tile = kTileColumns) {
   int64_t tiles = 0;
   for (int p = 0; p < f.num_segments; ++p) {
-    tiles += tiles_of(f.segment[p]);
+    tiles += tiles_of(f.segment[p], tile);
   }
   return tiles;
 }
@@ -124,22 +133,24 @@ __device__ __forceinline__ int64_t columns_before(const Factor& f, int p) {
   return columns;
 }
 
-inline int64_t column_tiles(const Factor& f) { return f.columns / f.period * tiles_per_period(f); }
+inline int64_t column_tiles(const Factor& f, int tile = kTileColumns) {
+  return f.columns / f.period * tiles_per_period(f, tile);
+}
 
-// Column tile `index`: it never straddles two projections.
-__device__ __forceinline__ ColumnTile column_tile(const Factor& f, int64_t index) {
-  const int64_t per_period = tiles_per_period(f);
-  const int64_t before = divide(index, per_period);
+// Column tile `index`, of so many in a period: it never straddles two projections.
+template <int COLUMNS>
+__device__ __forceinline__ ColumnTile column_tile(const Factor& f, int index, int per_period) {
+  const int before = static_cast<int>(divide(index, per_period));
+  int tile = index - before * per_period;
   int64_t begin = before * f.period;
-  int64_t tile = index - before * per_period;
   int p = 0;
-  for (; tile >= tiles_of(f.segment[p]); ++p) {
-    tile -= tiles_of(f.segment[p]);
-    begin += f.segment[p];
+  int size = static_cast<int>(f.segment[0]);
+  while (tile >= (size + COLUMNS - 1) / COLUMNS) {
+    tile -= (size + COLUMNS - 1) / COLUMNS;
+    begin += size;
+    size = static_cast<int>(f.segment[++p]);
   }
-  const int64_t columns =
-      min(f.segment[p] - tile * kTileColumns, static_cast<int64_t>(kTileColumns));
-  return {begin + tile * kTileColumns, static_cast<int>(columns), p};
+  return {begin + tile * COLUMNS, min(size - tile * COLUMNS, COLUMNS), p};
 }
 
 __device__ __forceinline__ int clamp_to(int64_t size, int limit) {
@@ -246,38 +257,61 @@ __device__ __forceinline__ void load_tile(T* tile, const T* from, int64_t stride
   }
 }
 
-// Bit k of the result: whether element first + k, counted row-major over wide, is kept. k < 4.
-__device__ __forceinline__ uint32_t kept_four(const Factor& f, int64_t first) {
+// Draws for a vector of wide that begins at element `first`, counted row-major: 16 bits for each
+// element, two in a word.
+__device__ __forceinline__ void draw_words(const Factor& f, int64_t first, uint32_t (&words)[4]) {
   const uint64_t seed = static_cast<uint64_t>(*f.seed);
-  const int skipped = static_cast<int>(first % 4);
-  uint32_t kept = 0;
-  uint64_t words[4];
-  philox(static_cast<uint64_t>(first / 4), seed, words);
-  for (int k = 0; k < 4; ++k) {
-    kept |= static_cast<uint32_t>(words[k] >= f.threshold) << k;
+  const uint64_t counter = static_cast<uint64_t>(first) / 8;
+  const uint64_t next = counter + 1;
+  words[0] = static_cast<uint32_t>(counter);
+  words[1] = static_cast<uint32_t>(counter >> 32);
+  philox(seed, words);
+  const int skipped = static_cast<int>(first % 8);
+  if (skipped == 0) {
+    return;
   }
-  if (skipped != 0) {
-    philox(static_cast<uint64_t>(first / 4 + 1), seed, words);
-    for (int k = 0; k < 4; ++k) {
-      kept |= static_cast<uint32_t>(words[k] >= f.threshold) << (k + 4);
-    }
+  uint32_t more[4] = {static_cast<uint32_t>(next), static_cast<uint32_t>(next >> 32)};
+  philox(seed, more);
+  uint32_t both[8] = {words[0], words[1], words[2], words[3], more[0], more[1], more[2], more[3]};
+#pragma unroll
+  for (int i = 0; i < 6; ++i) {
+    both[i] = skipped >= 4 ? both[i + 2] : both[i];
   }
-  return kept >> skipped & 15u;
+#pragma unroll
+  for (int i = 0; i < 5; ++i) {
+    both[i] = skipped % 4 >= 2 ? both[i + 1] : both[i];
+  }
+#pragma unroll
+  for (int i = 0; i < 4; ++i) {
+    words[i] = skipped % 2 == 1 ? both[i] >> 16 | both[i + 1] << 16 : both[i];
+  }
+}
+
+// Whether element k of a vector is kept, by its draws.
+__device__ __forceinline__ bool keeps(const Factor& f, const uint32_t (&words)[4], int k) {
+  return (k % 2 == 0 ? words[k / 2] << 16 : words[k / 2]) >= f.threshold << 16;
 }
 
 // Zeroes the dropped elements of a tile of wide that starts at (row, column).
 template <int ROWS, int COLUMNS, class T>
 __device__ __forceinline__ void drop_tile(T* tile, const Factor& f, int64_t row, int64_t column) {
   constexpr int kPitch = COLUMNS + kVector<T>;
-  for (int i = threadIdx.x; i < ROWS * COLUMNS / 4; i += kThreads) {
-    const int r = i / (COLUMNS / 4);
-    const int c = i % (COLUMNS / 4) * 4;
-    const uint32_t kept = kept_four(f, (row + r) * f.columns + column + c);
-    for (int k = 0; k < 4; ++k) {
-      if ((kept >> k & 1u) == 0) {
-        tile[r * kPitch + c + k] = T(0);
+  constexpr int kPerRow = COLUMNS / kVector<T>;
+#pragma unroll 1
+  for (int i = threadIdx.x; i < ROWS * kPerRow; i += kThreads) {
+    const int r = i / kPerRow;
+    const int c = i % kPerRow * kVector<T>;
+    uint32_t draws[4];
+    draw_words(f, (row + r) * f.columns + column + c, draws);
+    Words* const words = reinterpret_cast<Words*>(tile + r * kPitch + c);
+    Words kept = *words;
+#pragma unroll
+    for (int k = 0; k < kVector<T>; ++k) {
+      if (!keeps(f, draws, k)) {
+        kept.word[k * sizeof(T) / 4] &= sizeof(T) == 4 ? 0u : k % 2 == 0 ? 0xFFFF0000u : 0xFFFFu;
       }
     }
+    *words = kept;
   }
 }
 
@@ -308,16 +342,15 @@ __device__ __forceinline__ void multiply(float (&sums)[N / 8][4], const T* a, in
                                                  : a + (half + row) * a_pitch + k + upper);
       if constexpr (N == 8) {
         uint32_t right[2];
-        load_matrices<B_BY_DEPTH>(right, B_BY_DEPTH ? b + (k + half + row) * b_pitch
-                                                    : b + row * b_pitch + k + half);
+        load_matrices<B_BY_DEPTH>(
+            right, B_BY_DEPTH ? b + (k + half + row) * b_pitch : b + row * b_pitch + k + half);
         tensor_core(T{}, sums[0], left, right);
       } else {
 #pragma unroll
         for (int n = 0; n < N; n += 16) {
           uint32_t right[4];
-          load_matrices<B_BY_DEPTH>(right, B_BY_DEPTH
-                                               ? b + (k + half + row) * b_pitch + n + upper
-                                               : b + (n + upper + row) * b_pitch + k + half);
+          load_matrices<B_BY_DEPTH>(right, B_BY_DEPTH ? b + (k + half + row) * b_pitch + n + upper
+                                                      : b + (n + upper + row) * b_pitch + k + half);
           tensor_core(T{}, sums[n / 8], left, {right[0], right[1]});
           tensor_core(T{}, sums[n / 8 + 1], left, {right[2], right[3]});
         }

@@ -129,6 +129,11 @@ void copy_async(void* shared, const void* global) {
   block.open_group[threadIdx.x].push_back(copy);
 }
 
+inline void load_vector(void* to, const void* global) {
+  check_alignment(global);
+  std::memcpy(to, global, 16);
+}
+
 inline void store_vector(void* global, const void* from) {
   check_alignment(global);
   std::memcpy(global, from, 16);
@@ -216,16 +221,6 @@ inline int warp_sum(int value) {
   wait_for_warp();
   return sum;
 }
-
-inline uint32_t neighbours(uint32_t value) {
-  own_lane().value = static_cast<int>(value);
-  wait_for_warp();
-  const int other = lane_of_warp((static_cast<int>(threadIdx.x) % kWarp) ^ 1).value;
-  wait_for_warp();
-  return static_cast<uint32_t>(other);
-}
-
-inline void sync_warp() { wait_for_warp(); }
 
 inline void run_fiber() {
   block.body();
