@@ -103,4 +103,14 @@ struct Call {
   }
 };
 
+// Runs body on a contiguous form of a gradient that is added to.
+template <class Body>
+void in_place_weight(const Tensor& target, Body body) {
+  const Tensor contiguous = target.contiguous();
+  body(contiguous);
+  if (!contiguous.is_same(target)) {
+    target.copy_(contiguous);
+  }
+}
+
 }  // namespace megalora

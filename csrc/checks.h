@@ -46,6 +46,18 @@ inline void check_tokens(const Tensor& tokens, const char* name, const OptionalT
   }
 }
 
+inline void check_thin(const Tensor& thin, const char* name, const Tensor& wide,
+                       const char* wide_name, int64_t rank, at::IntArrayRef segments) {
+  check_dtype(thin, name, wide, wide_name);
+  TORCH_CHECK_VALUE(thin.dim() == wide.dim() && thin.sizes().slice(0, thin.dim() - 1) ==
+                                                    wide.sizes().slice(0, wide.dim() - 1),
+                    name, " has shape ", thin.sizes(), ", expected the leading sizes of ",
+                    wide_name, ", ", wide.sizes());
+  const int64_t blocks = segments.empty() ? 1 : static_cast<int64_t>(segments.size());
+  check_size(thin.size(-1), "the last size of s or ds", blocks * rank,
+             "one rank block for each segment");
+}
+
 inline void check_weight(const Tensor& weight, const char* name, const OptionalTensor& offsets) {
   const int64_t expected = offsets ? 3 : 2;
   TORCH_CHECK_VALUE(weight.dim() == expected, name, " has ", weight.dim(), " dimensions, expected ",

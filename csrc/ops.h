@@ -15,7 +15,7 @@
 // The ops in terms of the three products of factor.h, for any device: Products has static functions
 // project(Factor&), update(Factor&) and outer(Factor&) on rows with unit column stride,
 // backward(Factor&, Factor&), which is project of the first and outer of the second on one wide, and
-// linear(Linear&) of linear.h.
+// those of linear.h.
 namespace megalora {
 
 // Runs body on rows of target that can be written in place; copies in and out only where no view of
@@ -26,16 +26,6 @@ void in_place(const Tensor& target, Body body) {
   body(view);
   if (view.data_ptr() != target.data_ptr()) {
     target.copy_(view.view(target.sizes()));
-  }
-}
-
-// Runs body on a contiguous form of a gradient that is added to.
-template <class Body>
-void in_place_weight(const Tensor& target, Body body) {
-  const Tensor contiguous = target.contiguous();
-  body(contiguous);
-  if (!contiguous.is_same(target)) {
-    target.copy_(contiguous);
   }
 }
 
@@ -262,18 +252,6 @@ struct Ops {
     check_size(weight.size(-2), "lora_B's number of rows", wide.size(-1), "the output features");
     return check_segments(segments, wide.size(-1));
   }
-
-  static void check_thin(const Tensor& thin, const char* name, const Tensor& wide,
-                         const char* wide_name, int64_t rank, at::IntArrayRef segments) {
-    check_dtype(thin, name, wide, wide_name);
-    TORCH_CHECK_VALUE(thin.dim() == wide.dim() && thin.sizes().slice(0, thin.dim() - 1) ==
-                                                      wide.sizes().slice(0, wide.dim() - 1),
-                      name, " has shape ", thin.sizes(), ", expected the leading sizes of ",
-                      wide_name, ", ", wide.sizes());
-    const int64_t blocks = segments.empty() ? 1 : static_cast<int64_t>(segments.size());
-    check_size(thin.size(-1), "the last size of s or ds", blocks * rank,
-               "one rank block for each segment");
-  }
 };
 
 template <class Products>
@@ -290,6 +268,8 @@ void implement(torch::Library& m) {
   m.impl("shrink_wgrad_", &Ops<Products>::shrink_wgrad_);
   m.impl("linear", &LinearOps<Products>::linear);
   m.impl("linear_dgrad", &LinearOps<Products>::linear_dgrad);
+  m.impl("linear_backward", &LinearOps<Products>::linear_backward);
+  m.impl("linear_backward_", &LinearOps<Products>::linear_backward_);
 }
 
 }  // namespace megalora

@@ -43,6 +43,12 @@ inline void define_ops(torch::Library& m) {
   m.def(
       "linear_dgrad(Tensor dy, Tensor weight, Tensor lora_A, Tensor lora_B, float scale, "
       "int[] segments=[]) -> (Tensor, Tensor)");
+  m.def(
+      "linear_backward(Tensor dy, Tensor s, Tensor weight, Tensor lora_A, Tensor lora_B, "
+      "float scale, int[] segments=[]) -> (Tensor, Tensor, Tensor)");
+  m.def(
+      "linear_backward_(Tensor(a!) d_b, Tensor dy, Tensor s, Tensor weight, Tensor lora_A, "
+      "Tensor lora_B, float scale, int[] segments=[]) -> (Tensor, Tensor)");
 }
 
 }  // namespace megalora

@@ -8,6 +8,7 @@ from megalora.adapters.routes import LOCAL_ROUTE
 from megalora.adapters.sandwich import Call, adapt
 from megalora.ops import reference
 from megalora.ops.fused import load
+from megalora.ops.philox import dropout_mask
 from tests.support.op_cases import CASES, TOLERANCE, Case, draw, on, relative_error, run_all
 
 fused = load()
@@ -75,7 +76,7 @@ def test_every_op_on_a_gpu_repeats_itself_bit_for_bit(case: Case) -> None:
 def test_a_gpu_drops_the_same_elements_as_a_cpu() -> None:
     x, seed = torch.ones(133, 71), torch.tensor([2**50 + 3])
     kept = fused.shrink(x.cuda(), torch.eye(71).cuda(), p=0.4, seed=seed.cuda()) != 0
-    assert torch.equal(kept.cpu(), reference.dropout_mask(x.shape, 0.4, seed))
+    assert torch.equal(kept.cpu(), dropout_mask(x.shape, 0.4, seed))
 
 
 def test_grouped_ops_do_not_wait_for_the_gpu() -> None:

@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 
 from megalora.ops import reference
 from megalora.ops.fused import load
+from megalora.ops.philox import dropout_mask, philox
 from tests.support.op_cases import (
     CASES,
     TOLERANCE,
@@ -28,15 +29,15 @@ fused = load()
 
 def test_philox_gives_the_published_answer() -> None:
     """Source: philox4x32 10 of Random123's kat_vectors, counter and key zero."""
-    words = reference.philox(torch.tensor([0]), torch.tensor([0]))
+    words = philox(torch.tensor([0]), torch.tensor([0]))
     assert words.tolist() == [[0x6627E8D5, 0xE169C58D, 0xBC57AC4C, 0x9B00DBD8]]
 
 
 def test_dropout_keeps_the_asked_share() -> None:
-    mask = reference.dropout_mask((400, 500), 0.3, SEED)
+    mask = dropout_mask((400, 500), 0.3, SEED)
     sigma = (0.3 * 0.7 / mask.numel()) ** 0.5
     assert abs(mask.double().mean().item() - 0.7) < 4 * sigma
-    assert not torch.equal(mask, reference.dropout_mask((400, 500), 0.3, SEED + 1))
+    assert not torch.equal(mask, dropout_mask((400, 500), 0.3, SEED + 1))
 
 
 def test_the_reference_reads_one_rank_block_for_each_projection() -> None:
@@ -176,7 +177,7 @@ def test_one_a_may_serve_experts_that_each_have_their_b() -> None:
 def test_the_mask_is_the_reference_mask_bit_for_bit() -> None:
     x = torch.ones(37, 19)
     kept = fused.shrink(x, torch.eye(19), p=0.4, seed=SEED) != 0
-    assert torch.equal(kept, reference.dropout_mask(x.shape, 0.4, SEED))
+    assert torch.equal(kept, dropout_mask(x.shape, 0.4, SEED))
 
 
 def test_forward_and_both_gradients_use_the_same_mask() -> None:
@@ -193,6 +194,8 @@ def test_a_strided_gradient_is_added_to_in_place() -> None:
     dy, s, before = torch.randn(5, 7), torch.randn(5, 2), d_b.clone()
     fused.expand_wgrad_(d_b, dy, s, 0.5)
     torch.testing.assert_close(d_b, before + 0.5 * dy.T @ s)
+    fused.linear_backward_(d_b, dy, s, torch.randn(7, 3), torch.randn(2, 3), torch.randn(7, 2), 0.5)
+    torch.testing.assert_close(d_b, before + dy.T @ s)
 
 
 def test_many_small_gradients_add_up_in_fp32_beside_bf16_tokens() -> None:

@@ -90,6 +90,18 @@ MISUSES = {
         lambda: fused.linear_dgrad(Y, W, A[:, :5], B, 1.0),
         "lora_A's last size is 5, expected 6, the input features",
     ),
+    "rows of s": (
+        lambda: fused.linear_backward(Y, S[:3], W, A, B, 1.0),
+        r"s has shape \[3, 2\], expected the leading sizes of dy",
+    ),
+    "shape of a sum": (
+        lambda: fused.linear_backward_(B[:7], Y, S, W, A, B, 1.0),
+        r"d_b has shape \[7, 2\], expected that of lora_B, \[8, 2\]",
+    ),
+    "dtype of a sum": (
+        lambda: fused.linear_backward_(B.double(), Y, S, W, A, B, 1.0),
+        "d_b has dtype Double, expected that of dy, Float",
+    ),
     "rows of B": (
         lambda: fused.linear(X, W, A, B[:7], 1.0),
         "lora_B's number of rows is 7, expected 8, the output features",

@@ -32,7 +32,12 @@ def test_opcheck_accepts_every_op(case: Case) -> None:
     }
     if offsets is None:
         how = (given.weight, given.lora_A, given.lora_B, 0.5, segments)
-        calls |= {ops.linear: (given.x, *how), ops.linear_dgrad: (given.y, *how)}
+        calls |= {
+            ops.linear: (given.x, *how),
+            ops.linear_dgrad: (given.y, *how),
+            ops.linear_backward: (given.y, given.s, *how),
+            ops.linear_backward_: (given.lora_B.clone(), given.y, given.s, *how),
+        }
     for op, arguments in calls.items():
         torch.library.opcheck(op.default, arguments)
 
@@ -51,6 +56,7 @@ def test_opcheck_accepts_calls_that_leave_out_what_has_a_default() -> None:
         fused.expand_backward_: (given.lora_B.clone(), given.y, given.s, *b_call),
         fused.linear: (given.x, given.weight, given.lora_A, *b_call),
         fused.linear_dgrad: (given.y, given.weight, given.lora_A, *b_call),
+        fused.linear_backward: (given.y, given.s, given.weight, given.lora_A, *b_call),
     }
     for op, arguments in calls.items():
         torch.library.opcheck(op.default, arguments, test_utils=("test_schema", "test_faketensor"))

@@ -353,6 +353,14 @@ void Products::backward(const Factor& dgrad, const Factor& wgrad) {
 }
 
 // MKL with beta = 1 takes longer than our update of y.
-void Products::linear(const Linear& linear) { base_first<Products>(linear); }
+void Products::linear(const Linear& linear) {
+  project(linear.project);
+  base_first<Products>(linear);
+}
+
+void Products::linear_backward(const Linear& linear, const Factor& wgrad) {
+  backward(linear.project, wgrad);
+  base_first<Products>(linear);
+}
 
 }  // namespace megalora::cpu

@@ -21,6 +21,7 @@ struct Products {
   static void outer(const Factor& factor);
   static void backward(const Factor& dgrad, const Factor& wgrad);
   static void linear(const Linear& linear);
+  static void linear_backward(const Linear& linear, const Factor& wgrad);
 };
 
 }  // namespace megalora::cpu

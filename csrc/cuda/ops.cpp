@@ -140,12 +140,23 @@ struct Products {
     C10_CUDA_KERNEL_LAUNCH_CHECK();
   }
 
-  // An adapted linear, forward and dgrad, as a whole. Measured likewise: cuBLAS that adds to the
-  // low-rank term in its epilogue saves one pass over y.
+  // An adapted linear as a whole, forward or dgrad.
   static void linear(const Linear& l) {
-    const c10::cuda::CUDAGuard guard(l.out.device());
+    project(l.project);
+    add_base(l);
+  }
+
+  static void linear_backward(const Linear& l, const Factor& wgrad) {
+    backward(l.project, wgrad);
+    add_base(l);
+  }
+
+ private:
+  // Measured likewise: cuBLAS that adds to the low-rank term in its epilogue saves one pass over y.
+  static void add_base(const Linear& l) {
+    const c10::cuda::CUDAGuard guard(l.update.device);
     if (gemm_updates_faster(l.update)) {
-      low_rank_first<Products>(l);
+      low_rank_first(l);
     } else {
       base_first<Products>(l);
     }

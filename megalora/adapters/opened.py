@@ -43,29 +43,32 @@ class OpenedLinear(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: _Context, dy: Tensor):  # type: ignore[override]
-        """Return dX, dA and dB; only those that are asked for are computed."""
+        """Return dX, dA and dB, those that are asked for."""
         call = ctx.call
-        ops, scale, segments = call.ops, call.scale, call.segments
         x, weight, lora_A, lora_B, s = ctx.saved_tensors
         needs_x, needs_a, needs_b, *_ = ctx.needs_input_grad
-        dx = ds = d_a = d_b = None
-        if needs_x:
-            dx, ds = ops.linear_dgrad(dy, weight, lora_A, lora_B, scale, segments)
-        elif needs_a:
-            ds = ops.expand_dgrad(dy, lora_B, scale, None, segments)
+        dx = d_a = d_b = None
+        if needs_x and needs_b:
+            dx, ds, d_b = _backward(dy, s, weight, lora_A, lora_B, call)
+        elif needs_x:
+            dx, ds = call.ops.linear_dgrad(dy, weight, lora_A, lora_B, call.scale, call.segments)
+        else:
+            ds = call.ops.expand_dgrad(dy, lora_B, call.scale, None, call.segments)
+            d_b = _b_grad(dy, s, lora_B, call) if needs_b else None
         if needs_a:
-            assert ds is not None
             d_a = _a_grad(ds, x, lora_A, call)
-        if needs_b:
-            d_b = _b_grad(dy, s, lora_B, call)
         return dx, d_a, d_b, None, None, None
 
 
-def _a_grad(ds: Tensor, x: Tensor, lora_A: Tensor, call: Call) -> Tensor | None:
-    if call.a_param is None:
-        return call.ops.shrink_wgrad(ds, x)
-    call.ops.shrink_wgrad_(main_grad_of(call.a_param, lora_A.shape), ds, x)
-    return deliver(None, call.a_param, lora_A.shape)
+def _backward(
+    dy: Tensor, s: Tensor, weight: Tensor, lora_A: Tensor, lora_B: Tensor, call: Call
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Return dX, ds, and what autograd gets for dB."""
+    rest = (dy, s, weight, lora_A, lora_B, call.scale, call.segments)
+    if call.b_param is None:
+        return call.ops.linear_backward(*rest)
+    dx, ds = call.ops.linear_backward_(main_grad_of(call.b_param, lora_B.shape), *rest)
+    return dx, ds, deliver(None, call.b_param, lora_B.shape)
 
 
 def _b_grad(dy: Tensor, s: Tensor, lora_B: Tensor, call: Call) -> Tensor | None:
@@ -74,6 +77,13 @@ def _b_grad(dy: Tensor, s: Tensor, lora_B: Tensor, call: Call) -> Tensor | None:
         return call.ops.expand_wgrad(dy, s, lora_B, *how)
     call.ops.expand_wgrad_(main_grad_of(call.b_param, lora_B.shape), dy, s, *how)
     return deliver(None, call.b_param, lora_B.shape)
+
+
+def _a_grad(ds: Tensor, x: Tensor, lora_A: Tensor, call: Call) -> Tensor | None:
+    if call.a_param is None:
+        return call.ops.shrink_wgrad(ds, x)
+    call.ops.shrink_wgrad_(main_grad_of(call.a_param, lora_A.shape), ds, x)
+    return deliver(None, call.a_param, lora_A.shape)
 
 
 def adapt_opened(

@@ -81,6 +81,11 @@ _SHAPES = {
     "shrink_wgrad_": _nothing,
     "linear": _y_s,
     "linear_dgrad": _dx_ds,
+    "linear_backward": lambda dy, s, weight, lora_A, lora_B, *how: (
+        *_dx_ds(dy, weight, lora_A),
+        _d_b(dy, s, lora_B),
+    ),
+    "linear_backward_": lambda d_b, dy, s, weight, lora_A, *how: _dx_ds(dy, weight, lora_A),
 }
 
 

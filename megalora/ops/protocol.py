@@ -1,6 +1,6 @@
 """The LoRA ops that layers call, whoever computes them.
 
-Dense without `offsets` and grouped over experts with them; `linear` and `linear_dgrad` are dense.
+Dense without `offsets` and grouped over experts with them; the linears are dense.
 `offsets`: int32 or int64 [E], the inclusive cumulative sum of tokens per expert, on x's device.
 `segments`: the sizes of one period of output columns; block p of every period belongs to
 projection p and reads rank block p of s. `()` means that all columns belong to one projection.
@@ -158,4 +158,31 @@ class Ops(Protocol):
         segments: Sequence[int] = (),
     ) -> tuple[Tensor, Tensor]:
         """Return dx = dy W + ds A and ds = scale * dy B."""
+        ...
+
+    def linear_backward(
+        self,
+        dy: Tensor,
+        s: Tensor,
+        weight: Tensor,
+        lora_A: Tensor,
+        lora_B: Tensor,
+        scale: float,
+        segments: Sequence[int] = (),
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Return dx, ds and dB = scale * dyᵀ s: `linear_dgrad` and `expand_wgrad` in one call."""
+        ...
+
+    def linear_backward_(
+        self,
+        d_b: Tensor,
+        dy: Tensor,
+        s: Tensor,
+        weight: Tensor,
+        lora_A: Tensor,
+        lora_B: Tensor,
+        scale: float,
+        segments: Sequence[int] = (),
+    ) -> tuple[Tensor, Tensor]:
+        """Return dx and ds, and add dB to d_b in place: `linear_dgrad` and `expand_wgrad_`."""
         ...

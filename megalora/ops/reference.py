@@ -11,40 +11,7 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
-PHILOX_MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
-PHILOX_KEY_STEPS = (0x9E3779B9, 0xBB67AE85)
-WORD = 0xFFFFFFFF
-
-
-def philox(counter: Tensor, key: Tensor) -> Tensor:
-    """Return four 32-bit words for each 64-bit counter by Philox4x32-10.
-
-    counter: int64 [n], the low half of the 128-bit counter. key: int64 [1].
-    Result: int64 [n, 4] in [0, 2^32).
-    Source: Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", SC 2011.
-    """
-    words = [counter & WORD, (counter >> 32) & WORD, counter * 0, counter * 0]
-    keys = [key & WORD, (key >> 32) & WORD]
-    for _ in range(10):
-        low, high = (m * w for m, w in zip(PHILOX_MULTIPLIERS, words[::2], strict=True))
-        words = [
-            ((high >> 32) & WORD) ^ words[1] ^ keys[0],
-            high & WORD,
-            ((low >> 32) & WORD) ^ words[3] ^ keys[1],
-            low & WORD,
-        ]
-        keys = [(k + step) & WORD for k, step in zip(keys, PHILOX_KEY_STEPS, strict=True)]
-    return torch.stack(words, dim=-1)
-
-
-def dropout_mask(shape: Sequence[int], p: float, seed: Tensor) -> Tensor:
-    """Return True for kept elements: those whose Philox word is at least p * 2^32.
-
-    Element e, counted row-major over the whole tensor, has word e % 4 of counter e // 4.
-    """
-    count = torch.Size(shape).numel()
-    counter = torch.arange((count + 3) // 4, device=seed.device)
-    return (philox(counter, seed).flatten()[:count] >= int(p * 2**32)).view(*shape)
+from megalora.ops.philox import dropout_mask
 
 
 def dropped(x: Tensor, p: float, seed: Tensor | None) -> Tensor:
@@ -221,6 +188,35 @@ def linear_dgrad(
     dx = _accumulated(dy) @ _accumulated(weight)
     shrink_dgrad_(dx, ds, lora_A)
     return dx.to(dy.dtype), ds
+
+
+def linear_backward(
+    dy: Tensor,
+    s: Tensor,
+    weight: Tensor,
+    lora_A: Tensor,
+    lora_B: Tensor,
+    scale: float,
+    segments: Sequence[int] = (),
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return dx, ds and dB: `linear_dgrad` and `expand_wgrad` in one call."""
+    dx, ds = linear_dgrad(dy, weight, lora_A, lora_B, scale, segments)
+    return dx, ds, expand_wgrad(dy, s, lora_B, scale, segments=segments)
+
+
+def linear_backward_(
+    d_b: Tensor,
+    dy: Tensor,
+    s: Tensor,
+    weight: Tensor,
+    lora_A: Tensor,
+    lora_B: Tensor,
+    scale: float,
+    segments: Sequence[int] = (),
+) -> tuple[Tensor, Tensor]:
+    """Return dx and ds and add dB to d_b: `linear_dgrad` and `expand_wgrad_` in one call."""
+    expand_wgrad_(d_b, dy, s, scale, segments=segments)
+    return linear_dgrad(dy, weight, lora_A, lora_B, scale, segments)
 
 
 def owners(segments: Sequence[int], num_columns: int, device: torch.device) -> Tensor:

@@ -155,8 +155,18 @@ def run_linear(ops: Ops, given: Problem) -> dict[str, Tensor]:
     """Return the results of the ops that have the base's product in them: dense, no dropout."""
     how = (given.weight, given.lora_A, given.lora_B, 0.7, given.segments)
     y, s = ops.linear(given.x, *how)
-    dx, ds = ops.linear_dgrad(given.y, *how)
-    return {"linear y": y, "linear s": s, "linear_dgrad dx": dx, "linear_dgrad ds": ds}
+    names = ("dx", "ds", "dB")
+    found = {"linear y": y, "linear s": s}
+    results = {
+        "linear_dgrad": ops.linear_dgrad(given.y, *how),
+        "linear_backward": ops.linear_backward(given.y, given.s, *how),
+    }
+    for total in accumulators(given.lora_B):
+        dx, ds = ops.linear_backward_(total, given.y, given.s, *how)
+        results[f"linear_backward_ in {total.dtype}"] = (dx, ds, total)
+    for op, tensors in results.items():
+        found |= {f"{op} {name}": t for name, t in zip(names, tensors, strict=False)}
+    return found
 
 
 def relative_error(got: Tensor, expected: Tensor) -> float:
