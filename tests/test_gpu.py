@@ -4,6 +4,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from megalora.adapters.opened import adapt_opened
 from megalora.adapters.routes import LOCAL_ROUTE
 from megalora.adapters.sandwich import Call, adapt
 from megalora.ops import reference
@@ -89,7 +90,8 @@ def test_grouped_ops_do_not_wait_for_the_gpu() -> None:
         torch.cuda.set_sync_debug_mode("default")
 
 
-def test_both_passes_of_an_adapted_linear_replay_from_a_graph() -> None:
+@pytest.mark.parametrize("opens", [True, False])
+def test_both_passes_of_an_adapted_linear_replay_from_a_graph(opens: bool) -> None:
     given = on("cuda", draw(LARGE[1], torch.bfloat16))
     call = Call(ops=fused, route=LOCAL_ROUTE, scale=0.7, segments=given.segments)
     weight = torch.randn(given.y.shape[1], given.x.shape[1], device="cuda", dtype=torch.bfloat16)
@@ -97,7 +99,10 @@ def test_both_passes_of_an_adapted_linear_replay_from_a_graph() -> None:
 
     def both_passes() -> list[Tensor]:
         x, lora_A, lora_B = leaves
-        y, _ = adapt(lambda x: (x @ weight.T, None), x, lora_A, lora_B, call)
+        if opens:
+            y = adapt_opened(x, weight, lora_A, lora_B, call)
+        else:
+            y, _ = adapt(lambda x: (x @ weight.T, None), x, lora_A, lora_B, call)
         return [y, *torch.autograd.grad(y, leaves, given.y)]
 
     stream = torch.cuda.Stream()
