@@ -90,7 +90,7 @@ class Base:
 
 # Without TransformerEngine, Megatron's TE classes are mocks that isinstance() rejects.
 _TE = te.HAVE_TE
-_TE_LAYERNORM: tuple[Any, ...] = (te.TELayerNormColumnParallelLinear,) if _TE else ()
+LAYERNORM_LINEARS: tuple[Any, ...] = (te.TELayerNormColumnParallelLinear,) if _TE else ()
 _TE_COLUMN: tuple[Any, ...] = (te.TEColumnParallelLinear,) if _TE else ()
 _TE_ROW: tuple[Any, ...] = (te.TERowParallelLinear,) if _TE else ()
 _TE_LINEAR: tuple[Any, ...] = (te.TELinear,) if _TE else ()
@@ -100,7 +100,7 @@ _TE_GROUPED_ROW: tuple[Any, ...] = (te.TERowParallelGroupedLinear,) if _TE_GROUP
 # Those that Megatron calls with x and that give (y, bias).
 PLAIN_LINEARS = (ColumnParallelLinear, RowParallelLinear, *_TE_COLUMN, *_TE_ROW, *_TE_LINEAR)
 GROUPED_LINEARS = (*_TE_GROUPED_COLUMN, *_TE_GROUPED_ROW)
-_TE_ALL = _TE_LAYERNORM + _TE_COLUMN + _TE_ROW + _TE_LINEAR
+_TE_ALL = LAYERNORM_LINEARS + _TE_COLUMN + _TE_ROW + _TE_LINEAR
 
 
 def base_linears(root: torch.nn.Module) -> Iterator[tuple[str, Base]]:
@@ -213,7 +213,7 @@ def _describe_te(module: Any) -> Base:
     is_expert = not getattr(module.weight, "allreduce", True) or bool(
         getattr(module, "is_expert", False)
     )
-    if isinstance(module, _TE_LAYERNORM):
+    if isinstance(module, LAYERNORM_LINEARS):
         return Base(module, Split.COLUMN, Style.LAYERNORM_LINEAR, group, columns, rows * size)
     if isinstance(module, _TE_COLUMN):
         out = rows * size

@@ -4,12 +4,19 @@ import functools
 from collections.abc import Callable
 from typing import Any
 
+import torch
 from megatron.core.tensor_parallel import gather_from_tensor_model_parallel_region
 from torch import Tensor
 
 from megalora.adapters.adapter import LoRAAdapter
 from megalora.adapters.bases import Split
-from megalora.adapters.one_gemm import biases, is_one_gemm, open_weight
+from megalora.adapters.one_gemm import (
+    biases,
+    is_one_gemm,
+    norm_of,
+    open_behind_norm,
+    open_weight,
+)
 from megalora.adapters.opened import adapt_opened
 from megalora.adapters.sandwich import adapt, add_update
 
@@ -58,12 +65,18 @@ class LinearAdapter(LoRAAdapter):
         return adapt_opened(x, weight, a, b, self._opened_call(a, b), added), left
 
 
-class LayerNormLinearAdapter(LoRAAdapter):
-    """Adapt a linear of TransformerEngine with a layer norm before it, after it has run."""
+class LayerNormLinearAdapter(LinearAdapter):
+    """Adapt a linear of TransformerEngine with a layer norm before it: inside, or after it ran."""
 
-    def forward(self, base_forward: Callable[..., Any], x: Tensor) -> tuple[Tensor, Tensor | None]:
-        """Call the base and add to it; returns (y, bias), as the base does without an adapter."""
-        result = base_forward(x)
+    _kept_norm: torch.nn.Module | None = None
+
+    def forward(self, base_forward: LinearForward, x: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Call the base with its adapter; returns (y, bias), as the base does without one."""
+        if self.enabled and self.opens and not self._drops():
+            weight = open_behind_norm(self.base.module, x)
+            if weight is not None:
+                return self._open(self._norm(x), weight, *self.pair())
+        result: Any = base_forward(x)
         # NOTE: the local layer norm output only. The gathered one loses its gradient inside TE.
         if self.base.module.te_return_bias:
             y, bias, normed = result
@@ -76,9 +89,19 @@ class LayerNormLinearAdapter(LoRAAdapter):
 
     def bind(self) -> None:
         """Wrap the base's forward, and ask it for its layer norm's output."""
+        super().bind()
         self.base.module.return_layernorm_output = True
         self.base.module.return_layernorm_output_gathered = False
-        super().bind()
+
+    def _norm(self, x: Tensor) -> Tensor:
+        """Return the layer norm's output, made by the kernel and the parameters of the base."""
+        base, norm = self.base.module, self._kept_norm
+        # Anew where the base got other parameters, as it does when a model leaves the meta device.
+        if norm is None or norm.weight is not base.layer_norm_weight:
+            norm = norm_of(base)
+            # Not registered as a submodule: its parameters are the base's.
+            self.__dict__["_kept_norm"] = norm
+        return norm(x)
 
 
 class RouterAdapter(LoRAAdapter):

@@ -6,9 +6,10 @@ from typing import Any, Protocol
 import torch
 from megatron.core import ModelParallelConfig
 from megatron.core.extensions import transformer_engine as te
+from megatron.core.transformer import TransformerConfig
 from torch import Tensor
 
-from megalora.adapters.bases import GROUPED_LINEARS, PLAIN_LINEARS
+from megalora.adapters.bases import GROUPED_LINEARS, LAYERNORM_LINEARS, PLAIN_LINEARS
 
 # What a configuration may ask of a linear beside its product.
 _MORE = (
@@ -19,6 +20,7 @@ _MORE = (
     "tp_comm_overlap",
 )
 _PLAIN = (Tensor, torch.nn.Parameter)
+_LINEARS = (*PLAIN_LINEARS, *LAYERNORM_LINEARS)
 
 
 class Linear(Protocol):
@@ -29,12 +31,20 @@ class Linear(Protocol):
     bias: Tensor | None
 
 
+class NormedLinear(Linear, Protocol):
+    """What `LAYERNORM_LINEARS` have beside: the norm's weight [i], and its bias [i] or None."""
+
+    config: TransformerConfig
+    layer_norm_weight: torch.nn.Parameter
+    layer_norm_bias: torch.nn.Parameter | None
+
+
 def is_one_gemm(linear: Linear) -> bool:
     """Say whether a linear on one rank is its product and its bias: what holds for all its calls.
 
-    linear: a base, before an adapter wraps its forward.
+    linear: a base, before an adapter wraps its forward, with or without a layer norm before it.
     """
-    return type(linear) in PLAIN_LINEARS and _asks_no_more(linear)
+    return type(linear) in _LINEARS and _asks_no_more(linear)
 
 
 def is_one_grouped_gemm(linear: Any) -> bool:
@@ -86,6 +96,26 @@ def open_weight(linear: Linear, x: Tensor, weight: Tensor | None = None) -> Tens
         and not (te.HAVE_TE and _quantizes())
     )
     return weight if opens else None
+
+
+def open_behind_norm(linear: NormedLinear, x: Tensor) -> Tensor | None:
+    """Return W as `open_weight` does, for a linear that gives its product to norm(x).
+
+    It does not where the norm is trained, or has another dtype than x.
+    """
+    weight, bias = linear.layer_norm_weight, linear.layer_norm_bias
+    frozen = _is_frozen(weight, x.dtype) and (bias is None or _is_frozen(bias, x.dtype))
+    return open_weight(linear, x) if frozen else None
+
+
+def norm_of(linear: NormedLinear) -> torch.nn.Module:
+    """Return the layer norm before a linear, by itself: it has the linear's own parameters."""
+    config = linear.config
+    norm: Any = te.TENorm(config, linear.layer_norm_weight.numel(), config.layernorm_epsilon)
+    norm.weight = linear.layer_norm_weight
+    if linear.layer_norm_bias is not None:
+        norm.bias = linear.layer_norm_bias
+    return norm
 
 
 def biases(linear: Linear) -> tuple[Tensor | None, Tensor | None]:

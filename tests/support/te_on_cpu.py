@@ -1,7 +1,7 @@
 """TransformerEngine's real Python layers on the CPU: torch stands in for its C++ kernels.
 
-Only what LoRA's tests call: GEMM, grouped GEMM, RMSNorm, the workspace, and the check that tensors
-are on a GPU. Install it (no GPU needed) as README says.
+Only what LoRA's tests call: GEMM, grouped GEMM, the norms, the workspace, and the check that
+tensors are on a GPU. Install it (no GPU needed) as README says.
 """
 
 import contextlib
@@ -32,13 +32,17 @@ def kernels_of_torch() -> Iterator[None]:
     import megatron.core.utils as utils
     import transformer_engine.pytorch.cpp_extensions as extensions
     import transformer_engine.pytorch.cpp_extensions.gemm as gemm_module
-    import transformer_engine.pytorch.ops.basic.rmsnorm as norm_module
+    import transformer_engine.pytorch.ops.basic.layer_norm as layernorm_module
+    import transformer_engine.pytorch.ops.basic.rmsnorm as rmsnorm_module
     import transformer_engine_torch as tex
 
     with contextlib.ExitStack() as stack:
-        for module in (tex, extensions, norm_module):
+        for module in (tex, extensions, rmsnorm_module):
             stack.enter_context(mock.patch.object(module, "rmsnorm_fwd", _rmsnorm_forward))
             stack.enter_context(mock.patch.object(module, "rmsnorm_bwd", _rmsnorm_backward))
+        for module in (tex, extensions, layernorm_module):
+            stack.enter_context(mock.patch.object(module, "layernorm_fwd", _layernorm_forward))
+            stack.enter_context(mock.patch.object(module, "layernorm_bwd", _layernorm_backward))
         stack.enter_context(mock.patch.object(tex, "generic_gemm", _gemm))
         stack.enter_context(mock.patch.object(tex, "te_general_grouped_gemm", _grouped_gemm))
         stack.enter_context(mock.patch.object(gemm_module, "get_cublas_workspace", _workspace))
@@ -163,3 +167,19 @@ def _rmsnorm_backward(
     scaled = dy.float() * (weight.float() + float(zero_centered))
     dx = rsigma[:, None] * (scaled - normed * (scaled * normed).mean(-1, keepdim=True))
     return dx.to(x.dtype), (dy.float() * normed).sum(0).to(weight.dtype)
+
+
+def _layernorm_forward(
+    x: Tensor, weight: Tensor, bias: Tensor, eps: float, *rest: Any
+) -> tuple[Tensor, Tensor, Tensor]:
+    mu = x.float().mean(-1)
+    y, _, rsigma = _rmsnorm_forward(x.float() - mu[:, None], weight, eps, *rest)
+    return (y + bias.float()).to(x.dtype), mu, rsigma
+
+
+def _layernorm_backward(
+    dy: Tensor, x: Tensor, mu: Tensor, rsigma: Tensor, weight: Tensor, *rest: Any
+) -> tuple[Tensor, Tensor, Tensor]:
+    dx, d_weight = _rmsnorm_backward(dy, x.float() - mu[:, None], rsigma, weight, *rest)
+    dx = dx - dx.mean(-1, keepdim=True)
+    return dx.to(x.dtype), d_weight, dy.float().sum(0).to(weight.dtype)
