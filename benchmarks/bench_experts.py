@@ -5,8 +5,9 @@ python benchmarks/bench_experts.py [--ranks 4] [--rounds 15] [--results FILE]
 Shapes are fc1 (gate and up, each with its own A) and fc2 of Qwen3-30B-A3B, 128 experts, top 8,
 with skewed routing; on a CPU the sizes are divided by 4 and fewer tokens are routed. `frozen` is
 the base alone. `eager` is LoRA by a Python loop over the experts, `grouped_mm` by torch's grouped
-GEMM with ranks padded to what it can take (the way of the peers, in our code), `megalora` ours;
-`floor` as in bench_linear.py.
+GEMM with ranks padded to what it can take (the way of the peers, in our code), `megalora` ours as a
+layer chooses it: base and adapters in one launch where there is a kernel for that, else around the
+base, as `megalora, closed base` is everywhere; `floor` as in bench_linear.py.
 """
 
 import argparse
@@ -20,6 +21,7 @@ from _results import append, machine, print_rows
 from _timing import Ceilings, Variant, assert_agreement, ceilings, floor_row, measure
 from torch import Tensor
 
+from megalora.adapters.opened import adapt_opened_experts
 from megalora.adapters.routes import LOCAL_ROUTE
 from megalora.adapters.sandwich import Call, adapt
 from megalora.ops import backend
@@ -113,8 +115,8 @@ def variants_of(
         s = F.grouped_mm(x, F.pad(lora_A, (0, 0, 0, pad)).mT, offs=ends.int())
         return base(x) + scale * F.grouped_mm(s, wide_b.mT, offs=ends.int())
 
-    def megalora(x: Tensor) -> Tensor:
-        call = Call(
+    def call_with(ends: Tensor | None) -> Call:
+        return Call(
             ops=ops,
             route=LOCAL_ROUTE,
             scale=scale,
@@ -122,14 +124,22 @@ def variants_of(
             a_offsets=ends,
             b_offsets=ends,
         )
-        return adapt(lambda x: (base(x), None), x, lora_A, lora_B, call)[0]
 
-    return [
+    def closed(x: Tensor) -> Tensor:
+        return adapt(lambda x: (base(x), None), x, lora_A, lora_B, call_with(ends))[0]
+
+    def opened(x: Tensor) -> Tensor:
+        return adapt_opened_experts(x, weights, lora_A, lora_B, ends, call_with(None))
+
+    weights = list(weight.unbind())
+    found = [
         Variant("frozen", base, [], [weight]),
         Variant("eager", eager, trained, [weight]),
         Variant("grouped_mm", grouped_mm, trained, [weight]),
-        Variant("megalora", megalora, trained, [weight]),
+        Variant("megalora, closed base", closed, trained, [weight]),
     ]
+    fused = ops.experts_linear_is_fused(weights[0], NUM_EXPERTS, stacked)
+    return [*found, Variant("megalora", opened if fused else closed, trained, [weight])]
 
 
 def main() -> None:
