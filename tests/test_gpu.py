@@ -1,15 +1,23 @@
 """The ops on a GPU against the reference; benchmarks/gpu_check.py runs these."""
 
+from typing import Any
+
 import pytest
 import torch
+from megatron.core.extensions import transformer_engine as te
+from megatron.core.transformer import TransformerConfig
 from torch import Tensor
 
+from megalora.adapters.bases import describe
+from megalora.adapters.linear import LayerNormLinearAdapter
 from megalora.adapters.opened import adapt_opened
 from megalora.adapters.routes import LOCAL_ROUTE
 from megalora.adapters.sandwich import Call, adapt
+from megalora.config import LoRAConfig
 from megalora.ops import reference
 from megalora.ops.fused import load
 from megalora.ops.philox import dropout_mask
+from megalora.targets import AdapterSpec, Rows
 from tests.support.op_cases import CASES, TOLERANCE, Case, draw, on, relative_error, run_all
 
 fused = load()
@@ -118,3 +126,56 @@ def test_both_passes_of_an_adapted_linear_replay_from_a_graph(opens: bool) -> No
     graph.replay()
     torch.cuda.synchronize()
     assert all(torch.equal(one, two) for one, two in zip(replayed, expected, strict=True))
+
+
+def behind_a_norm(in_features: int, out_features: int, **norm: Any) -> LayerNormLinearAdapter:
+    """Return an adapter with a random B around TransformerEngine's linear behind a layer norm."""
+    dtype, device = torch.bfloat16, torch.device("cuda")
+    config = TransformerConfig(
+        num_layers=1, hidden_size=in_features, num_attention_heads=1, params_dtype=dtype, **norm
+    )
+    linear: Any = te.TELayerNormColumnParallelLinear(
+        in_features, out_features, config=config, init_method=torch.nn.init.normal_,
+        gather_output=False, bias=False, skip_bias_add=False, is_expert=False,
+    )  # fmt: skip
+    torch.nn.init.normal_(linear.layer_norm_weight)
+    rows = Rows(blocks=(out_features,))
+    adapter = LayerNormLinearAdapter(
+        describe(linear.requires_grad_(False))[""],
+        AdapterSpec(name="linear_fc1", rank=16, scale=0.7, rows=rows),
+        LoRAConfig(rank=16),
+        dtype=dtype, device=device, dense_group=None, expert_group=None,
+    )  # fmt: skip
+    adapter.bind()
+    for factor in adapter.parameters():
+        torch.nn.init.normal_(factor)
+    return adapter
+
+
+@pytest.mark.skipif(not te.HAVE_TE, reason="no TransformerEngine")
+@pytest.mark.parametrize(
+    "norm",
+    [
+        {"normalization": "RMSNorm"},
+        {"normalization": "RMSNorm", "layernorm_zero_centered_gamma": True},
+        {"normalization": "LayerNorm"},
+    ],
+    ids=str,
+)
+def test_transformer_engines_linear_behind_a_norm_opens(norm: dict[str, Any]) -> None:
+    adapter = behind_a_norm(2048, 3072, **norm)
+    linear = adapter.base.module
+    x, dy = (torch.randn(1024, 2, n, device="cuda", dtype=torch.bfloat16) for n in (2048, 3072))
+    leaves = [x.requires_grad_(), *adapter.parameters()]
+
+    def both_passes() -> list[Tensor]:
+        y, _ = linear(x)
+        return [y, *torch.autograd.grad(y, leaves, dy)]
+
+    opened = both_passes()
+    assert type(opened[0].grad_fn).__name__ == "OpenedLinearBackward"
+    (_, normed), _ = linear.forward.args[0](x)
+    assert torch.equal(adapter._norm(x), normed)
+    adapter.opens = False
+    for got, expected in zip(opened, both_passes(), strict=True):
+        assert relative_error(got, expected) < TOLERANCE[got.dtype]

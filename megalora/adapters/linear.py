@@ -12,6 +12,7 @@ from megalora.adapters.adapter import LoRAAdapter
 from megalora.adapters.bases import Split
 from megalora.adapters.one_gemm import (
     biases,
+    is_norm_of,
     is_one_gemm,
     norm_of,
     open_behind_norm,
@@ -97,7 +98,7 @@ class LayerNormLinearAdapter(LinearAdapter):
         """Return the layer norm's output, made by the kernel and the parameters of the base."""
         base, norm = self.base.module, self._kept_norm
         # Anew where the base got other parameters, as it does when a model leaves the meta device.
-        if norm is None or norm.weight is not base.layer_norm_weight:
+        if norm is None or not is_norm_of(norm, base):
             norm = norm_of(base)
             # Not registered as a submodule: its parameters are the base's.
             self.__dict__["_kept_norm"] = norm

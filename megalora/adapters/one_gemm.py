@@ -118,6 +118,12 @@ def norm_of(linear: NormedLinear) -> torch.nn.Module:
     return norm
 
 
+def is_norm_of(norm: torch.nn.Module, linear: NormedLinear) -> bool:
+    """Say whether a layer norm has a linear's own parameters, not those that it had before."""
+    weight, bias = linear.layer_norm_weight, linear.layer_norm_bias
+    return norm.weight is weight and getattr(norm, "bias", None) is bias
+
+
 def biases(linear: Linear) -> tuple[Tensor | None, Tensor | None]:
     """Return the bias that a linear adds to y and the one that it leaves to its caller."""
     bias = linear.bias

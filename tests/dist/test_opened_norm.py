@@ -140,18 +140,24 @@ def test_the_norm_keeps_no_parameters_of_its_own(layout: Layout) -> None:
         both_passes(linear, adapter, draw("x", *TOKENS, IN))
         assert [[name for name, _ in module.named_parameters()] for module in modules] == before
         assert not list(adapter.children())
+        kept = adapter._kept_norm
+        both_passes(linear, adapter, draw("x", *TOKENS, IN))
+        assert adapter._kept_norm is kept
+        assert kept.weight is linear.layer_norm_weight
+        assert kept.bias is linear.layer_norm_bias
         assert linear.layer_norm_weight.grad is None
         assert linear.layer_norm_bias.grad is None
 
 
+@pytest.mark.parametrize("name", ["layer_norm_weight", "layer_norm_bias"])
 @single
-def test_the_norm_follows_parameters_that_take_the_place_of_others(layout: Layout) -> None:
+def test_the_norm_follows_a_parameter_that_takes_the_place_of_another(
+    layout: Layout, name: str
+) -> None:
     with adapted(layout, NORMS[2]) as (linear, adapter):
         x = draw("x", *TOKENS, IN)
         linear(x)
-        for name in ("layer_norm_weight", "layer_norm_bias"):
-            other = torch.nn.Parameter(draw(f"other {name}", IN), requires_grad=False)
-            setattr(linear, name, other)
+        setattr(linear, name, torch.nn.Parameter(draw("other", IN), requires_grad=False))
         weight = linear.weight + SCALE * adapter.lora_B @ adapter.lora_A
         y, _ = linear(x)
         assert opens(y)
