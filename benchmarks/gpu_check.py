@@ -66,7 +66,10 @@ STAGES = [
     Stage("memcheck", ("benchmarks/run_ops.py",), 150, "correctness", "memcheck"),
     Stage("racecheck", ("benchmarks/run_ops.py",), 150, "correctness", "racecheck"),
     Stage(
-        "kernels", (*PYTEST, "tests/test_gpu.py", "tests/test_gpu_linear.py"), 180, "correctness"
+        "kernels",
+        (*PYTEST, *(f"tests/test_gpu{part}.py" for part in ("", "_linear", "_experts"))),
+        180,
+        "correctness",
     ),
     Stage("training", (*PYTEST, "tests/test_gpu_training.py"), 200, "correctness"),
     benchmark("linear", "bench_linear", "--cases", "goal", "--profile", limit_s=80),

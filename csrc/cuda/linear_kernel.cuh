@@ -10,6 +10,7 @@
 // that has nothing else. A cluster is an error for older architectures.
 #if defined(__CUDA_ARCH__) && !defined(__CUDA_ARCH_FEAT_SM90_ALL)
 #define MEGALORA_CLUSTER_OF_TWO
+#pragma nv_diag_suppress 177  // what only the kernels use
 #else
 #define MEGALORA_CLUSTER_OF_TWO __cluster_dims__(2, 1, 1)
 #endif
