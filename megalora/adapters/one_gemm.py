@@ -39,6 +39,13 @@ class NormedLinear(Linear, Protocol):
     layer_norm_bias: torch.nn.Parameter | None
 
 
+class GroupedLinear(Protocol):
+    """What `GROUPED_LINEARS` have, beside weight0 and so on, one of each expert."""
+
+    config: ModelParallelConfig
+    use_bias: bool
+
+
 def is_one_gemm(linear: Linear) -> bool:
     """Say whether a linear on one rank is its product and its bias: what holds for all its calls.
 
@@ -47,7 +54,7 @@ def is_one_gemm(linear: Linear) -> bool:
     return type(linear) in _LINEARS and _asks_no_more(linear)
 
 
-def is_one_grouped_gemm(linear: Any) -> bool:
+def is_one_grouped_gemm(linear: GroupedLinear) -> bool:
     """Say whether a grouped linear on one rank is its experts' products: what holds for all calls.
 
     linear: a base, before an adapter wraps its forward.
@@ -66,7 +73,7 @@ def open_weights(weights: list[Tensor], x: Tensor) -> bool:
     )
 
 
-def _asks_no_more(linear: Any) -> bool:
+def _asks_no_more(linear: Linear | GroupedLinear) -> bool:
     if "forward" in vars(linear):
         return False
     # TransformerEngine's inspection of tensors, which is asked for before a model is built.

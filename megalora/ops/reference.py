@@ -6,17 +6,18 @@ fp64 inputs) and rounded once to the dtype of the result; d_a and d_b, which are
 fp32 beside narrower tokens. Rows past the last offset are zero in results, untouched in place.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
+from megalora.ops.blocks import accumulated, flat, gather, outer, spans, spread
 from megalora.ops.philox import dropout_mask
 
 
 def dropped(x: Tensor, p: float, seed: Tensor | None) -> Tensor:
     """Return x in fp32 or fp64, dropped elements zero and kept ones multiplied by 1 / (1 - p)."""
-    x = _accumulated(x)
+    x = accumulated(x)
     if p == 0.0:
         return x
     if seed is None:
@@ -32,9 +33,9 @@ def shrink(
     seed: Tensor | None = None,
 ) -> Tensor:
     """Return s = dropout(x) Aᵀ, [..., P*r]."""
-    rows, weight = _rows(dropped(x, p, seed)), _accumulated(lora_A)
+    rows, weight = flat(dropped(x, p, seed)), accumulated(lora_A)
     s = rows.new_zeros(rows.shape[0], weight.shape[-2])
-    for expert, span in _spans(offsets, rows):
+    for expert, span in spans(offsets, rows):
         s[span] = rows[span] @ weight[expert].mT
     return s.view(*x.shape[:-1], weight.shape[-2]).to(x.dtype)
 
@@ -48,11 +49,11 @@ def expand_(
     segments: Sequence[int] = (),
 ) -> None:
     """Add scale * s Bᵀ to y in place, each block of columns reading its own rank block of s."""
-    rows, weight = _rows(_accumulated(s)), spread(_accumulated(lora_B), segments)
+    rows, weight = flat(accumulated(s)), spread(accumulated(lora_B), segments)
     delta = rows.new_zeros(rows.shape[0], weight.shape[-2])
-    for expert, span in _spans(offsets, rows):
+    for expert, span in spans(offsets, rows):
         delta[span] = scale * rows[span] @ weight[expert].mT
-    y.copy_(_accumulated(y) + delta.view(y.shape))
+    y.copy_(accumulated(y) + delta.view(y.shape))
 
 
 def expand_dgrad(
@@ -63,9 +64,9 @@ def expand_dgrad(
     segments: Sequence[int] = (),
 ) -> Tensor:
     """Return ds = scale * dy B, [..., P*r]."""
-    rows, weight = _rows(_accumulated(dy)), spread(_accumulated(lora_B), segments)
+    rows, weight = flat(accumulated(dy)), spread(accumulated(lora_B), segments)
     ds = rows.new_zeros(rows.shape[0], weight.shape[-1])
-    for expert, span in _spans(offsets, rows):
+    for expert, span in spans(offsets, rows):
         ds[span] = scale * rows[span] @ weight[expert]
     return ds.view(*dy.shape[:-1], weight.shape[-1]).to(dy.dtype)
 
@@ -104,11 +105,11 @@ def shrink_dgrad_(
     seed: Tensor | None = None,
 ) -> None:
     """Add dropout(ds A) to dx in place, with the mask of the forward pass."""
-    rows, weight = _rows(_accumulated(ds)), _accumulated(lora_A)
+    rows, weight = flat(accumulated(ds)), accumulated(lora_A)
     delta = rows.new_zeros(rows.shape[0], weight.shape[-1])
-    for expert, span in _spans(offsets, rows):
+    for expert, span in spans(offsets, rows):
         delta[span] = rows[span] @ weight[expert]
-    dx.copy_(_accumulated(dx) + dropped(delta.view(dx.shape), p, seed))
+    dx.copy_(accumulated(dx) + dropped(delta.view(dx.shape), p, seed))
 
 
 def shrink_wgrad(
@@ -131,7 +132,7 @@ def expand_wgrad_(
     segments: Sequence[int] = (),
 ) -> None:
     """Add scale * dyᵀ s to d_b in place."""
-    d_b.copy_(_accumulated(d_b) + _d_b(dy, s, scale, offsets, segments))
+    d_b.copy_(accumulated(d_b) + _d_b(dy, s, scale, offsets, segments))
 
 
 def expand_backward_(
@@ -157,7 +158,7 @@ def shrink_wgrad_(
     seed: Tensor | None = None,
 ) -> None:
     """Add dsᵀ dropout(x) to d_a in place."""
-    d_a.copy_(_accumulated(d_a) + _d_a(ds, x, offsets, p, seed))
+    d_a.copy_(accumulated(d_a) + _d_a(ds, x, offsets, p, seed))
 
 
 def linear(
@@ -169,8 +170,8 @@ def linear(
     segments: Sequence[int] = (),
 ) -> tuple[Tensor, Tensor]:
     """Return y = x Wᵀ + s Bᵀ, [..., out], and s = scale * x Aᵀ, [..., P*r]."""
-    s = (scale * _accumulated(x) @ _accumulated(lora_A).mT).to(x.dtype)
-    y = _accumulated(x) @ _accumulated(weight).mT
+    s = (scale * accumulated(x) @ accumulated(lora_A).mT).to(x.dtype)
+    y = accumulated(x) @ accumulated(weight).mT
     expand_(y, s, lora_B, 1.0, segments=segments)
     return y.to(x.dtype), s
 
@@ -187,7 +188,7 @@ def linear_backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return dx = dy W + ds A, [..., in], dA = dsᵀ x and dB = dyᵀ s, where ds = scale * dy B."""
     ds = expand_dgrad(dy, lora_B, scale, segments=segments)
-    dx = _accumulated(dy) @ _accumulated(weight)
+    dx = accumulated(dy) @ accumulated(weight)
     shrink_dgrad_(dx, ds, lora_A)
     d_b = expand_wgrad(dy, s, lora_B, 1.0, segments=segments)
     return dx.to(dy.dtype), shrink_wgrad(ds, x), d_b
@@ -207,7 +208,7 @@ def linear_backward_(
 ) -> Tensor:
     """Return dx and add dA and dB to d_a and d_b in place."""
     ds = expand_dgrad(dy, lora_B, scale, segments=segments)
-    dx = _accumulated(dy) @ _accumulated(weight)
+    dx = accumulated(dy) @ accumulated(weight)
     shrink_dgrad_(dx, ds, lora_A)
     shrink_wgrad_(d_a, ds, x)
     expand_wgrad_(d_b, dy, s, 1.0, segments=segments)
@@ -227,7 +228,7 @@ def experts_linear(
     ranks = lora_A.shape[-2]
     y = x.new_zeros(len(x), weights[0].shape[0])
     s = x.new_zeros(len(x), -(-ranks // 8) * 8)
-    for e, span in _spans(offsets, x):
+    for e, span in spans(offsets, x):
         assert isinstance(e, int)
         y[span], s[span, :ranks] = linear(
             x[span], weights[e], lora_A[e], lora_B[e], scale, segments
@@ -249,7 +250,7 @@ def experts_linear_backward(
     """Return dx, dA and dB of each expert's `linear_backward`."""
     ranks = lora_A.shape[-2]
     dx, d_a, d_b = torch.zeros_like(x), torch.zeros_like(lora_A), torch.zeros_like(lora_B)
-    for e, span in _spans(offsets, x):
+    for e, span in spans(offsets, x):
         assert isinstance(e, int)
         own = (dy[span], x[span], s[span, :ranks], weights[e], lora_A[e], lora_B[e])
         dx[span], d_a[e], d_b[e] = linear_backward(*own, scale, segments)
@@ -272,7 +273,7 @@ def experts_linear_backward_(
     """Return dx and add dA and dB of each expert to d_a and d_b."""
     ranks = lora_A.shape[-2]
     dx = torch.zeros_like(x)
-    for e, span in _spans(offsets, x):
+    for e, span in spans(offsets, x):
         assert isinstance(e, int)
         own = (dy[span], x[span], s[span, :ranks], weights[e], lora_A[e], lora_B[e])
         dx[span] = linear_backward_(d_a[e], d_b[e], *own, scale, segments)
@@ -284,66 +285,12 @@ def experts_linear_is_fused(weight: Tensor, experts: int, ranks: int) -> bool:
     return False
 
 
-def owners(segments: Sequence[int], num_columns: int, device: torch.device) -> Tensor:
-    """Return the index of the projection of each output column, int64 [num_columns]."""
-    if not segments:
-        return torch.zeros(num_columns, dtype=torch.int64, device=device)
-    period = torch.arange(len(segments), device=device).repeat_interleave(
-        torch.tensor(segments, device=device)
-    )
-    return period.repeat(num_columns // sum(segments))
-
-
-def spread(lora_B: Tensor, segments: Sequence[int]) -> Tensor:
-    """Return B as [..., out, P*r]: each row in the rank block of its projection, zero elsewhere."""
-    num_columns = lora_B.shape[-2]
-    owner = owners(segments, num_columns, lora_B.device)
-    one_hot = torch.nn.functional.one_hot(owner, max(1, len(segments))).to(lora_B.dtype)
-    return (one_hot[:, :, None] * lora_B[..., None, :]).flatten(-2)
-
-
-def gather(full: Tensor, segments: Sequence[int]) -> Tensor:
-    """Return [..., out, r] from [..., out, P*r]: each row's own rank block, as `spread` put it."""
-    num_columns = full.shape[-2]
-    owner = owners(segments, num_columns, full.device)
-    blocks = full.unflatten(-1, (max(1, len(segments)), -1))
-    return blocks[..., torch.arange(num_columns, device=full.device), owner, :]
-
-
 def _d_b(
     dy: Tensor, s: Tensor, scale: float, offsets: Tensor | None, segments: Sequence[int]
 ) -> Tensor:
-    full = scale * _outer(_rows(_accumulated(dy)), _rows(_accumulated(s)), offsets)
+    full = scale * outer(flat(accumulated(dy)), flat(accumulated(s)), offsets)
     return gather(full, segments)
 
 
 def _d_a(ds: Tensor, x: Tensor, offsets: Tensor | None, p: float, seed: Tensor | None) -> Tensor:
-    return _outer(_rows(_accumulated(ds)), _rows(dropped(x, p, seed)), offsets)
-
-
-def _outer(left: Tensor, right: Tensor, offsets: Tensor | None) -> Tensor:
-    if offsets is None:
-        return left.mT @ right
-    product = left.new_zeros(offsets.numel(), left.shape[1], right.shape[1])
-    for expert, span in _spans(offsets, left):
-        product[expert] = left[span].mT @ right[span]
-    return product
-
-
-def _spans(offsets: Tensor | None, rows: Tensor) -> Iterator[tuple[int | slice, slice]]:
-    """Yield (index into the weights, slice of rows): one for each expert, or one for all rows."""
-    if offsets is None:
-        yield slice(None), slice(0, rows.shape[0])
-        return
-    start = 0
-    for expert, end in enumerate(offsets.tolist()):
-        yield expert, slice(start, end)
-        start = end
-
-
-def _rows(x: Tensor) -> Tensor:
-    return x.reshape(x.shape[:-1].numel(), x.shape[-1])
-
-
-def _accumulated(x: Tensor) -> Tensor:
-    return x if x.dtype == torch.float64 else x.float()
+    return outer(flat(accumulated(ds)), flat(dropped(x, p, seed)), offsets)
