@@ -25,6 +25,11 @@ Tensor weight(const Factor& f) {
   return matrix(f, f.weight, f.columns, f.rank, f.column_stride, f.rank_stride);
 }
 
+// The whole itself where the part is all of it: a view takes the host time.
+Tensor part(const Tensor& whole, int64_t axis, int64_t start, int64_t size) {
+  return size == whole.size(axis) ? whole : whole.narrow(axis, start, size);
+}
+
 // body(columns [start, start + size), first rank column, whether no earlier block has this
 // projection)
 template <class Body>
@@ -49,8 +54,8 @@ void multiply(Tensor out, const Tensor& a, const Tensor& b, double beta, double 
 void add_to_wide(const Factor& f, double beta) {
   const Tensor y = wide(f), s = thin(f), w = weight(f);
   for_each_block(f, [&](int64_t start, int64_t size, int64_t rank_start, bool) {
-    multiply(y.narrow(1, start, size), s.narrow(1, rank_start, f.rank),
-             w.narrow(0, start, size).t(), beta, f.scale);
+    multiply(part(y, 1, start, size), part(s, 1, rank_start, f.rank),
+             part(w, 0, start, size).t(), beta, f.scale);
   });
 }
 
@@ -59,7 +64,7 @@ void add_to_wide(const Factor& f, double beta) {
 void project(const Factor& f) {
   const Tensor x = wide(f), s = thin(f), w = weight(f);
   for_each_block(f, [&](int64_t start, int64_t size, int64_t rank_start, bool first) {
-    multiply(s.narrow(1, rank_start, f.rank), x.narrow(1, start, size), w.narrow(0, start, size),
+    multiply(part(s, 1, rank_start, f.rank), part(x, 1, start, size), part(w, 0, start, size),
              first ? 0 : 1, f.scale);
   });
 }
@@ -71,15 +76,15 @@ void write(const Factor& f) { add_to_wide(f, 0); }
 void outer(const Factor& f) {
   const Tensor x = wide(f), s = thin(f), d_w = weight(f);
   for_each_block(f, [&](int64_t start, int64_t size, int64_t rank_start, bool) {
-    const Tensor x_block = x.narrow(1, start, size), s_block = s.narrow(1, rank_start, f.rank);
+    const Tensor x_block = part(x, 1, start, size), s_block = part(s, 1, rank_start, f.rank);
     if (!f.device.is_cpu()) {
-      multiply(d_w.narrow(0, start, size), x_block.t(), s_block, f.accumulates ? 1 : 0, f.scale);
+      multiply(part(d_w, 0, start, size), x_block.t(), s_block, f.accumulates ? 1 : 0, f.scale);
       return;
     }
     // thinᵀ wide, then a transposing copy: up to five times as fast in MKL as wideᵀ thin.
     const Tensor product = at::empty({f.rank, size}, x.options());
     multiply(product, s_block.t(), x_block, 0, f.scale);
-    Tensor block = d_w.narrow(0, start, size);
+    Tensor block = part(d_w, 0, start, size);
     f.accumulates ? block.add_(product.t()) : block.copy_(product.t());
   });
 }

@@ -4,10 +4,12 @@ import pytest
 import torch
 from torch import Tensor
 
+from megalora.adapters.opened import adapt_opened
 from megalora.adapters.routes import LOCAL_ROUTE
 from megalora.adapters.sandwich import Call, adapt
 from megalora.ops import reference
 from megalora.ops.fused import load
+from megalora.ops.philox import dropout_mask
 from tests.support.op_cases import CASES, TOLERANCE, Case, draw, on, relative_error, run_all
 
 fused = load()
@@ -75,7 +77,7 @@ def test_every_op_on_a_gpu_repeats_itself_bit_for_bit(case: Case) -> None:
 def test_a_gpu_drops_the_same_elements_as_a_cpu() -> None:
     x, seed = torch.ones(133, 71), torch.tensor([2**50 + 3])
     kept = fused.shrink(x.cuda(), torch.eye(71).cuda(), p=0.4, seed=seed.cuda()) != 0
-    assert torch.equal(kept.cpu(), reference.dropout_mask(x.shape, 0.4, seed))
+    assert torch.equal(kept.cpu(), dropout_mask(x.shape, 0.4, seed))
 
 
 def test_grouped_ops_do_not_wait_for_the_gpu() -> None:
@@ -88,7 +90,8 @@ def test_grouped_ops_do_not_wait_for_the_gpu() -> None:
         torch.cuda.set_sync_debug_mode("default")
 
 
-def test_both_passes_of_an_adapted_linear_replay_from_a_graph() -> None:
+@pytest.mark.parametrize("opens", [True, False])
+def test_both_passes_of_an_adapted_linear_replay_from_a_graph(opens: bool) -> None:
     given = on("cuda", draw(LARGE[1], torch.bfloat16))
     call = Call(ops=fused, route=LOCAL_ROUTE, scale=0.7, segments=given.segments)
     weight = torch.randn(given.y.shape[1], given.x.shape[1], device="cuda", dtype=torch.bfloat16)
@@ -96,7 +99,10 @@ def test_both_passes_of_an_adapted_linear_replay_from_a_graph() -> None:
 
     def both_passes() -> list[Tensor]:
         x, lora_A, lora_B = leaves
-        y, _ = adapt(lambda x: (x @ weight.T, None), x, lora_A, lora_B, call)
+        if opens:
+            y = adapt_opened(x, weight, lora_A, lora_B, call)
+        else:
+            y, _ = adapt(lambda x: (x @ weight.T, None), x, lora_A, lora_B, call)
         return [y, *torch.autograd.grad(y, leaves, given.y)]
 
     stream = torch.cuda.Stream()

@@ -15,15 +15,15 @@
 // library that has nothing else. A cluster is an error for older architectures.
 #if defined(__CUDA_ARCH__) && !defined(__CUDA_ARCH_FEAT_SM90_ALL)
 #define MEGALORA_CLUSTER_OF_TWO
+#pragma nv_diag_suppress 177  // what only the kernels use
 #else
 #define MEGALORA_CLUSTER_OF_TWO __cluster_dims__(2, 1, 1)
 #endif
 
 // One kernel for both directions. A cluster of two blocks works on items, one after another:
 //
-//   result    a [256, 256] tile of y (dx), 128 rows a block: the sum over i (o), and last over r
-//   with
-//             s (ds) and lora_B (lora_A) as one more step of the same sum
+//   result    a [256, 256] tile of y (dx), 128 rows a block: the sum over i (o), and last over r,
+//             with s (ds) and lora_B (lora_A), as one more step of the same sum
 //   thin      64 columns of 256 rows of s (ds), read from x (dy) once
 //   gradient  256 columns of dA or dB, 128 a block, the sum over all tokens, 64 ranks of them
 //

@@ -1,4 +1,4 @@
-"""Draw dropout masks from counters, so that any part of one can be drawn again anywhere."""
+"""Say in plain torch which elements dropout keeps, on any device: a word of Philox for each."""
 
 from collections.abc import Sequence
 

@@ -11,6 +11,7 @@ from megatron.core.transformer.moe import router
 
 import megalora.adapters.adapter
 import megalora.adapters.factors
+import megalora.adapters.opened
 import megalora.adapters.sandwich
 import megalora.data.batch
 from megalora.adapters.adapter import LoRAAdapter
@@ -76,6 +77,15 @@ def swapped_segments(patch: pytest.MonkeyPatch) -> None:
 def scale_off_by_a_thousandth(patch: pytest.MonkeyPatch) -> None:
     right = megalora.config.LoRAConfig.scale
     patch.setattr(megalora.config.LoRAConfig, "scale", lambda self, rank: 1.001 * right(self, rank))
+
+
+def opened_base_without_the_rest_of_dx(patch: pytest.MonkeyPatch) -> None:
+    right = megalora.adapters.opened._backward
+
+    def wrong(dy: torch.Tensor, s: torch.Tensor, weight: torch.Tensor, *rest: Any) -> Any:
+        return dy @ weight, *right(dy, s, weight, *rest)[1:]
+
+    patch.setattr(megalora.adapters.opened, "_backward", wrong)
 
 
 def gradient_of_a_gathered_factor_not_summed(patch: pytest.MonkeyPatch) -> None:
@@ -181,6 +191,11 @@ BREAKS: list[tuple[Case, str, Break]] = [
         Case(layout=TP2_SP, note="dA sliced, not summed"),
         "gradient",
         route(Split.COLUMN, State.TOKEN_SHARD, a=ShardUse.SLICED),
+    ),
+    (
+        Case(layout=Layout(), note="an opened base without ds A"),
+        "gradient",
+        opened_base_without_the_rest_of_dx,
     ),
     (Case(layout=TP2, note="another rank's slice"), "gradient", slice_of_another_rank),
     *(

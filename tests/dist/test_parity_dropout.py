@@ -10,7 +10,7 @@ from torch import Tensor
 from megalora.adapters.adapter import LoRAAdapter
 from megalora.builder import apply_lora
 from megalora.checkpoint.gather import load_adapters
-from megalora.ops.reference import dropout_mask
+from megalora.ops.philox import dropout_mask
 from tests.dist.support.cases import ETP2, KINDS, RECOMPUTED, TP2, TP2_SP
 from tests.dist.support.layouts import Layout, model_parallel, over
 from tests.dist.support.models import build_model
