@@ -169,8 +169,8 @@ def linear(
     segments: Sequence[int] = (),
 ) -> tuple[Tensor, Tensor]:
     """Return y = x Wᵀ + s Bᵀ, [..., out], and s = scale * x Aᵀ, [..., P*r]."""
-    s = (scale * _accumulated(x) @ _accumulated(lora_A).mT).to(x.dtype)
-    y = _accumulated(x) @ _accumulated(weight).mT
+    s = (scale * _product(x, _accumulated(lora_A).mT)).to(x.dtype)
+    y = _product(x, _accumulated(weight).mT)
     expand_(y, s, lora_B, 1.0, segments=segments)
     return y.to(x.dtype), s
 
@@ -187,7 +187,7 @@ def linear_backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return dx = dy W + ds A, [..., in], dA = dsᵀ x and dB = dyᵀ s, where ds = scale * dy B."""
     ds = expand_dgrad(dy, lora_B, scale, segments=segments)
-    dx = _accumulated(dy) @ _accumulated(weight)
+    dx = _product(dy, _accumulated(weight))
     shrink_dgrad_(dx, ds, lora_A)
     d_b = expand_wgrad(dy, s, lora_B, 1.0, segments=segments)
     return dx.to(dy.dtype), shrink_wgrad(ds, x), d_b
@@ -207,7 +207,7 @@ def linear_backward_(
 ) -> Tensor:
     """Return dx and add dA and dB to d_a and d_b in place."""
     ds = expand_dgrad(dy, lora_B, scale, segments=segments)
-    dx = _accumulated(dy) @ _accumulated(weight)
+    dx = _product(dy, _accumulated(weight))
     shrink_dgrad_(dx, ds, lora_A)
     shrink_wgrad_(d_a, ds, x)
     expand_wgrad_(d_b, dy, s, 1.0, segments=segments)
@@ -269,6 +269,10 @@ def _spans(offsets: Tensor | None, rows: Tensor) -> Iterator[tuple[int | slice, 
     for expert, end in enumerate(offsets.tolist()):
         yield expert, slice(start, end)
         start = end
+
+
+def _product(x: Tensor, matrix: Tensor) -> Tensor:
+    return (_rows(_accumulated(x)) @ matrix).view(*x.shape[:-1], matrix.shape[1])
 
 
 def _rows(x: Tensor) -> Tensor:
