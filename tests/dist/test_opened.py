@@ -169,6 +169,22 @@ def test_main_grad_gets_the_gradients_where_megatron_asks(layout: Layout, needs_
             assert factor.grad is not None  # what DDP's hook waits for
 
 
+@pytest.mark.parametrize("fused", ["lora_A", "lora_B"])
+@single
+def test_one_factor_alone_may_have_a_main_grad(layout: Layout, fused: str) -> None:
+    with adapted(ColumnParallelLinear, layout) as (linear, adapter):
+        x = draw("x", *TOKENS, IN)
+        _, _, *expected = both_passes(linear, adapter, x)
+        linear.config.gradient_accumulation_fusion = True
+        getattr(adapter, fused).main_grad = torch.ones_like(getattr(adapter, fused))
+        leaf = x.clone().requires_grad_()
+        y, _ = linear(leaf)
+        y.backward(draw("dy", *y.shape))
+        found = {"x": leaf.grad, "lora_A": adapter.lora_A.grad, "lora_B": adapter.lora_B.grad}
+        found[fused] = getattr(adapter, fused).main_grad - 1.0
+        torch.testing.assert_close(list(found.values()), expected)
+
+
 @single
 def test_a_recomputed_call_has_the_same_gradients(layout: Layout) -> None:
     with adapted(RowParallelLinear, layout) as (linear, adapter):
