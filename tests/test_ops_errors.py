@@ -91,6 +91,10 @@ MISUSES = {
         lambda: fused.linear_backward(Y, X, S, W, A[:, :5], B, 1.0),
         "lora_A's last size is 5, expected 6, the input features",
     ),
+    "rows of s": (
+        lambda: fused.linear_backward(Y, X, S[:3], W, A, B, 1.0),
+        r"s has shape \[3, 2\], expected the leading sizes of dy",
+    ),
     "rows of B": (
         lambda: fused.linear(X, W, A, B[:7], 1.0),
         "lora_B's number of rows is 7, expected 8, the output features",

@@ -51,11 +51,10 @@ class OpenedLinear(torch.autograd.Function):
         needs = ctx.needs_input_grad[:3]
         if not all(needs) or (call.a_param is None) != (call.b_param is None):
             return *_asked(dy, ctx, needs), None, None, None
-        x, *factors, s = ctx.saved_tensors
-        how = (dy, x, s, *factors, call.scale, call.segments)
+        x, weight, lora_A, lora_B, s = ctx.saved_tensors
+        how = (dy, x, s, weight, lora_A, lora_B, call.scale, call.segments)
         if call.a_param is None or call.b_param is None:
             return *call.ops.linear_backward(*how), None, None, None
-        _, lora_A, lora_B = factors
         sums = main_grad_of(call.a_param, lora_A.shape), main_grad_of(call.b_param, lora_B.shape)
         dx = call.ops.linear_backward_(*sums, *how)
         d_a = deliver(None, call.a_param, lora_A.shape)

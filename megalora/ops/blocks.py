@@ -61,3 +61,8 @@ def flat(x: Tensor) -> Tensor:
 def accumulated(x: Tensor) -> Tensor:
     """Return a tensor in the precision that sums are made in: fp32 at least."""
     return x if x.dtype == torch.float64 else x.float()
+
+
+def product(x: Tensor, matrix: Tensor) -> Tensor:
+    """Return x matrix, [..., columns], of tokens of any number of dimensions."""
+    return (flat(accumulated(x)) @ matrix).view(*x.shape[:-1], matrix.shape[1])

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from megalora.ops.blocks import accumulated, flat, gather, outer, spans, spread
+from megalora.ops.blocks import accumulated, flat, gather, outer, product, spans, spread
 from megalora.ops.philox import dropout_mask
 
 
@@ -170,8 +170,8 @@ def linear(
     segments: Sequence[int] = (),
 ) -> tuple[Tensor, Tensor]:
     """Return y = x Wᵀ + s Bᵀ, [..., out], and s = scale * x Aᵀ, [..., P*r]."""
-    s = (scale * accumulated(x) @ accumulated(lora_A).mT).to(x.dtype)
-    y = accumulated(x) @ accumulated(weight).mT
+    s = (scale * product(x, accumulated(lora_A).mT)).to(x.dtype)
+    y = product(x, accumulated(weight).mT)
     expand_(y, s, lora_B, 1.0, segments=segments)
     return y.to(x.dtype), s
 
@@ -188,7 +188,7 @@ def linear_backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return dx = dy W + ds A, [..., in], dA = dsᵀ x and dB = dyᵀ s, where ds = scale * dy B."""
     ds = expand_dgrad(dy, lora_B, scale, segments=segments)
-    dx = accumulated(dy) @ accumulated(weight)
+    dx = product(dy, accumulated(weight))
     shrink_dgrad_(dx, ds, lora_A)
     d_b = expand_wgrad(dy, s, lora_B, 1.0, segments=segments)
     return dx.to(dy.dtype), shrink_wgrad(ds, x), d_b
@@ -208,7 +208,7 @@ def linear_backward_(
 ) -> Tensor:
     """Return dx and add dA and dB to d_a and d_b in place."""
     ds = expand_dgrad(dy, lora_B, scale, segments=segments)
-    dx = accumulated(dy) @ accumulated(weight)
+    dx = product(dy, accumulated(weight))
     shrink_dgrad_(dx, ds, lora_A)
     shrink_wgrad_(d_a, ds, x)
     expand_wgrad_(d_b, dy, s, 1.0, segments=segments)

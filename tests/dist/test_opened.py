@@ -151,21 +151,38 @@ def test_a_call_with_another_weight_uses_that(layout: Layout) -> None:
             linear(x)
 
 
+@pytest.mark.parametrize("needs_dx", [True, False])
 @single
-def test_main_grad_gets_the_gradients_where_megatron_asks(layout: Layout) -> None:
+def test_main_grad_gets_the_gradients_where_megatron_asks(layout: Layout, needs_dx: bool) -> None:
     with adapted(ColumnParallelLinear, layout) as (linear, adapter):
         x = draw("x", *TOKENS, IN)
         y, _, _, *expected = both_passes(linear, adapter, x)
         linear.config.gradient_accumulation_fusion = True
         for factor in adapter.parameters():
             factor.main_grad = torch.ones_like(factor)  # type: ignore[attr-defined]
-        y, _ = linear(x)
+        y, _ = linear(x.clone().requires_grad_(needs_dx))
         assert opens(y)
         y.backward(draw("dy", *y.shape))
         for factor, gradient in zip(adapter.parameters(), expected, strict=True):
             torch.testing.assert_close(factor.main_grad, gradient + 1.0)  # type: ignore[attr-defined]
             assert factor.grad_added_to_main_grad  # type: ignore[attr-defined]
             assert factor.grad is not None  # what DDP's hook waits for
+
+
+@pytest.mark.parametrize("fused", ["lora_A", "lora_B"])
+@single
+def test_one_factor_alone_may_have_a_main_grad(layout: Layout, fused: str) -> None:
+    with adapted(ColumnParallelLinear, layout) as (linear, adapter):
+        x = draw("x", *TOKENS, IN)
+        _, _, *expected = both_passes(linear, adapter, x)
+        linear.config.gradient_accumulation_fusion = True
+        getattr(adapter, fused).main_grad = torch.ones_like(getattr(adapter, fused))
+        leaf = x.clone().requires_grad_()
+        y, _ = linear(leaf)
+        y.backward(draw("dy", *y.shape))
+        found = {"x": leaf.grad, "lora_A": adapter.lora_A.grad, "lora_B": adapter.lora_B.grad}
+        found[fused] = getattr(adapter, fused).main_grad - 1.0
+        torch.testing.assert_close(list(found.values()), expected)
 
 
 @single
