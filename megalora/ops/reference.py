@@ -171,7 +171,8 @@ def linear(
     """Return y = x Wᵀ + scale * s Bᵀ, [..., out], and s = x Aᵀ, [..., P*r]."""
     s = shrink(x, lora_A)
     y = _rows(_accumulated(x)) @ _accumulated(weight).mT
-    y = y.view(*x.shape[:-1], weight.shape[0])
+    # Not a view: whoever gets it may change it in place.
+    y = y.view(*x.shape[:-1], weight.shape[0]).clone()
     expand_(y, s, lora_B, scale, segments=segments)
     return y.to(x.dtype), s
 
