@@ -170,7 +170,9 @@ def linear(
 ) -> tuple[Tensor, Tensor]:
     """Return y = x Wᵀ + scale * s Bᵀ, [..., out], and s = x Aᵀ, [..., P*r]."""
     s = shrink(x, lora_A)
-    y = _accumulated(x) @ _accumulated(weight).mT
+    y = _rows(_accumulated(x)) @ _accumulated(weight).mT
+    # Not a view: whoever gets it may change it in place.
+    y = y.view(*x.shape[:-1], weight.shape[0]).clone()
     expand_(y, s, lora_B, scale, segments=segments)
     return y.to(x.dtype), s
 
@@ -185,7 +187,8 @@ def linear_dgrad(
 ) -> tuple[Tensor, Tensor]:
     """Return dx = dy W + ds A, [..., in], and ds = scale * dy B, [..., P*r]."""
     ds = expand_dgrad(dy, lora_B, scale, segments=segments)
-    dx = _accumulated(dy) @ _accumulated(weight)
+    dx = _rows(_accumulated(dy)) @ _accumulated(weight)
+    dx = dx.view(*dy.shape[:-1], weight.shape[1])
     shrink_dgrad_(dx, ds, lora_A)
     return dx.to(dy.dtype), ds
 

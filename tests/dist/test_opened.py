@@ -151,15 +151,16 @@ def test_a_call_with_another_weight_uses_that(layout: Layout) -> None:
             linear(x)
 
 
+@pytest.mark.parametrize("needs_dx", [True, False])
 @single
-def test_main_grad_gets_the_gradients_where_megatron_asks(layout: Layout) -> None:
+def test_main_grad_gets_the_gradients_where_megatron_asks(layout: Layout, needs_dx: bool) -> None:
     with adapted(ColumnParallelLinear, layout) as (linear, adapter):
         x = draw("x", *TOKENS, IN)
         y, _, _, *expected = both_passes(linear, adapter, x)
         linear.config.gradient_accumulation_fusion = True
         for factor in adapter.parameters():
             factor.main_grad = torch.ones_like(factor)  # type: ignore[attr-defined]
-        y, _ = linear(x)
+        y, _ = linear(x.clone().requires_grad_(needs_dx))
         assert opens(y)
         y.backward(draw("dy", *y.shape))
         for factor, gradient in zip(adapter.parameters(), expected, strict=True):

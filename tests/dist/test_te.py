@@ -12,7 +12,8 @@ from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer.moe.experts import GroupedMLPSubmodules, TEGroupedMLP
 from torch import Tensor
 
-from megalora.builder import apply_lora
+from megalora.adapters import one_gemm
+from megalora.builder import apply_lora, named_adapters
 from megalora.checkpoint.gather import load_adapters
 from megalora.config import LoRAConfig
 from tests.dist.support.cases import TP2, TP2_SP
@@ -54,15 +55,16 @@ def part(full: Tensor, dim: int, layout: Layout) -> Tensor:
     return full.chunk(layout.tp, dim)[parallel_state.get_tensor_model_parallel_rank()]
 
 
-def build(kind: str, config: Any) -> Any:
-    common = {"config": config, "init_method": torch.nn.init.zeros_, "bias": False}
+def build(kind: str, config: Any, *, bias: bool = False, skip_bias_add: bool = False) -> Any:
+    common = {"config": config, "init_method": torch.nn.init.zeros_, "bias": bias}
+    common |= {"skip_bias_add": skip_bias_add}
     group = parallel_state.get_tensor_model_parallel_group()
     if kind == "duplicated":
         return te.TELinear(
-            IN, OUT, parallel_mode="duplicated", skip_bias_add=False,
+            IN, OUT, parallel_mode="duplicated",
             skip_weight_param_allocation=False, **common,
         )  # fmt: skip
-    common |= {"skip_bias_add": False, "is_expert": False, "tp_group": group}
+    common |= {"is_expert": False, "tp_group": group}
     if kind == "row":
         return te.TERowParallelLinear(IN, OUT, input_is_parallel=True, **common)
     made = te.TELayerNormColumnParallelLinear if kind == "layernorm column" else None
@@ -107,6 +109,45 @@ def test_te_linears_equal_the_merged_weight(layout: Layout, kind: str, backend: 
         assert relative(local_x.grad, _shard_of_x(expected["x"], kind, layout)) < TOLERANCE
         assert largest(gradients, {key: expected[key] for key in factors}) < TOLERANCE
         assert linear.weight.grad is None
+
+
+@pytest.mark.parametrize("skip_bias_add", [True, False])
+@pytest.mark.parametrize("kind", ["column", "row", "duplicated"])
+@over(Layout())
+def test_an_opened_te_linear_gives_what_a_closed_one_does(
+    layout: Layout, kind: str, skip_bias_add: bool
+) -> None:
+    with model_parallel(layout):
+        config = build_config(layout, gated_linear_unit=False)
+        linear = build(kind, config, bias=True, skip_bias_add=skip_bias_add)
+        for name, parameter in linear.named_parameters():
+            parameter.data = draw(name, *parameter.shape)
+        chunks = apply_lora([Holder(config, **{NAMES[kind]: linear})], CONFIG)
+        load_adapters(chunks, _factors(chunks))
+        ((_, adapter),) = named_adapters(chunks)
+        opened, closed = _both_passes(linear), _both_passes(linear, adapter)
+        assert opened.pop(1) is closed.pop(1) is (linear.bias if skip_bias_add else None)
+        torch.testing.assert_close(opened, closed)
+
+
+def _both_passes(linear: Any, closed: Any = None) -> list[Any]:
+    if closed is not None:
+        closed.opens = False
+    x = draw("x", TOKENS, 1, IN).requires_grad_()
+    y, bias = linear(x)
+    assert (type(y.grad_fn).__name__ == "OpenedLinearBackward") == (closed is None)
+    return [y, bias, *torch.autograd.grad(y, [x], draw("r", TOKENS, 1, OUT))]
+
+
+@over(Layout())
+def test_a_te_linear_stays_closed_in_fp8(layout: Layout, monkeypatch: pytest.MonkeyPatch) -> None:
+    with model_parallel(layout):
+        linear = build("column", build_config(layout)).requires_grad_(False)
+        x = draw("x", TOKENS, 1, IN)
+        assert one_gemm.open_weight(linear, x) is linear.weight
+        state = te.FP8GlobalStateManager.quantization_state
+        monkeypatch.setattr(state, "fp8_enabled", True)
+        assert one_gemm.open_weight(linear, x) is None
 
 
 def _factors(chunks: list[Any]) -> Tensors:
