@@ -4,12 +4,12 @@ python benchmarks/bench_linear.py [--cases goal forms grid] [--compile] [--resul
 
 `frozen` computes y and dX of the base alone. `eager` is LoRA in plain torch, `addmm` lets the BLAS
 add in place (what hand-tuned code does). `megalora` is the layer of this package, which opens its
-base where it can (no dropout, no norm before it), on a GPU also by each of its routes
-(MEGALORA_CUDA_ROUTE); `megalora, closed base` goes around it, as where a weight is split over ranks
-or quantized. The others are in _peers.py. Cases: `goal`, the shapes of the stated goals; `forms`,
-the other forms of a Megatron linear; `grid`, sizes, ranks and dropout. `floor` is what no LoRA can
-be faster than: forward one more read of x, backward one of dY and one of x, at the speed of a large
-copy on this device.
+base where it can (no dropout), on a GPU also by each of its routes (MEGALORA_CUDA_ROUTE);
+`megalora, closed base` goes around it, as where a weight is split over ranks or quantized. The
+others are in _peers.py. Cases: `goal`, the shapes of the stated goals; `forms`, the other forms of
+a Megatron linear; `grid`, sizes, ranks and dropout. `floor` is what no LoRA can be faster than:
+forward one more read of x, backward one of dY and one of x, at the speed of a large copy on this
+device.
 """
 
 import argparse
@@ -41,8 +41,8 @@ class Case:
 
     segments: output columns of the projections that share the input, in one period; they repeat to
     fill the output, as q, k and v do by query group. form: `plain`; `main_grad`, where gradients
-    are added to fp32 buffers, as Megatron's fused accumulation has it; `after`, behind a norm whose
-    output only the base can give, as TransformerEngine's LayerNormLinear does.
+    are added to fp32 buffers, as Megatron's fused accumulation has it; `after`, behind a norm, as
+    in TransformerEngine's LayerNormLinear, where a closed base gives its output once it has run.
     """
 
     num_in: int
@@ -189,11 +189,11 @@ def own_variant(
     def forward(x: Tensor) -> Tensor:
         # Read at every call; a variant's backward runs before the next one's forward.
         os.environ["MEGALORA_CUDA_ROUTE"] = cuda_route
-        if case.form == "after":
-            normed = before(x)
-            return add_update(normed, F.linear(normed, weight), lora_A, lora_B, call)
+        x = before(x)
         if not closed and case.p == 0.0:
             return adapt_opened(x, weight, lora_A, lora_B, call)
+        if case.form == "after":
+            return add_update(x, F.linear(x, weight), lora_A, lora_B, call)
         return adapt(lambda x: (F.linear(x, weight), None), x, lora_A, lora_B, call)[0]
 
     ways = ["closed base"] if closed else [] if cuda_route == "auto" else [cuda_route]
@@ -227,7 +227,7 @@ def variants_of(case: Case, weight: Tensor, compiled: bool) -> tuple[list[Varian
         others.append(Variant("torch.compile", torch.compile(eager), trained, [weight]))
     if weight.is_cuda:
         others += [own_variant(case, weight, before, route) for route in ROUTES]
-    if case.form != "after" and case.p == 0.0:
+    if case.p == 0.0:
         others.append(own_variant(case, weight, before, closed=True))
     own = own_variant(case, weight, before)
     found = [Variant("frozen", frozen, [], [weight]), Variant("eager", eager, trained, [weight])]

@@ -65,4 +65,6 @@ def accumulated(x: Tensor) -> Tensor:
 
 def product(x: Tensor, matrix: Tensor) -> Tensor:
     """Return x matrix, [..., columns], of tokens of any number of dimensions."""
-    return (flat(accumulated(x)) @ matrix).view(*x.shape[:-1], matrix.shape[1])
+    found = flat(accumulated(x)) @ matrix
+    # Not a view: whoever gets it may change it in place.
+    return found.view(*x.shape[:-1], matrix.shape[1]).clone()
