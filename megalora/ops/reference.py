@@ -170,7 +170,8 @@ def linear(
 ) -> tuple[Tensor, Tensor]:
     """Return y = x Wᵀ + s Bᵀ, [..., out], and s = scale * x Aᵀ, [..., P*r]."""
     s = (scale * _product(x, _accumulated(lora_A).mT)).to(x.dtype)
-    y = _product(x, _accumulated(weight).mT)
+    # Not a view: whoever gets it may change it in place.
+    y = _product(x, _accumulated(weight).mT).clone()
     expand_(y, s, lora_B, 1.0, segments=segments)
     return y.to(x.dtype), s
 
