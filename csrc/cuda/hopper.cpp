@@ -30,10 +30,8 @@ bool is_multiple_of_eight(int64_t size) { return size % 8 == 0 && size <= kMostO
 
 bool is_hopper(c10::Device device) {
   int major = 0, minor = 0;
-  C10_CUDA_CHECK(
-      cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device.index()));
-  C10_CUDA_CHECK(
-      cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, device.index()));
+  C10_CUDA_CHECK(cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device.index()));
+  C10_CUDA_CHECK(cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, device.index()));
   return major == 9 && minor == 0;
 }
 
