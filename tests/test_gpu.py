@@ -41,10 +41,10 @@ LARGE = [
 @pytest.mark.parametrize("case", [*CASES, *LARGE], ids=str)
 def test_every_op_on_a_gpu_matches_the_reference(case: Case, dtype: torch.dtype, p: float) -> None:
     torch.backends.cuda.matmul.allow_tf32 = False
-    given = draw(case, dtype)
+    given = on("cuda", draw(case, dtype))
     expected = run_all(reference, given, p)
-    for name, got in run_all(fused, on("cuda", given), p).items():
-        assert relative_error(got.cpu(), expected[name]) < TOLERANCE[got.dtype], name
+    for name, got in run_all(fused, given, p).items():
+        assert relative_error(got, expected[name]) < TOLERANCE[got.dtype], name
 
 
 @pytest.mark.parametrize("route", ["gemm", "kernels", "project:kernels,update:gemm"])
@@ -53,10 +53,10 @@ def test_every_route_matches_the_reference(
     case: Case, route: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("MEGALORA_CUDA_ROUTE", route)
-    given = draw(case, torch.bfloat16)
+    given = on("cuda", draw(case, torch.bfloat16))
     expected = run_all(reference, given, 0.0)
-    for name, got in run_all(fused, on("cuda", given), 0.0).items():
-        assert relative_error(got.cpu(), expected[name]) < TOLERANCE[got.dtype], name
+    for name, got in run_all(fused, given, 0.0).items():
+        assert relative_error(got, expected[name]) < TOLERANCE[got.dtype], name
 
 
 @pytest.mark.parametrize(

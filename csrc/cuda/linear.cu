@@ -6,6 +6,7 @@
 #include <c10/util/Exception.h>
 
 #include <algorithm>
+#include <array>
 #include <iterator>
 #include <mutex>
 
@@ -90,11 +91,46 @@ Plan make_plan(int clusters, int results, double result_cost, int thins, double 
   return plan;
 }
 
+using Kernel = void (*)(Call);
+
+// Allows the kernel its shared memory, once on each device.
+template <Kernel KERNEL>
+void allow() {
+  static std::array<std::once_flag, C10_COMPILE_TIME_MAX_GPUS> allowed;
+  std::call_once(allowed.at(c10::cuda::current_device()), [] {
+    C10_CUDA_CHECK(cudaFuncSetAttribute(KERNEL, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                                        static_cast<int>(sizeof(Shared))));
+  });
+}
+
+cudaLaunchConfig_t launch_of(int clusters, Stream stream) {
+  cudaLaunchConfig_t config{};
+  config.gridDim = dim3(2 * clusters);
+  config.blockDim = dim3(kLinearThreads);
+  config.dynamicSmemBytes = sizeof(Shared);
+  config.stream = stream;
+  return config;
+}
+
+// Clusters that this GPU runs at once.
 int most_clusters() {
-  int processors = 0;
-  C10_CUDA_CHECK(cudaDeviceGetAttribute(&processors, cudaDevAttrMultiProcessorCount,
-                                        c10::cuda::current_device()));
-  return std::min(processors / 2, kMostClusters);
+  constexpr Kernel kAny = linear_kernel<false, false, 16>;
+  static std::array<std::once_flag, C10_COMPILE_TIME_MAX_GPUS> asked;
+  static std::array<int, C10_COMPILE_TIME_MAX_GPUS> found;
+  const int device = c10::cuda::current_device();
+  std::call_once(asked.at(device), [device] {
+    allow<kAny>();
+    cudaLaunchAttribute pairs{};
+    pairs.id = cudaLaunchAttributeClusterDimension;
+    pairs.val.clusterDim = {2, 1, 1};
+    cudaLaunchConfig_t config = launch_of(kMostClusters, nullptr);
+    config.attrs = &pairs;
+    config.numAttrs = 1;
+    int clusters = 0;
+    C10_CUDA_CHECK(cudaOccupancyMaxActiveClusters(&clusters, kAny, &config));
+    found.at(device) = std::min(clusters, kMostClusters);
+  });
+  return found.at(device);
 }
 
 // What both directions and all experts have in common. The columns and the depth are the result's.
@@ -131,15 +167,18 @@ void set_gradients(Call& call, const Backward& b) {
   }
 }
 
+// All clusters at once or none: they wait for each other.
 template <bool BACKWARD, bool EXPERTS, int LAST_DEPTH>
 void launch(const Call& call, int clusters, Stream stream) {
-  const auto kernel = linear_kernel<BACKWARD, EXPERTS, LAST_DEPTH>;
-  static std::once_flag allowed[C10_COMPILE_TIME_MAX_GPUS];
-  std::call_once(allowed[c10::cuda::current_device()], [&] {
-    C10_CUDA_CHECK(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
-                                        static_cast<int>(sizeof(Shared))));
-  });
-  kernel<<<2 * clusters, kLinearThreads, sizeof(Shared), stream>>>(call);
+  constexpr Kernel kKernel = linear_kernel<BACKWARD, EXPERTS, LAST_DEPTH>;
+  allow<kKernel>();
+  cudaLaunchAttribute together{};
+  together.id = cudaLaunchAttributeCooperative;
+  together.val.cooperative = 1;
+  cudaLaunchConfig_t config = launch_of(clusters, stream);
+  config.attrs = &together;
+  config.numAttrs = 1;
+  C10_CUDA_CHECK(cudaLaunchKernelEx(&config, kKernel, call));
 }
 
 template <bool BACKWARD>
