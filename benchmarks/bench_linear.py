@@ -4,8 +4,9 @@ python benchmarks/bench_linear.py [--cases goal forms grid] [--compile] [--resul
 
 `frozen` computes y and dX of the base alone. `eager` is LoRA in plain torch, `addmm` lets the BLAS
 add in place (what hand-tuned code does). `megalora` is the layer of this package, which opens its
-base where it can (no dropout), on a GPU also by each of its routes (MEGALORA_CUDA_ROUTE);
-`megalora, closed base` goes around it, as where a weight is split over ranks or quantized. The
+base where it can (no dropout), `megalora, products` that op by one product after another;
+`megalora, closed base` goes around it, as where a weight is split over ranks or quantized, on a GPU
+also by each of its routes (MEGALORA_CUDA_ROUTE). The
 others are in _peers.py. Cases: `goal`, the shapes of the stated goals; `forms`, the other forms of
 a Megatron linear; `grid`, sizes, ranks and dropout. `floor` is what no LoRA can be faster than:
 forward one more read of x, backward one of dY and one of x, at the speed of a large copy on this
@@ -168,13 +169,17 @@ def own_variant(
     case: Case,
     weight: Tensor,
     before: Callable[[Tensor], Tensor],
-    cuda_route: str = "auto",
-    closed: bool = False,
+    way: str = "",
 ) -> Variant:
-    """Return this package's way, on a GPU by one of its routes; closed: around the base."""
+    """Return this package's way: as a layer chooses it, or another.
+
+    way: `closed base`, around the base; one of ROUTES, likewise with a product by that route; or
+    `products`, in one op with the base, whose products run one after another.
+    """
     lora_A, lora_B = factors(case, weight)
     if case.form == "main_grad":
         add_to_main_grad([lora_A, lora_B])
+    cuda_route = way if way in ROUTES else {"products": "linear:gemm"}.get(way, "auto")
     call = Call(
         ops=backend("fused"),
         route=LOCAL_ROUTE,
@@ -190,14 +195,14 @@ def own_variant(
         # Read at every call; a variant's backward runs before the next one's forward.
         os.environ["MEGALORA_CUDA_ROUTE"] = cuda_route
         x = before(x)
-        if not closed and case.p == 0.0:
+        if way in ("", "products") and case.p == 0.0:
             return adapt_opened(x, weight, lora_A, lora_B, call)
         if case.form == "after":
             return add_update(x, F.linear(x, weight), lora_A, lora_B, call)
         return adapt(lambda x: (F.linear(x, weight), None), x, lora_A, lora_B, call)[0]
 
-    ways = ["closed base"] if closed else [] if cuda_route == "auto" else [cuda_route]
-    return Variant(", ".join(["megalora", *ways]), forward, [lora_A, lora_B], [weight])
+    name = f"megalora, {way}" if way else "megalora"
+    return Variant(name, forward, [lora_A, lora_B], [weight])
 
 
 def variants_of(case: Case, weight: Tensor, compiled: bool) -> tuple[list[Variant], list[str]]:
@@ -225,10 +230,10 @@ def variants_of(case: Case, weight: Tensor, compiled: bool) -> tuple[list[Varian
         others, absent = peers((weight, *trained), scale=scale, alpha=ALPHA, p=case.p)
     if compiled:
         others.append(Variant("torch.compile", torch.compile(eager), trained, [weight]))
-    if weight.is_cuda:
-        others += [own_variant(case, weight, before, route) for route in ROUTES]
+    ways = [*ROUTES, "products"] if weight.is_cuda else []
     if case.p == 0.0:
-        others.append(own_variant(case, weight, before, closed=True))
+        ways.append("closed base")
+    others += [own_variant(case, weight, before, way) for way in ways]
     own = own_variant(case, weight, before)
     found = [Variant("frozen", frozen, [], [weight]), Variant("eager", eager, trained, [weight])]
     for variant in (own, *others):
