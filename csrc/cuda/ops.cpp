@@ -99,6 +99,14 @@ bool one_read_is_faster(const Factor& dgrad, const Factor& wgrad) {
   return route == Route::kernels || (!gemms_can && route_of("backward") != Route::gemm);
 }
 
+// cuBLAS that adds the base's product to the low-rank term in its epilogue saves a pass over y, which
+// was faster than any update of y afterwards (benchmarks/results, `low rank first`); it is slow where
+// it has to write that term for each projection, or at ranks that fill no vector.
+bool low_rank_first_is_faster(const Factor& f) {
+  return gemm_can(f) && f.num_segments == 1 && f.rank % 8 == 0 &&
+         route_of("update") != Route::kernels;
+}
+
 // call: forward or backward, whose GEMM is l.
 template <class LinearCall>
 bool one_launch_is_faster(const LinearCall& call, const Linear& l) {
@@ -204,10 +212,9 @@ struct Products {
     }
   }
 
-  // Measured likewise: cuBLAS that adds to the low-rank term in its epilogue saves one pass over y.
   static void add_base(const Linear& l) {
     const c10::cuda::CUDAGuard guard(l.update.device);
-    if (gemm_is_faster(l.update, "update")) {
+    if (low_rank_first_is_faster(l.update)) {
       low_rank_first(l);
     } else {
       base_first<Products>(l);
