@@ -12,9 +12,9 @@
 #include "call.h"
 
 // The base linears of experts with their adapters in one op each way: what linear.h is for a dense
-// one, for every expert. Tokens are sorted by expert and every token belongs to one. s has the ranks
-// of all projections and zeros behind them, up to a multiple of 8.
-// Products has experts_linear(ExpertsLinear&) and experts_backward(ExpertsBackward&), which may be
+// one, for every expert. Tokens are sorted by expert and every token belongs to one. s has the
+// ranks of all projections and zeros behind them, up to a multiple of 8. Products has
+// experts_linear(ExpertsLinear&) and experts_backward(ExpertsBackward&), which may be
 // compose_experts of this file.
 namespace megalora {
 
@@ -151,12 +151,12 @@ struct ExpertsOps {
     shrink_wgrad.shrink(wide, d_thin, d_a, 1.0);
     shrink_wgrad.gradient(d_a, accumulates);
     if (dy.size(0) > 0) {
-      Products::experts_backward({{in, weights.vec(), false, offsets, dx, ds, expand_dgrad.factor,
-                                   shrink_dgrad.factor},
-                                  wide,
-                                  thin,
-                                  shrink_wgrad.factor,
-                                  expand_wgrad.factor});
+      Products::experts_backward(
+          {{in, weights.vec(), false, offsets, dx, ds, expand_dgrad.factor, shrink_dgrad.factor},
+           wide,
+           thin,
+           shrink_wgrad.factor,
+           expand_wgrad.factor});
     } else if (!accumulates) {
       d_a.zero_();
       d_b.zero_();

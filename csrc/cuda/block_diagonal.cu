@@ -34,8 +34,8 @@ __global__ __launch_bounds__(kSpreadThreads) void block_diagonal_kernel(
 void block_diagonal(const Factor& lora_B, int64_t pitch, void* to, Stream stream) {
   const int64_t elements = lora_B.experts * lora_B.columns * pitch;
   const auto blocks = static_cast<unsigned>((elements + kSpreadThreads - 1) / kSpreadThreads);
-  block_diagonal_kernel<<<blocks, kSpreadThreads, 0, stream>>>(
-      lora_B, static_cast<int>(pitch), static_cast<__nv_bfloat16*>(to));
+  block_diagonal_kernel<<<blocks, kSpreadThreads, 0, stream>>>(lora_B, static_cast<int>(pitch),
+                                                               static_cast<__nv_bfloat16*>(to));
 }
 
 }  // namespace megalora::cuda

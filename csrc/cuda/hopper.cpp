@@ -42,8 +42,8 @@ Tensor boxable(const Tensor& tokens) {
              : tokens.clone(at::MemoryFormat::Contiguous);
 }
 
-// B with its columns in blocks, one for each projection, and zeros behind them; nothing where B is that
-// already.
+// B with its columns in blocks, one for each projection, and zeros behind them; nothing where B is
+// that already.
 Tensor spread(const Factor& lora_B, int64_t columns_of_s, const at::TensorOptions& options,
               Stream stream) {
   if (lora_B.rank == columns_of_s) {
@@ -96,8 +96,9 @@ Tensor maps(const ExpertsLinear& l, bool backward) {
   const std::lock_guard<std::mutex> lock(mutex);
   Kept& kept = all[{weights[0], backward}];
   if (kept.weights != weights || kept.o != o || kept.i != i) {
-    TORCH_CHECK(c10::cuda::currentStreamCaptureStatusMayInitCtx() == c10::cuda::CaptureStatus::None,
-                "experts run for the first time while a CUDA graph is captured: run them once before");
+    TORCH_CHECK(
+        c10::cuda::currentStreamCaptureStatusMayInitCtx() == c10::cuda::CaptureStatus::None,
+        "experts run for the first time while a CUDA graph is captured: run them once before");
     const Tensor host = at::empty({bytes_of_maps(experts) + 128}, at::kByte);
     auto* const aligned = reinterpret_cast<uint8_t*>(
         (reinterpret_cast<uintptr_t>(host.data_ptr()) + 127) / 128 * 128);
@@ -115,8 +116,8 @@ Gradient gradient_of(const Factor& f) {
 bool is_even(int64_t size) { return size % 2 == 0; }
 
 bool supports_weight(const Tensor& weight) {
-  return linear_is_built() && weight.scalar_type() == at::kBFloat16 &&
-         is_hopper(weight.device()) && weight.is_contiguous() && is_aligned(weight.data_ptr()) &&
+  return linear_is_built() && weight.scalar_type() == at::kBFloat16 && is_hopper(weight.device()) &&
+         weight.is_contiguous() && is_aligned(weight.data_ptr()) &&
          is_multiple_of_eight(weight.size(0)) && is_multiple_of_eight(weight.size(1));
 }
 
@@ -129,8 +130,7 @@ bool supports_factors(const Factor& lora_A, const Factor& lora_B, int64_t column
 
 bool supports_experts(const ExpertsLinear& l, const Factor& lora_A, const Factor& lora_B) {
   return std::all_of(l.weights.begin(), l.weights.end(), supports_weight) &&
-         supports_factors(lora_A, lora_B, l.thin.size(1)) &&
-         lora_A.experts <= kMostExperts;
+         supports_factors(lora_A, lora_B, l.thin.size(1)) && lora_A.experts <= kMostExperts;
 }
 
 // columns_of_s: the ranks of all projections and their padding.

@@ -61,12 +61,13 @@ __device__ __forceinline__ void arrive_at(uint32_t barrier, uint32_t block) {
 }
 
 // Writes a word of a block of the cluster and counts its bytes at a barrier there.
-__device__ __forceinline__ void send_to(uint32_t word, int value, uint32_t barrier, uint32_t block) {
+__device__ __forceinline__ void send_to(uint32_t word, int value, uint32_t barrier,
+                                        uint32_t block) {
   asm volatile(
       "{\n.reg .b32 to, counter;\nmapa.shared::cluster.u32 to, %0, %3;\n"
       "mapa.shared::cluster.u32 counter, %2, %3;\n"
-      "st.async.weak.shared::cluster.mbarrier::complete_tx::bytes.b32 [to], %1, [counter];\n}" ::"r"(
-          word),
+      "st.async.weak.shared::cluster.mbarrier::complete_tx::bytes.b32 [to], %1, [counter];\n}" ::
+          "r"(word),
       "r"(value), "r"(barrier), "r"(block)
       : "memory");
 }

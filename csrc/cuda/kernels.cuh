@@ -27,8 +27,8 @@ bool backward_supports(const Factor& dgrad);
 int64_t backward_workspace(const Factor& dgrad);
 void backward(const Factor& dgrad, const Factor& wgrad, float* workspace, Stream stream);
 
-// B as bf16 [experts, columns, pitch]: a block of ranks for each projection, zero where a column is not
-// of that projection and behind the blocks.
+// B as bf16 [experts, columns, pitch]: a block of ranks for each projection, zero where a column is
+// not of that projection and behind the blocks.
 void block_diagonal(const Factor& lora_B, int64_t pitch, void* to, Stream stream);
 
 // What the products leave where several blocks share a result: fp32 parts to add in their order.

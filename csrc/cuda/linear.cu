@@ -226,7 +226,9 @@ bool linear_is_built() {
   return std::ranges::find(kArchitectures, 900) != std::end(kArchitectures);
 }
 
-int64_t linear_words(int64_t n, int64_t experts) { return 2 * most_tiles(n, experts) + experts + 2; }
+int64_t linear_words(int64_t n, int64_t experts) {
+  return 2 * most_tiles(n, experts) + experts + 2;
+}
 
 void linear_forward(const Forward& f, Stream stream) {
   const Sizes& s = f.sizes;
@@ -273,7 +275,9 @@ void linear_backward(const Backward& b, Stream stream) {
   launch<true>(call, stream);
 }
 
-int64_t bytes_of_maps(int64_t experts) { return experts * static_cast<int64_t>(sizeof(CUtensorMap)); }
+int64_t bytes_of_maps(int64_t experts) {
+  return experts * static_cast<int64_t>(sizeof(CUtensorMap));
+}
 
 void make_maps(void* maps, const void* const* weights, int64_t experts, int64_t o, int64_t i,
                bool backward) {

@@ -11,9 +11,9 @@ namespace megalora::cuda {
 
 using Stream = CUstream_st*;
 
-// n tokens, i and o features. ranks: those of all projections; r: the columns of s, ranks and zeros.
-// Of experts: the maps of their weights and the inclusive sums of their tokens [experts], both on
-// the device; null and one where the linear is dense.
+// n tokens, i and o features. ranks: those of all projections; r: the columns of s, ranks and
+// zeros. Of experts: the maps of their weights and the inclusive sums of their tokens [experts],
+// both on the device; null and one where the linear is dense.
 struct Sizes {
   int64_t n, i, o, ranks, r;
   int64_t experts = 1;

@@ -9,7 +9,8 @@
 #include "hopper.cuh"
 #include "linear.cuh"
 
-// What linear_kernel has to do, and in which order. A cluster of two blocks works on items, one after another:
+// What linear_kernel has to do, and in which order. A cluster of two blocks works on items, one
+// after another:
 //
 //   result    a [256, 256] tile of y (dx), 128 rows a block: the sum over i (o), and last over r
 //             with s (ds) and lora_B (lora_A) as one more step of the same sum
@@ -32,7 +33,7 @@ constexpr int kStoreColumns = 128;   // that a group of warps hands to a store a
 constexpr int kRasterRows = 8;       // rows of result tiles that share columns of W while in L2
 constexpr int kMostClusters = 72;
 constexpr int kMostAhead = 32;  // experts whose thin items come before the results of one
-constexpr int kTickets = 4;  // items that a cluster has drawn and not every warp has begun
+constexpr int kTickets = 4;     // items that a cluster has drawn and not every warp has begun
 
 struct Stage {
   unsigned char a[2 * kBoxBytes];
@@ -45,12 +46,13 @@ struct Shared {
   uint64_t full[kStages], empty[kStages];
   uint64_t drawn[kTickets], read[kTickets];
   int ticket[kTickets];
-  bool is_last;  // of the clusters
-  int first_tile[kMostExperts + 1];                 // of 256 rows, of each expert
-  int first_item[kMostExperts + kMostAhead + 1];    // of each expert's part of the items
+  bool is_last;                                   // of the clusters
+  int first_tile[kMostExperts + 1];               // of 256 rows, of each expert
+  int first_item[kMostExperts + kMostAhead + 1];  // of each expert's part of the items
 };
 
-// Who does which thin and gradient items: those of cluster c begin at entry c and end before the next's.
+// Who does which thin and gradient items: those of cluster c begin at entry c and end before the
+// next's.
 struct Plan {
   uint16_t thin[kMostClusters + 1];
   uint16_t gradient[kMostClusters + 1];
@@ -66,16 +68,16 @@ struct Gradients {
 struct Call {
   CUtensorMap wide, weight, thin, low_rank, projector, result;
   CUtensorMap other_wide, other_thin;  // x and s in backward
-  int rows, columns, depth, r;  // of the result, of the sum, of thin
-  int ranks;                    // columns of thin that are not padding
+  int rows, columns, depth, r;         // of the result, of the sum, of thin
+  int ranks;                           // columns of thin that are not padding
   int row_tiles, column_tiles, thin_chunks;
   float thin_scale;
   bf16 *thin_out, *result_out;
   int* words;  // done thin items of each 128 rows, then of each expert, then blocks that are done
   Gradients gradients;
   Plan plan;  // dense
-  // Experts: rows are sorted by expert, ends are the inclusive sums of their numbers. Thin items come
-  // `ahead` experts before the results that wait for them.
+  // Experts: rows are sorted by expert, ends are the inclusive sums of their numbers. Thin items
+  // come `ahead` experts before the results that wait for them.
   const CUtensorMap* weights;
   const int64_t* ends;
   int experts, most_tiles, ahead, projector_rows, low_rank_rows;  // of one expert
@@ -88,10 +90,12 @@ __host__ __device__ __forceinline__ int count_of_words(const Call& call) {
 
 enum class Kind { result, thin, gradient };
 
-__device__ __forceinline__ int steps_of(int size, int step = kDepth) { return (size + step - 1) / step; }
+__device__ __forceinline__ int steps_of(int size, int step = kDepth) {
+  return (size + step - 1) / step;
+}
 
-// What a block has to do: its rows [row, row_end) and the first of its columns; of a gradient the rows
-// are what it sums over.
+// What a block has to do: its rows [row, row_end) and the first of its columns; of a gradient the
+// rows are what it sums over.
 struct Item {
   Kind kind;
   bool is_narrow;  // the blocks have the same 128 rows of a result, not the same columns
@@ -102,7 +106,8 @@ struct Item {
 };
 
 // Fills in what a gradient item is, `number` of those of an expert.
-__device__ __forceinline__ void set_gradient(Item& item, const Gradients& g, int number, int block) {
+__device__ __forceinline__ void set_gradient(Item& item, const Gradients& g, int number,
+                                             int block) {
   item.kind = Kind::gradient;
   item.is_a = number < g.items_a;
   const int inside = item.is_a ? number : number - g.items_a;
@@ -171,9 +176,10 @@ __device__ __forceinline__ int first_row(const Call& call, int expert) {
   return expert == 0 ? 0 : static_cast<int>(call.ends[expert - 1]);
 }
 
-// Items of experts, whose sizes differ, are drawn by the clusters in their order, expert by expert: the
-// thin ones of an expert that comes later, then results and gradients. The last tile of an expert
-// is narrow where it has no more than 128 rows. One thread of a cluster draws, one item ahead.
+// Items of experts, whose sizes differ, are drawn by the clusters in their order, expert by expert:
+// the thin ones of an expert that comes later, then results and gradients. The last tile of an
+// expert is narrow where it has no more than 128 rows. One thread of a cluster draws, one item
+// ahead.
 class ExpertItems {
  public:
   __device__ __forceinline__ ExpertItems(const Call& call, const Shared& shared, int block)
@@ -192,8 +198,9 @@ class ExpertItems {
     const int tiles = sum_up_to(steps_of(rows, kRows), sums);
     const int items = sum_up_to(
         steps_of(rows, kRows) * call.thin_chunks +
-            (has_results ? results_of(call, before) + call.gradients.items_a + call.gradients.items_b
-                         : 0),
+            (has_results
+                 ? results_of(call, before) + call.gradients.items_a + call.gradients.items_b
+                 : 0),
         sums);
     if (entry < call.experts) {
       shared.first_tile[entry + 1] = tiles;
@@ -218,9 +225,10 @@ class ExpertItems {
     }
     int inside = number - shared_.first_item[low];
     item.is_narrow = false;
-    const int thins = low < call_.experts
-                          ? (shared_.first_tile[low + 1] - shared_.first_tile[low]) * call_.thin_chunks
-                          : 0;
+    const int thins =
+        low < call_.experts
+            ? (shared_.first_tile[low + 1] - shared_.first_tile[low]) * call_.thin_chunks
+            : 0;
     if (inside < thins) {
       item.kind = Kind::thin;
       set_expert(item, low);
@@ -258,7 +266,8 @@ class ExpertItems {
       slot_ = 0;
       phase_ ^= 1;
     }
-    if (threadIdx.x == 0 && block_ == 0 && number < shared_.first_item[call_.experts + call_.ahead]) {
+    if (threadIdx.x == 0 && block_ == 0 &&
+        number < shared_.first_item[call_.experts + call_.ahead]) {
       draw(slot_, phase_ ^ 1);
     }
     return number;
@@ -269,7 +278,8 @@ class ExpertItems {
     wait_for(shared_address(&shared_.read[slot]), phase);
     const int number = atomicAdd(call_.words + count_of_words(call_) + 1, 1);
     for (int block = 0; block < 2; ++block) {
-      send_to(shared_address(&shared_.ticket[slot]), number, shared_address(&shared_.drawn[slot]), block);
+      send_to(shared_address(&shared_.ticket[slot]), number, shared_address(&shared_.drawn[slot]),
+              block);
     }
   }
 

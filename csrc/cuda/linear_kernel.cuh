@@ -4,10 +4,10 @@
 
 #include "linear_items.cuh"
 
-// The kernel that works on the items of linear_items.cuh. In each block one thread copies boxes to a
-// ring of stages in shared memory, and two groups of four warps multiply what is there.
-// Compiled for sm_90a alone; elsewhere the kernels are empty and linear_is_built says so of a library
-// that has nothing else. A cluster is an error for older architectures.
+// The kernel that works on the items of linear_items.cuh. In each block one thread copies boxes to
+// a ring of stages in shared memory, and two groups of four warps multiply what is there. Compiled
+// for sm_90a alone; elsewhere the kernels are empty and linear_is_built says so of a library that
+// has nothing else. A cluster is an error for older architectures.
 #if defined(__CUDA_ARCH__) && !defined(__CUDA_ARCH_FEAT_SM90_ALL)
 #define MEGALORA_CLUSTER_OF_TWO
 #pragma nv_diag_suppress 177  // what only the kernels use
@@ -102,8 +102,7 @@ class Loader {
     fence_for_copies();
     const int last_steps = steps_of(call_.r);
     for (int step = 0; step < last_steps; ++step) {
-      load_step(item, call_.thin, call_.low_rank, step * kDepth,
-                item.expert * call_.low_rank_rows);
+      load_step(item, call_.thin, call_.low_rank, step * kDepth, item.expert * call_.low_rank_rows);
     }
   }
 
@@ -149,16 +148,13 @@ __device__ __forceinline__ uint32_t packed(float low, float high) {
   return *reinterpret_cast<const uint32_t*>(&both);
 }
 
-// A group of four warps that multiplies; it has 64 rows of a tile, or half the columns of a gradient.
-// LAST_DEPTH: of a step with s, all of kDepth or what r needs of it.
+// A group of four warps that multiplies; it has 64 rows of a tile, or half the columns of a
+// gradient. LAST_DEPTH: of a step with s, all of kDepth or what r needs of it.
 template <bool BACKWARD, bool EXPERTS, int LAST_DEPTH>
 class Multiplier {
  public:
   __device__ __forceinline__ Multiplier(Shared& shared, const Call& call, int group)
-      : shared_(shared),
-        call_(call),
-        group_(group),
-        thread_(static_cast<int>(threadIdx.x) % 128) {}
+      : shared_(shared), call_(call), group_(group), thread_(static_cast<int>(threadIdx.x) % 128) {}
 
   __device__ __forceinline__ void multiply_item(const Item& item) {
     if (item.kind == Kind::thin) {
@@ -174,7 +170,9 @@ class Multiplier {
   __device__ __forceinline__ uint32_t a() { return shared_address(shared_.stage[ring_.stage].a); }
   __device__ __forceinline__ uint32_t b() { return shared_address(shared_.stage[ring_.stage].b); }
 
-  __device__ __forceinline__ void wait() { wait_for(shared_address(&shared_.full[ring_.stage]), ring_.phase); }
+  __device__ __forceinline__ void wait() {
+    wait_for(shared_address(&shared_.full[ring_.stage]), ring_.phase);
+  }
 
   // Gives a stage back to both blocks, which load for each other.
   __device__ __forceinline__ void release(int stage) {
@@ -183,8 +181,9 @@ class Multiplier {
     }
   }
 
-  // Calls step on each stage of a sum. PENDING: steps whose products may be under way while the next
-  // begins, which keeps the tensor cores busy; none where memory is slower and wants the stages.
+  // Calls step on each stage of a sum. PENDING: steps whose products may be under way while the
+  // next begins, which keeps the tensor cores busy; none where memory is slower and wants the
+  // stages.
   template <int PENDING, class Step>
   __device__ __forceinline__ void for_each_step(int steps, Step step) {
     for (int number = 0; number < steps; ++number) {
@@ -234,7 +233,8 @@ class Multiplier {
       for (int half = 0; half < 2; ++half) {
         const int token = first + half * 8;
         if (at < call_.r && token < item.row_end) {
-          *reinterpret_cast<uint32_t*>(call_.thin_out + static_cast<int64_t>(token) * call_.r + at) =
+          *reinterpret_cast<uint32_t*>(call_.thin_out + static_cast<int64_t>(token) * call_.r +
+                                       at) =
               packed(at < call_.ranks ? sums_[n * 4 + half * 2] * call_.thin_scale : 0.0f,
                      at + 1 < call_.ranks ? sums_[n * 4 + half * 2 + 1] * call_.thin_scale : 0.0f);
         }
@@ -282,8 +282,8 @@ class Multiplier {
     for (int chunk = group_ * 128 + thread_; chunk < (kTokens - row) * 8; chunk += 128 * kGroups) {
 #pragma unroll
       for (int box = 0; box < 3; ++box) {
-        asm volatile("st.shared.v4.b32 [%0], {%1, %1, %1, %1};" ::"r"(
-                         stage + box * 2 * kBoxBytes + row * 128 + chunk * 16),
+        asm volatile("st.shared.v4.b32 [%0], {%1, %1, %1, %1};" ::"r"(stage + box * 2 * kBoxBytes +
+                                                                      row * 128 + chunk * 16),
                      "r"(0)
                      : "memory");
       }
@@ -367,7 +367,8 @@ class Multiplier {
     }
   }
 
-  // Stores 64 rows of kStoreColumns by way of shared memory, in the order that the boxes have there.
+  // Stores 64 rows of kStoreColumns by way of shared memory, in the order that the boxes have
+  // there.
   __device__ __forceinline__ void store_result(const float* sums, int row, int row_end,
                                                int column) {
     const uint32_t to = shared_address(shared_.result[group_]);

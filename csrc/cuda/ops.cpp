@@ -99,9 +99,9 @@ bool one_read_is_faster(const Factor& dgrad, const Factor& wgrad) {
   return route == Route::kernels || (!gemms_can && route_of("backward") != Route::gemm);
 }
 
-// cuBLAS that adds the base's product to the low-rank term in its epilogue saves a pass over y, which
-// was faster than any update of y afterwards (benchmarks/results, `low rank first`); it is slow where
-// it has to write that term for each projection, or at ranks that fill no vector.
+// cuBLAS that adds the base's product to the low-rank term in its epilogue saves a pass over y,
+// which was faster than any update of y afterwards (benchmarks/results, `low rank first`); it is
+// slow where it has to write that term for each projection, or at ranks that fill no vector.
 bool low_rank_first_is_faster(const Factor& f) {
   return gemm_can(f) && f.num_segments == 1 && f.rank % 8 == 0 &&
          route_of("update") != Route::kernels;
