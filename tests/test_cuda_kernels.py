@@ -175,11 +175,14 @@ def test_no_kernel_spills_registers(cuobjdump: str) -> None:
 @pytest.mark.parametrize("architecture", ["sm_80", "sm_90a", "sm_100a"])
 def test_the_kernels_use_tensor_cores(cuobjdump: str, architecture: str) -> None:
     elfs = dump(cuobjdump, "-lelf")
-    assert len(re.findall(rf"\.{architecture}\.cubin", elfs)) == 5, (
-        "project, update, outer, backward, add"
+    assert len(re.findall(rf"\.{architecture}\.cubin", elfs)) == 7, (
+        "project, update, outer, backward, add, block_diagonal, linear"
     )
     if architecture == "sm_90a":  # one listing stands for all: it takes seconds
         listing = dump(cuobjdump, "-sass", "-arch", architecture)
+        kernels = re.split(r"^\s+Function : ", listing, flags=re.MULTILINE)[1:]
+        one_launch = "".join(kernel for kernel in kernels if "linear_kernel" in kernel.split()[0])
+        products = "".join(kernel for kernel in kernels if "linear_kernel" not in kernel.split()[0])
         for instruction in (
             "HMMA.16816.F32.BF16",
             "HMMA.16816.F32 ",
@@ -188,6 +191,9 @@ def test_the_kernels_use_tensor_cores(cuobjdump: str, architecture: str) -> None
             "LDG.E.128",
             "STG.E.128",
         ):
-            assert instruction in listing
+            assert instruction in products
+        for instruction in ("HGMMA.64x256x16.F32.BF16", "UTMALDG.2D.MULTICAST", "UTMASTG.2D"):
+            assert instruction in one_launch
         assert "CALL." not in listing, "a division in 64 bits is called, and slow"
-        assert not re.search(r"\b(RED|ATOM)\b", listing), "an atomic operation is not deterministic"
+        # Those of the one launch count what is done, not sums.
+        assert not re.search(r"\b(RED|ATOM)\b", products), "an atomic sum is not deterministic"

@@ -11,12 +11,12 @@ from megatron.core.transformer.moe import router
 
 import megalora.adapters.adapter
 import megalora.adapters.factors
-import megalora.adapters.opened
 import megalora.adapters.sandwich
 import megalora.data.batch
 from megalora.adapters.adapter import LoRAAdapter
 from megalora.adapters.bases import Split, State
 from megalora.adapters.collectives import Collective, GatherFactor, group_size, own_shard
+from megalora.adapters.opened import OpenedLinear
 from megalora.adapters.routes import ROUTES, ShardUse
 from megalora.targets import Rows
 from tests.dist.support.answers import Answers
@@ -80,12 +80,14 @@ def scale_off_by_a_thousandth(patch: pytest.MonkeyPatch) -> None:
 
 
 def opened_base_without_the_rest_of_dx(patch: pytest.MonkeyPatch) -> None:
-    right = megalora.adapters.opened._backward
+    right = OpenedLinear.backward
 
-    def wrong(dy: torch.Tensor, s: torch.Tensor, weight: torch.Tensor, *rest: Any) -> Any:
-        return dy @ weight, *right(dy, s, weight, *rest)[1:]
+    def wrong(ctx: Any, dy: torch.Tensor) -> Any:
+        _, weight, *_ = ctx.saved_tensors
+        dx, *rest = right(ctx, dy)
+        return dx if dx is None else dy @ weight, *rest
 
-    patch.setattr(megalora.adapters.opened, "_backward", wrong)
+    patch.setattr(OpenedLinear, "backward", staticmethod(wrong))
 
 
 def gradient_of_a_gathered_factor_not_summed(patch: pytest.MonkeyPatch) -> None:
