@@ -167,7 +167,9 @@ void set_gradients(Call& call, const Backward& b) {
   }
 }
 
-// All clusters at once or none: they wait for each other.
+// A dense plan's clusters wait for each other: they start all at once or not at all. Experts' items
+// are drawn in an order in which none waits for a later one, by the clusters that run: these need
+// not be all.
 template <bool BACKWARD, bool EXPERTS, int LAST_DEPTH>
 void launch(const Call& call, int clusters, Stream stream) {
   constexpr Kernel kKernel = linear_kernel<BACKWARD, EXPERTS, LAST_DEPTH>;
@@ -177,7 +179,7 @@ void launch(const Call& call, int clusters, Stream stream) {
   together.val.cooperative = 1;
   cudaLaunchConfig_t config = launch_of(clusters, stream);
   config.attrs = &together;
-  config.numAttrs = 1;
+  config.numAttrs = EXPERTS ? 0 : 1;
   C10_CUDA_CHECK(cudaLaunchKernelEx(&config, kKernel, call));
 }
 

@@ -51,7 +51,11 @@ def is_one_gemm(linear: Linear) -> bool:
 
     linear: a base, before an adapter wraps its forward, with or without a layer norm before it.
     """
-    return type(linear) in _LINEARS and _asks_no_more(linear)
+    # NOTE: on Hopper an opened linear is one launch, which starts when the whole GPU is free. A
+    # receive of a pipeline, posted ahead, holds a part of it until a peer sends, which may wait for
+    # that launch.
+    alone = linear.config.pipeline_model_parallel_size == 1
+    return alone and type(linear) in _LINEARS and _asks_no_more(linear)
 
 
 def is_one_grouped_gemm(linear: GroupedLinear) -> bool:

@@ -370,8 +370,12 @@ def test_a_base_that_is_asked_for_more_stays_closed(layout: Layout, asked: str) 
         lambda linear: setattr(linear, "te_quant_params", object()),
         lambda linear: setattr(linear, "forward", lambda x: (x, None)),
         lambda linear: setattr(linear, "__class__", Wrapped),
+        lambda linear: setattr(linear.config, "pipeline_model_parallel_size", 2),
     ],
-    ids=["split otherwise", "quantized by itself", "forward replaced", "another class"],
+    ids=[
+        *("split otherwise", "quantized by itself", "forward replaced", "another class"),
+        "in a pipeline",
+    ],
 )
 @single
 def test_a_base_that_is_more_than_its_gemm_stays_closed(layout: Layout, change: Any) -> None:
