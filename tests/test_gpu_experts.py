@@ -4,7 +4,6 @@ benchmarks/gpu_check.py runs these.
 """
 
 import dataclasses
-import re
 
 import pytest
 import torch
@@ -12,7 +11,8 @@ from torch import Tensor
 
 from megalora.ops import reference
 from megalora.ops.fused import load
-from tests.support.op_cases import TOLERANCE, Case, Problem, relative_error, run_experts
+from tests.support.float64 import assert_equal, assert_right, in_doubles
+from tests.support.op_cases import Case, Problem, expert_weights, run_experts
 
 fused = load()
 pytestmark = [
@@ -34,7 +34,6 @@ CASES = [
     Case(700, 136, (136,), 1, rank=72, experts=4),
     Case(90, 64, (64,), 1, rank=2, experts=256),
 ]
-NORM_TOLERANCE = 4e-3  # one rounding to bf16 is 1.7e-3
 
 
 def draw(case: Case, seed: int = 0) -> Problem:
@@ -62,29 +61,11 @@ def draw(case: Case, seed: int = 0) -> Problem:
     )
 
 
-def in_doubles(given: Problem) -> Problem:
-    tensors = {
-        name: value.double()
-        for name, value in vars(given).items()
-        if isinstance(value, Tensor) and value.is_floating_point()
-    }
-    return dataclasses.replace(given, **tensors)
-
-
-def assert_equal(one: dict[str, Tensor], two: dict[str, Tensor]) -> None:
-    assert [name for name in one if not torch.equal(one[name], two[name])] == []
-
-
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_experts_match_float64(case: Case) -> None:
     given = draw(case)
     assert fused.experts_linear_is_fused(given.weight, case.experts, given.lora_A.shape[1])
-    expected = run_experts(reference, in_doubles(given))
-    for name, got in run_experts(fused, given).items():
-        wanted = expected[re.sub(r"torch\.\w+", "torch.float64", name)]
-        assert relative_error(got, wanted) < TOLERANCE[torch.bfloat16], name
-        difference = (got.double() - wanted).norm() / wanted.norm()
-        assert difference.item() < NORM_TOLERANCE, name
+    assert_right(run_experts, given)
 
 
 def test_experts_of_another_order_are_noticed() -> None:
@@ -116,8 +97,7 @@ def test_experts_repeat_themselves_bit_for_bit() -> None:
 
 def test_experts_replay_from_a_graph_once_they_have_run() -> None:
     given = draw(CASES[3])
-    weights = [given.weight * (e % 3 - 1.5) for e in range(CASES[3].experts)]
-    how = (weights, given.lora_A, given.lora_B, 0.7, given.offsets, given.segments)
+    how = (expert_weights(given), given.lora_A, given.lora_B, 0.7, given.offsets, given.segments)
     expected, _ = fused.experts_linear(given.x, *how)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):

@@ -4,7 +4,6 @@ benchmarks/gpu_check.py runs these.
 """
 
 import dataclasses
-import re
 from collections.abc import Iterator
 
 import pytest
@@ -13,7 +12,8 @@ from torch import Tensor
 
 from megalora.ops import reference
 from megalora.ops.fused import load
-from tests.support.op_cases import TOLERANCE, Case, Problem, relative_error, run_linear
+from tests.support.float64 import assert_close, assert_equal, assert_right, in_doubles
+from tests.support.op_cases import Case, Problem, run_linear
 
 fused = load()
 pytestmark = [
@@ -40,7 +40,6 @@ CASES = [
 ]
 ONE_LAUNCH, PRODUCTS = "linear:kernels", "linear:gemm"
 KERNEL = "linear_kernel"
-NORM_TOLERANCE = 4e-3  # one rounding to bf16 is 1.7e-3
 
 
 @pytest.fixture(autouse=True)
@@ -82,29 +81,6 @@ def draw(case: Case, seed: int = 0) -> Problem:
     )
 
 
-def in_doubles(given: Problem) -> Problem:
-    tensors = {k: v.double() for k, v in vars(given).items() if isinstance(v, Tensor)}
-    return dataclasses.replace(given, **tensors)
-
-
-def assert_close(got: Tensor, expected: Tensor, name: str) -> None:
-    """Hold the largest difference, which one wrong element shows, and the norm, which all do."""
-    assert relative_error(got, expected) < TOLERANCE[torch.bfloat16], name
-    difference = (got.double() - expected).norm() / expected.norm()
-    assert difference.item() < NORM_TOLERANCE, name
-
-
-def assert_right(given: Problem) -> None:
-    """Compare forward, both forms of backward and what they add to with float64."""
-    expected = run_linear(reference, in_doubles(given))
-    for name, got in run_linear(fused, given).items():
-        assert_close(got, expected[re.sub(r"torch\.\w+", "torch.float64", name)], name)
-
-
-def assert_equal(one: dict[str, Tensor], two: dict[str, Tensor]) -> None:
-    assert [name for name in one if not torch.equal(one[name], two[name])] == []
-
-
 def kernels_of(given: Problem) -> str:
     """Return the names of all kernels that a forward and a backward launch."""
     run_linear(fused, given)
@@ -119,7 +95,7 @@ def kernels_of(given: Problem) -> str:
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_a_linear_matches_float64(case: Case, route: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("MEGALORA_CUDA_ROUTE", route)
-    assert_right(draw(case))
+    assert_right(run_linear, draw(case))
 
 
 def test_a_projection_that_reads_another_rank_block_is_noticed() -> None:
@@ -157,7 +133,7 @@ def test_hopper_takes_the_one_launch_where_tiles_fill_it() -> None:
 def test_what_the_one_launch_cannot_do_is_computed_by_products(case: Case, taken: bool) -> None:
     given = draw(case)
     assert (KERNEL in kernels_of(given)) == taken
-    assert_right(given)
+    assert_right(run_linear, given)
 
 
 @on_hopper
@@ -166,7 +142,7 @@ def test_a_weight_that_is_stored_transposed_is_computed_by_products() -> None:
     given = draw(Case(300, 520, (520,), 1, rank=8))
     given = dataclasses.replace(given, weight=given.weight.T.contiguous().T)
     assert KERNEL not in kernels_of(given)
-    assert_right(given)
+    assert_right(run_linear, given)
 
 
 @pytest.mark.usefixtures("one_launch")
@@ -182,7 +158,7 @@ def test_tokens_may_be_strided_and_start_anywhere() -> None:
 
     names = ("x", "y", "s")
     strided = dataclasses.replace(given, **{name: moved(getattr(given, name)) for name in names})
-    assert_right(strided)
+    assert_right(run_linear, strided)
 
 
 @pytest.mark.usefixtures("one_launch")

@@ -35,11 +35,14 @@ bool is_hopper(c10::Device device) {
   return major == 9 && minor == 0;
 }
 
+// Whether copies of boxes can read a matrix.
+bool is_boxable(const Tensor& matrix) {
+  return matrix.is_contiguous() && is_aligned(matrix.data_ptr());
+}
+
 // Tokens that copies of boxes can read: a copy where they are not.
 Tensor boxable(const Tensor& tokens) {
-  return tokens.is_contiguous() && is_aligned(tokens.data_ptr())
-             ? tokens
-             : tokens.clone(at::MemoryFormat::Contiguous);
+  return is_boxable(tokens) ? tokens : tokens.clone(at::MemoryFormat::Contiguous);
 }
 
 // B with its columns in blocks, one for each projection, and zeros behind them; nothing where B is
@@ -117,8 +120,8 @@ bool is_even(int64_t size) { return size % 2 == 0; }
 
 bool supports_weight(const Tensor& weight) {
   return linear_is_built() && weight.scalar_type() == at::kBFloat16 && is_hopper(weight.device()) &&
-         weight.is_contiguous() && is_aligned(weight.data_ptr()) &&
-         is_multiple_of_eight(weight.size(0)) && is_multiple_of_eight(weight.size(1));
+         is_boxable(weight) && is_multiple_of_eight(weight.size(0)) &&
+         is_multiple_of_eight(weight.size(1));
 }
 
 bool supports_factors(const Factor& lora_A, const Factor& lora_B, int64_t columns_of_s) {
@@ -128,8 +131,10 @@ bool supports_factors(const Factor& lora_A, const Factor& lora_B, int64_t column
          is_aligned(lora_A.weight) && is_aligned(lora_B.weight);
 }
 
+// The weights of all experts have the dtype, device and sizes of the first.
 bool supports_experts(const ExpertsLinear& l, const Factor& lora_A, const Factor& lora_B) {
-  return std::all_of(l.weights.begin(), l.weights.end(), supports_weight) &&
+  return supports_weight(l.weights[0]) &&
+         std::all_of(l.weights.begin(), l.weights.end(), is_boxable) &&
          supports_factors(lora_A, lora_B, l.thin.size(1)) && lora_A.experts <= kMostExperts;
 }
 

@@ -69,12 +69,8 @@ def is_one_grouped_gemm(linear: GroupedLinear) -> bool:
 
 def open_weights(weights: list[Tensor], x: Tensor) -> bool:
     """Say whether this call of a linear that `is_one_grouped_gemm` is x Wᵀ of every expert."""
-    return (
-        type(x) in _PLAIN
-        and all(_is_frozen(weight, x.dtype) for weight in (weights[0], weights[-1]))
-        and not torch.is_autocast_enabled(x.device.type)
-        and not _quantizes()
-    )
+    frozen = all(_is_frozen(weight, x.dtype) for weight in (weights[0], weights[-1]))
+    return frozen and _computes_as_given(x)
 
 
 def _asks_no_more(linear: Linear | GroupedLinear) -> bool:
@@ -100,11 +96,9 @@ def open_weight(linear: Linear, x: Tensor, weight: Tensor | None = None) -> Tens
         weight = linear.weight
     bias = linear.bias
     opens = (
-        type(x) in _PLAIN
-        and _is_frozen(weight, x.dtype)
+        _is_frozen(weight, x.dtype)
         and (bias is None or _is_frozen(bias, x.dtype))
-        and not torch.is_autocast_enabled(x.device.type)
-        and not (te.HAVE_TE and _quantizes())
+        and _computes_as_given(x)
     )
     return weight if opens else None
 
@@ -150,6 +144,15 @@ def _is_frozen(tensor: Tensor | None, dtype: torch.dtype) -> bool:
     if tensor is None or type(tensor) not in _PLAIN:
         return False
     return tensor.dtype == dtype and not tensor.requires_grad
+
+
+def _computes_as_given(x: Tensor) -> bool:
+    """Say whether a linear computes here in the dtype of x, which is a plain tensor."""
+    return (
+        type(x) in _PLAIN
+        and not torch.is_autocast_enabled(x.device.type)
+        and not (te.HAVE_TE and _quantizes())
+    )
 
 
 def _quantizes() -> bool:

@@ -1,7 +1,7 @@
 """LoRA inside a base linear that is one GEMM on one rank: one op and one autograd node each way.
 
 What else a base may be asked for, and all that travels between ranks, is the sandwich's
-(`adapters.sandwich`), which leaves the base closed; `bases.open_weight` says which calls open it.
+(`adapters.sandwich`), which leaves the base closed; `adapters.one_gemm` says which calls open it.
 """
 
 from collections.abc import Sequence

@@ -187,11 +187,9 @@ def linear_backward(
     segments: Sequence[int] = (),
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return dx = dy W + ds A, [..., in], dA = dsᵀ x and dB = dyᵀ s, where ds = scale * dy B."""
-    ds = expand_dgrad(dy, lora_B, scale, segments=segments)
-    dx = product(dy, accumulated(weight))
-    shrink_dgrad_(dx, ds, lora_A)
-    d_b = expand_wgrad(dy, s, lora_B, 1.0, segments=segments)
-    return dx.to(dy.dtype), shrink_wgrad(ds, x), d_b
+    d_a, d_b = torch.zeros_like(lora_A), torch.zeros_like(lora_B)
+    dx = linear_backward_(d_a, d_b, dy, x, s, weight, lora_A, lora_B, scale, segments)
+    return dx, d_a, d_b
 
 
 def linear_backward_(
@@ -248,13 +246,9 @@ def experts_linear_backward(
     segments: Sequence[int] = (),
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return dx, dA and dB of each expert's `linear_backward`."""
-    ranks = lora_A.shape[-2]
-    dx, d_a, d_b = torch.zeros_like(x), torch.zeros_like(lora_A), torch.zeros_like(lora_B)
-    for e, span in spans(offsets, x):
-        assert isinstance(e, int)
-        own = (dy[span], x[span], s[span, :ranks], weights[e], lora_A[e], lora_B[e])
-        dx[span], d_a[e], d_b[e] = linear_backward(*own, scale, segments)
-    return dx, d_a, d_b
+    d_a, d_b = torch.zeros_like(lora_A), torch.zeros_like(lora_B)
+    how = (weights, lora_A, lora_B, scale, offsets, segments)
+    return experts_linear_backward_(d_a, d_b, dy, x, s, *how), d_a, d_b
 
 
 def experts_linear_backward_(
