@@ -1,8 +1,7 @@
 """How an adapter calls its base, on stand-ins for bases whose packages are missing here."""
 
-from types import SimpleNamespace
-
 import torch
+from megatron.core.model_parallel_config import ModelParallelConfig
 from torch import Tensor
 
 from megalora.adapters.bases import Base, Split, Style
@@ -18,7 +17,7 @@ class LayerNormLinear(torch.nn.Module):
         super().__init__()
         self.weight = torch.nn.Parameter(torch.randn(6, 4), requires_grad=False)
         self.te_return_bias, self.return_layernorm_output = has_bias, False
-        self.config, self.sequence_parallel = SimpleNamespace(), False
+        self.config, self.sequence_parallel = ModelParallelConfig(), False
 
     def forward(self, x: Tensor) -> tuple:
         normed = x / x.norm()
