@@ -25,7 +25,9 @@ from megatron.core.dist_checkpointing.serialization import load_sharded_metadata
 from megatron.training import checkpointing
 from torch.distributed.checkpoint.api import CheckpointException
 
+from megalora import replace
 from megalora.checkpoint.layout import TRACKER, find_directory, verify_on_all_ranks
+from megalora.checkpoint.loading import LOADING
 
 # Of a family's norm. Sums are in fp64, so layouts differ by rounding alone; rounding to another
 # precision moves a sum by about 2e-3 of the norm.
@@ -49,6 +51,7 @@ def load_base(
     None for the newest. is_verified: its checksums have been looked at. All ranks must call it.
     Raises ValueError where its files are damaged or do not fit the model.
     """
+    replace.install(LOADING)
     if not is_verified:
         _verify(Path(directory))
     # What --finetune means: weights only, from iteration 0.

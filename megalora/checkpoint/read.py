@@ -1,5 +1,6 @@
 """Reading adapter checkpoints without a model: whole tensors and what is stored with them."""
 
+import io
 import json
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -8,8 +9,11 @@ from typing import Any
 
 import torch
 from megatron.core import dist_checkpointing
+from megatron.core.dist_checkpointing.mapping import ShardedObject
+from megatron.core.dist_checkpointing.strategies.common import COMMON_STATE_FNAME
 from torch import Tensor
 from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner
 from torch.distributed.checkpoint.filesystem import FileSystemReader
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from torch.distributed.checkpoint.state_dict_loader import load
@@ -17,7 +21,9 @@ from torch.distributed.checkpoint.state_dict_loader import load
 from megalora.adapters.factors import from_checkpoint
 from megalora.adapters.kinds import kind_named
 from megalora.adapters.rows import whole_key
+from megalora.checkpoint import unpickle
 from megalora.checkpoint.layout import METADATA, find_directory, verify
+from megalora.checkpoint.unpickle import load_object
 from megalora.config import LoRAConfig
 from megalora.targets import ModelFacts, is_adapter_key
 
@@ -26,6 +32,18 @@ DESCRIPTION = "megalora"
 
 
 Adapters = tuple[dict[str, Tensor], LoRAConfig, ModelFacts]
+
+
+class Reader(FileSystemReader):
+    """torch's reader, without the pickles that can run code."""
+
+    read_metadata = unpickle.read_metadata
+
+
+class Planner(DefaultLoadPlanner):
+    """torch's planner, without the pickles that can run code."""
+
+    load_bytes = unpickle.load_bytes
 
 
 def read_adapter_checkpoint(directory: str | Path) -> Adapters:
@@ -44,14 +62,15 @@ def read_adapters(path: Path) -> Adapters:
     described = read_description(path)
     if described is None:
         raise ValueError(f"{path} has no adapters: it is not a checkpoint that megalora wrote")
-    config, facts = LoRAConfig.from_dict(described["config"]), ModelFacts(**described["model"])
+    with _reading(path):
+        config, facts = LoRAConfig.from_dict(described["config"]), ModelFacts(**described["model"])
     stored = read_tensors(path, lambda key: is_adapter_key(whole_key(key)) and _is_weight(key))
     return from_checkpoint(stored, kind_named(config.kind).factors, facts), config, facts
 
 
 def read_tensors(directory: Path, wanted: Callable[[str], bool]) -> dict[str, Tensor]:
     """Read whole tensors of an iteration's directory by key, without any process group."""
-    reader = FileSystemReader(str(directory))
+    reader = Reader(str(directory))
     with _reading(directory):
         stored = reader.read_metadata().state_dict_metadata
         tensors: dict[str, Any] = {
@@ -59,7 +78,7 @@ def read_tensors(directory: Path, wanted: Callable[[str], bool]) -> dict[str, Te
             for key, entry in stored.items()
             if isinstance(entry, TensorStorageMetadata) and wanted(key)
         }
-        load(tensors, storage_reader=reader, no_dist=True)
+        load(tensors, storage_reader=reader, planner=Planner(), no_dist=True)
     return tensors
 
 
@@ -73,11 +92,15 @@ def read_description(directory: Path) -> dict[str, Any] | None:
     """
     with _reading(directory):
         is_distributed = dist_checkpointing.check_is_distributed_checkpoint(str(directory))
-        common = dist_checkpointing.load_common_state_dict(str(directory)) if is_distributed else {}
+        description = _describe(read_common(directory)) if is_distributed else None
     if not is_distributed:
         if any(directory.glob("mp_rank_*")) or (directory / METADATA).is_file():
             return None
         raise ValueError(f"{directory} is not a Megatron checkpoint")
+    return description
+
+
+def _describe(common: dict[str, Any]) -> dict[str, Any] | None:
     for key, part in common.items():
         if _is_model(key) and DESCRIPTION in part:
             return {
@@ -88,13 +111,26 @@ def read_description(directory: Path) -> dict[str, Any] | None:
     return None
 
 
+def read_common(directory: Path) -> dict[str, Any]:
+    """Return what is no tensor of any rank, as Megatron's load_common_state_dict does."""
+    if (directory / COMMON_STATE_FNAME).is_file():
+        return load_object(directory / COMMON_STATE_FNAME, COMMON_STATE_FNAME)
+    key = ShardedObject("common_state", None, (1,), (0,)).unique_key
+    state: dict[str, Any] = {key: io.BytesIO()}
+    load(state, storage_reader=Reader(str(directory)), planner=Planner(), no_dist=True)
+    return state[key][0]
+
+
 @contextmanager
 def _reading(directory: Path) -> Iterator[None]:
     """Raise ValueError for what damaged files without checksums lead to, whatever it is."""
     try:
         yield
-    # torch's CheckpointException is no Exception.
-    except (Exception, CheckpointException) as error:
+    # torch's CheckpointException is no Exception; its text is a traceback.
+    except CheckpointException as error:
+        ((cause, _), *_) = error.failures.values()
+        raise ValueError(f"checkpoint {directory} cannot be read: {cause}") from error
+    except Exception as error:
         raise ValueError(f"checkpoint {directory} cannot be read: {error}") from error
 
 

@@ -170,4 +170,5 @@ def _tokens(args: argparse.Namespace) -> int | None:
 def _hf_tokenizer(name: str) -> "HuggingFaceTokenizer":
     from transformers import AutoTokenizer
 
-    return AutoTokenizer.from_pretrained(name)
+    # Given no word, transformers asks at the terminal whether to run the Python that it brings.
+    return AutoTokenizer.from_pretrained(name, trust_remote_code=False)

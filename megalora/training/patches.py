@@ -39,10 +39,11 @@ from megatron.training import (
 from megalora import replace
 from megalora.checkpoint import optimizer_state, schedule, writers
 from megalora.checkpoint.find import find_checkpoint
+from megalora.checkpoint.loading import LOADING
 from megalora.checkpoint.save import Saver
 from megalora.config import LoRAConfig
 from megalora.replace import Patch, around, instead
-from megalora.training import changes
+from megalora.training import changes, trust
 from megalora.training.auto_lr import accept_auto
 from megalora.training.rates import factor_overrides
 
@@ -67,11 +68,18 @@ def load_args(
     Megatron reads them before any process group exists, so each rank checks the files by itself and
     finds the same; the tracker file then names it.
     """
-    if load_arg == "load" and args.load and getattr(args, "lora_rank", 0):
+    if not getattr(args, "lora_rank", 0):
+        return original(args, load_arg, *more, **kwargs)
+    trust.check_trust(args)
+    install(LOADING)
+    if load_arg == "load" and args.load:
         find_checkpoint(
             args.load, step=args.ckpt_step, on_corrupt=args.lora_on_corrupt, warn=_say_once
         )
-    return original(args, load_arg, *more, **kwargs)
+    given = args.spec
+    found = original(args, load_arg, *more, **kwargs)
+    trust.check_spec(args.spec, given)
+    return found
 
 
 def _say_once(message: str) -> None:
@@ -88,19 +96,6 @@ def validate_args(
     """Let an adapter run's --save without --save-interval save after the last iteration."""
     changes.change_args(args, changes.on_validating(args))
     return original(args, *more, **kwargs)
-
-
-def build_tokenizer(
-    original: Callable[..., object], args: argparse.Namespace, **kwargs: object
-) -> object:
-    """Let a run without --tokenizer-type end in what to set: Megatron lists its own kinds only."""
-    if args.tokenizer_type is None:
-        bytes_too = ", or --byte-tokenizer, which needs no files"
-        raise ValueError(
-            "tokenizer_type is not given: set --tokenizer-type HuggingFaceTokenizer and "
-            f"--tokenizer-model DIR{bytes_too if hasattr(args, 'byte_tokenizer') else ''}"
-        )
-    return original(args, **kwargs)
 
 
 def build_data_iterators(
@@ -159,7 +154,7 @@ PARSING = (
         "load_args_from_checkpoint",
         ("args", "load_arg"),
         around(load_args),
-        "`--use-checkpoint-args` reads a damaged checkpoint",
+        "`--use-checkpoint-args` reads a damaged checkpoint, and imports what one names",
     ),
     Patch(
         arguments,
@@ -172,8 +167,8 @@ PARSING = (
         global_vars,
         "build_tokenizer",
         ("args",),
-        around(build_tokenizer),
-        "a missing `--tokenizer-type` ends in a list of kinds",
+        around(trust.build_tokenizer),
+        "a missing `--tokenizer-type` ends in a list of kinds; tokenizers bring Python",
     ),
 )
 
@@ -204,6 +199,7 @@ WRITERS = (
 
 TRAINING = (
     *WRITERS,
+    *LOADING,
     Patch(
         training,
         "save_checkpoint",

@@ -29,6 +29,7 @@ from megalora.training.outputs import (
     say_how_to_write,
     write_outputs,
 )
+from megalora.training.trust import check_trust
 
 ModelChunks = list[torch.nn.Module]
 # What a checkpoint stores with its adapters, or says of a base.
@@ -41,6 +42,8 @@ def start(args: argparse.Namespace) -> LoRAConfig | None:
     Raises ValueError where the flags cannot be right, before anything is built.
     """
     config = lora_config_from_args(args)
+    if config is not None:
+        check_trust(args)
     check_flags(args, config)
     change_args(args, before_building(args, config))
     if config is not None:
