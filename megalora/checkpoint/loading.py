@@ -11,20 +11,34 @@ from typing import Any
 
 import torch
 from megatron.core.dist_checkpointing.dict_utils import nested_items_iter
+from megatron.core.dist_checkpointing.strategies.common import COMMON_STATE_FNAME
 from megatron.core.safe_globals import SafeUnpickler
 from megatron.training import checkpointing
-from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.api import CheckpointException, _wrap_exception
 from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner
 from torch.distributed.checkpoint.filesystem import FileSystemReader
+from torch.distributed.checkpoint.metadata import Metadata
 
 from megalora.checkpoint.unpickle import (
-    UnsafePickle,
+    cause_of,
     load_bytes,
     load_object,
     read_metadata,
+    unsafe,
     wanted,
 )
 from megalora.replace import Patch, around, instead
+
+
+def read_metadata_or_stop(reader: FileSystemReader, *args: object, **kwargs: object) -> Metadata:
+    """Do what FileSystemReader.read_metadata does, by `unpickle.read_metadata`.
+
+    torch would log an Exception, and go on to look for another file: CheckpointException is none.
+    """
+    try:
+        return read_metadata(reader, *args, **kwargs)
+    except ValueError as error:
+        raise CheckpointException("read_metadata", {0: _wrap_exception(error)}) from error
 
 
 def load_base_checkpoint(
@@ -41,18 +55,18 @@ def load_base_checkpoint(
     try:
         found = original(load_dir, *args, **kwargs)
     except CheckpointException as error:
-        for cause, _ in error.failures.values():
-            if isinstance(cause, ValueError):
-                raise ValueError(f"checkpoint {load_dir}: {cause}") from error
+        cause = cause_of(error)
+        if isinstance(cause, ValueError):
+            raise ValueError(f"checkpoint {load_dir}: {cause}") from error
         raise
     except pickle.UnpicklingError as error:
-        raise UnsafePickle(f"checkpoint {load_dir}", wanted(error)) from error
+        raise unsafe(f"{COMMON_STATE_FNAME} of checkpoint {load_dir}", wanted(error)) from error
     except SystemExit as end:
         if end.__context__ is None:
             raise
-        name = f"checkpoint {load_dir}, of --ckpt-format torch,"
+        name = f"model_optim_rng.pt of checkpoint {load_dir}"
         if isinstance(end.__context__, pickle.UnpicklingError):
-            raise UnsafePickle(name, wanted(end.__context__)) from end
+            raise unsafe(name, wanted(end.__context__)) from end
         raise ValueError(f"{name} cannot be read: {end.__context__}") from end
     _check_extra_states(found[0], load_dir)
     return found
@@ -71,7 +85,7 @@ def _check_extra_states(state: object, load_dir: str | None) -> None:
             try:
                 _try_extra_state(value, name)
             except Exception as error:
-                raise UnsafePickle(name, wanted(error)) from error
+                raise unsafe(name, wanted(error)) from error
 
 
 def _try_extra_state(value: object, name: str) -> None:
@@ -87,7 +101,7 @@ LOADING = (
         FileSystemReader,
         "read_metadata",
         (),
-        instead(read_metadata),
+        instead(read_metadata_or_stop),
         "the `.metadata` of a checkpoint is unpickled, and can run code",
     ),
     Patch(

@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner
 from torch.distributed.checkpoint.filesystem import FileSystemReader
-from torch.distributed.checkpoint.metadata import TensorStorageMetadata
+from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
 from torch.distributed.checkpoint.state_dict_loader import load
 
 from megalora.adapters.factors import from_checkpoint
@@ -35,9 +35,15 @@ Adapters = tuple[dict[str, Tensor], LoRAConfig, ModelFacts]
 
 
 class Reader(FileSystemReader):
-    """torch's reader, without the pickles that can run code."""
+    """torch's reader, without the pickles that can run code. Raises ValueError for one."""
 
-    read_metadata = unpickle.read_metadata
+    def __init__(self, directory: Path) -> None:
+        super().__init__(directory)
+        self._metadata = unpickle.read_metadata(self)
+
+    def read_metadata(self) -> Metadata:
+        """Return what the checkpoint holds."""
+        return self._metadata
 
 
 class Planner(DefaultLoadPlanner):
@@ -70,8 +76,8 @@ def read_adapters(path: Path) -> Adapters:
 
 def read_tensors(directory: Path, wanted: Callable[[str], bool]) -> dict[str, Tensor]:
     """Read whole tensors of an iteration's directory by key, without any process group."""
-    reader = Reader(str(directory))
     with _reading(directory):
+        reader = Reader(directory)
         stored = reader.read_metadata().state_dict_metadata
         tensors: dict[str, Any] = {
             key: torch.empty(entry.size, dtype=entry.properties.dtype)
@@ -117,7 +123,7 @@ def read_common(directory: Path) -> dict[str, Any]:
         return load_object(directory / COMMON_STATE_FNAME, COMMON_STATE_FNAME)
     key = ShardedObject("common_state", None, (1,), (0,)).unique_key
     state: dict[str, Any] = {key: io.BytesIO()}
-    load(state, storage_reader=Reader(str(directory)), planner=Planner(), no_dist=True)
+    load(state, storage_reader=Reader(directory), planner=Planner(), no_dist=True)
     return state[key][0]
 
 
@@ -128,7 +134,7 @@ def _reading(directory: Path) -> Iterator[None]:
         yield
     # torch's CheckpointException is no Exception; its text is a traceback.
     except CheckpointException as error:
-        ((cause, _), *_) = error.failures.values()
+        cause = unpickle.cause_of(error)
         raise ValueError(f"checkpoint {directory} cannot be read: {cause}") from error
     except Exception as error:
         raise ValueError(f"checkpoint {directory} cannot be read: {error}") from error

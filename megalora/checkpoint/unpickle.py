@@ -6,12 +6,14 @@ only. Here `.metadata` may name what such a file is made of and nothing else, an
 and Megatron hold for safe. `megalora.checkpoint.loading` puts both in the place of torch's.
 """
 
+import argparse
 import errno
 import io
 import os
 import pathlib
 import pickle
 import re
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, cast
 
@@ -19,7 +21,8 @@ import numpy as np
 import torch
 from torch.distributed._shard.sharded_tensor import metadata as before_torch_2_3
 from torch.distributed.checkpoint import filesystem, metadata, planner
-from torch.distributed.checkpoint._nested_dict import set_element
+from torch.distributed.checkpoint._traverse import set_element
+from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner
 from torch.distributed.checkpoint.filesystem import FileSystemReader
 from torch.distributed.checkpoint.metadata import Metadata, StorageMeta, TensorProperties
@@ -33,7 +36,9 @@ _RECORDS: tuple[type, ...] = (
     # Megatron keeps the plans of all ranks, for --ckpt-assume-constant-structure.
     *(planner.SavePlan, planner.WriteItem, planner.TensorWriteData),
 )
-_PROPERTIES = (TensorProperties, before_torch_2_3.TensorProperties)
+_PROPERTIES: dict[type, Callable[..., None]] = {
+    each: each.__setstate__ for each in (TensorProperties, before_torch_2_3.TensorProperties)
+}
 _VALUES: tuple[type, ...] = (
     *(metadata._MEM_FORMAT_ENCODING, before_torch_2_3.MEM_FORMAT_ENCODING),
     *(planner.WriteItemType, torch.Size),
@@ -53,7 +58,10 @@ ALLOWED: dict[tuple[str, str], object] = {
     ("pathlib._local", "PosixPath"): pathlib.PurePosixPath,
 }
 # numpy 1's name of what Megatron allows by that of numpy 2: in the random state of a rank.
-_NUMPY_1 = (np.empty(0).__reduce__()[0], "numpy.core.multiarray._reconstruct")
+_NUMPY_1 = (
+    cast("Callable[..., object]", np.empty(0).__reduce__()[0]),
+    "numpy.core.multiarray._reconstruct",
+)
 _ADVICE = (
     "reading a checkpoint needs no such thing and it could run code, so it was not loaded: get the "
     "checkpoint from whom you trust, saved anew by Megatron in the format torch_dist"
@@ -63,8 +71,10 @@ _ADVICE = (
 class UnsafePickle(ValueError):
     """A pickle asks for what it could run code with. Names the file and what it asks for."""
 
-    def __init__(self, file: object, wanted: str) -> None:
-        super().__init__(f"{file} asks for {wanted[:200]!r}: {_ADVICE}")
+
+def unsafe(file: object, wanted: str) -> UnsafePickle:
+    """Return the error of a file that asks for something."""
+    return UnsafePickle(f"{file} asks for {wanted[:200]!r}: {_ADVICE}")
 
 
 class MetadataUnpickler(pickle._Unpickler):
@@ -77,24 +87,25 @@ class MetadataUnpickler(pickle._Unpickler):
     def __init__(self, data: bytes, file: object) -> None:
         super().__init__(io.BytesIO(data))
         self.file = file
+        self.stack: list[object]
 
     def find_class(self, module: str, name: str) -> object:
         """Return what a file names; UnsafePickle for all that it need not name."""
         if (module, name) not in ALLOWED:
-            raise UnsafePickle(self.file, f"{module}.{name}")
+            raise unsafe(self.file, f"{module}.{name}")
         return ALLOWED[module, name]
 
     def load_build(self) -> None:
         """Give a record that was just made its attributes."""
         state, made = self.stack.pop(), self.stack[-1]
         if type(made) in _PROPERTIES:
-            made.__setstate__(state)
-        elif type(made) in _RECORDS and type(state) is dict:
+            _PROPERTIES[type(made)](made, state)
+        elif type(made) in _RECORDS and isinstance(state, dict):
             vars(made).update(state)
         else:
-            raise UnsafePickle(self.file, f"a change of {type(made).__name__}")
+            raise unsafe(self.file, f"a change of {type(made).__name__}")
 
-    dispatch = {**pickle._Unpickler.dispatch, pickle.BUILD[0]: load_build}  # noqa: RUF012
+    dispatch = {**pickle._Unpickler.dispatch, pickle.BUILD[0]: load_build}  # type: ignore[assignment]  # noqa: RUF012
 
 
 def read_metadata(reader: FileSystemReader, *args: object, **kwargs: object) -> Metadata:
@@ -142,7 +153,41 @@ def load_object(file: io.BytesIO | Path, name: object) -> Any:
         with torch.serialization.safe_globals([_NUMPY_1]):
             return torch.load(file, weights_only=True)
     except pickle.UnpicklingError as error:
-        raise UnsafePickle(name, wanted(error)) from error
+        raise unsafe(name, wanted(error)) from error
+
+
+def check_readable(args: argparse.Namespace) -> None:
+    """Raise ValueError for a flag whose value a checkpoint of this run could not be read with.
+
+    A script's own flags may have values of its own classes.
+    """
+    if _comes_back(args):
+        return
+    name, value = next(each for each in vars(args).items() if not _comes_back(each[1]))
+    raise ValueError(
+        f"{name} is a {type(value).__module__}.{type(value).__qualname__}, which no checkpoint of "
+        "this run could be read with: give the flag a text or a number, or call "
+        "torch.serialization.add_safe_globals for it in the script"
+    )
+
+
+def _comes_back(value: object) -> bool:
+    file = io.BytesIO()
+    try:
+        torch.save(value, file)
+        file.seek(0)
+        load_object(file, "args")
+    except Exception:  # whatever a class does when it is pickled
+        return False
+    return True
+
+
+def cause_of(error: CheckpointException) -> BaseException:
+    """Return what went wrong where torch says that something did, on the first rank that says."""
+    cause: BaseException = error
+    while isinstance(cause, CheckpointException) and cause.failures:
+        ((cause, _), *_) = cause.failures.values()
+    return cause
 
 
 def wanted(error: BaseException) -> str:

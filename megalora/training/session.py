@@ -17,6 +17,7 @@ from megalora.checkpoint.base import differences, fingerprint, load_base
 from megalora.checkpoint.find import Found, find_on_all_ranks
 from megalora.checkpoint.schedule import stored_rates
 from megalora.checkpoint.state import check_same_adapters, describe_base
+from megalora.checkpoint.unpickle import check_readable
 from megalora.config import LoRAConfig
 from megalora.hf.base import load_hf_base
 from megalora.hf.exchange import load_adapter
@@ -48,6 +49,8 @@ def start(args: argparse.Namespace) -> LoRAConfig | None:
     change_args(args, before_building(args, config))
     if config is not None:
         patches.install(patches.TRAINING)
+        if args.save:
+            check_readable(args)
     return config
 
 

@@ -4,6 +4,7 @@ import argparse
 import importlib
 import os
 from collections.abc import Callable, Sequence
+from typing import Any
 
 _TRUE = ("1", "y", "yes", "true")
 # Megatron gives these no word about remote code, and transformers then asks at the terminal.
@@ -73,7 +74,7 @@ def _without_asking[R](build: Callable[[], R], tokenizer_type: str) -> R:
     """Return what builds a tokenizer; a file that brings Python is a ValueError, not a question."""
     if tokenizer_type not in _ASKING:
         return build()
-    dynamic = importlib.import_module("transformers.dynamic_module_utils")
+    dynamic: Any = importlib.import_module("transformers.dynamic_module_utils")
     before, dynamic.TIME_OUT_REMOTE_CODE = dynamic.TIME_OUT_REMOTE_CODE, 0
     try:
         return build()
