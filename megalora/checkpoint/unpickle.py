@@ -62,6 +62,12 @@ _NUMPY_1 = (
     cast("Callable[..., object]", np.empty(0).__reduce__()[0]),
     "numpy.core.multiarray._reconstruct",
 )
+# All but those that name what this process has registered for the pickles of others.
+_OPCODES = {
+    opcode: load
+    for opcode, load in pickle._Unpickler.dispatch.items()
+    if opcode not in (pickle.EXT1[0], pickle.EXT2[0], pickle.EXT4[0])
+}
 _ADVICE = (
     "reading a checkpoint needs no such thing and it could run code, so it was not loaded: get the "
     "checkpoint from whom you trust, saved anew by Megatron in the format torch_dist"
@@ -105,7 +111,7 @@ class MetadataUnpickler(pickle._Unpickler):
         else:
             raise unsafe(self.file, f"a change of {type(made).__name__}")
 
-    dispatch = {**pickle._Unpickler.dispatch, pickle.BUILD[0]: load_build}  # type: ignore[assignment]  # noqa: RUF012
+    dispatch = {**_OPCODES, pickle.BUILD[0]: load_build}  # type: ignore[assignment]  # noqa: RUF012
 
 
 def read_metadata(reader: FileSystemReader, *args: object, **kwargs: object) -> Metadata:
