@@ -2,16 +2,26 @@
 
 import argparse
 import itertools
+import pickle
 import shutil
 import sys
 import types
+from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PosixPath
 
 import pytest
 import torch
+from torch.distributed._shard.sharded_tensor import metadata as before_torch_2_3
+from torch.distributed.checkpoint.filesystem import FileSystemReader
+from torch.distributed.checkpoint.metadata import Metadata, StorageMeta, TensorStorageMetadata
 
-from megalora.checkpoint.unpickle import check_readable
+from megalora.checkpoint.unpickle import (
+    ALLOWED,
+    MetadataUnpickler,
+    check_readable,
+    read_metadata,
+)
 from megalora.training.trust import check_spec, check_trust
 from tests.support.forgery import Payload, forge, in_file, in_tensor, runs, set_flag
 from tests.support.forked import SCRIPT, Ranks, call
@@ -166,7 +176,7 @@ def test_a_run_does_not_import_what_a_checkpoint_names(honest: Path, tmp_path: P
     marker = tmp_path / "marker"
     (tmp_path / "stranger.py").write_text(f"layers = open({str(marker)!r}, 'w')")
     copy = shutil.copytree(honest / "base", tmp_path / "base")
-    set_flag(copy / BASE, "spec", ["stranger", "layers"])
+    call(set_flag, copy / BASE, "spec", ["stranger", "layers"])
     script = shutil.copy(SCRIPT, tmp_path)
     words = ["--pretrained-checkpoint", copy, *ARGS]
     train(1, tmp_path / "plain", *words, iters=1, script=script).fail()
@@ -255,3 +265,48 @@ def test_a_variable_that_lets_torch_run_code_is_refused(monkeypatch: pytest.Monk
     monkeypatch.setenv("TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD", "1")
     with pytest.raises(ValueError, match="TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD is set"):
         check_trust(argparse.Namespace())
+
+
+# --- what real checkpoints name ---
+
+
+class Recorder(MetadataUnpickler):
+    """Keeps what a file asks for."""
+
+    asked: set[tuple[str, str]] = set()  # noqa: RUF012
+
+    def find_class(self, module: str, name: str) -> object:
+        """Note a name, and return what it stands for."""
+        self.asked.add((module, name))
+        return super().find_class(module, name)
+
+
+def as_others_wrote_it() -> Iterator[bytes]:
+    """Yield what earlier versions of torch, Megatron and Python put into the file."""
+    properties = before_torch_2_3.TensorProperties(torch.float32)
+    tensor = TensorStorageMetadata(properties, torch.Size([1]), [])  # type: ignore[arg-type]
+    data = pickle.dumps(
+        Metadata({"a": tensor}, None, {}, StorageMeta(checkpoint_id=PosixPath("a"))), protocol=2
+    )
+    yield data
+    yield data.replace(b"cpathlib\n", b"cpathlib._local\n")
+
+
+def test_the_table_has_what_real_files_name_and_nothing_else(honest: Path, tmp_path: Path) -> None:
+    train(1, tmp_path / "run", *LORA, "--use-distributed-optimizer", iters=1).succeed()
+    # Its second save writes names that the first did not.
+    constant = ["--ckpt-assume-constant-structure", "--save-interval", 1]
+    train(1, tmp_path / "constant", *constant, iters=2).succeed()
+    files = [*honest.rglob(".metadata"), *tmp_path.rglob(".metadata")]
+    assert len(files) == 5
+    for data in (*(file.read_bytes() for file in files), *as_others_wrote_it()):
+        assert isinstance(Recorder(data, "file").load(), Metadata)
+    dtypes = {name for name, value in ALLOWED.items() if isinstance(value, torch.dtype)}
+    assert {name for name in Recorder.asked if name not in dtypes} == {*ALLOWED} - dtypes
+
+
+def test_a_file_is_read_as_torch_reads_it(honest: Path) -> None:
+    reader = FileSystemReader(honest / "base" / BASE)
+    ours, torchs = read_metadata(reader), reader.read_metadata()
+    assert ours == torchs
+    assert pickle.dumps(ours) == pickle.dumps(torchs)

@@ -7,9 +7,11 @@ from collections.abc import Mapping, Sequence
 from functools import cached_property, lru_cache
 from typing import Any, Protocol
 
-from jinja2 import Environment, meta
+from jinja2 import meta
+from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from megalora.data.chats import Chat, Message
+from megalora.data.template_limits import template_errors, time_limit
 
 type Span = tuple[int, int]
 
@@ -136,7 +138,8 @@ class ChatTemplate:
         question: Message = {"role": "user", "content": "q"}
         answer: Message = {"role": "assistant", "content": "", "tool_calls": [call]}
         try:
-            self.tokenizer.apply_chat_template([question, answer], tokenize=False)
+            with time_limit():
+                self.tokenizer.apply_chat_template([question, answer], tokenize=False)
         except TypeError:
             return True
         except Exception:  # the template's own refusal, met again in the chat
@@ -183,7 +186,7 @@ class ChatTemplate:
     def _render(
         self, chat: Chat, messages: list[Message], *, add_generation_prompt: bool = False
     ) -> str:
-        try:
+        with template_errors():
             return self.tokenizer.apply_chat_template(
                 messages,
                 tools=chat.tools or None,
@@ -191,33 +194,31 @@ class ChatTemplate:
                 add_generation_prompt=add_generation_prompt,
                 **chat.variables,
             )
-        except Exception as error:  # templates raise whatever their expressions do
-            raise ValueError(
-                f"the chat template refuses it ({type(error).__name__}: {error}): change the row "
-                "or give another --chat-template"
-            ) from error
 
     def _render_blocks(self, chat: Chat, messages: list[Message]) -> tuple[str, list[Span]]:
         """Return the text and where its {% generation %} blocks stand."""
         from transformers.utils.chat_template_utils import render_jinja_template
 
         render: Any = render_jinja_template
-        texts, blocks = render(
-            conversations=[messages],
-            tools=chat.tools or None,
-            chat_template=self._source(chat),
-            return_assistant_tokens_mask=True,
-            **{**self.tokenizer.special_tokens_map, **chat.variables},
-        )
+        with template_errors():
+            texts, blocks = render(
+                conversations=[messages],
+                tools=chat.tools or None,
+                chat_template=self._source(chat),
+                return_assistant_tokens_mask=True,
+                **{**self.tokenizer.special_tokens_map, **chat.variables},
+            )
         return texts[0], blocks[0]
 
 
 @lru_cache(maxsize=8)
 def _variables(source: str) -> frozenset[str]:
     """Return the variables that a template is given from outside."""
-    environment = Environment(extensions=["jinja2.ext.loopcontrols"])
-    tree = environment.parse(_GENERATION.sub("", source))
-    return frozenset(meta.find_undeclared_variables(tree))
+    environment = ImmutableSandboxedEnvironment(extensions=["jinja2.ext.loopcontrols"])
+    with template_errors():
+        tree = environment.parse(_GENERATION.sub("", source))
+        # NOTE: it computes what is constant.
+        return frozenset(meta.find_undeclared_variables(tree))
 
 
 def _behind(head: str, text: str, messages: list[Message]) -> str | None:

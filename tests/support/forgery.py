@@ -50,8 +50,7 @@ def forge(checkpoint: Path, place: str, value: object) -> bytes:
         data = pickle.dumps(metadata)
         (checkpoint / place).write_bytes(data)
     elif place.endswith(".pt"):
-        stored = torch.load(checkpoint / place, weights_only=False) if "mp_rank" in place else {}
-        data = _saved({**stored, "iteration": 1, "more": value})
+        data = _saved({"iteration": 1, "more": value})
         (checkpoint / place).write_bytes(data)
     else:
         data = _saved([value])
