@@ -3,29 +3,62 @@
 import argparse
 import importlib
 import importlib.util
+import os
 import sys
 from collections.abc import Sequence
+from contextlib import nullcontext
 from typing import Any
 
 import megalora
+from megalora.hf.signals import Stopped, stopping
 
 # Modules with parsers of commands, and the function that adds them.
 _PARSERS = (("megalora.recommend", "add_parser"), ("megalora.hf.cli", "add_parsers"))
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one command; returns the exit status, 2 where the user's input is wrong."""
+    """Run one command; returns the exit status.
+
+    It is 2 where the user's input is wrong or a file cannot be read or written, and 128 and the
+    signal's number where a signal ended the command.
+    """
     argv = list(sys.argv[1:] if argv is None else argv)
     # What follows the script's name is the script's, --help included.
     rest = argv[2:] if argv[:1] == ["run"] and argv[1:2] != ["--help"] else []
     parser = make_parser(argv[0] if argv else "")
     args = parser.parse_args(argv[: len(argv) - len(rest)])
     args.rest = rest
+    output = getattr(args, "output", None)
+    before = _identity(output)
     try:
-        return args.func(args) or 0
-    except (ValueError, FileExistsError, FileNotFoundError) as error:
+        # A script that is run has signal handlers of its own.
+        with nullcontext() if argv[:1] == ["run"] else stopping():
+            return args.func(args) or 0
+    except Stopped as stop:
+        done = f"{output} is written" if _identity(output) != before else "nothing was written"
+        print(f"error: stopped by {stop.signal.name}: {done}", file=sys.stderr)
+        return 128 + stop.signal
+    except OSError as error:
+        if os.environ.get("MEGALORA_TRACEBACK"):
+            raise
+        print(f"error: {_sentence(error)}", file=sys.stderr)
+    except ValueError as error:
         print(f"error: {error}", file=sys.stderr)
-        return 2
+    return 2
+
+
+def _sentence(error: OSError) -> str:
+    reason = error.strerror or str(error)
+    return reason if error.filename is None else f"{os.fspath(error.filename)}: {reason}"
+
+
+def _identity(directory: str | None) -> tuple[int, int] | None:
+    """Return what tells a directory from another that takes its place."""
+    try:
+        status = os.stat(directory or "")
+    except OSError:
+        return None
+    return status.st_dev, status.st_ino
 
 
 def make_parser(command: str) -> argparse.ArgumentParser:

@@ -22,6 +22,7 @@ from dataclasses import dataclass
 from pathlib import Path, PurePath
 from typing import Literal
 
+from megalora.checkpoint.durable import sync
 from megalora.checkpoint.ranks import on_all_ranks
 
 TRACKER = "latest_checkpointed_iteration.txt"
@@ -87,6 +88,7 @@ def write_tracker(root: Path, newest: Iteration) -> None:
             file.flush()
             os.fsync(file.fileno())
         beside.replace(root / TRACKER)
+        sync(root)
     finally:
         beside.unlink(missing_ok=True)
 

@@ -13,8 +13,9 @@ from megatron.core.optimizer import MegatronOptimizer
 from megatron.training import async_utils, get_args, training
 from torch.distributed.checkpoint.api import CheckpointException
 
-from megalora.checkpoint import optimizer_state, writers
+from megalora.checkpoint import lock, optimizer_state, writers
 from megalora.checkpoint.layout import iteration_directory, read_iteration
+from megalora.checkpoint.ranks import on_all_ranks
 
 _POLL_S = 0.05
 
@@ -40,9 +41,11 @@ class Saver:
     ) -> None:
         """Save, or start to, with a manifest, into a directory without stale files.
 
-        A failure is reported with what is left to go on from, and raised.
+        A failure is reported with what is left to go on from, and raised. ValueError, before
+        anything is written, where another run has taken the directory.
         """
         run: Any = get_args()
+        on_all_ranks(lambda: lock.check(run.save), only=0)
         if iteration in self.pending:
             # Else its files would be removed, or mixed, under the process that writes them.
             training.maybe_finalize_async_save(blocking=True)
@@ -100,18 +103,20 @@ def _check_writer() -> None:
 @contextlib.contextmanager
 def _reported(iteration: int, directory: str) -> Iterator[None]:
     """Say, where a save fails, what is left to go on from."""
-    try:
-        yield
-    # torch's CheckpointException, of what a writing process ran into, is no Exception.
-    except (Exception, CheckpointException) as error:
-        previous = read_iteration(Path(directory))
-        left = "no earlier checkpoint" if previous is None else f"iteration {previous}, intact"
-        print(
-            f"error: checkpoint of iteration {iteration} was not saved in {directory}: "
-            f"{_cause(error)}. What is left there is {left}: make room and start again",
-            flush=True,
-        )
-        raise
+    with writers.said_of_failures() as said:
+        try:
+            yield
+        # torch's CheckpointException, of what a writing process ran into, is no Exception.
+        except (Exception, CheckpointException) as error:
+            previous = read_iteration(Path(directory))
+            left = "no earlier checkpoint" if previous is None else f"iteration {previous}, intact"
+            print(
+                f"error: checkpoint of iteration {iteration} was not saved in {directory}: "
+                f"{said[0] if said else _cause(error)}. What is left there is {left}: make room "
+                "and start again",
+                flush=True,
+            )
+            raise
 
 
 def _remove_stale(root: Path, iteration: int) -> None:

@@ -6,7 +6,9 @@ a rank and to everything it started. The rank answers by a last save (--exit-sig
 which it needs both; and a rank that is killed leaves them behind, holding memory of the GPU.
 """
 
+import contextlib
 import functools
+import logging
 import multiprocessing
 import os
 import signal
@@ -24,6 +26,8 @@ if TYPE_CHECKING:
     from megatron.core.dist_checkpointing.strategies.async_utils import PersistentAsyncCaller
 
 _WATCH_S = 1.0
+# Of Megatron's writers: they say there why a write failed, and raise only that it did.
+_LOGGER = "megatron.core.dist_checkpointing.strategies.filesystem_async"
 
 
 def outliving(loop: Callable[..., None]) -> Callable[..., None]:
@@ -60,6 +64,20 @@ def forget_writer() -> None:
     for queue in (_caller()._persistent_queue, _caller()._persistent_preload_q):
         if queue is not None:
             queue.cancel_join_thread()
+
+
+@contextlib.contextmanager
+def said_of_failures() -> Iterator[list[str]]:
+    """Collect what is logged in this process of writes that fail."""
+    said: list[str] = []
+    handler = logging.Handler(logging.ERROR)
+    handler.emit = lambda record: said.append(record.getMessage())
+    logger = logging.getLogger(_LOGGER)
+    logger.addHandler(handler)
+    try:
+        yield said
+    finally:
+        logger.removeHandler(handler)
 
 
 def _writers() -> Iterator[BaseProcess]:

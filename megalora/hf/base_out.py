@@ -9,7 +9,8 @@ import torch.distributed as dist
 from torch import Tensor
 
 from megalora.hf.base import check_built_for, parameters, placement
-from megalora.hf.files import MODEL, save_tensors, whole_directory, write_json
+from megalora.hf.directories import whole_directory
+from megalora.hf.files import MODEL, save_tensors, write_json
 from megalora.hf.weights import Piece, Weights
 from megalora.model.config_json import mapped_family
 from megalora.model.families import FAMILIES, mapped_families

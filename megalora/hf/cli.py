@@ -2,6 +2,8 @@
 
 import argparse
 
+from megalora.hf.directories import check_place
+
 Subparsers = argparse._SubParsersAction
 
 _HF_MODEL = "directory of the base: config.json and safetensors"
@@ -20,6 +22,11 @@ def _command(subparsers: Subparsers, name: str, about: str, more: str) -> argpar
 
 
 def _run(args: argparse.Namespace) -> int:
+    if hasattr(args, "output"):
+        # What is read, by its name on the command line.
+        names = {"checkpoint": "checkpoint", "adapter": "adapter", "--hf-model": "hf_model"}
+        inputs = {name: getattr(args, field, None) for name, field in names.items()}
+        check_place(args.output, overwrite=args.overwrite, inputs=inputs)
     # It imports torch, which --help must not wait for.
     from megalora.hf.commands import COMMANDS
 
@@ -29,7 +36,11 @@ def _run(args: argparse.Namespace) -> int:
 
 def _add_output(parser: argparse.ArgumentParser, what: str) -> None:
     parser.add_argument("--output", required=True, metavar="DIR", help=what)
-    parser.add_argument("--overwrite", action="store_true", help="replace an existing --output")
+    parser.add_argument(
+        "--overwrite",
+        action="store_true",
+        help="replace an earlier --output, of which megalora wrote every file",
+    )
 
 
 def _add_export(subparsers: Subparsers) -> None:

@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Literal
 
 import torch
-import torch.distributed as dist
 
 from megalora.adapters.pissa import at_start
 from megalora.adapters.start import draw_uniform
@@ -94,6 +93,7 @@ def export_adapter(
 ) -> None:
     """Write a model's adapters as a PEFT directory, from rank 0. All ranks must call it.
 
+    Raises ValueError, on all ranks, where it cannot be written; see `write_adapter`.
     vocab_size: rows of the Hugging Face vocabulary; None keeps Megatron's padded ones.
     hf_model: directory of the base, whose family names the modules.
     """
@@ -103,21 +103,23 @@ def export_adapter(
     if config.init == "pissa":
         with at_start(model_chunks):
             initial = gather_adapters(model_chunks)
-    if dist.get_rank() == 0:
+
+    def write() -> None:
         rows = tensors[OUTPUT_B].shape[0] if OUTPUT_B in tensors else 0
-        shape = replace(shape, vocab_size=vocab_size or rows)
+        sizes = replace(shape, vocab_size=vocab_size or rows)
         write_adapter(
             directory,
-            to_hf(tensors, config, shape, initial=initial),
+            to_hf(tensors, config, sizes, initial=initial),
             base_model_name=base_model_name,
             format=format,
-            num_layers=shape.num_layers,
-            num_experts=shape.num_moe_experts or None,
-            moe_layers=shape.moe_layers or None,
+            num_layers=sizes.num_layers,
+            num_experts=sizes.num_moe_experts or None,
+            moe_layers=sizes.moe_layers or None,
             overwrite=True,
         )
         print(f"> LoRA: exported the adapter to {directory}", flush=True)
-    dist.barrier()
+
+    on_all_ranks(write, only=0)
 
 
 def check_export(

@@ -1,11 +1,8 @@
-"""Files of a Hugging Face directory: read safely, written whole or not at all."""
+"""Files of a Hugging Face directory, read safely."""
 
 import json
 import os
-import shutil
-import tempfile
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Iterator, Mapping
 from pathlib import Path, PurePath
 from typing import Any
 
@@ -129,58 +126,11 @@ def save_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
         partial = tensor.numel() * tensor.element_size() != tensor.untyped_storage().nbytes()
         whole[name] = tensor.clone() if partial or pointer in seen else tensor
         seen.add(whole[name].untyped_storage().data_ptr())
-    save_file(whole, path, metadata={"format": "pt"})
+    try:
+        save_file(whole, path, metadata={"format": "pt"})
+    except SafetensorError as error:
+        raise OSError(None, f"{error}", str(path)) from error
     # safetensors makes files that only their owner can read: give them the permissions of others.
     mask = os.umask(0)
     os.umask(mask)
     os.chmod(path, 0o666 & ~mask)
-
-
-@contextmanager
-def whole_directory(target: str | os.PathLike[str], *, overwrite: bool = False) -> Iterator[Path]:
-    """Give a directory to fill that appears as `target` at the end, or not at all.
-
-    It is filled beside the target and renamed. An existing target that is not empty is refused
-    unless `overwrite`, and then replaced only once the new one is complete.
-    """
-    path = Path(target).absolute()
-    if path.exists() and not path.is_dir():
-        raise ValueError(f"output {path} is a file: give a directory")
-    if path.is_dir() and any(path.iterdir()) and not overwrite:
-        raise ValueError(f"output {path} is not empty: give another directory or --overwrite")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    beside = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
-    try:
-        yield beside
-        os.chmod(beside, 0o777 & ~_umask())
-        _replace(beside, path)
-    except BaseException:
-        shutil.rmtree(beside, ignore_errors=True)
-        raise
-
-
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
-
-
-def _replace(new: Path, path: Path) -> None:
-    if not path.exists():
-        os.rename(new, path)
-        return
-    old = Path(tempfile.mkdtemp(prefix=f".{path.name}.old.", dir=path.parent))
-    os.rename(path, old)
-    try:
-        os.rename(new, path)
-    except OSError:
-        os.rename(old, path)
-        raise
-    shutil.rmtree(old)
-
-
-def copy_other_files(source: Path, target: Path, skip: Callable[[str], bool]) -> None:
-    """Copy the plain files of a directory, configuration and tokenizer, but for the skipped."""
-    for file in sorted(source.iterdir()):
-        if file.is_file() and not skip(file.name):
-            shutil.copy2(file, target / file.name)

@@ -8,16 +8,12 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from megalora.hf.copies import copy_files, other_files
+from megalora.hf.directories import whole_directory
 from megalora.hf.factors import LoRAFactors, check_finite, summarise
-from megalora.hf.files import (
-    MODEL,
-    copy_other_files,
-    read_json,
-    save_tensors,
-    whole_directory,
-    write_json,
-)
+from megalora.hf.files import MODEL, read_json, save_tensors, write_json
 from megalora.hf.safetensors_files import HFWeights
+from megalora.hf.written import MANIFEST
 from megalora.model.config_json import load_config
 
 _EMBEDDING, _UNEMBEDDING = "model.embed_tokens.weight", "lm_head.weight"
@@ -45,7 +41,8 @@ def merge_adapter(
     weights = HFWeights(source)
     untie = "lm_head" in factors and bool(config.get("tie_word_embeddings"))
     _check_fits(weights, factors, untie=untie)
-    with whole_directory(output, overwrite=overwrite) as target:
+    others = other_files(source, skip=_is_rewritten)
+    with whole_directory(output, overwrite=overwrite, inputs={"--hf-model": source}) as target:
         total = 0
         for file_name in weights.files.file_names():
             tensors = _merged_file(weights, file_name, factors, untie=untie)
@@ -53,7 +50,7 @@ def merge_adapter(
             save_tensors(target / file_name, tensors)
             if progress:
                 progress(file_name)
-        copy_other_files(source, target, skip=_is_rewritten)
+        copy_files(others, target)
         write_json(
             target / "config.json", {**config, "tie_word_embeddings": False} if untie else config
         )
@@ -66,6 +63,7 @@ def _is_rewritten(name: str) -> bool:
     return name.endswith((".safetensors", ".bin", ".pth", ".pt")) or name in (
         "config.json",
         f"{MODEL}.safetensors.index.json",
+        MANIFEST,
     )
 
 

@@ -19,14 +19,16 @@ from megatron.core.models.gpt.gpt_model import GPTModel
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 from torch._C._distributed_c10d import HashStore
+from torch.distributed.checkpoint.api import CheckpointException
 
 from megalora.adapters.factors import to_checkpoint
 from megalora.adapters.kinds import kind_named
 from megalora.checkpoint.layout import RELEASE, Iteration, iteration_directory, write_tracker
 from megalora.checkpoint.read import DESCRIPTION, read_adapter_checkpoint
+from megalora.checkpoint.writers import said_of_failures
 from megalora.config import LoRAConfig
 from megalora.hf.base import load_hf_base
-from megalora.hf.files import whole_directory
+from megalora.hf.directories import whole_directory
 from megalora.model.config_json import family_of, read_config
 from megalora.model.megatron import megatron_args
 from megalora.model.shape import ModelShape, refuse_hybrid
@@ -92,7 +94,13 @@ def _save(model: Mapping[str, Any], target: Path, iteration: Iteration) -> None:
     directory = iteration_directory(target, iteration)
     directory.mkdir()
     state = {"model": model, "iteration": 0, "checkpoint_version": 3.0}
-    dist_checkpointing.save(state, str(directory), verify_integrity=True)
+    with said_of_failures() as said:
+        try:
+            dist_checkpointing.save(state, str(directory), verify_integrity=True)
+        # torch's, which is no Exception, wraps whatever a write runs into.
+        except CheckpointException as error:
+            reasons = said or [str(failure[0]) for failure in error.failures.values()]
+            raise OSError(None, reasons[0]) from error
     write_tracker(target, iteration)
 
 
@@ -111,7 +119,9 @@ def import_base(
     """
     config = read_config(hf_model)
     family_of(config)
-    with whole_directory(directory, overwrite=overwrite) as target, one_process():
+    inputs = {"--hf-model": hf_model}
+    place = whole_directory(directory, overwrite=overwrite, inputs=inputs)
+    with place as target, one_process():
         model = build_base(config, dtype)
         load_hf_base([model], hf_model, progress=progress)
         group = parallel_state.get_data_parallel_group(with_context_parallel=True)

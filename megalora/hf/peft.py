@@ -10,13 +10,13 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor
 
+from megalora.hf.directories import whole_directory
 from megalora.hf.factors import LoRAFactors, check_finite, summarise
 from megalora.hf.files import (
     ADAPTER,
     TensorFiles,
     read_json,
     save_tensors,
-    whole_directory,
     write_json,
 )
 from megalora.hf.peft_config import (

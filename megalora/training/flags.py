@@ -6,7 +6,9 @@ from pathlib import Path
 from typing import Any
 
 from megalora import cpu
+from megalora.checkpoint.layout import read_tracker
 from megalora.config import LoRAConfig
+from megalora.hf.directories import check_place, relation_of
 from megalora.model.config_json import read_config
 from megalora.model.megatron import megatron_flags
 from megalora.model.shape import refuse_hybrid
@@ -72,6 +74,7 @@ def check_flags(args: argparse.Namespace, config: LoRAConfig | None) -> None:
     _check_bases(args)
     check_output_args(args)
     if config is not None:
+        check_save(args)
         refuse_fsdp(args)
         check_checkpoint_args(args)
 
@@ -92,18 +95,46 @@ def _check_bases(args: argparse.Namespace) -> None:
 
 
 def check_output_args(args: argparse.Namespace) -> None:
-    """Raise ValueError for output directories that hold something else."""
-    if args.export_hf and not may_export_to(Path(args.export_hf)):
-        raise ValueError(
-            f"export_hf {args.export_hf!r} exists and is no adapter: give a new directory"
-        )
-    for other in ("save", "load", "pretrained_checkpoint", "hf_model", "export_hf"):
-        path = getattr(args, other)
-        if args.save_merged and path and Path(path).resolve() == Path(args.save_merged).resolve():
+    """Raise ValueError for output directories that hold something else, or are read."""
+    read = ("hf_model", "pretrained_checkpoint", "lora_load")
+    outputs = [flag for flag in ("export_hf", "save_merged") if getattr(args, flag)]
+    for flag in outputs:
+        others = {other: getattr(args, other) for other in (*read, *outputs) if other != flag}
+        check_place(getattr(args, flag), overwrite=True, inputs=others, name=flag)
+        for other in ("save", "load"):
+            path = getattr(args, other)
+            # Below the checkpoints there may be more.
+            if path and relation_of(getattr(args, flag), path) in ("also", "above"):
+                raise ValueError(
+                    f"{flag} {getattr(args, flag)!r} is the directory of {other} too, or above it: "
+                    "give a new directory"
+                )
+
+
+def check_save(args: argparse.Namespace) -> None:
+    """Raise ValueError where --save would hide, or mix its checkpoints with, those of another."""
+    if not args.save:
+        return
+    for flag, relations in {
+        "pretrained_checkpoint": ("also", "inside"),
+        "hf_model": ("also", "inside"),
+        "lora_load": ("also", "inside", "above"),
+    }.items():
+        source = getattr(args, flag)
+        relation = relation_of(args.save, source) if source else ""
+        if relation in relations:
             raise ValueError(
-                f"save_merged {args.save_merged!r} is the directory of {other} too, whose "
-                "checkpoints it would hide: give a new directory"
+                f"save {args.save!r} is {relation} {flag} {source!r}, which checkpoints would "
+                "change: give a directory of its own"
             )
+    goes_on = args.load and relation_of(args.save, args.load) == "also"
+    tracker = read_tracker(Path(args.save))
+    if tracker.newest is not None and not goes_on:
+        raise ValueError(
+            f"save {args.save!r} holds checkpoints already (the newest is {tracker.newest}), which "
+            f"this new run would mix with its own: add --load {args.save} to go on from them, or "
+            "give another --save"
+        )
 
 
 def refuse_fsdp(args: argparse.Namespace) -> None:
@@ -152,13 +183,4 @@ def check_same_optimizer(args: argparse.Namespace, description: Mapping[str, Any
         f"{args.load!r} was saved with {stored}, and Megatron cannot turn one's states into the "
         f"other's: {remedy} --use-distributed-optimizer, or set --no-load-optim to start the "
         "optimizer anew"
-    )
-
-
-def may_export_to(directory: Path) -> bool:
-    """Say whether an export may replace a directory: nothing is there, or an earlier export."""
-    if not directory.exists():
-        return True
-    return directory.is_dir() and (
-        (directory / "adapter_config.json").is_file() or not any(directory.iterdir())
     )

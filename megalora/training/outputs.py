@@ -20,6 +20,7 @@ from megalora.checkpoint.merged import save_merged
 from megalora.checkpoint.ranks import on_all_ranks
 from megalora.config import LoRAConfig
 from megalora.hf import exchange
+from megalora.hf.directories import WholeDirectory
 
 
 def check_outputs(
@@ -56,7 +57,30 @@ def write_outputs(
             vocab_size=hf_vocab_size(args),
         )
     if args.save_merged:
-        save_merged(model_chunks, args.save_merged)
+        _write_merged(model_chunks, args.save_merged)
+
+
+def _write_merged(model_chunks: Sequence[torch.nn.Module], directory: str) -> None:
+    """Save the merged model, whole or not at all. All ranks must call it."""
+    # Rank 0 alone makes the directory, and gives it its place.
+    made: list[WholeDirectory] = []
+
+    def begin() -> Path:
+        made.append(WholeDirectory(directory, overwrite=True, name="save_merged"))
+        with made[0].telling():
+            return made[0].begin()
+
+    def finish() -> None:
+        with made[0].telling():
+            made[0].finish()
+
+    try:
+        save_merged(model_chunks, on_all_ranks(begin, only=0))
+        on_all_ranks(finish, only=0)
+    except BaseException:
+        for whole in made:
+            whole.drop()
+        raise
 
 
 def outputs_have_to_wait(args: argparse.Namespace) -> bool:

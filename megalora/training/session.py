@@ -13,8 +13,10 @@ from megatron.training import print_rank_0
 
 from megalora.arguments import given_lora_fields, lora_config_from_args
 from megalora.builder import apply_lora
+from megalora.checkpoint import lock
 from megalora.checkpoint.base import differences, fingerprint, load_base
 from megalora.checkpoint.find import Found, find_on_all_ranks
+from megalora.checkpoint.ranks import on_all_ranks
 from megalora.checkpoint.schedule import stored_rates
 from megalora.checkpoint.state import check_same_adapters, describe_base
 from megalora.checkpoint.unpickle import check_readable
@@ -62,6 +64,8 @@ def prepare(
     Returns the configuration that they have: a resumed run knows it only now. What Megatron itself
     then loads is an adapter checkpoint in --load, where there is one.
     """
+    if config is not None and args.save:
+        on_all_ranks(lambda: lock.take(args.save), only=0)
     found = find_checkpoint(args, config)
     if config is None:
         if args.hf_model:
