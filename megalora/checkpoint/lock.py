@@ -204,9 +204,9 @@ def _holder(content: bytes | None) -> Holder | None:
     try:
         fields = json.loads((content or b"").partition(b"\n")[2])
         owner = fields.pop("owner")
-        numbers = {"restarts": int(fields.pop("restarts"))}
+        texts = {name: str(fields[name]) for name in ("host", "nonce", "since", "job")}
         owner = Owner(str(owner["machine"]), int(owner["pid"]), int(owner["start"]))
-        return Holder(owner=owner, **numbers, **{name: str(fields[name]) for name in fields})
+        return Holder(owner=owner, restarts=int(fields["restarts"]), **texts)
     except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
         return None
 

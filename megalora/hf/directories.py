@@ -36,8 +36,7 @@ def check_place(
     try:
         _refuse_places(shown, path, is_link=os.path.islink(target))
         for what, source in (inputs or {}).items():
-            relation = source and relation_of(path, source)
-            if relation:
+            if source is not None and (relation := relation_of(path, source)):
                 raise ValueError(
                     f"{shown} is {relation} {what} {os.fspath(source)!r}: give a directory apart "
                     "from it"
