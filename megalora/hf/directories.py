@@ -153,8 +153,10 @@ class WholeDirectory:
             yield
         except OSError as error:
             reason = error.strerror or str(error)
-            file = Path(os.fsdecode(error.filename or self.filling))
-            if not file.is_relative_to(self.filling):
+            file = Path(os.fsdecode(error.filename or self.filling / "file"))
+            if file == self.filling:
+                reason = f"{file.parent}: {reason}"
+            elif not file.is_relative_to(self.filling):
                 reason = f"{file}: {reason}"
             raise ValueError(
                 f"{self._shown} cannot be written: {reason}: nothing was written to it"

@@ -68,11 +68,15 @@ class TensorFiles:
         if file_name not in self._open:
             path = self.directory / file_name
             try:
+                # Of a file that may not be read safe_open says that it is not there.
+                path.open("rb").close()
                 # NOTE: never a context manager: slices stay lazy as long as the handle lives.
                 self._open[file_name] = safe_open(path, framework="pt", device="cpu")
             except FileNotFoundError:
                 raise ValueError(f"{path} is missing: the checkpoint is incomplete") from None
-            except (SafetensorError, OSError) as error:
+            except OSError as error:
+                raise ValueError(f"{path} cannot be read ({error.strerror})") from None
+            except SafetensorError as error:
                 raise ValueError(
                     f"{path} is not a whole safetensors file ({error}): download it again"
                 ) from None
