@@ -65,6 +65,8 @@ def main() -> None:
         out / "lora",
         out / "adapter",
     )
+    if any(out.iterdir()) and not (out / "pretrain.log").exists():
+        parser.error(f"--output {out} holds something else: give a new directory")
     for made_before in (checkpoint, adapter, out / "base-hf"):
         shutil.rmtree(made_before, ignore_errors=True)
 

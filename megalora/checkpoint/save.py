@@ -1,7 +1,6 @@
 """Saving without losing the checkpoint before: checksums, stale directories, clear reports."""
 
 import contextlib
-import shutil
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -14,10 +13,18 @@ from megatron.training import async_utils, get_args, training
 from torch.distributed.checkpoint.api import CheckpointException
 
 from megalora.checkpoint import lock, optimizer_state, writers
-from megalora.checkpoint.layout import iteration_directory, read_iteration
+from megalora.checkpoint.layout import (
+    FORMAT,
+    MANIFEST,
+    METADATA,
+    iteration_directory,
+    read_iteration,
+)
 from megalora.checkpoint.ranks import on_all_ranks
 
 _POLL_S = 0.05
+# Ends of what is saved: tensors and other objects, where each is, the format, the checksums.
+_PARTS = (".distcp", ".pt", METADATA, FORMAT, MANIFEST)
 
 
 class Saver:
@@ -122,11 +129,14 @@ def _reported(iteration: int, directory: str) -> Iterator[None]:
 def _remove_stale(root: Path, iteration: int) -> None:
     """Remove what a save that was killed left of this iteration: Megatron would mix it in.
 
-    Files of another world size would stay, and be taken for a part of the new checkpoint.
+    Files of another world size would stay, and be taken for a part of the new checkpoint. What else
+    is in the directory is somebody's, and stays.
     """
     directory = iteration_directory(root, iteration)
     if directory.is_dir() and read_iteration(root) != iteration:
-        shutil.rmtree(directory)
+        for path in directory.iterdir():
+            if path.name.endswith(_PARTS):
+                path.unlink()
 
 
 def _cause(error: BaseException) -> str:
