@@ -9,12 +9,15 @@ import torch.distributed as dist
 
 from megalora.builder import apply_lora
 from megalora.checkpoint.gather import gather_adapters, whole_shapes
+from megalora.checkpoint.ranks import on_all_ranks
 from megalora.hf.exchange import check_export
-from megalora.training.outputs import check_outputs
+from megalora.training import outputs
+from megalora.training.outputs import check_outputs, write_outputs
 from tests.dist.support.cases import EP2, KINDS, TP2_SP
 from tests.dist.support.layouts import Layout, model_parallel, over
 from tests.dist.support.models import VOCAB_SIZE, build_model
 from tests.dist.support.parity import lora_config
+from tests.dist.support.resuming import shared_directory
 
 PP2 = Layout(pp=2)
 
@@ -68,6 +71,63 @@ def test_an_impossible_merge_is_refused_on_all_stages(layout: Layout, tmp_path: 
         check_outputs(chunks, args, lora_config("dense"))
 
 
+def write_merged(directory: Path) -> None:
+    args = argparse.Namespace(export_hf=None, save_merged=str(directory))
+    write_outputs([], args, lora_config("dense"))
+
+
+@pytest.mark.bad_input("a directory that is not ours")
+@over(PP2)
+def test_a_merged_checkpoint_replaces_only_an_earlier_one(
+    layout: Layout, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    merged = shared_directory(tmp_path) / "merged"
+    content = "old"
+
+    def save(_: object, filling: Path) -> None:
+        assert not merged.exists() or content == "new"
+        (filling / f"{dist.get_rank()}.distcp").write_text(content)
+        dist.barrier()
+
+    monkeypatch.setattr(outputs, "save_merged", save)
+    with model_parallel(layout):
+        write_merged(merged)
+        content = "new"
+        write_merged(merged)
+        texts = {path.name: path.read_text() for path in merged.glob("*.distcp")}
+        assert texts == {"0.distcp": "new", "1.distcp": "new"}
+        on_all_ranks(lambda: (merged / "notes.txt").write_text("mine"), only=0)
+        with pytest.raises(
+            ValueError, match=r"save_merged .* holds notes\.txt, which megalora did"
+        ):
+            write_merged(merged)
+        assert (merged / "notes.txt").read_text() == "mine"
+        assert list(merged.parent.iterdir()) == [merged]
+
+
+@pytest.mark.bad_input("a write that fails")
+@over(PP2)
+def test_a_merged_checkpoint_that_cannot_be_written_leaves_nothing(
+    layout: Layout, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    merged = shared_directory(tmp_path) / "merged"
+
+    def fail(_: object, filling: Path) -> None:
+        def write() -> None:
+            (filling / "half").touch()
+            raise OSError("disk full")
+
+        on_all_ranks(write, only=1)
+
+    monkeypatch.setattr(outputs, "save_merged", fail)
+    with model_parallel(layout):
+        with pytest.raises(ValueError, match="disk full"):
+            write_merged(merged)
+        dist.barrier()
+        assert list(merged.parent.iterdir()) == []
+
+
+@pytest.mark.bad_input("a directory that is not ours")
 @over(PP2)
 def test_an_output_below_a_file_is_refused(layout: Layout, tmp_path: Path) -> None:
     (tmp_path / "file").touch()
