@@ -1,6 +1,6 @@
 """Attach adapters to the model chunks that Megatron's builders build, and freeze the base."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import cast
 
 import torch
@@ -72,6 +72,7 @@ def apply_lora(model_chunks: ModelChunks, config: LoRAConfig) -> ModelChunks:
         install_checkpointing(chunk, config, model_facts(chunk))
         _freeze_router_bias(chunk)
         _make_embedding_require_grad(chunk)
+    _warn_of_wide_ranks(adapter for pairs in made for _, adapter in pairs)
     if config.init == "pissa":
         pissa.start_from_base(model_chunks)
     return model_chunks
@@ -182,6 +183,22 @@ def _make_adapter(
             else None
         ),
     )
+
+
+def _warn_of_wide_ranks(adapters: Iterable[LoRAAdapter]) -> None:
+    """Say where a lower rank would hold every update that the adapter can."""
+    for adapter in adapters:
+        spec, num_in = adapter.spec, adapter.base.in_features
+        limit = min(max(spec.rows.by_projection), num_in)
+        if spec.rank > limit:
+            if not dist.is_initialized() or dist.get_rank() == 0:
+                print(
+                    f"WARNING: rank {spec.rank} of {spec.adapter_name} is above {limit}, which no "
+                    "update of its base exceeds: what is above only takes memory and time; lower "
+                    "--lora-rank, or --lora-expert-rank",
+                    flush=True,
+                )
+            return
 
 
 def _process_group(group: object) -> ProcessGroup | None:

@@ -1,6 +1,7 @@
 """The one description of an adapter: what it adapts, how large it is, how it starts."""
 
 import math
+import sys
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 from typing import Any, Literal, Self, get_args
@@ -8,6 +9,12 @@ from typing import Any, Literal, Self, get_args
 ExpertMode = Literal["per_expert", "shared_outer"]
 Init = Literal["uniform", "pissa"]
 OpsBackend = Literal["fused", "reference"]
+
+# No linear has so many singular values; and alpha / r is then an ordinary float32.
+MAX_RANK = 1 << 16
+MIN_ALPHA, MAX_ALPHA = 1e-30, 1e30
+RANKS = f"an integer >= 1 and <= {MAX_RANK}"
+ALPHAS = f"a number > 0, from {MIN_ALPHA:g} to {MAX_ALPHA:g}"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,21 +57,8 @@ class LoRAConfig:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "targets", tuple(self.targets))
-        _require(_is_int(self.rank) and self.rank >= 1, "rank", self.rank, "an integer >= 1")
-        _require(self.alpha > 0, "alpha", self.alpha, "a number > 0")
-        _require(0 <= self.dropout < 1, "dropout", self.dropout, "a probability in [0, 1)")
+        self._check_numbers()
         _require(len(self.targets) > 0, "targets", self.targets, "at least one preset or name")
-        _require(
-            self.expert_rank is None or (_is_int(self.expert_rank) and self.expert_rank >= 1),
-            "expert_rank",
-            self.expert_rank,
-            "an integer >= 1, or leave it out for rank / moe_router_topk",
-        )
-        _require(_is_int(self.seed) and self.seed >= 0, "seed", self.seed, "an integer >= 0")
-        _require(self.lr_ratio > 0, "lr_ratio", self.lr_ratio, "a number > 0")
-        for name in ("eps_a", "eps_b"):
-            eps = getattr(self, name)
-            _require(eps is None or eps >= 0, name, eps, "a number >= 0")
         for name, choices in (
             ("expert_mode", get_args(ExpertMode)),
             ("init", get_args(Init)),
@@ -83,6 +77,29 @@ class LoRAConfig:
             self.init,
             "`uniform` where shared_a is set: each projection has its own singular vectors",
         )
+
+    def _check_numbers(self) -> None:
+        _require(is_rank(self.rank), "rank", self.rank, RANKS)
+        _require(is_alpha(self.alpha), "alpha", self.alpha, ALPHAS)
+        is_probability = is_number(self.dropout) and 0 <= self.dropout < 1
+        _require(is_probability, "dropout", self.dropout, "a probability in [0, 1)")
+        _require(
+            self.expert_rank is None or is_rank(self.expert_rank),
+            "expert_rank",
+            self.expert_rank,
+            f"{RANKS}, or leave it out for rank / moe_router_topk",
+        )
+        _require(_is_int(self.seed) and self.seed >= 0, "seed", self.seed, "an integer >= 0")
+        positive = is_number(self.lr_ratio) and self.lr_ratio > 0
+        _require(positive, "lr_ratio", self.lr_ratio, "a finite number > 0")
+        for name in ("eps_a", "eps_b"):
+            eps = getattr(self, name)
+            _require(
+                eps is None or (is_number(eps) and eps >= 0), name, eps, "a finite number >= 0"
+            )
+        for name in ("shared_a", "rslora"):
+            value = getattr(self, name)
+            _require(isinstance(value, bool), name, value, "true or false")
 
     def scale(self, rank: int) -> float:
         """Return the factor c of y += c B A x for an adapter of this rank."""
@@ -117,6 +134,26 @@ class LoRAConfig:
         if unknown:
             raise ValueError(f"LoRAConfig has no field {unknown}: it has {sorted(known)}")
         return cls(**values)
+
+
+def is_number(value: object) -> bool:
+    """Say whether a value, of a file or a flag, is a finite number that a float holds.
+
+    NaN, infinities, integers such as 10**400, true, false and texts are none.
+    """
+    if not isinstance(value, int | float) or isinstance(value, bool):
+        return False
+    return abs(value) <= sys.float_info.max
+
+
+def is_rank(value: object) -> bool:
+    """Say whether a value can be the rank of an adapter."""
+    return isinstance(value, int) and not isinstance(value, bool) and 1 <= value <= MAX_RANK
+
+
+def is_alpha(value: object) -> bool:
+    """Say whether a value can be the alpha of an adapter."""
+    return isinstance(value, int | float) and is_number(value) and MIN_ALPHA <= value <= MAX_ALPHA
 
 
 def _is_int(value: object) -> bool:

@@ -84,6 +84,11 @@ class Rows:
         """Number of Hugging Face projections that own rows."""
         return max(1, len(self.period))
 
+    @property
+    def by_projection(self) -> list[int]:
+        """Number of rows of each projection, in all its periods."""
+        return [self.size * size // sum(self.period) for size in self.period] or [self.size]
+
     def segments(self, tp_rank: int, tp_size: int) -> list[int]:
         """Return the sizes of one period of a rank's rows, empty where one A serves them all.
 

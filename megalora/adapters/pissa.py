@@ -14,6 +14,7 @@ from torch import Tensor
 from megalora.adapters.adapter import LoRAAdapter
 from megalora.adapters.bases import Split
 from megalora.adapters.collectives import start_gather
+from megalora.adapters.finite import all_finite, refuse
 from megalora.adapters.merge import base_weights, change_base
 from megalora.adapters.rows import join_projections, split_projections, to_whole
 
@@ -24,7 +25,8 @@ def start_from_base(model_chunks: Sequence[torch.nn.Module]) -> None:
     All ranks must call it, once after each loading of base weights and before adapters are loaded.
     The product c B A is the same on every layout, so a base that is loaded again gives the same
     residual. Raises ValueError, before any weight is changed, where a rank exceeds its projection's
-    smaller side, or where a base weight cannot be changed.
+    smaller side, or where a base weight cannot be changed or is not finite; and on all ranks, too
+    late for the base, where start values are beyond the adapters' precision.
     """
     found = [
         module
@@ -34,8 +36,16 @@ def start_from_base(model_chunks: Sequence[torch.nn.Module]) -> None:
     ]
     for adapter in found:
         _check(adapter)
+    refuse(
+        {a.spec.name for a in found if not all(map(all_finite, base_weights(a)))},
+        "lora_init pissa needs finite base weights: NaN or infinities are in {}".format,
+    )
     for adapter in found:
         _split(adapter)
+    refuse(
+        {a.spec.name for a in found if not all(all_finite(param) for param, _ in a.factors())},
+        "lora_init pissa starts beyond the adapters' precision at this lora_alpha, in {}".format,
+    )
 
 
 @contextlib.contextmanager
@@ -62,10 +72,7 @@ def at_start(model_chunks: Sequence[torch.nn.Module]) -> Iterator[None]:
 
 def _check(adapter: LoRAAdapter) -> None:
     base_weights(adapter)
-    rows = adapter.spec.rows
-    # Of each projection, in all its periods.
-    owned = [rows.size * size // sum(rows.period) for size in rows.period] or [rows.size]
-    limit = min(*owned, adapter.base.in_features)
+    limit = min(*adapter.spec.rows.by_projection, adapter.base.in_features)
     if adapter.spec.rank > limit:
         raise ValueError(
             f"lora_rank {adapter.spec.rank} exceeds the {limit} singular values of a projection of "

@@ -4,6 +4,7 @@ import argparse
 import contextlib
 import math
 import re
+import reprlib
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from types import ModuleType
@@ -26,8 +27,10 @@ from megatron.training import checkpointing
 from torch.distributed.checkpoint.api import CheckpointException
 
 from megalora import replace
+from megalora.adapters.finite import all_finite, refuse
 from megalora.checkpoint.layout import TRACKER, find_directory, verify_on_all_ranks
 from megalora.checkpoint.loading import LOADING
+from megalora.config import is_number
 
 # Of a family's norm. Sums are in fp64, so layouts differ by rounding alone; rounding to another
 # precision moves a sum by about 2e-3 of the norm.
@@ -122,7 +125,36 @@ def fingerprint(model_chunks: Sequence[torch.nn.Module]) -> dict[str, Any]:
     For each family of weights, such as `decoder.layers.mlp.linear_fc1.weight`: how many elements
     its layers and experts have in all, their sum and their norm, in fp64. Weights with padded rows
     (the vocabulary's) are left out, because the padding depends on the layout. All ranks must call
-    it, before adapters are attached.
+    it, before adapters are attached. Raises ValueError on all of them, naming families, where any
+    weight, the vocabulary's too, is NaN or infinite.
+    """
+    gathered: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(gathered, _own_sums(model_chunks))
+    weights: dict[str, list[float]] = {}
+    for sums, _ in gathered:
+        for family, values in sums.items():
+            total = weights.setdefault(family, [0, 0.0, 0.0])
+            total[:] = [a + b for a, b in zip(total, values, strict=True)]
+    # In fp64 the sums of finite weights are finite.
+    refuse(
+        {family for family, sums in weights.items() if not all(map(math.isfinite, sums))},
+        "base has NaN or infinite weights in {}: give another --pretrained-checkpoint or "
+        "--hf-model, or copy this one again from where it is intact".format,
+    )
+    return {
+        "dtypes": sorted(set().union(*(found for _, found in gathered))),
+        "weights": {
+            family: [count, total, math.sqrt(square)]
+            for family, (count, total, square) in sorted(weights.items())
+            if count
+        },
+    }
+
+
+def _own_sums(model_chunks: Sequence[torch.nn.Module]) -> tuple[dict[str, list[float]], set[str]]:
+    """Return count, sum and sum of squares of this rank's part of each family, and its precisions.
+
+    Of what has padded rows, nothing is counted, and the sum is NaN where an element is not finite.
     """
     own: dict[str, list[float]] = {}
     dtypes = set()
@@ -131,43 +163,49 @@ def fingerprint(model_chunks: Sequence[torch.nn.Module]) -> dict[str, Any]:
         assert tensor.data is not None
         data = tensor.data.detach()
         total = own.setdefault(family, [0, 0.0, 0.0])
+        if tensor.allow_shape_mismatch:
+            total[1] += 0.0 if all_finite(data) else math.nan
+            continue
         total[0] += data.numel()
         total[1] += float(data.sum(dtype=torch.float64))
         total[2] += float(torch.linalg.vector_norm(data, dtype=torch.float64)) ** 2
         dtypes.add(str(data.dtype).removeprefix("torch."))
-    gathered: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(gathered, (own, dtypes))
-    weights: dict[str, list[float]] = {}
-    for part, _ in gathered:
-        for family, values in part.items():
-            total = weights.setdefault(family, [0, 0.0, 0.0])
-            total[:] = [a + b for a, b in zip(total, values, strict=True)]
-    return {
-        "dtypes": sorted(set().union(*(found for _, found in gathered))),
-        "weights": {
-            family: [count, total, math.sqrt(square)]
-            for family, (count, total, square) in sorted(weights.items())
-        },
-    }
+    return own, dtypes
 
 
 def differences(stored: Mapping[str, Any], own: Mapping[str, Any]) -> list[str]:
-    """Return how two fingerprints differ, a text for each family of weights that does."""
-    same_dtype = stored["dtypes"] == own["dtypes"]
-    tolerance = _TOLERANCE if same_dtype else _TOLERANCE_OTHER_DTYPE
+    """Return how two fingerprints differ, a text for each family of weights that does.
+
+    own: of `fingerprint`. stored: from a file; what is no fingerprint there is a difference too.
+    """
+    there_all, dtypes = stored.get("weights"), stored.get("dtypes")
+    if not isinstance(there_all, Mapping):
+        return [f"the checkpoint's fingerprint of its base is {reprlib.repr(there_all)}"]
+    tolerance = _TOLERANCE if dtypes == own["dtypes"] else _TOLERANCE_OTHER_DTYPE
     found = []
-    for family in sorted({*stored["weights"], *own["weights"]}):
-        here, there = own["weights"].get(family), stored["weights"].get(family)
-        if here is None or there is None:
-            found.append(f"{family} is in {'the other' if here is None else 'this'} base only")
+    for family in sorted({*there_all, *own["weights"]}):
+        if family not in there_all or family not in own["weights"]:
+            has = "the other" if family in there_all else "this"
+            found.append(f"{family} is in {has} base only")
+            continue
+        here, there = own["weights"][family], there_all[family]
+        if not _is_fingerprint(there):
+            found.append(f"{family} is {reprlib.repr(there)} there: no count, sum and norm")
         elif here[0] != there[0]:
             found.append(f"{family} has {here[0]:,.0f} elements here and {there[0]:,.0f} there")
-        elif any(abs(here[i] - there[i]) > tolerance * max(there[2], 1e-30) for i in (1, 2)):
+        elif any(not abs(here[i] - there[i]) <= tolerance * max(there[2], 1e-30) for i in (1, 2)):
             found.append(
                 f"{family} has norm {here[2]:.6g} and sum {here[1]:.6g} here, "
                 f"{there[2]:.6g} and {there[1]:.6g} there"
             )
     return found
+
+
+def _is_fingerprint(values: object) -> bool:
+    """Say whether what a file has for a family is a count, a sum and a norm."""
+    if not isinstance(values, list) or len(values) != 3 or not all(map(is_number, values)):
+        return False
+    return values[0] >= 0 and values[2] >= 0
 
 
 def _main_shards(model_chunks: Sequence[torch.nn.Module]) -> Iterator[ShardedTensor]:
@@ -183,7 +221,6 @@ def _main_shards(model_chunks: Sequence[torch.nn.Module]) -> Iterator[ShardedTen
             if (
                 isinstance(tensor, ShardedTensor)
                 and is_main_replica(tensor.replica_id)
-                and not tensor.allow_shape_mismatch
                 and isinstance(tensor.data, torch.Tensor)
                 and tensor.data.is_floating_point()
             ):

@@ -11,6 +11,7 @@ from torch.distributed import ProcessGroup
 from megalora.adapters.adapter import named_adapters
 from megalora.adapters.collectives import group_size, union
 from megalora.adapters.factors import Sharding
+from megalora.adapters.finite import all_finite, refuse
 
 
 def gather_adapters(model_chunks: Sequence[torch.nn.Module]) -> dict[str, Tensor]:
@@ -58,7 +59,8 @@ def load_adapters(
 
     Every rank gives the same tensors, with `gather_adapters`' keys and shapes, and keeps its
     shards. All ranks must call it. Raises ValueError, before anything is changed, where a tensor is
-    missing (unless allow_missing), belongs to no adapter of the model, or has another shape.
+    missing (unless allow_missing), belongs to no adapter of the model, has another shape, or is not
+    finite in the adapter's precision.
     """
     own = list(_factors(model_chunks))
     whole = union({key for key, _, _ in own}, _pipeline())
@@ -70,13 +72,18 @@ def load_adapters(
             f"the model has no adapter for {_first(unknown)}: add their modules to "
             "--lora-targets, or leave the tensors out"
         )
-    writes = [
-        (param, sharding.shard(sharding.fit(tensors[key], key)))
+    writes = {
+        key: (param, sharding.shard(sharding.fit(tensors[key], key)).to(param.dtype))
         for key, param, sharding in own
         if key in tensors
-    ]
+    }
+    refuse(
+        {f"{key} as {v.dtype}" for key, (_, v) in writes.items() if not all_finite(v)},
+        "adapter to load has NaN or infinite values in {}: it diverged, or is beyond this "
+        "precision".format,
+    )
     with torch.no_grad():
-        for param, value in writes:
+        for param, value in writes.values():
             param.copy_(value)
 
 

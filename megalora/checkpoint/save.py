@@ -21,6 +21,7 @@ from megalora.checkpoint.layout import (
     read_iteration,
 )
 from megalora.checkpoint.ranks import on_all_ranks
+from megalora.checkpoint.state import refuse_not_finite
 
 _POLL_S = 0.05
 # Ends of what is saved: tensors and other objects, where each is, the format, the checksums.
@@ -48,11 +49,17 @@ class Saver:
     ) -> None:
         """Save, or start to, with a manifest, into a directory without stale files.
 
-        A failure is reported with what is left to go on from, and raised. ValueError, before
-        anything is written, where another run has taken the directory.
+        A failure is reported with what is left to go on from, and raised. Raises ValueError on all
+        ranks, with nothing changed, where another run has taken the directory or an adapter is not
+        finite.
         """
         run: Any = get_args()
         on_all_ranks(lambda: lock.check(run.save), only=0)
+        refuse_not_finite(
+            model,
+            f"checkpoint of iteration {iteration} is not saved: training diverged, NaN or infinite "
+            "values are in {}. Go on from the checkpoint before, with a lower --lr".format,
+        )
         if iteration in self.pending:
             # Else its files would be removed, or mixed, under the process that writes them.
             training.maybe_finalize_async_save(blocking=True)

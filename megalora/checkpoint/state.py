@@ -12,7 +12,11 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
 
-from megalora.adapters.adapter import LoRAAdapter
+import torch
+import torch.distributed as dist
+
+from megalora.adapters.adapter import LoRAAdapter, named_adapters
+from megalora.adapters.finite import all_finite, refuse
 from megalora.checkpoint.read import DESCRIPTION
 from megalora.config import LoRAConfig
 from megalora.targets import ModelFacts, is_adapter_key
@@ -88,7 +92,30 @@ def _load_state_dict(
             f"{part} checkpoint does not fit the model: missing {missing[:5]}, "
             f"unexpected {unexpected[:5]}"
         )
+    if stored is not None:
+        refuse_not_finite(
+            [chunk],
+            "checkpoint to go on from has NaN or infinite values in {}: give one from before "
+            "training diverged by --ckpt-step, with a lower --lr".format,
+        )
     return result
+
+
+def refuse_not_finite(
+    model_chunks: Sequence[torch.nn.Module], sentence: Callable[[str], str]
+) -> None:
+    """Raise ValueError on all ranks, which must all call it, where an adapter is not finite.
+
+    sentence: makes the message of the names of what is not, each with its rank.
+    """
+    rank = dist.get_rank()
+    names = {
+        f"{name}.{sharding.factor.name} on rank {rank}"
+        for name, adapter in named_adapters(model_chunks)
+        for param, sharding in adapter.factors()
+        if not all_finite(param)
+    }
+    refuse(names, sentence)
 
 
 def check_same_adapters(stored: Mapping[str, Any], given: Mapping[str, Any]) -> None:

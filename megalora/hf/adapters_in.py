@@ -7,8 +7,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from megalora.adapters.finite import all_finite
 from megalora.config import LoRAConfig
-from megalora.hf.factors import LoRAFactors, check_finite, summarise
+from megalora.hf.factors import LoRAFactors, check_factors, summarise
 from megalora.hf.fused import join_qkv
 from megalora.hf.linears import Linear, locate
 from megalora.model.shape import ModelShape
@@ -37,7 +38,7 @@ def from_hf(
     Raises ValueError for a module that this model or configuration has no adapter for, for a higher
     rank, and for factors that differ where the configuration shares them.
     """
-    check_finite(factors)
+    check_factors(factors)
     join = _Join(config, shape, fresh_a)
     tensors: dict[str, Tensor] = {}
     for (layer, linear), modules in _group(factors, config, shape).items():
@@ -49,6 +50,12 @@ def from_hf(
         if linear.is_unembedding and padded_vocab_size:
             b = _pad_vocabulary(b, padded_vocab_size)
         tensors[f"{name}_lora.lora_A"], tensors[f"{name}_lora.lora_B"] = a, b
+    beyond = [name for name, tensor in tensors.items() if not all_finite(tensor)]
+    if beyond:
+        raise ValueError(
+            f"adapter leaves its precision in {summarise(beyond)}, at the scale of lora_alpha "
+            f"{config.alpha:g}: give an alpha nearer to the adapter's own"
+        )
     return tensors
 
 

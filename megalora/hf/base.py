@@ -1,5 +1,6 @@
 """Base weights between a Hugging Face directory and the chunks of a sharded Megatron model."""
 
+import functools
 import math
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -9,6 +10,9 @@ from typing import TYPE_CHECKING, Any, cast
 import torch
 from torch import Tensor
 
+from megalora.adapters.finite import all_finite
+from megalora.checkpoint.ranks import on_all_ranks
+from megalora.hf.factors import summarise
 from megalora.hf.safetensors_files import HFWeights
 from megalora.hf.weights import Piece, Placement, Shard, Weights
 from megalora.model.config_json import read_config
@@ -54,7 +58,8 @@ def load_hf_base(
     Rotary frequencies are set from config.json, since Megatron's builder drops the scaling factor.
     progress: called with every parameter's name.
     Raises ValueError, before anything is changed, where the directory is broken or incomplete, or
-    where the model was built with other sizes or options than its config.json has.
+    where the model was built with other sizes or options than its config.json has; and on all
+    ranks, once all is read, where a rank's weights are not finite. All ranks must call it.
     """
     config = read_config(directory)
     files = HFWeights(directory, names_of(config["model_type"]))
@@ -67,16 +72,38 @@ def load_hf_base(
         for name, param, _, pieces in parameters(chunk, weights):
             _check_covered(name, param, pieces)
             jobs.append((name, param, pieces))
+    problems: list[str] = []
     for name, param, pieces in jobs:
         filled = sum(piece.count for piece in pieces)
         param[filled:].zero_()
         for piece in pieces:
             part = files.read(piece.name, piece.hf_first, piece.count, piece.columns)
             param[piece.first : piece.first + piece.count].copy_(part)
+        problems += _not_finite(param, pieces, files)
         if progress:
             progress(name)
+    on_all_ranks(functools.partial(_refuse, problems))
     for chunk in chunks:
         _set_rotary_frequencies(chunk, config)
+
+
+def _not_finite(param: Tensor, pieces: list[Piece], files: HFWeights) -> list[str]:
+    """Return the pieces that a parameter has NaN or infinities from, after file and precision.
+
+    The parameter is looked at, not the file: it may be on a GPU, and of another precision.
+    """
+    if all_finite(param):
+        return []
+    bad = [p for p in pieces if not all_finite(param[p.first : p.first + p.count])]
+    return [f"{files.path(piece.name)}: {piece.name} as {param.dtype}" for piece in bad]
+
+
+def _refuse(problems: list[str]) -> None:
+    if problems:
+        raise ValueError(
+            f"base has NaN or infinite values in {summarise(problems)}: download it again; or its "
+            "values are beyond this precision, and need --bf16"
+        )
 
 
 def placement(chunk: "GPTModel") -> Placement:

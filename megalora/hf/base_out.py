@@ -8,8 +8,11 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from megalora.adapters.finite import all_finite
+from megalora.checkpoint.ranks import on_all_ranks
 from megalora.hf.base import check_built_for, parameters, placement
 from megalora.hf.directories import whole_directory
+from megalora.hf.factors import summarise
 from megalora.hf.files import MODEL, save_tensors, write_json
 from megalora.hf.weights import Piece, Weights
 from megalora.model.config_json import mapped_family
@@ -38,7 +41,8 @@ def save_hf_base(
     config: of a supported family, such as `hf_config` makes; it must describe this model.
     dtype: of the files, None for the parameters' own.
     Rank 0 receives the model layer by layer and holds no more than one shard beside it.
-    Raises ValueError where config does not describe the model.
+    Raises ValueError where config does not describe the model, and, with nothing written, where a
+    weight is not finite in that precision.
     """
     for chunk in model_chunks:
         check_built_for(chunk, config)
@@ -47,12 +51,14 @@ def save_hf_base(
         # The other ranks only send.
         for _ in layers:
             pass
+        on_all_ranks(lambda: None, only=0)
         return
     with whole_directory(directory, overwrite=overwrite) as target:
         writer = ShardWriter(target, max_shard_bytes)
         for tensors in layers:
             for name, tensor in tensors.items():
                 writer.add(name, tensor if dtype is None else tensor.to(dtype))
+        on_all_ranks(writer.check, only=0)
         writer.finish()
         torch_dtype = str(next(iter(writer.dtypes))).removeprefix("torch.")
         write_json(target / "config.json", {**config, "torch_dtype": torch_dtype})
@@ -128,6 +134,7 @@ class ShardWriter:
         self._pending_bytes = 0
         self._shards: list[list[str]] = []
         self._total = 0
+        self._bad: list[str] = []
 
     def add(self, name: str, tensor: Tensor) -> None:
         """Take a tensor; a shard that would grow too large is written first."""
@@ -138,6 +145,15 @@ class ShardWriter:
         self._pending_bytes += size
         self._total += size
         self.dtypes[tensor.dtype] = None
+        if not all_finite(tensor):
+            self._bad.append(f"{name} as {tensor.dtype}")
+
+    def check(self) -> None:
+        """Raise ValueError where a tensor has NaN or infinities, its own or of its precision."""
+        if self._bad:
+            raise ValueError(
+                f"base has NaN or infinite values in {summarise(self._bad)}: nothing is written"
+            )
 
     def finish(self) -> None:
         """Write what is left, name the shards and write their index."""

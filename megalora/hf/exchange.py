@@ -93,7 +93,7 @@ def export_adapter(
 ) -> None:
     """Write a model's adapters as a PEFT directory, from rank 0. All ranks must call it.
 
-    Raises ValueError, on all ranks, where it cannot be written; see `write_adapter`.
+    Raises ValueError, on all ranks, where the adapters are not finite or cannot be written.
     vocab_size: rows of the Hugging Face vocabulary; None keeps Megatron's padded ones.
     hf_model: directory of the base, whose family names the modules.
     """

@@ -1,10 +1,15 @@
-"""The canonical form of an adapter, between the Megatron side and the files."""
+"""The canonical form of an adapter, between the Megatron side and the files; what it may hold."""
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+
+from megalora.adapters.finite import FLOAT32_MAX, all_finite, largest_update
+
+PRECISIONS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -72,21 +77,54 @@ def same_scale(first: float, second: float) -> bool:
     return abs(first - second) <= 1e-12 * max(abs(first), abs(second))
 
 
-def check_finite(factors: Mapping[str, LoRAFactors]) -> None:
-    """Raise ValueError where a factor or a scale is not a finite number."""
-    bad = [
-        name
-        for name, module in factors.items()
-        if not (
-            torch.isfinite(module.lora_A).all()
-            and torch.isfinite(module.lora_B).all()
-            and abs(module.scale) < float("inf")
+def check_tensors(tensors: Mapping[str, Tensor]) -> None:
+    """Raise ValueError where a tensor, by name, cannot be a factor: no matrix, no such precision.
+
+    Integers, float8 and the like are codes of numbers, whose meaning another tensor holds.
+    """
+    wrong = [f"{name} {list(t.shape)}" for name, t in tensors.items() if t.dim() != 2]
+    if wrong:
+        raise ValueError(
+            f"adapter has factors that are no matrices: {summarise(wrong)}: expected 2-D"
         )
-    ]
+    wrong = [f"{name} ({t.dtype})" for name, t in tensors.items() if t.dtype not in PRECISIONS]
+    if wrong:
+        raise ValueError(
+            f"adapter has factors that are no floating-point numbers of 16 bits or more: "
+            f"{summarise(wrong)}: save it as float32, bfloat16 or float16"
+        )
+
+
+def check_factors(factors: Mapping[str, LoRAFactors]) -> None:
+    """Raise ValueError, by name, where factors cannot be used.
+
+    Their precision must be one of `PRECISIONS`, factors and scales finite, and so the updates
+    scale * B @ A in fp32.
+    """
+    for end in ("lora_A", "lora_B"):
+        check_tensors({f"{name}.{end}": getattr(m, end) for name, m in factors.items()})
+    bad, beyond = [], []
+    for name, module in factors.items():
+        if not math.isfinite(module.scale):
+            bad.append(name)
+            continue
+        bound = largest_update(module.lora_A, module.lora_B, module.scale)
+        # Few are above the bound, and only they are multiplied out.
+        if bound < FLOAT32_MAX:
+            continue
+        if not (all_finite(module.lora_A) and all_finite(module.lora_B)):
+            bad.append(name)
+        elif not all_finite(module.delta().float()):
+            beyond.append(name)
     if bad:
         raise ValueError(
             f"adapter has NaN or infinite values in {summarise(bad)}: "
             "use a checkpoint from before training diverged"
+        )
+    if beyond:
+        raise ValueError(
+            f"adapter has updates scale * B @ A beyond float32 in {summarise(beyond)}: its values "
+            "or its alpha are not those of a trained adapter"
         )
 
 

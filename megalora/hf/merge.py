@@ -4,13 +4,15 @@ import os
 import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import NoReturn
 
 import torch
 from torch import Tensor
 
+from megalora.adapters.finite import all_finite
 from megalora.hf.copies import copy_files, other_files
 from megalora.hf.directories import whole_directory
-from megalora.hf.factors import LoRAFactors, check_finite, summarise
+from megalora.hf.factors import PRECISIONS, LoRAFactors, check_factors, summarise
 from megalora.hf.files import MODEL, read_json, save_tensors, write_json
 from megalora.hf.safetensors_files import HFWeights
 from megalora.hf.written import MANIFEST
@@ -33,9 +35,10 @@ def merge_adapter(
     Files, tensor names, precisions and the index are those of the base; sums are made in fp32. An
     adapter of a tied unembedding unties it: lm_head.weight is added, and config.json says so.
     progress: called with every file's name.
-    Raises ValueError, with nothing written, where the adapter does not belong to the base.
+    Raises ValueError, with nothing written, where the adapter does not belong to the base, where a
+    weight of the base is not finite, and where a sum is beyond the precision of its weight.
     """
-    check_finite(factors)
+    check_factors(factors)
     source = Path(base)
     config = load_config(source)
     weights = HFWeights(source)
@@ -96,6 +99,8 @@ def _merged_file(
         tensor = weights.files.tensor(name)
         fused = _FUSED.fullmatch(name)
         module = factors.get(name.removesuffix(".weight"))
+        if fused or module is not None:
+            _check_precision(name, tensor)
         if fused:
             _add_experts(tensor, fused.group(1), fused.group(2), factors)
         elif module is not None and not (untie and name == _UNEMBEDDING):
@@ -106,7 +111,30 @@ def _merged_file(
         tensors[name] = tensor
         if untie and name == _EMBEDDING:
             tensors[_UNEMBEDDING] = add_update(tensor.clone(), factors["lm_head"])
+    for name, tensor in tensors.items():
+        if not all_finite(tensor):
+            _refuse(weights, file_name, name, tensor.dtype)
     return tensors
+
+
+def _check_precision(name: str, weight: Tensor) -> None:
+    if weight.dtype not in PRECISIONS:
+        raise ValueError(
+            f"base weight {name} is {weight.dtype}, whose numbers cannot be added to: give the "
+            "base in bfloat16, float16 or float32"
+        )
+
+
+def _refuse(weights: HFWeights, file_name: str, name: str, dtype: torch.dtype) -> NoReturn:
+    """Raise ValueError for a merged tensor that is not finite, saying whose fault it is."""
+    base = _EMBEDDING if name not in weights.files else name
+    path = weights.files.directory / file_name
+    if not all_finite(weights.files.tensor(base)):
+        raise ValueError(f"{path}: {base} has NaN or infinite values: download the base again")
+    raise ValueError(
+        f"{path}: {name} plus its update is beyond {dtype}, whose largest number is "
+        f"{torch.finfo(dtype).max:g}: the adapter was not trained on this base in this precision"
+    )
 
 
 def _add_experts(

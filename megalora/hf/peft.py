@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from megalora.hf.directories import whole_directory
-from megalora.hf.factors import LoRAFactors, check_finite, summarise
+from megalora.hf.factors import LoRAFactors, check_factors, check_tensors, summarise
 from megalora.hf.files import (
     ADAPTER,
     TensorFiles,
@@ -97,6 +97,8 @@ def write_adapter(
     num_layers = num_layers or max(layers, default=-1) + 1
     if format == "uniform":
         factors = make_uniform(factors)
+        # Folding a scale into B can carry it out of fp32, where scale * B @ A is not.
+        check_factors(factors)
     if moe_layers is None:
         moe_layers = set(range(num_layers)) - {layer_of(n) for n in factors if _DENSE.fullmatch(n)}
     experts = complete_experts(factors, moe_layers=sorted(moe_layers), num_experts=num_experts)
@@ -116,7 +118,7 @@ def _check_writable(factors: Mapping[str, LoRAFactors], format: str) -> None:
         raise ValueError(f"adapter format is {format!r}: must be one of {', '.join(FORMATS)}")
     if not factors:
         raise ValueError("adapter has no factors: nothing to write")
-    check_finite(factors)
+    check_factors(factors)
 
 
 def make_uniform(factors: Mapping[str, LoRAFactors]) -> dict[str, LoRAFactors]:
@@ -159,6 +161,8 @@ def read_adapter_directory(
     config = read_json(path / CONFIG_NAME)
     rules = read_rules(config)
     pairs = _read_pairs(TensorFiles(path, ADAPTER), on_problem)
+    for number, end in enumerate(("lora_A", "lora_B")):
+        check_tensors({f"{name}.{end}": pair[number] for name, pair in pairs.items()})
     stacked = {name: pair for name, pair in pairs.items() if _is_3d(name)}
     dense = {name: pair for name, pair in pairs.items() if name not in stacked}
     ranks = {name: int(a.shape[0]) for name, (a, _) in dense.items()}
@@ -167,7 +171,7 @@ def read_adapter_directory(
     if stacked:
         factors |= split_3d(stacked, rules, config, hidden_size or _hidden_size(factors))
     try:
-        check_finite(factors)
+        check_factors(factors)
     except ValueError as error:
         if on_problem is None:
             raise

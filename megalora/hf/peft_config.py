@@ -8,6 +8,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from megalora.config import ALPHAS, RANKS, is_alpha, is_rank
 from megalora.hf.factors import summarise
 
 _LAYER = re.compile(r"model\.layers\.(\d+)\.(.+)")
@@ -81,26 +82,37 @@ def read_rules(config: Mapping[str, Any]) -> PeftRules:
     if config.get("peft_type") != "LORA":
         raise ValueError(f"adapter_config peft_type is {config.get('peft_type')!r}: must be 'LORA'")
     _refuse_extensions(config)
-    rank, alpha = _number(config, "r"), _number(config, "lora_alpha")
     ranks, alphas = _patterns(config, "rank_pattern"), _patterns(config, "alpha_pattern")
-    for name, value in (("r", rank), *ranks.items()):
-        if value < 1 or value != int(value):
-            where = name if name == "r" else f"rank_pattern {name!r}"
-            raise ValueError(f"adapter_config {where} is {value!r}: must be an integer >= 1")
+    for name, value in (("r", config.get("r")), *_fields("rank_pattern", ranks)):
+        _require(_is_whole_rank(value), name, value, RANKS)
+    for name, value in (
+        ("lora_alpha", config.get("lora_alpha")),
+        *_fields("alpha_pattern", alphas),
+    ):
+        _require(is_alpha(value), name, value, ALPHAS)
+    rslora = config.get("use_rslora")
+    _require(rslora is None or isinstance(rslora, bool), "use_rslora", rslora, "true or false")
     return PeftRules(
-        r=int(rank),
-        lora_alpha=alpha,
+        r=int(config["r"]),
+        lora_alpha=config["lora_alpha"],
         rank_pattern={pattern: int(value) for pattern, value in ranks.items()},
         alpha_pattern=alphas,
-        use_rslora=bool(config.get("use_rslora", False)),
+        use_rslora=bool(rslora),
     )
 
 
-def _number(config: Mapping[str, Any], name: str) -> float:
-    value = config.get(name)
-    if not isinstance(value, int | float) or isinstance(value, bool) or not math.isfinite(value):
-        raise ValueError(f"adapter_config {name} is {value!r}: must be a finite number")
-    return value
+def _fields(name: str, patterns: Mapping[str, float]) -> Iterable[tuple[str, object]]:
+    return ((f"{name} {pattern!r}", value) for pattern, value in patterns.items())
+
+
+def _is_whole_rank(value: object) -> bool:
+    """Say whether a value is a rank, which some write as 8.0."""
+    return is_rank(int(value) if isinstance(value, float) and value.is_integer() else value)
+
+
+def _require(valid: bool, field: str, value: object, wanted: str) -> None:
+    if not valid:
+        raise ValueError(f"adapter_config {field} is {value!r}: must be {wanted}")
 
 
 def _patterns(config: Mapping[str, Any], name: str) -> dict[str, float]:
@@ -112,7 +124,7 @@ def _patterns(config: Mapping[str, Any], name: str) -> dict[str, float]:
             re.compile(pattern)
         except re.error as error:
             raise ValueError(f"adapter_config {name} {pattern!r} is no pattern: {error}") from None
-    return {pattern: _number(patterns, pattern) for pattern in patterns}
+    return patterns
 
 
 def _refuse_extensions(config: Mapping[str, Any]) -> None:

@@ -62,6 +62,11 @@ class HFWeights:
                 "not of one model"
             )
 
+    def path(self, name: str) -> Path:
+        """Return the file that holds a tensor."""
+        stored, _, _ = self._stacked.get(name, (name, 0, 0))
+        return self.files.directory / self.files.files[stored]
+
     def read(
         self, name: str, first: int, count: int, columns: tuple[int, int] | None = None
     ) -> Tensor:

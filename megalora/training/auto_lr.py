@@ -33,8 +33,11 @@ def accept_auto(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
 
 
 def number_or_auto(text: str) -> float:
-    """Return the rate that a flag gives; `AUTO` for auto."""
-    return AUTO if text == "auto" else float(text)
+    """Return the rate that a flag gives; `AUTO` for auto. It must be finite."""
+    rate = AUTO if text == "auto" else float(text)
+    if text != "auto" and not math.isfinite(rate):
+        raise argparse.ArgumentTypeError(f"{text} is no rate: give a finite number, or auto")
+    return rate
 
 
 def auto_rate(args: argparse.Namespace, config: LoRAConfig | None) -> float | None:

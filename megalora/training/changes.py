@@ -8,6 +8,7 @@ from collections.abc import Mapping
 
 from megalora.config import LoRAConfig
 from megalora.training.auto_lr import auto_rate
+from megalora.training.rates import check_rates
 
 Changes = dict[str, object]
 # An interval in iterations that no run reaches: Megatron saves at the end of it all the same.
@@ -33,10 +34,12 @@ def on_validating(args: argparse.Namespace) -> Changes:
 def before_building(args: argparse.Namespace, config: LoRAConfig | None) -> Changes:
     """Give the rate that --lr auto stands for, and optimizer states of any layout.
 
-    Raises ValueError where there is no such rate.
+    Raises ValueError where there is no such rate, or a rate is not finite.
     """
     rate = auto_rate(args, config)
     changes: Changes = {} if rate is None else {"lr": rate}
+    if config is not None:
+        check_rates(config, {**vars(args), **changes})
     is_sharded = args.use_distributed_optimizer and args.non_persistent_ckpt_type != "local"
     if config is not None and is_sharded:
         # The states of adapters are small, and Megatron's default cannot change TP or PP.

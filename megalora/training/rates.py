@@ -2,7 +2,9 @@
 
 import functools
 import itertools
-from typing import TYPE_CHECKING, Protocol
+import math
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 
@@ -19,6 +21,17 @@ class Rates(Protocol):
     min_lr: float | None
     decoupled_lr: float | None
     decoupled_min_lr: float | None
+
+
+def check_rates(config: LoRAConfig, args: Mapping[str, Any]) -> None:
+    """Raise ValueError where a rate of Megatron's is not finite, or lr_ratio times that rate."""
+    for name in ("lr", "min_lr", "decoupled_lr", "decoupled_min_lr"):
+        rate = args[name]
+        if rate is not None and not math.isfinite(rate * config.lr_ratio):
+            raise ValueError(
+                f"{name} is {rate:g} for lora_A and {rate * config.lr_ratio:g} for lora_B, at "
+                f"lora_lr_ratio {config.lr_ratio:g}: both must be finite"
+            )
 
 
 def factor_overrides(config: LoRAConfig, args: Rates) -> "dict[ParamKey, ParamGroupOverride]":
