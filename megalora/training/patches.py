@@ -43,7 +43,7 @@ from megalora.checkpoint.loading import LOADING
 from megalora.checkpoint.save import Saver
 from megalora.config import LoRAConfig
 from megalora.replace import Patch, around, instead
-from megalora.training import changes, trust
+from megalora.training import changes, not_finite, trust
 from megalora.training.auto_lr import accept_auto
 from megalora.training.rates import factor_overrides
 
@@ -122,9 +122,10 @@ def build_optimizer(
     config_overrides: Mapping[ParamKey, ParamGroupOverride] | None = None,
     **kwargs: object,
 ) -> MegatronOptimizer:
-    """Give A and B their own learning rate and Adam epsilon, where their configuration asks."""
+    """Give A and B their own learning rate and Adam epsilon; know what is watched from now on."""
     lora = _lora_config(model_chunks)
     if lora is not None:
+        not_finite.WATCH.model_chunks = unwrap_model(list(model_chunks))
         if config_overrides is None:
             config_overrides = get_standard_config_overrides(config)
         config_overrides = {**config_overrides, **factor_overrides(lora, cast(Any, config))}
@@ -200,6 +201,7 @@ WRITERS = (
 TRAINING = (
     *WRITERS,
     *LOADING,
+    *not_finite.PATCHES,
     Patch(
         training,
         "save_checkpoint",

@@ -24,6 +24,7 @@ IMPORT_MEGATRON = (
     ),
     *("data/batch.py", "data/indexed.py"),
     *("training/session.py", "training/outputs.py", "training/patches.py"),
+    "training/not_finite.py",
 )
 BEFORE_MEGATRON = ("mends/__init__.py", "cpu/__init__.py")
 
