@@ -8,10 +8,13 @@ import torch
 from safetensors.torch import save_file
 
 from megalora.hf.directories import whole_directory
-from megalora.hf.factors import LoRAFactors
+from megalora.hf.factors import LoRAFactors, check_factors
 from megalora.hf.peft import read_adapter, write_adapter
 
 NAME = "model.layers.0.self_attn.q_proj"
+NUMBERS = pytest.mark.bad_input("a number that is not one")
+HUGE = 10**400
+INF, NAN = float("inf"), float("nan")
 
 
 def one(fill: float = 1.0) -> dict[str, LoRAFactors]:
@@ -67,10 +70,6 @@ def test_what_plain_factors_cannot_represent_is_refused_by_name(adapter, field, 
     ("field", "value"),
     [
         ("peft_type", "IA3"),
-        ("r", None),
-        ("r", 0),
-        ("lora_alpha", "many"),
-        ("rank_pattern", {"q_proj": 0.5}),
         ("rank_pattern", {"(q_proj": 2}),
         ("alpha_pattern", [1]),
     ],
@@ -115,18 +114,117 @@ def test_half_a_pair_is_refused(adapter):
         read_adapter(adapter)
 
 
-@pytest.mark.parametrize("b", [torch.ones(6, 3), torch.ones(6)])
+@pytest.mark.parametrize("b", [torch.ones(6, 3)])
 def test_wrong_shapes_are_refused(adapter, b):
     change_tensors(adapter, **{f"base_model.model.{NAME}.lora_B.weight": b})
     with pytest.raises(ValueError, match="expected"):
         read_adapter(adapter)
 
 
-def test_nan_is_refused_on_reading(adapter):
-    b = torch.full((6, 2), float("nan"))
-    change_tensors(adapter, **{f"base_model.model.{NAME}.lora_B.weight": b})
+RANKS = [0, -1, 65537, HUGE, 0.5, NAN, INF, True, "2", None]
+ALPHAS = [0, -2, 1e39, 1e-31, HUGE, NAN, INF, -INF, True, "many", None]
+
+
+@NUMBERS
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        *(("r", value) for value in RANKS),
+        *(("rank_pattern", {"q_proj": value}) for value in RANKS),
+        *(("lora_alpha", value) for value in ALPHAS),
+        *(("alpha_pattern", {"q_proj": value}) for value in ALPHAS),
+        *(("use_rslora", value) for value in ("false", 1, 0.0)),
+    ],
+    ids=lambda value: str(value)[:30],
+)
+def test_what_is_no_number_is_refused_by_field(adapter, field, value):
+    change_config(adapter, **{field: value})
+    with pytest.raises(ValueError, match=f"adapter_config {field} .*: must be "):
+        read_adapter(adapter)
+
+
+def test_a_rank_that_is_written_as_a_float_is_read(adapter):
+    change_config(adapter, r=2.0)
+    assert read_adapter(adapter)[NAME].rank == 2
+
+
+PRECISIONS = [
+    *(torch.float8_e4m3fn, torch.float8_e5m2, torch.int8, torch.uint8, torch.int32, torch.int64),
+    *(torch.bool, torch.complex64),
+]
+
+
+@NUMBERS
+@pytest.mark.parametrize("module", [NAME, "model.layers.0.mlp.experts"], ids=["dense", "3-D"])
+@pytest.mark.parametrize("dtype", PRECISIONS, ids=str)
+def test_codes_of_numbers_are_no_factors(adapter, dtype, module):
+    prefix = f"base_model.model.{module}"
+    tensors = {f"{prefix}.lora_{end}.weight": torch.ones(2, 2).to(dtype) for end in "AB"}
+    change_tensors(adapter, **tensors)
+    with pytest.raises(ValueError, match=rf"{module}\.lora_A \({dtype}\): save it as float32"):
+        read_adapter(adapter)
+
+
+@NUMBERS
+@pytest.mark.parametrize("shape", [(), (2,), (1, 2, 2)], ids=str)
+def test_factors_are_matrices(adapter, shape):
+    change_tensors(adapter, **{f"base_model.model.{NAME}.lora_A.weight": torch.ones(shape)})
+    with pytest.raises(ValueError, match=rf"{NAME}\.lora_A \[.*\]: expected 2-D"):
+        read_adapter(adapter)
+
+
+@NUMBERS
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
+@pytest.mark.parametrize("value", [NAN, INF, -INF])
+@pytest.mark.parametrize("end", ["A", "B"])
+def test_what_is_not_finite_is_refused_on_reading(adapter, end, value, dtype):
+    factor = torch.ones((2, 8) if end == "A" else (6, 2), dtype=dtype)
+    factor[1, 1] = value
+    change_tensors(adapter, **{f"base_model.model.{NAME}.lora_{end}.weight": factor})
     with pytest.raises(ValueError, match=f"NaN .* {NAME}"):
         read_adapter(adapter)
+
+
+@NUMBERS
+@pytest.mark.parametrize(
+    ("a", "b", "scale", "dtype"),
+    [
+        (1e30, 1e30, 1.0, torch.float32),
+        (1e30, 1e30, 1e-30, torch.float32),
+        (1e30, 1e30, 1.0, torch.bfloat16),
+        (1e19, 1e19, 4.0, torch.float32),
+        (1e200, 1e200, 1.0, torch.float64),
+    ],
+)
+def test_an_update_beyond_float32_is_refused(a, b, scale, dtype):
+    factors = LoRAFactors(
+        torch.full((2, 8), a, dtype=dtype), torch.full((6, 2), b, dtype=dtype), scale
+    )
+    with pytest.raises(ValueError, match=f"beyond float32 in {NAME}: "):
+        check_factors({NAME: factors})
+
+
+def test_an_update_above_the_bound_is_taken_where_it_is_finite():
+    # Rows and columns that do not meet.
+    a, b = torch.zeros(2, 8), torch.zeros(6, 2)
+    a[0], b[:, 1] = 1e30, 1e30
+    check_factors({NAME: LoRAFactors(a, b, 1.0)})
+
+
+@NUMBERS
+def test_a_scale_that_is_not_finite_is_refused():
+    for scale in (NAN, INF, -INF):
+        with pytest.raises(ValueError, match=f"NaN .* {NAME}"):
+            check_factors({NAME: LoRAFactors(torch.ones(2, 8), torch.ones(6, 2), scale)})
+
+
+@NUMBERS
+def test_a_scale_that_leaves_fp32_when_it_is_folded_in_is_not_written(tmp_path):
+    factors = {NAME: LoRAFactors(torch.full((1, 8), 1e-30), torch.full((6, 1), 1e20), 1e25)}
+    write_adapter(tmp_path / "peft", factors, base_model_name="tiny")
+    with pytest.raises(ValueError, match="NaN or infinite"):
+        write_adapter(tmp_path / "new", factors, base_model_name="tiny", format="uniform")
+    assert [path.name for path in tmp_path.iterdir()] == ["peft"]
 
 
 def test_truncated_safetensors_are_refused(adapter):
@@ -170,6 +268,7 @@ def contents(directory: Path) -> dict[str, bytes]:
     return {p.name: p.read_bytes() for p in directory.parent.rglob("*") if p.is_file()}
 
 
+@NUMBERS
 def test_a_refused_write_leaves_the_target_untouched(adapter):
     before = contents(adapter)
     with pytest.raises(ValueError, match="NaN"):

@@ -103,6 +103,55 @@ def test_an_adapter_of_another_model_is_refused_and_nothing_is_written(
     assert [p.name for p in tmp_path.iterdir()] == ["base"]
 
 
+NUMBERS = pytest.mark.bad_input("a number that is not one")
+UP = "model.layers.0.mlp.up_proj"
+NORM = "model.layers.1.input_layernorm.weight"
+
+
+def write_base(directory: Path, name: str = "", value: float | torch.Tensor = 0.0) -> Path:
+    """Save a tiny model in fp16 with one value of a weight, or one weight, replaced."""
+    save(hf_model("qwen3").half(), directory)
+    tensors = load_file(directory / "model.safetensors")
+    if isinstance(value, torch.Tensor):
+        tensors[name] = value
+    elif name:
+        tensors[name].view(-1)[-1] = value
+    save_file(tensors, directory / "model.safetensors", metadata={"format": "pt"})
+    return directory
+
+
+def update(fill: float = 1.0, name: str = UP) -> dict[str, LoRAFactors]:
+    return {name: LoRAFactors(torch.full((1, 32), fill), torch.full((40, 1), fill), 1.0)}
+
+
+@NUMBERS
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
+@pytest.mark.parametrize("name", [f"{UP}.weight", NORM], ids=["adapted", "not adapted"])
+def test_a_base_that_is_not_finite_is_refused_by_tensor_and_file(name, value, tmp_path):
+    base = write_base(tmp_path / "base", name, value)
+    with pytest.raises(ValueError, match=rf"model\.safetensors: {name} has NaN or infinite"):
+        merge_adapter(base, update(), tmp_path / "out")
+    assert [path.name for path in tmp_path.iterdir()] == ["base"]
+
+
+@NUMBERS
+def test_a_sum_beyond_the_precision_of_the_base_is_refused(tmp_path):
+    base = write_base(tmp_path / "base")
+    merge_adapter(base, update(100.0), tmp_path / "in range")
+    with pytest.raises(ValueError, match=rf"{UP}\.weight plus its update is beyond torch\.float16"):
+        merge_adapter(base, update(300.0), tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+@NUMBERS
+@pytest.mark.parametrize("dtype", [torch.int8, torch.float8_e4m3fn, torch.bool], ids=str)
+def test_codes_of_numbers_are_not_added_to(dtype, tmp_path):
+    base = write_base(tmp_path / "base", f"{UP}.weight", torch.ones(40, 32).to(dtype))
+    with pytest.raises(ValueError, match=rf"base weight {UP}\.weight is {dtype}, whose numbers"):
+        merge_adapter(base, update(), tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
 def test_norms_are_those_of_the_update_itself():
     module = LoRAFactors(torch.randn(3, 50), torch.randn(70, 3), 0.7)
     report = measure("x", module)

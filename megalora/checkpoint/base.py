@@ -173,15 +173,16 @@ def _own_sums(model_chunks: Sequence[torch.nn.Module]) -> tuple[dict[str, list[f
     return own, dtypes
 
 
-def differences(stored: Mapping[str, Any], own: Mapping[str, Any]) -> list[str]:
+def differences(stored: object, own: Mapping[str, Any]) -> list[str]:
     """Return how two fingerprints differ, a text for each family of weights that does.
 
     own: of `fingerprint`. stored: from a file; what is no fingerprint there is a difference too.
     """
-    there_all, dtypes = stored.get("weights"), stored.get("dtypes")
-    if not isinstance(there_all, Mapping):
-        return [f"the checkpoint's fingerprint of its base is {reprlib.repr(there_all)}"]
-    tolerance = _TOLERANCE if dtypes == own["dtypes"] else _TOLERANCE_OTHER_DTYPE
+    there_all = stored.get("weights") if isinstance(stored, Mapping) else None
+    if not isinstance(stored, Mapping) or not isinstance(there_all, Mapping):
+        return [f"the checkpoint's fingerprint of its base is {reprlib.repr(stored)}"]
+    same_dtype = stored.get("dtypes") == own["dtypes"]
+    tolerance = _TOLERANCE if same_dtype else _TOLERANCE_OTHER_DTYPE
     found = []
     for family in sorted({*there_all, *own["weights"]}):
         if family not in there_all or family not in own["weights"]:

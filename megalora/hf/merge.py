@@ -13,7 +13,7 @@ from megalora.adapters.finite import all_finite
 from megalora.hf.copies import copy_files, other_files
 from megalora.hf.directories import whole_directory
 from megalora.hf.factors import PRECISIONS, LoRAFactors, check_factors, summarise
-from megalora.hf.files import MODEL, read_json, save_tensors, write_json
+from megalora.hf.files import MODEL, TensorFiles, read_json, save_tensors, write_json
 from megalora.hf.safetensors_files import HFWeights
 from megalora.hf.written import MANIFEST
 from megalora.model.config_json import load_config
@@ -129,7 +129,8 @@ def _refuse(weights: HFWeights, file_name: str, name: str, dtype: torch.dtype) -
     """Raise ValueError for a merged tensor that is not finite, saying whose fault it is."""
     base = _EMBEDDING if name not in weights.files else name
     path = weights.files.directory / file_name
-    if not all_finite(weights.files.tensor(base)):
+    # NOTE: opened anew, for updates are added into the memory that the file was mapped to.
+    if not all_finite(TensorFiles(weights.files.directory).tensor(base)):
         raise ValueError(f"{path}: {base} has NaN or infinite values: download the base again")
     raise ValueError(
         f"{path}: {name} plus its update is beyond {dtype}, whose largest number is "

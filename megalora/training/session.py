@@ -155,7 +155,8 @@ def check_base(stored: Description | None, own: Description, args: argparse.Name
     wrong = differences(stored, own)
     if not wrong:
         return
-    trained_on = stored.get("source") or "start values that this model does not have"
+    source = stored.get("source") if isinstance(stored, Mapping) else None
+    trained_on = source or "start values that this model does not have"
     message = (
         f"base is {own['source'] or 'not given, so it has random start values'}, but the "
         f"adapters of load {args.load!r} were trained on {trained_on}: "

@@ -155,7 +155,8 @@ def test_a_stored_fingerprint_that_is_none_accepts_no_base(weights: object) -> N
     stored = json.loads(json.dumps({**GOOD, "weights": weights}))
     assert differences(GOOD, GOOD) == []
     assert len(differences(stored, GOOD)) == 1
-    assert len(differences({}, GOOD)) == 1
+    for other in ({}, [], "", 3, None):
+        assert len(differences(other, GOOD)) == 1
 
 
 # === Adapters ===
