@@ -1,5 +1,6 @@
 """What LoRAConfig accepts, how it scales, and what it says about mistakes."""
 
+import argparse
 import dataclasses
 import json
 import math
@@ -8,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 
+from megalora.arguments import add_lora_args, lora_config_from_args
 from megalora.config import LoRAConfig
 
 
@@ -82,6 +84,28 @@ REFUSED: dict[str, tuple[str, list[object]]] = {
 def test_what_is_no_number_is_refused_by_field(field: str, value: object) -> None:
     with pytest.raises(ValueError, match=f"lora_{field} is .*: it must be {REFUSED[field][0]}"):
         LoRAConfig(**{"rank": 8, field: value})
+
+
+FLAGS = {
+    "--lora-rank": ["-1", "65537", "9" * 400],
+    "--lora-expert-rank": ["0", "65537"],
+    "--lora-alpha": ["inf", "nan", "1e39", "1e999", "0", "-1"],
+    "--lora-dropout": ["nan", "inf", "1"],
+    "--lora-lr-ratio": ["inf", "nan", "0"],
+    "--lora-eps-a": ["inf", "nan", "-1"],
+    "--lora-eps-b": ["inf", "nan", "-1"],
+}
+
+
+@NUMBERS
+@pytest.mark.parametrize(
+    ("flag", "value"), [(flag, value) for flag, values in FLAGS.items() for value in values]
+)
+def test_flags_that_are_no_numbers_are_refused_by_name(flag: str, value: str) -> None:
+    parser = add_lora_args(argparse.ArgumentParser())
+    args = parser.parse_args(["--lora-rank", "8", f"{flag}={value}"])
+    with pytest.raises(ValueError, match=f"{flag[2:].replace('-', '_')} is .*: it must be "):
+        lora_config_from_args(args)
 
 
 @pytest.mark.parametrize("fields", [{"rank": 1 << 16}, {"alpha": 1e-30}, {"alpha": 10**30}])

@@ -10,6 +10,7 @@ import pytest
 
 from megalora import LoRAConfig
 from megalora.training import auto_lr
+from megalora.training.rates import check_rates
 from tests.support.examples import run_example
 from tests.support.forked import Ranks, call
 from tests.support.tiny import EXPERTS, LORA, MODEL, TRAIN
@@ -39,6 +40,34 @@ def test_auto_is_a_rate_of_megatrons_own_flag(given: list[str], rate: float) -> 
     parser.add_argument("--lr", type=float)
     auto_lr.add_auto_lr_args(parser)
     assert parser.parse_args(given).lr == rate
+
+
+NUMBERS = pytest.mark.bad_input("a number that is not one")
+
+
+@NUMBERS
+@pytest.mark.parametrize("given", ["inf", "-inf", "nan", "1e999"])
+def test_a_rate_that_is_not_finite_is_not_taken_for_auto(
+    given: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--lr", type=float)
+    auto_lr.add_auto_lr_args(parser)
+    with pytest.raises(SystemExit):
+        parser.parse_args([f"--lr={given}"])
+    assert f"--lr: {given} is no rate: give a finite number, or auto" in capsys.readouterr().err
+
+
+@NUMBERS
+@pytest.mark.parametrize(
+    ("ratio", "rate"), [(1.0, float("nan")), (1.0, float("inf")), (1e300, 1e30)], ids=str
+)
+@pytest.mark.parametrize("name", ["lr", "min_lr", "decoupled_lr", "decoupled_min_lr"])
+def test_the_rates_of_both_factors_are_finite(name: str, ratio: float, rate: float) -> None:
+    config, rates = LoRAConfig(rank=8, lr_ratio=ratio), {"lr": 1e-3, "decoupled_lr": None}
+    check_rates(config, rates)
+    with pytest.raises(ValueError, match=f"^{name} is .* for lora_B.*: both must be finite"):
+        check_rates(config, {**rates, name: rate})
 
 
 def parsed_again(flags: list[str]) -> tuple[float, list[str]]:

@@ -26,7 +26,7 @@ class Rates(Protocol):
 def check_rates(config: LoRAConfig, args: Mapping[str, Any]) -> None:
     """Raise ValueError where a rate of Megatron's is not finite, or lr_ratio times that rate."""
     for name in ("lr", "min_lr", "decoupled_lr", "decoupled_min_lr"):
-        rate = args[name]
+        rate = args.get(name)
         if rate is not None and not math.isfinite(rate * config.lr_ratio):
             raise ValueError(
                 f"{name} is {rate:g} for lora_A and {rate * config.lr_ratio:g} for lora_B, at "
