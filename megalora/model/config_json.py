@@ -1,27 +1,18 @@
 """The one reader of a Hugging Face config.json: of sizes, of the family, of what is not mapped."""
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from megalora.model.families import FAMILIES, mapped_families
 from megalora.model.family import Experts, Family
+from megalora.model.fields import switch, whole_number
 from megalora.model.rope import rope_problem
 from megalora.model.shape import ModelShape, head_size
+from megalora.model.stored import check_stored_sizes
+from megalora.reading import read_json
 
-
-def read_json(path: Path) -> dict[str, Any]:
-    """Read a JSON object; a missing or broken file raises ValueError."""
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise ValueError(f"{path} does not exist: is {path.parent} the right directory?") from None
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path} is not JSON ({error}): download or write it again") from None
-    if not isinstance(value, dict):
-        raise ValueError(f"{path} holds a JSON {type(value).__name__}, expected an object")
-    return value
+__all__ = ["family_of", "load_config", "mapped_family", "model_shape", "read_config", "read_json"]
 
 
 def load_config(source: str | Path) -> dict[str, Any]:
@@ -31,9 +22,13 @@ def load_config(source: str | Path) -> dict[str, Any]:
 
 
 def read_config(directory: str | Path) -> dict[str, Any]:
-    """Read config.json of a model whose weights are exchanged; ValueError where none are mapped."""
+    """Read config.json of a model whose weights are exchanged.
+
+    Raises ValueError where none are mapped, and where the files beside it are of other sizes.
+    """
     config = load_config(directory)
     mapped_family(config)
+    check_stored_sizes(model_shape(config), directory)
     return config
 
 
@@ -44,8 +39,8 @@ def family_of(config: Mapping[str, Any]) -> Family:
         mapped = mapped_families()
         sizes_alone = ", ".join(name for name in FAMILIES if name not in mapped)
         raise ValueError(
-            f"config.json model_type is {model_type!r}: supported are {', '.join(mapped)}; for "
-            f"recommendations also {sizes_alone}; or the sizes as Megatron's flags (not MLA, "
+            f"config.json model_type is {model_type!r:.100}: supported are {', '.join(mapped)}; "
+            f"for recommendations also {sizes_alone}; or the sizes as Megatron's flags (not MLA, "
             "linear attention or multimodal models)"
         )
     return FAMILIES[model_type]
@@ -69,8 +64,8 @@ def mapping_problem(config: Mapping[str, Any], family: Family) -> str:
     for name, supported in {"hidden_act": "silu", **family.refused}.items():
         if config.get(name, supported) not in (supported, None):
             return (
-                f"config.json {name} is {config[name]!r}, {family.model_type} is supported with "
-                f"{supported!r} only"
+                f"config.json {name} is {config[name]!r:.100}, {family.model_type} is supported "
+                f"with {supported!r} only"
             )
     return ""
 
@@ -82,19 +77,23 @@ def model_shape(config: Mapping[str, Any], *, name: str = "") -> ModelShape:
     Raises ValueError, by field and value, for what is missing or impossible.
     """
     family = family_of(config)
-    heads, hidden = _size(config, "num_attention_heads"), _size(config, "hidden_size")
-    head_dim = None if config.get("head_dim") is None else _size(config, "head_dim")
+    heads, hidden = whole_number(config, "num_attention_heads"), whole_number(config, "hidden_size")
+    has_head_dim = config.get("head_dim") is not None
     return ModelShape(
-        num_layers=_size(config, "num_hidden_layers"),
+        num_layers=_num_layers(config),
         hidden_size=hidden,
         num_attention_heads=heads,
-        num_query_groups=_size(config, "num_key_value_heads", default=heads),
-        kv_channels=head_dim or head_size(hidden, heads),
-        vocab_size=_size(config, "vocab_size"),
-        ffn_hidden_size=_size(config, "intermediate_size"),
+        num_query_groups=whole_number(
+            config, "num_key_value_heads", size="num_query_groups", default=heads
+        ),
+        kv_channels=whole_number(config, "head_dim", size="kv_channels")
+        if has_head_dim
+        else head_size(hidden, heads),
+        vocab_size=whole_number(config, "vocab_size"),
+        ffn_hidden_size=whole_number(config, "intermediate_size", size="ffn_hidden_size"),
         qk_layernorm=family.qk_norm,
-        add_qkv_bias=bool(config.get(family.qkv_bias_field, family.qkv_bias)),
-        tied_embeddings=bool(config.get("tie_word_embeddings", family.tied)),
+        add_qkv_bias=switch(config, family.qkv_bias_field, default=family.qkv_bias),
+        tied_embeddings=switch(config, "tie_word_embeddings", default=family.tied),
         family=family.rate.name,
         name=name or str(config.get("_name_or_path") or family.model_type),
         model_type=family.model_type,
@@ -103,32 +102,29 @@ def model_shape(config: Mapping[str, Any], *, name: str = "") -> ModelShape:
     )
 
 
-def _size(config: Mapping[str, Any], *names: str, default: int | None = None) -> int:
-    """Return the first of these fields that is not null."""
-    value = next((config[name] for name in names if config.get(name) is not None), default)
-    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-        raise ValueError(f"config.json {names[0]} is {value!r}: must be an integer >= 1")
-    return value
+def _num_layers(config: Mapping[str, Any]) -> int:
+    return whole_number(config, "num_hidden_layers", size="num_layers")
 
 
 def _experts(config: Mapping[str, Any], experts: Experts) -> dict[str, Any]:
     sizes = {
-        "num_moe_experts": _size(config, *experts.count),
-        "moe_router_topk": _size(config, "num_experts_per_tok"),
-        "moe_ffn_hidden_size": _size(config, experts.size),
+        "num_moe_experts": whole_number(config, *experts.count, size="num_moe_experts"),
+        "moe_router_topk": whole_number(config, "num_experts_per_tok", size="moe_router_topk"),
+        "moe_ffn_hidden_size": whole_number(config, experts.size, size="moe_ffn_hidden_size"),
         "moe_layer_freq": _moe_layer_freq(config),
     }
     if experts.shared_size:
-        shared = _size(config, experts.shared_size)
-        sizes |= {"moe_shared_expert_intermediate_size": shared, "moe_shared_expert_gate": True}
+        name = "moe_shared_expert_intermediate_size"
+        sizes[name] = whole_number(config, experts.shared_size, size=name)
+        sizes["moe_shared_expert_gate"] = True
     return sizes
 
 
 def _moe_layer_freq(config: Mapping[str, Any]) -> int | list[int]:
-    step = _size(config, "decoder_sparse_step", default=1)
+    step = whole_number(config, "decoder_sparse_step", size="num_layers", default=1)
     dense = config.get("mlp_only_layers") or []
-    if not isinstance(dense, list):
-        raise ValueError(f"config.json mlp_only_layers is {dense!r}: must be a list of layers")
-    layers = range(_size(config, "num_hidden_layers"))
-    frequency = [int(layer not in dense and (layer + 1) % step == 0) for layer in layers]
+    if not isinstance(dense, list) or not all(type(layer) is int for layer in dense):
+        raise ValueError(f"config.json mlp_only_layers is {dense!r:.100}: must be a list of layers")
+    without, layers = set(dense), range(_num_layers(config))
+    frequency = [int(layer not in without and (layer + 1) % step == 0) for layer in layers]
     return 1 if all(frequency) else frequency

@@ -6,9 +6,10 @@ from collections.abc import Mapping
 from typing import Any
 
 from megalora.model.config_json import mapped_family, model_shape
+from megalora.model.fields import real_number, switch, whole_number
 from megalora.model.presets import as_preset
 from megalora.model.rope import rope
-from megalora.model.shape import ModelShape, head_size
+from megalora.model.shape import MAX_SIZES, ModelShape, head_size
 
 _UNDESCRIBED = (
     "multi_latent_attention",
@@ -29,13 +30,13 @@ def megatron_args(config: Mapping[str, Any]) -> dict[str, Any]:
         "group_query_attention": True,
         "num_query_groups": shape.num_query_groups,
         "kv_channels": shape.kv_channels,
-        "max_position_embeddings": config.get("max_position_embeddings") or 2048,
+        "max_position_embeddings": whole_number(config, "max_position_embeddings", default=2048),
         "vocab_size": shape.vocab_size,
         "untie_embeddings_and_output_weights": not shape.tied_embeddings,
         **family.megatron,
         "rotary_base": int(rotary.theta),
         "use_rope_scaling": rotary.factor != 1.0,
-        "layernorm_epsilon": config.get("rms_norm_eps", 1e-6),
+        "layernorm_epsilon": _epsilon(config),
         "add_qkv_bias": shape.add_qkv_bias,
         "qk_layernorm": shape.qk_layernorm,
     }
@@ -53,10 +54,15 @@ def _expert_args(config: Mapping[str, Any], shape: ModelShape) -> dict[str, Any]
         "moe_ffn_hidden_size": shape.moe_ffn_hidden_size,
         "moe_layer_freq": shape.moe_pattern,
         # Normalising the top k of a softmax over all is the softmax over the top k.
-        "moe_router_pre_softmax": not config.get("norm_topk_prob", False),
+        "moe_router_pre_softmax": not switch(config, "norm_topk_prob", default=False),
         "moe_router_load_balancing_type": "none",
         "moe_token_dispatcher_type": "alltoall",
     }
+
+
+def _epsilon(config: Mapping[str, Any]) -> float:
+    given = real_number(config, "rms_norm_eps", low=0, high=1)
+    return 1e-6 if given is None else given
 
 
 # Names in the namespace whose flag is not the name with dashes.
@@ -133,6 +139,9 @@ def _check_described(args: argparse.Namespace) -> None:
     for flag in ("num_layers", "hidden_size", "num_attention_heads"):
         if not getattr(args, flag, None):
             raise ValueError(f"{flag} is missing: give --{flag.replace('_', '-')}")
+    if args.num_layers > MAX_SIZES["num_layers"]:
+        limit = MAX_SIZES["num_layers"]
+        raise ValueError(f"num_layers is {args.num_layers}: must be {limit:,} at most")
 
 
 def _expert_sizes(args: argparse.Namespace, ffn: int) -> dict[str, Any]:

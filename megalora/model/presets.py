@@ -6,6 +6,7 @@ from typing import Any
 
 from megalora.model.config_json import load_config, model_shape
 from megalora.model.shape import ModelShape
+from megalora.model.stored import check_stored_sizes
 
 
 def _llama(
@@ -85,6 +86,7 @@ def named_shape(name: str, *, family: str = "") -> ModelShape:
     folder = path.parent if path.is_file() else path
     if path.exists():
         found = model_shape(load_config(path), name=folder.name)
+        check_stored_sizes(found, folder)
     else:
         found = preset_shape(name)
     return replace(found, family=family) if family else found

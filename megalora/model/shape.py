@@ -4,6 +4,22 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from typing import Any, Self
 
+# Far above every model that is known: what lies above would be worked through without an end.
+MAX_SIZES: Mapping[str, int] = {
+    "num_layers": 4096,
+    "hidden_size": 2**20,
+    "num_attention_heads": 2**16,
+    "num_query_groups": 2**16,
+    "kv_channels": 2**16,
+    "vocab_size": 2**26,
+    "ffn_hidden_size": 2**24,
+    "num_moe_experts": 2**16,
+    "moe_router_topk": 2**16,
+    "moe_ffn_hidden_size": 2**24,
+    "moe_shared_expert_intermediate_size": 2**24,
+    "max_position_embeddings": 2**40,
+}
+
 
 def refuse_hybrid(pattern: str | None) -> None:
     """Raise ValueError for a hybrid model, of whose Hugging Face families none is known here."""
@@ -68,6 +84,9 @@ class ModelShape:
             value = getattr(self, name)
             if value < 1:
                 raise ValueError(f"{name} is {value!r}: must be an integer >= 1")
+        for name, limit in MAX_SIZES.items():
+            if getattr(self, name, 0) > limit:
+                raise ValueError(f"{name} is {getattr(self, name)}: must be {limit:,} at most")
         if self.num_attention_heads % self.num_query_groups:
             raise ValueError(
                 f"num_attention_heads {self.num_attention_heads} is not divisible by "

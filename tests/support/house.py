@@ -7,7 +7,8 @@ from typing import NamedTuple
 
 # From the ground up: a room, a file or a folder of megalora/, imports only what stands before it.
 ROOMS = (
-    *("replace", "config", "arguments", "model", "targets", "ops", "mends", "cpu", "data"),
+    *("replace", "printable", "reading", "config", "arguments", "model", "targets", "ops", "mends"),
+    *("cpu", "data"),
     *("adapters", "recommend", "checkpoint", "hf", "builder", "__init__", "losses", "training"),
     *("launch", "run", "__main__"),
 )

@@ -1,0 +1,174 @@
+"""Which tensors a directory's safetensors files hold, by their headers; and of what sizes."""
+
+import re
+from collections.abc import Iterator
+from pathlib import Path, PurePath
+from typing import TYPE_CHECKING, Any
+
+from safetensors import SafetensorError, safe_open
+
+from megalora.model.families import names_of
+from megalora.model.shape import ModelShape
+from megalora.reading import check_plain, read_json
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+MODEL = "model"
+ADAPTER = "adapter_model"
+_PICKLES = {MODEL: "pytorch_model.bin", ADAPTER: "adapter_model.bin"}
+_MAX_NAME = 1000
+_EXPERT = re.compile(r"\.experts\.(\d{1,9})\.")
+
+
+class TensorFiles:
+    """The tensors of a directory, by name, over all of its safetensors files.
+
+    Only headers are read until a tensor or a slice is asked for. Pickles are never opened.
+    framework: `np` needs no torch, and gives shapes alone.
+    """
+
+    def __init__(self, directory: Path, stem: str = MODEL, *, framework: str = "pt") -> None:
+        self.directory, self.stem, self.framework = Path(directory), stem, framework
+        self.index = self.directory / f"{stem}.safetensors.index.json"
+        self._open: dict[str, Any] = {}
+        self.files = self._locate()
+
+    def __contains__(self, name: str) -> bool:
+        return name in self.files
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.files)
+
+    def file_names(self) -> list[str]:
+        """Return the safetensors files in the order in which they first hold a tensor."""
+        return list(dict.fromkeys(self.files.values()))
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """Return a tensor's shape without reading it."""
+        return tuple(self._slice(name).get_shape())
+
+    def tensor(self, name: str) -> "Tensor":
+        """Read one tensor."""
+        return self._handle(self._file(name)).get_tensor(name)
+
+    def part(self, name: str, index: tuple[slice, ...]) -> "Tensor":
+        """Read a slice of one tensor, nothing else."""
+        return self._slice(name)[index]
+
+    def _file(self, name: str) -> str:
+        if name not in self.files:
+            raise ValueError(f"{self.directory} has no tensor {name}: is it a complete checkpoint?")
+        return self.files[name]
+
+    def _slice(self, name: str) -> Any:
+        return self._handle(self._file(name)).get_slice(name)
+
+    def _handle(self, file_name: str) -> Any:
+        if file_name not in self._open:
+            path = self.directory / file_name
+            try:
+                check_plain(path, inside=self.directory)
+                # NOTE: never a context manager: slices stay lazy as long as the handle lives.
+                self._open[file_name] = safe_open(path, framework=self.framework, device="cpu")
+            except FileNotFoundError:
+                raise ValueError(f"{path} is missing: the checkpoint is incomplete") from None
+            except (SafetensorError, OSError) as error:
+                raise ValueError(
+                    f"{path} is not a whole safetensors file ({error}): download it again"
+                ) from None
+        return self._open[file_name]
+
+    def _names(self, file_name: str) -> list[str]:
+        names = self._handle(file_name).keys()
+        if long := next((name for name in names if len(name) > _MAX_NAME), None):
+            raise ValueError(
+                f"{self.directory / file_name} has a tensor with a name of {len(long)} characters: "
+                "it is no model's"
+            )
+        return names
+
+    def _locate(self) -> dict[str, str]:
+        single = self.directory / f"{self.stem}.safetensors"
+        if self.index.exists() or self.index.is_symlink():
+            return self._locate_by_index()
+        if single.exists() or single.is_symlink():
+            return dict.fromkeys(self._names(single.name), single.name)
+        if any(self.directory.glob(f"{self.stem}-*-of-*.safetensors")):
+            raise ValueError(f"{self.index} is missing beside its shards: download it again")
+        pickle = self.directory / _PICKLES[self.stem]
+        if pickle.exists():
+            raise ValueError(
+                f"{pickle} is a pickle, which can run code and is never loaded: "
+                "convert it to safetensors"
+            )
+        raise ValueError(f"{self.directory} has neither {single.name} nor {self.index.name}")
+
+    def _locate_by_index(self) -> dict[str, str]:
+        weight_map = read_weight_map(self.index)
+        held = {file: set(self._names(file)) for file in dict.fromkeys(weight_map.values())}
+        for name, file_name in weight_map.items():
+            if name not in held[file_name]:
+                raise ValueError(f"{file_name} has no tensor {name}, which {self.index} promises")
+        return weight_map
+
+
+def read_weight_map(index: Path) -> dict[str, str]:
+    """Return the file of each tensor that an index names, all of them of its own directory."""
+    weight_map = read_json(index).get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise ValueError(f"{index} has no weight_map: download it again")
+    for file_name in weight_map.values():
+        plain = isinstance(file_name, str) and PurePath(file_name).name == file_name
+        if not plain or not str(file_name).endswith(".safetensors"):
+            raise ValueError(
+                f"{index} names the file {file_name!r:.200}: only .safetensors files of its own "
+                "directory are read"
+            )
+    return weight_map
+
+
+def check_stored_sizes(shape: ModelShape, directory: str | Path) -> None:
+    """Raise ValueError where the tensors beside a config.json are of other sizes than it says.
+
+    So that nothing is built, or counted, by sizes that the files do not have. Where not all of them
+    are there, such as on a machine that only plans, nothing can be compared.
+    """
+    folder = Path(directory)
+    folder = folder.parent if folder.is_file() else folder
+    if not _has_all_files(folder):
+        return
+    files = TensorFiles(folder, framework="np")
+    names = names_of(shape.model_type)
+    layer = re.compile(re.escape(names.layer).replace(r"\{\}", r"(\d{1,9})"))
+    layers = {int(found[1]) for name in files if (found := layer.match(name))}
+    stored = {"num_hidden_layers": max(layers) + 1} if layers else {}
+    table = f"{names.embedding}.weight"
+    if table in files and len(files.shape(table)) == 2:
+        stored["vocab_size"], stored["hidden_size"] = files.shape(table)
+    experts = {int(found[1]) for name in files if (found := _EXPERT.search(name))}
+    if experts and shape.num_moe_experts:
+        stored["num_experts"] = max(experts) + 1
+    said = {
+        "num_hidden_layers": shape.num_layers,
+        "vocab_size": shape.vocab_size,
+        "hidden_size": shape.hidden_size,
+        "num_experts": shape.num_moe_experts,
+    }
+    wrong = [
+        f"{name} {said[name]:,} (its tensors {value:,})"
+        for name, value in stored.items()
+        if said[name] != value
+    ]
+    if wrong:
+        raise ValueError(
+            f"{folder / 'config.json'} has {', '.join(wrong)}: its tensors and its config.json are "
+            "not of one model"
+        )
+
+
+def _has_all_files(folder: Path) -> bool:
+    index = folder / f"{MODEL}.safetensors.index.json"
+    if not index.exists():
+        return (folder / f"{MODEL}.safetensors").exists()
+    return all((folder / file).exists() for file in set(read_weight_map(index).values()))
