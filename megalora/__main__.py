@@ -11,6 +11,7 @@ from typing import Any
 
 import megalora
 from megalora.hf.signals import Stopped, stopping
+from megalora.printable import printable
 
 # Modules with parsers of commands, and the function that adds them.
 _PARSERS = (("megalora.recommend", "add_parser"), ("megalora.hf.cli", "add_parsers"))
@@ -36,14 +37,14 @@ def main(argv: Sequence[str] | None = None) -> int:
             return args.func(args) or 0
     except Stopped as stop:
         done = f"{output} is written" if _identity(output) != before else "nothing was written"
-        print(f"error: stopped by {stop.signal.name}: {done}", file=sys.stderr)
+        print(f"error: stopped by {stop.signal.name}: {printable(done)}", file=sys.stderr)
         return 128 + stop.signal
     except OSError as error:
         if os.environ.get("MEGALORA_TRACEBACK"):
             raise
-        print(f"error: {_sentence(error)}", file=sys.stderr)
+        print(f"error: {printable(_sentence(error))}", file=sys.stderr)
     except ValueError as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {printable(error)}", file=sys.stderr)
     return 2
 
 

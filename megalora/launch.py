@@ -10,6 +10,7 @@ from typing import Protocol
 import torch
 
 from megalora import cpu, mends
+from megalora.printable import printable
 from megalora.training.flags import add_exchange_args, with_hf_flags
 
 # All that a launch script needs, from one module.
@@ -114,6 +115,6 @@ def clear_errors(*, every_rank: bool = False) -> Iterator[None]:
         if os.environ.get("MEGALORA_TRACEBACK"):
             raise
         speaks = every_rank or os.environ.get("LOCAL_RANK", "0") == "0"
-        message = f"error: {error}" if speaks else ""
+        message = f"error: {printable(error)}" if speaks else ""
         sys.stdout.flush()
         raise SystemExit(message or 1) from None

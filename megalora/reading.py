@@ -112,7 +112,7 @@ def parse_json(data: bytes | str, *, max_bytes: int = MAX_JSON_BYTES) -> Any:
             json.dumps(value, ensure_ascii=False).encode()
     except json.JSONDecodeError as error:
         place = f"line {error.lineno}, column {error.colno}"
-        raise NotJSONError(f"{error.msg}, {place}") from None
+        raise NotJSONError(f"{error.msg}: {place}") from None
     except UnicodeDecodeError as error:
         raise NotJSONError(f"it is not UTF-8 at byte {error.start}") from None
     except UnicodeEncodeError:

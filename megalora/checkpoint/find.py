@@ -23,6 +23,7 @@ from megalora.checkpoint.layout import (
 )
 from megalora.checkpoint.ranks import on_all_ranks
 from megalora.checkpoint.read import read_description
+from megalora.printable import printable
 
 OnCorrupt = Literal["previous", "stop"]
 
@@ -61,6 +62,10 @@ def find_checkpoint(
     ValueError. Also raises it where no checkpoint is intact.
     """
     root = Path(load)
+
+    def say(text: str) -> None:
+        warn(f"WARNING: {printable(text)}")
+
     tracker = read_tracker(root)
     # As for Megatron, which finds no iteration beside a release.
     named = RELEASE if tracker.newest == RELEASE else step or tracker.newest
@@ -73,8 +78,8 @@ def find_checkpoint(
             defects += [f"{directory}: {defect}"] if defect else []
             continue
         if defect is not None:
-            warn(f"WARNING: checkpoint {directory} is not verified: {defect}")
-        _report(defects, iteration, on_corrupt, warn)
+            say(f"checkpoint {directory} is not verified: {defect}")
+        _report(defects, iteration, on_corrupt, say)
         if iteration != named or tracker.defect:
             _go_back(root, iteration)
         return found
@@ -84,7 +89,7 @@ def find_checkpoint(
             "again from where it is intact, or give another directory"
         )
     for defect in defects:
-        warn(f"WARNING: {defect}, and no checkpoint is beside it: starting anew")
+        say(f"{defect}, and no checkpoint is beside it: starting anew")
     return None
 
 
@@ -130,7 +135,7 @@ def _check(
 
 
 def _report(
-    defects: list[str], iteration: Iteration, on_corrupt: OnCorrupt, warn: Callable[[str], None]
+    defects: list[str], iteration: Iteration, on_corrupt: OnCorrupt, say: Callable[[str], None]
 ) -> None:
     if defects and on_corrupt == "stop":
         raise ValueError(
@@ -138,9 +143,9 @@ def _report(
             "intact: set --lora-on-corrupt previous to go on from it"
         )
     for defect in defects:
-        warn(f"WARNING: damaged checkpoint: {defect}")
+        say(f"damaged checkpoint: {defect}")
     if defects:
-        warn(f"WARNING: going on from iteration {iteration} instead")
+        say(f"going on from iteration {iteration} instead")
 
 
 def _go_back(root: Path, iteration: Iteration) -> None:

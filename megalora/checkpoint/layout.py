@@ -13,7 +13,6 @@ here which one it is, and whether its files are those that were saved.
 """
 
 import hashlib
-import json
 import os
 import socket
 from collections.abc import Sequence
@@ -24,6 +23,7 @@ from typing import Literal
 
 from megalora.checkpoint.durable import sync
 from megalora.checkpoint.ranks import on_all_ranks
+from megalora.reading import NotJSONError, check_plain, open_plain, parse_json, read_json
 
 TRACKER = "latest_checkpointed_iteration.txt"
 RELEASE: Literal["release"] = "release"
@@ -32,6 +32,12 @@ FORMAT = "metadata.json"
 MANIFEST = "integrity.json"
 # What a reader would take for a part of the checkpoint; others may leave notes beside it.
 _PARTS = (".distcp", ".pt", METADATA, FORMAT)
+
+# Of a tracker file, which holds one number.
+_MAX_TRACKER_BYTES = 100
+_MAX_ITERATION_DIGITS = 18
+# Of a manifest: two files for each of 40,000 ranks.
+_MAX_MANIFEST_BYTES = 8 * 2**20
 
 # The name of a checkpoint: its iteration, or that it has none.
 Iteration = int | Literal["release"]
@@ -61,9 +67,12 @@ def read_tracker(root: Path) -> Tracker:
     """Read the tracker file; without one nothing is the newest, and nothing is wrong."""
     path = root / TRACKER
     try:
-        text = path.read_text(errors="replace").strip()
-    except (FileNotFoundError, NotADirectoryError):
+        with open_plain(path, inside=root) as file:
+            text = file.read(_MAX_TRACKER_BYTES).decode(errors="replace").strip()
+    except FileNotFoundError:
         return Tracker(None)
+    except ValueError as error:
+        return Tracker(None, str(error))
     except OSError as error:
         return Tracker(None, f"{path} cannot be read ({error.strerror})")
     if text == RELEASE:
@@ -141,15 +150,37 @@ def find_damage(directory: Path) -> list[str]:
     """Return what contradicts a checkpoint's manifest, a text for each file that does."""
     try:
         digests = _read_manifest(directory)
+        parts = [path for path in directory.iterdir() if path.name.endswith(_PARTS)]
+        found = [problem for problem in map(_problem, parts) if problem]
     except ValueError as error:
         return [str(error)]
-    if digests is None:
-        return []
+    except OSError as error:
+        return [f"{directory} cannot be read ({error.strerror})"]
+    if found or digests is None:
+        return _first(found)
     with ThreadPoolExecutor(max_workers=8) as pool:
         checked = pool.map(lambda name: _damage(directory / name, digests[name]), sorted(digests))
         found = [damage for damage in checked if damage]
-    extra = {path.name for path in directory.iterdir() if path.name.endswith(_PARTS)} - {*digests}
-    return found + [f"{name} is not in {MANIFEST}" for name in sorted(extra)]
+    extra = {path.name for path in parts} - {*digests}
+    return _first(found + [f"{name} is not in {MANIFEST}" for name in extra])
+
+
+def _first(found: list[str], limit: int = 5) -> list[str]:
+    """Return some of the problems, and how many more there are."""
+    shown, more = sorted(found)[:limit], len(found) - limit
+    return [*shown, f"and {more} more"] if more > 0 else shown
+
+
+def _problem(part: Path) -> str | None:
+    """Say what is wrong with a part of a checkpoint before anything reads it."""
+    try:
+        # Megatron reads the format whole, and all other parts where they say that data is.
+        _ = read_json(part) if part.name == FORMAT else check_plain(part)
+    except ValueError as error:
+        return str(error)
+    except FileNotFoundError:
+        return f"{part.name} is missing"
+    return None
 
 
 def has_manifest(directory: Path) -> bool:
@@ -159,17 +190,20 @@ def has_manifest(directory: Path) -> bool:
 
 def _read_manifest(directory: Path) -> dict[str, str] | None:
     """Return the SHA-256 of each file by name, None where there is no manifest."""
-    try:
-        manifest = json.loads((directory / MANIFEST).read_bytes())
-        algorithm, digests = manifest["algorithm"], manifest["files"]
-        names = [name for name in digests if PurePath(name).name != name]
-    except FileNotFoundError:
+    path = directory / MANIFEST
+    if not (path.exists() or path.is_symlink()):
         return None
-    except OSError as error:
-        raise ValueError(f"{MANIFEST} cannot be read ({error.strerror})") from None
-    except (ValueError, KeyError, TypeError, RecursionError):
-        raise ValueError(f"{MANIFEST} is damaged, it holds no checksums") from None
-    if names or algorithm != "sha256" or not isinstance(digests, dict):
+    try:
+        with open_plain(path, inside=directory) as file:
+            data = file.read(_MAX_MANIFEST_BYTES + 1)
+        manifest = parse_json(data, max_bytes=_MAX_MANIFEST_BYTES)
+    except NotJSONError as error:
+        raise ValueError(f"{MANIFEST} is damaged, it holds no checksums ({error})") from None
+    digests = manifest.get("files") if isinstance(manifest, dict) else None
+    if not isinstance(digests, dict):
+        raise ValueError(f"{MANIFEST} is damaged, it holds no checksums")
+    plain = all(PurePath(name).name == name and isinstance(digests[name], str) for name in digests)
+    if not plain or manifest.get("algorithm") != "sha256":
         raise ValueError(f"{MANIFEST} is damaged, it has no SHA-256 of files of its own directory")
     return digests
 
@@ -177,14 +211,16 @@ def _read_manifest(directory: Path) -> dict[str, str] | None:
 def _damage(path: Path, digest: str) -> str | None:
     try:
         # Only a file ends: a manifest could name a device.
-        if not path.is_file():
-            return f"{path.name} is missing"
-        with path.open("rb") as file:
+        with open_plain(path) as file:
             is_same = hashlib.file_digest(file, "sha256").hexdigest() == digest
+    except FileNotFoundError:
+        return f"{path.name} is missing"
+    except ValueError as error:
+        return str(error)
     except OSError as error:
         return f"{path.name} cannot be read ({error.strerror})"
     return None if is_same else f"{path.name} does not match its checksum in {MANIFEST}"
 
 
 def _is_number(text: str) -> bool:
-    return text.isascii() and text.isdigit()
+    return text.isascii() and text.isdigit() and len(text) <= _MAX_ITERATION_DIGITS

@@ -1,7 +1,6 @@
 """Reading adapter checkpoints without a model: whole tensors and what is stored with them."""
 
 import io
-import json
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -22,6 +21,7 @@ from megalora.adapters.factors import from_checkpoint
 from megalora.adapters.kinds import kind_named
 from megalora.adapters.rows import whole_key
 from megalora.checkpoint import unpickle
+from megalora.checkpoint.description import parse_description, read_config, read_facts
 from megalora.checkpoint.layout import METADATA, find_directory, verify
 from megalora.checkpoint.unpickle import load_object
 from megalora.config import LoRAConfig
@@ -68,8 +68,7 @@ def read_adapters(path: Path) -> Adapters:
     described = read_description(path)
     if described is None:
         raise ValueError(f"{path} has no adapters: it is not a checkpoint that megalora wrote")
-    with _reading(path):
-        config, facts = LoRAConfig.from_dict(described["config"]), ModelFacts(**described["model"])
+    config, facts = read_config(described), read_facts(described)
     stored = read_tensors(path, lambda key: is_adapter_key(whole_key(key)) and _is_weight(key))
     return from_checkpoint(stored, kind_named(config.kind).factors, facts), config, facts
 
@@ -110,7 +109,7 @@ def _describe(common: dict[str, Any]) -> dict[str, Any] | None:
     for key, part in common.items():
         if _is_model(key) and DESCRIPTION in part:
             return {
-                **json.loads(part[DESCRIPTION]),
+                **parse_description(part[DESCRIPTION]),
                 "distributed_optimizer": _optimizer(common),
                 "schedule": common.get("opt_param_scheduler"),
             }

@@ -17,6 +17,7 @@ import torch.distributed as dist
 
 from megalora.adapters.adapter import LoRAAdapter, named_adapters
 from megalora.adapters.finite import all_finite, refuse
+from megalora.checkpoint.description import parse_description
 from megalora.checkpoint.read import DESCRIPTION
 from megalora.config import LoRAConfig
 from megalora.targets import ModelFacts, is_adapter_key
@@ -80,7 +81,7 @@ def _load_state_dict(
     state = dict(state_dict)
     stored = state.pop(DESCRIPTION, None)
     if stored is not None:
-        check_same_adapters(json.loads(stored), chunk.megalora_description)
+        check_same_adapters(parse_description(stored), chunk.megalora_description)
     has_adapters = any(is_adapter_key(key) for key in state)
     result = load_module(state, strict=False, **kwargs)
     missing = [key for key in result.missing_keys if is_adapter_key(key) == has_adapters]

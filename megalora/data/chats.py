@@ -4,6 +4,8 @@ import json
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
+from megalora.reading import NotJSONError, parse_json
+
 type Row = Mapping[str, Any]
 type Message = dict[str, Any]
 
@@ -122,7 +124,7 @@ def _message(raw: object) -> Message:
 def _from_share_gpt(message: Message) -> Message:
     """Return a message of `from` and `value` as one of role and content."""
     speaker, value = message.pop("from"), message.pop("value", None)
-    if speaker not in _SHARE_GPT_ROLES:
+    if not isinstance(speaker, str) or speaker not in _SHARE_GPT_ROLES:
         raise ValueError(f"from {_short(speaker)} is none of {list(_SHARE_GPT_ROLES)}: rename it")
     key = "tool_calls" if speaker == "function_call" else "content"
     return {"role": _SHARE_GPT_ROLES[speaker], key: value, **message}
@@ -192,8 +194,8 @@ def _parsed[T](name: str, value: object, kind: type[T] | tuple[type[T], ...]) ->
         if not value.strip():
             return None
         try:
-            parsed = json.loads(value)
-        except json.JSONDecodeError as error:
+            parsed = parse_json(value)
+        except NotJSONError as error:
             raise ValueError(f"`{name}` is {_short(value)}, which is no JSON: {error}") from error
     if parsed is not None and not isinstance(parsed, kind):
         kinds = kind if isinstance(kind, tuple) else (kind,)

@@ -7,7 +7,7 @@ from typing import Any
 
 from megalora.data import corpus
 from megalora.data.chats import Row
-from megalora.data.sources import ArrowTable, Rows, Source, Table, json_source
+from megalora.data.sources import ArrowTable, Rows, Source, Table, json_source, open_data
 
 EMBEDDED = {"stdlib-text": corpus.text_rows, "stdlib-docstrings": corpus.docstring_rows}
 FILE_FORMATS = (".json", ".jsonl", ".parquet")
@@ -55,7 +55,7 @@ def files_of(dataset: str) -> list[str]:
     path = Path(dataset)
     if path.is_dir():
         files = [str(p) for p in sorted(path.iterdir()) if p.suffix in FILE_FORMATS]
-    elif path.is_file():
+    elif path.exists():
         files = [dataset]
     elif path.suffix in FILE_FORMATS or dataset.startswith((".", "~", os.sep)):
         raise ValueError(f"dataset {dataset} is not there: check the path")
@@ -124,6 +124,7 @@ def _filled(rows: Rows, split: str, dataset: str) -> Rows:
 def _load_parquet(file: str) -> Any:
     import pyarrow.parquet
 
+    open_data(file).close()
     try:
         num_rows = pyarrow.parquet.read_metadata(file).num_rows
     except (pyarrow.ArrowInvalid, OSError) as error:

@@ -1,16 +1,19 @@
 """Rows with their place: JSON lines as they stand in the file, and tables of other libraries."""
 
-import json
 from array import array
 from bisect import bisect_right
 from collections.abc import Iterator, Mapping, Sequence
 from itertools import accumulate
 from pathlib import Path
-from typing import Protocol
+from typing import BinaryIO, Protocol
 
 import numpy as np
 
 from megalora.data.chats import Row
+from megalora.reading import MAX_JSON_BYTES, NotJSONError, open_plain, parse_json
+
+# Of one list, which is held in memory; JSON lines may be as long as the disk.
+_MAX_LIST_BYTES = 2 * 2**30
 
 
 class Source(Protocol):
@@ -38,9 +41,15 @@ class JsonLines:
         """Find the lines of a file; blank ones are no rows."""
         self.name = path
         self._starts, self._lines = array("q"), array("q")
-        self._file = open(path, "rb")  # noqa: SIM115
-        start = 0
-        for number, line in enumerate(self._file, 1):
+        self._file = open_data(path)
+        start, number = 0, 0
+        while line := self._file.readline(MAX_JSON_BYTES + 1):
+            number += 1
+            if len(line) > MAX_JSON_BYTES:
+                raise ValueError(
+                    f"dataset {path} line {number} has more than {MAX_JSON_BYTES:,} bytes: it is "
+                    "no JSON lines, or a row to be cut"
+                )
             if line.strip():
                 self._starts.append(start)
                 self._lines.append(number)
@@ -53,8 +62,8 @@ class JsonLines:
         self._file.seek(self._starts[number])
         line = self._file.readline()
         try:
-            return _object(json.loads(line.decode("utf-8-sig").strip()))
-        except ValueError as error:  # of json and of UTF-8
+            return _object(parse_json(line.strip()))
+        except NotJSONError as error:
             raise ValueError(
                 f"dataset {self.where(number)}: no JSON object ({_cause(error)}): mend the line or "
                 "leave it out; a json file may also be one list of objects"
@@ -134,18 +143,29 @@ class Rows(Sequence[Row]):
         return self.sources[place], number - (self._ends[place - 1] if place else 0)
 
 
+def open_data(path: str) -> BinaryIO:
+    """Open a file of data, which may be a link but must be a plain file."""
+    try:
+        return open_plain(Path(path))
+    except ValueError as error:
+        raise ValueError(f"dataset {error}") from None
+    except FileNotFoundError:
+        raise ValueError(f"dataset {path} is not there: check the path") from None
+
+
 def json_source(path: str) -> Source:
     """Return the rows of a json file: objects on lines, or one list of objects.
 
     Raises ValueError, with its place, where a list is broken; lines are read later.
     """
-    with open(path, "rb") as file:
+    with open_data(path) as file:
         start = file.read(4096).removeprefix(b"\xef\xbb\xbf").lstrip()
     if not start.startswith(b"["):
         return JsonLines(path)
     try:
-        rows = json.loads(Path(path).read_text(encoding="utf-8-sig"))
-    except ValueError as error:  # of json and of UTF-8
+        with open_data(path) as file:
+            rows = parse_json(file.read(_MAX_LIST_BYTES + 1), max_bytes=_MAX_LIST_BYTES)
+    except NotJSONError as error:
         raise ValueError(f"dataset {path} is no list of JSON objects: {error}") from error
     for number, row in enumerate(rows):
         if not isinstance(row, dict):
@@ -155,14 +175,13 @@ def json_source(path: str) -> Source:
 
 def _object(value: object) -> Row:
     if not isinstance(value, dict):
-        raise ValueError(f"it is a {type(value).__name__}")
+        raise NotJSONError(f"it is a {type(value).__name__}")
     return value
 
 
-def _cause(error: ValueError) -> str:
+def _cause(error: NotJSONError) -> str:
     """Return what is wrong in a line, without json's own count of lines."""
-    is_json = isinstance(error, json.JSONDecodeError)
-    return f"{error.msg}, column {error.colno}" if is_json else str(error)
+    return str(error).replace(": line 1,", ",")
 
 
 def _without_nulls(value: object) -> object:

@@ -21,7 +21,7 @@ from megalora.hf.files import TensorFiles
 from megalora.hf.inspect import AdapterReport, describe, inspect_peft, is_peft
 from megalora.hf.merge import merge_adapter
 from megalora.hf.peft import read_adapter, write_adapter
-from megalora.model.config_json import load_config, model_shape, read_config
+from megalora.model.config_json import hidden_size_of, load_config, model_shape, read_config
 from megalora.model.megatron import megatron_flags
 
 
@@ -88,7 +88,7 @@ def merge(args: argparse.Namespace) -> None:
     """Add a PEFT adapter to the weights of its base."""
     start = time.monotonic()
     base = Path(args.hf_model)
-    hidden_size = load_config(args.hf_model).get("hidden_size")
+    hidden_size = hidden_size_of(load_config(args.hf_model))
     factors = read_adapter(args.adapter, hidden_size=hidden_size)
     total = len(TensorFiles(base).file_names())
     with tqdm(total=total, unit="file", desc="merging", disable=None) as bar:

@@ -13,6 +13,7 @@ import torch
 from megalora.hf.factors import LoRAFactors, summarise
 from megalora.hf.peft import CONFIG_NAME, read_adapter_directory
 from megalora.hf.peft_config import layer_of, split_expert
+from megalora.printable import printable
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -66,7 +67,8 @@ class AdapterReport:
             for row in rows
         ]
         title = f"{self.directory}: {self.kind}, base {self.base_model or 'not named'}"
-        return "\n".join([title, *lines, *(f"warning: {text}" for text in self.warnings)])
+        warned = (f"warning: {text}" for text in self.warnings)
+        return "\n".join(map(printable, [title, *lines, *warned]))
 
 
 def measure(name: str, module: LoRAFactors) -> ModuleReport:
@@ -101,7 +103,7 @@ def inspect_peft(directory: str | Path) -> AdapterReport:
         found.factors,
         directory=str(directory),
         kind="PEFT adapter",
-        base_model=found.config.get("base_model_name_or_path") or "",
+        base_model=str(found.config.get("base_model_name_or_path") or ""),
         problems=problems,
     )
 

@@ -16,7 +16,8 @@ from megalora.hf.factors import PRECISIONS, LoRAFactors, check_factors, summaris
 from megalora.hf.files import MODEL, TensorFiles, read_json, save_tensors, write_json
 from megalora.hf.safetensors_files import HFWeights
 from megalora.hf.written import MANIFEST
-from megalora.model.config_json import load_config
+from megalora.model.config_json import check_known_sizes, load_config
+from megalora.model.fields import switch
 
 _EMBEDDING, _UNEMBEDDING = "model.embed_tokens.weight", "lm_head.weight"
 _FUSED = re.compile(r"(.+\.experts)\.(gate_up_proj|down_proj)")
@@ -41,8 +42,9 @@ def merge_adapter(
     check_factors(factors)
     source = Path(base)
     config = load_config(source)
+    check_known_sizes(config, source)
     weights = HFWeights(source)
-    untie = "lm_head" in factors and bool(config.get("tie_word_embeddings"))
+    untie = "lm_head" in factors and switch(config, "tie_word_embeddings", default=False)
     _check_fits(weights, factors, untie=untie)
     others = other_files(source, skip=_is_rewritten)
     with whole_directory(output, overwrite=overwrite, inputs={"--hf-model": source}) as target:
@@ -161,7 +163,8 @@ def _write_index(weights: HFWeights, target: Path, total: int, *, untie: bool) -
     weight_map = dict(index["weight_map"])
     if untie:
         weight_map[_UNEMBEDDING] = weight_map[_EMBEDDING]
-    metadata = {**(index.get("metadata") or {}), "total_size": total}
+    metadata = index.get("metadata")
+    metadata = {**(metadata if isinstance(metadata, dict) else {}), "total_size": total}
     write_json(
         target / weights.files.index.name, {**index, "metadata": metadata, "weight_map": weight_map}
     )

@@ -19,12 +19,12 @@ from megalora.hf.files import (
     save_tensors,
     write_json,
 )
+from megalora.hf.patterns import matches
 from megalora.hf.peft_config import (
     PeftRules,
     check_ranks,
     choose_patterns,
     layer_of,
-    matches,
     most_common,
     read_rules,
     split_expert,

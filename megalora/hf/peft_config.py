@@ -10,6 +10,8 @@ from typing import Any
 
 from megalora.config import ALPHAS, RANKS, is_alpha, is_rank
 from megalora.hf.factors import summarise
+from megalora.hf.patterns import Patterns
+from megalora.printable import printable
 
 _LAYER = re.compile(r"model\.layers\.(\d+)\.(.+)")
 _EXPERT = re.compile(r"(.+\.experts)\.(\d+)\.(gate_proj|up_proj|down_proj)")
@@ -51,27 +53,21 @@ class PeftRules:
     rank_pattern: Mapping[str, int] = field(default_factory=dict)
     alpha_pattern: Mapping[str, float] = field(default_factory=dict)
     use_rslora: bool = False
+    _ranks: Patterns[int] = field(init=False, repr=False, compare=False)
+    _alphas: Patterns[float] = field(init=False, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        for name, values in (("rank", self.rank_pattern), ("alpha", self.alpha_pattern)):
+            object.__setattr__(self, f"_{name}s", Patterns(f"{name}_pattern", values))
 
     def rank(self, name: str) -> int:
         """Return the rank of a module."""
-        return _first_match(self.rank_pattern, name, self.r)
+        return self._ranks.first(name, self.r)
 
     def scale(self, name: str) -> float:
         """Return the factor of B @ A: alpha / r, or alpha / sqrt(r) under rsLoRA."""
-        rank, alpha = self.rank(name), _first_match(self.alpha_pattern, name, self.lora_alpha)
+        rank, alpha = self.rank(name), self._alphas.first(name, self.lora_alpha)
         return alpha / (math.sqrt(rank) if self.use_rslora else rank)
-
-
-def _first_match[T](patterns: Mapping[str, T], name: str, default: T) -> T:
-    for pattern, value in patterns.items():
-        if matches(pattern, name):
-            return value
-    return default
-
-
-def matches(pattern: str, name: str) -> bool:
-    """Say whether PEFT takes a pattern for a module of this name."""
-    return re.match(rf"(.*\.)?({pattern})$", name) is not None
 
 
 def read_rules(config: Mapping[str, Any]) -> PeftRules:
@@ -80,8 +76,11 @@ def read_rules(config: Mapping[str, Any]) -> PeftRules:
     Raises ValueError, by name, for whatever plain LoRA factors cannot represent.
     """
     if config.get("peft_type") != "LORA":
-        raise ValueError(f"adapter_config peft_type is {config.get('peft_type')!r}: must be 'LORA'")
+        raise ValueError(
+            f"adapter_config peft_type is {config.get('peft_type')!r:.100}: must be 'LORA'"
+        )
     _refuse_extensions(config)
+    _check_targets(config)
     ranks, alphas = _patterns(config, "rank_pattern"), _patterns(config, "alpha_pattern")
     for name, value in (("r", config.get("r")), *_fields("rank_pattern", ranks)):
         _require(_is_whole_rank(value), name, value, RANKS)
@@ -102,7 +101,7 @@ def read_rules(config: Mapping[str, Any]) -> PeftRules:
 
 
 def _fields(name: str, patterns: Mapping[str, float]) -> Iterable[tuple[str, object]]:
-    return ((f"{name} {pattern!r}", value) for pattern, value in patterns.items())
+    return ((f"{name} {pattern!r:.100}", value) for pattern, value in patterns.items())
 
 
 def _is_whole_rank(value: object) -> bool:
@@ -112,19 +111,24 @@ def _is_whole_rank(value: object) -> bool:
 
 def _require(valid: bool, field: str, value: object, wanted: str) -> None:
     if not valid:
-        raise ValueError(f"adapter_config {field} is {value!r}: must be {wanted}")
+        raise ValueError(f"adapter_config {field} is {value!r:.100}: must be {wanted}")
 
 
 def _patterns(config: Mapping[str, Any], name: str) -> dict[str, float]:
     patterns = config.get(name) or {}
     if not isinstance(patterns, dict):
-        raise ValueError(f"adapter_config {name} is {patterns!r}: must be an object")
-    for pattern in patterns:
-        try:
-            re.compile(pattern)
-        except re.error as error:
-            raise ValueError(f"adapter_config {name} {pattern!r} is no pattern: {error}") from None
+        raise ValueError(f"adapter_config {name} is {patterns!r:.100}: must be an object")
     return patterns
+
+
+def _check_targets(config: Mapping[str, Any]) -> None:
+    """Raise ValueError where the parameters that 3-D factors belong to are no list of names."""
+    parameters = config.get("target_parameters")
+    is_list = isinstance(parameters, list) and all(isinstance(each, str) for each in parameters)
+    if parameters is not None and not is_list:
+        raise ValueError(
+            f"adapter_config target_parameters is {parameters!r:.100}: must be a list of names"
+        )
 
 
 def _refuse_extensions(config: Mapping[str, Any]) -> None:
@@ -146,7 +150,8 @@ def _refuse_extensions(config: Mapping[str, Any]) -> None:
             "merge the adapter with PEFT, or convert it to plain LoRA first"
         )
     for name in unknown:
-        warnings.warn(f"adapter_config has the unknown field {name}, ignored", stacklevel=3)
+        shown = printable(name, 100)
+        warnings.warn(f"adapter_config has the unknown field {shown}, ignored", stacklevel=3)
 
 
 def choose_patterns(

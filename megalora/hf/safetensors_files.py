@@ -7,6 +7,7 @@ from torch import Tensor
 from megalora.hf.factors import summarise
 from megalora.hf.files import TensorFiles
 from megalora.model.family import DEFAULT_NAMES, Names, without_numbers
+from megalora.model.shape import MAX_SIZES
 
 # Buffers that old checkpoints carry along and every implementation computes itself.
 _IGNORED = ".rotary_emb.inv_freq"
@@ -37,6 +38,11 @@ class HFWeights:
         if len(shape) != 3:
             raise ValueError(f"{name} has shape {list(shape)}: expected [experts, out, in]")
         num_experts, rows = shape[0], shape[1] // len(parts)
+        if not 0 < num_experts <= MAX_SIZES["num_moe_experts"] or shape[1] % len(parts):
+            raise ValueError(
+                f"{name} has shape {list(shape)}: expected [experts, out, in] of at most "
+                f"{MAX_SIZES['num_moe_experts']:,} experts, and gate and up of one size"
+            )
         for expert in range(num_experts):
             for number, part in enumerate(parts):
                 weight = f"{part.format(expert)}.weight"

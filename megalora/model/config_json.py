@@ -12,8 +12,6 @@ from megalora.model.shape import ModelShape, head_size
 from megalora.model.stored import check_stored_sizes
 from megalora.reading import read_json
 
-__all__ = ["family_of", "load_config", "mapped_family", "model_shape", "read_config", "read_json"]
-
 
 def load_config(source: str | Path) -> dict[str, Any]:
     """Read a config.json, or that of a model's directory, of whatever family."""
@@ -30,6 +28,17 @@ def read_config(directory: str | Path) -> dict[str, Any]:
     mapped_family(config)
     check_stored_sizes(model_shape(config), directory)
     return config
+
+
+def hidden_size_of(config: Mapping[str, Any]) -> int | None:
+    """Return the hidden size of a configuration of whatever family, None where it has none."""
+    return None if config.get("hidden_size") is None else whole_number(config, "hidden_size")
+
+
+def check_known_sizes(config: Mapping[str, Any], directory: str | Path) -> None:
+    """Hold a configuration against its tensors where its family is in the table."""
+    if config.get("model_type") in tuple(FAMILIES):
+        check_stored_sizes(model_shape(config), directory)
 
 
 def family_of(config: Mapping[str, Any]) -> Family:

@@ -10,6 +10,7 @@ from megalora.model.families import rate_exponents
 from megalora.model.megatron import args_shape
 from megalora.model.presets import PRESETS, named_shape
 from megalora.model.shape import ModelShape
+from megalora.reading import parse_json
 from megalora.recommend.costs import Layout
 from megalora.recommend.recommendation import recommend
 
@@ -94,7 +95,7 @@ def _add_model(parser: argparse.ArgumentParser) -> None:
     ):
         group.add_argument(f"--{name}", type=int)
     group.add_argument("--moe-router-topk", type=int, default=2)
-    group.add_argument("--moe-layer-freq", type=json.loads, help="N, or a list of 0 and 1")
+    group.add_argument("--moe-layer-freq", type=_layer_freq, help="N, or a list of 0 and 1")
     for name in (
         "group-query-attention",
         "swiglu",
@@ -106,6 +107,14 @@ def _add_model(parser: argparse.ArgumentParser) -> None:
         "multi-latent-attention",
     ):
         group.add_argument(f"--{name}", action="store_true")
+
+
+def _layer_freq(text: str) -> int | list[int]:
+    value = parse_json(text)
+    each = value if isinstance(value, list) else [value]
+    if not all(type(number) is int and number >= 0 for number in each) or value == 0:
+        raise ValueError(f"{text!r:.100} is neither a number of layers nor a list of 0 and 1")
+    return value
 
 
 def _add_adapter(parser: argparse.ArgumentParser) -> None:

@@ -4,6 +4,7 @@ from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 from megalora.model.shape import ModelShape
+from megalora.printable import printable
 from megalora.recommend.costs import Memory
 from megalora.recommend.linears import base_parameters
 
@@ -27,7 +28,7 @@ def table(result: "Recommendation") -> str:
     rows = [*_model_rows(result), *_cost_rows(result)]
     width = max(len(name) for name, _ in rows)
     lines = [f"{name:<{width}}  {text}" for name, text in rows]
-    return "\n".join([*lines, *(f"note: {note}" for note in result.notes)])
+    return "\n".join(map(printable, [*lines, *(f"note: {note}" for note in result.notes)]))
 
 
 def to_dict(result: "Recommendation") -> dict[str, Any]:
