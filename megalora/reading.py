@@ -4,11 +4,12 @@ import json
 import os
 import re
 import stat
+from io import BufferedReader
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 # Of JSON, far above all that is known: the index of a model with 200,000 tensors has 20 MB.
-MAX_JSON_BYTES = 64 * 2**20
+MAX_JSON_BYTES = 32 * 2**20
 MAX_DEPTH = 64
 # As many as a float can have.
 MAX_DIGITS = 300
@@ -57,7 +58,7 @@ def _check_link(path: Path, inside: Path) -> None:
         )
 
 
-def open_plain(path: Path, *, inside: Path | None = None) -> BinaryIO:
+def open_plain(path: Path, *, inside: Path | None = None) -> BufferedReader:
     """Open a plain file to read its bytes; see `check_plain`."""
     check_plain(path, inside=inside)
     try:
@@ -124,8 +125,8 @@ def _check_depth(text: str) -> None:
     if text.count("[") + text.count("{") <= MAX_DEPTH:
         return
     depth = 0
-    for bracket in re.findall(r"[][{}]", _JSON_TEXT.sub("", text)):
-        depth += 1 if bracket in "[{" else -1
+    for bracket in re.finditer(r"[][{}]", _JSON_TEXT.sub("", text)):
+        depth += 1 if bracket[0] in "[{" else -1
         if depth > MAX_DEPTH:
             raise NotJSONError(f"it is nested deeper than {MAX_DEPTH} levels")
 

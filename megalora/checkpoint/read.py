@@ -70,7 +70,8 @@ def read_adapters(path: Path) -> Adapters:
         raise ValueError(f"{path} has no adapters: it is not a checkpoint that megalora wrote")
     config, facts = read_config(described), read_facts(described)
     stored = read_tensors(path, lambda key: is_adapter_key(whole_key(key)) and _is_weight(key))
-    return from_checkpoint(stored, kind_named(config.kind).factors, facts), config, facts
+    with _reading(path):
+        return from_checkpoint(stored, kind_named(config.kind).factors, facts), config, facts
 
 
 def read_tensors(directory: Path, wanted: Callable[[str], bool]) -> dict[str, Tensor]:

@@ -3,9 +3,10 @@
 from array import array
 from bisect import bisect_right
 from collections.abc import Iterator, Mapping, Sequence
+from io import BufferedReader
 from itertools import accumulate
 from pathlib import Path
-from typing import BinaryIO, Protocol
+from typing import Protocol
 
 import numpy as np
 
@@ -143,7 +144,7 @@ class Rows(Sequence[Row]):
         return self.sources[place], number - (self._ends[place - 1] if place else 0)
 
 
-def open_data(path: str) -> BinaryIO:
+def open_data(path: str) -> BufferedReader:
     """Open a file of data, which may be a link but must be a plain file."""
     try:
         return open_plain(Path(path))

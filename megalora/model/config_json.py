@@ -86,6 +86,14 @@ def model_shape(config: Mapping[str, Any], *, name: str = "") -> ModelShape:
     Raises ValueError, by field and value, for what is missing or impossible.
     """
     family = family_of(config)
+    try:
+        return _shape(config, family, name)
+    except ValueError as error:
+        sentence = str(error).removeprefix("config.json ")
+        raise ValueError(f"config.json {sentence}") from None
+
+
+def _shape(config: Mapping[str, Any], family: Family, name: str) -> ModelShape:
     heads, hidden = whole_number(config, "num_attention_heads"), whole_number(config, "hidden_size")
     has_head_dim = config.get("head_dim") is not None
     return ModelShape(

@@ -73,7 +73,7 @@ class TensorFiles:
                 self._open[file_name] = safe_open(path, framework=self.framework, device="cpu")
             except FileNotFoundError:
                 raise ValueError(f"{path} is missing: the checkpoint is incomplete") from None
-            except (SafetensorError, OSError) as error:
+            except (SafetensorError, OSError, MemoryError) as error:
                 raise ValueError(
                     f"{path} is not a whole safetensors file ({error}): download it again"
                 ) from None

@@ -10,7 +10,7 @@ from megalora.model.families import rate_exponents
 from megalora.model.megatron import args_shape
 from megalora.model.presets import PRESETS, named_shape
 from megalora.model.shape import ModelShape
-from megalora.reading import parse_json
+from megalora.reading import check_plain, parse_json
 from megalora.recommend.costs import Layout
 from megalora.recommend.recommendation import recommend
 
@@ -179,5 +179,15 @@ def _tokens(args: argparse.Namespace) -> int | None:
 def _hf_tokenizer(name: str) -> "HuggingFaceTokenizer":
     from transformers import AutoTokenizer
 
-    # Given no word, transformers asks at the terminal whether to run the Python that it brings.
-    return AutoTokenizer.from_pretrained(name, trust_remote_code=False)
+    folder = Path(name)
+    for file in folder.iterdir() if folder.is_dir() else ():
+        if file.suffix in (".json", ".jinja", ".model", ".txt"):
+            check_plain(file, inside=folder)
+    try:
+        # Given no word, transformers asks at the terminal whether to run the Python that it brings.
+        return AutoTokenizer.from_pretrained(name, trust_remote_code=False)
+    except Exception as error:  # whatever its many classes raise
+        raise ValueError(
+            f"tokenizer {name} cannot be read ({type(error).__name__}: {error}): give a folder "
+            "with tokenizer.json and tokenizer_config.json, or --tokens"
+        ) from error
