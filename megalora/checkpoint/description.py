@@ -29,7 +29,11 @@ def parse_description(text: object) -> dict[str, Any]:
 
 def read_config(description: Mapping[str, Any]) -> LoRAConfig:
     """Return the configuration of the adapters."""
-    return LoRAConfig.from_dict(_part(description, "config"))
+    stored = _part(description, "config")
+    try:
+        return LoRAConfig.from_dict(stored)
+    except TypeError as error:
+        raise ValueError(f"the configuration of its adapters is incomplete: {error}") from None
 
 
 def read_facts(description: Mapping[str, Any]) -> ModelFacts:

@@ -150,7 +150,8 @@ def find_damage(directory: Path) -> list[str]:
     """Return what contradicts a checkpoint's manifest, a text for each file that does."""
     try:
         digests = _read_manifest(directory)
-        parts = [path for path in directory.iterdir() if path.name.endswith(_PARTS)]
+        there = {path.name for path in directory.iterdir()}
+        parts = [directory / name for name in there if name.endswith(_PARTS)]
         found = [problem for problem in map(_problem, parts) if problem]
     except ValueError as error:
         return [str(error)]
@@ -158,11 +159,13 @@ def find_damage(directory: Path) -> list[str]:
         return [f"{directory} cannot be read ({error.strerror})"]
     if found or digests is None:
         return _first(found)
+    missing = [f"{name} is missing" for name in digests if name not in there]
     with ThreadPoolExecutor(max_workers=8) as pool:
-        checked = pool.map(lambda name: _damage(directory / name, digests[name]), sorted(digests))
+        named = there & digests.keys()
+        checked = pool.map(lambda name: _damage(directory / name, digests[name]), named)
         found = [damage for damage in checked if damage]
-    extra = {path.name for path in parts} - {*digests}
-    return _first(found + [f"{name} is not in {MANIFEST}" for name in extra])
+    extra = [f"{path.name} is not in {MANIFEST}" for path in parts if path.name not in digests]
+    return _first([*missing, *found, *extra])
 
 
 def _first(found: list[str], limit: int = 5) -> list[str]:
@@ -185,13 +188,13 @@ def _problem(part: Path) -> str | None:
 
 def has_manifest(directory: Path) -> bool:
     """Say whether checksums were saved with a checkpoint."""
-    return (directory / MANIFEST).exists()
+    return os.path.lexists(directory / MANIFEST)
 
 
 def _read_manifest(directory: Path) -> dict[str, str] | None:
     """Return the SHA-256 of each file by name, None where there is no manifest."""
     path = directory / MANIFEST
-    if not (path.exists() or path.is_symlink()):
+    if not os.path.lexists(path):
         return None
     try:
         with open_plain(path, inside=directory) as file:

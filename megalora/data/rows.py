@@ -55,7 +55,7 @@ def files_of(dataset: str) -> list[str]:
     path = Path(dataset)
     if path.is_dir():
         files = [str(p) for p in sorted(path.iterdir()) if p.suffix in FILE_FORMATS]
-    elif path.exists():
+    elif os.path.lexists(path):
         files = [dataset]
     elif path.suffix in FILE_FORMATS or dataset.startswith((".", "~", os.sep)):
         raise ValueError(f"dataset {dataset} is not there: check the path")

@@ -17,7 +17,8 @@ from megalora.checkpoint.ranks import on_all_ranks
 from megalora.checkpoint.read import read_adapters
 from megalora.config import LoRAConfig
 from megalora.hf.adapters import from_hf, to_hf
-from megalora.hf.peft import CONFIG_NAME, read_adapter, write_adapter
+from megalora.hf.inspect import is_peft
+from megalora.hf.peft import read_adapter, write_adapter
 from megalora.hf.servers import refusals
 from megalora.model.config_json import family_of, read_config
 from megalora.model.shape import ModelShape, refuse_hybrid
@@ -40,7 +41,7 @@ def load_adapter(
     modules of a PEFT directory.
     """
     path = Path(directory)
-    if (path / CONFIG_NAME).is_file():
+    if is_peft(path):
         _load_peft(model_chunks, path, config, hf_model)
     else:
         _load_checkpoint(model_chunks, path, config)

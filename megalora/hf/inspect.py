@@ -1,6 +1,7 @@
 """What an adapter is: targets, ranks, scales, sizes, norms, and what looks wrong."""
 
 import math
+import os
 import warnings
 from collections import defaultdict
 from collections.abc import Iterable, Mapping
@@ -136,7 +137,8 @@ def describe(
 
 def is_peft(directory: str | Path) -> bool:
     """Say whether a directory is a PEFT adapter."""
-    return (Path(directory) / CONFIG_NAME).is_file()
+    # Whatever bears the name: its reader says what is wrong with it.
+    return os.path.lexists(Path(directory) / CONFIG_NAME)
 
 
 def _by_kind(modules: list[ModuleReport]) -> dict[str, list[ModuleReport]]:

@@ -1,5 +1,6 @@
 """Which tensors a directory's safetensors files hold, by their headers; and of what sizes."""
 
+import os
 import re
 from collections.abc import Iterator
 from pathlib import Path, PurePath
@@ -90,14 +91,15 @@ class TensorFiles:
 
     def _locate(self) -> dict[str, str]:
         single = self.directory / f"{self.stem}.safetensors"
-        if self.index.exists() or self.index.is_symlink():
+        # Whatever bears the name: opening it says what is wrong with it.
+        if os.path.lexists(self.index):
             return self._locate_by_index()
-        if single.exists() or single.is_symlink():
+        if os.path.lexists(single):
             return dict.fromkeys(self._names(single.name), single.name)
         if any(self.directory.glob(f"{self.stem}-*-of-*.safetensors")):
             raise ValueError(f"{self.index} is missing beside its shards: download it again")
         pickle = self.directory / _PICKLES[self.stem]
-        if pickle.exists():
+        if os.path.lexists(pickle):
             raise ValueError(
                 f"{pickle} is a pickle, which can run code and is never loaded: "
                 "convert it to safetensors"
@@ -169,6 +171,6 @@ def check_stored_sizes(shape: ModelShape, directory: str | Path) -> None:
 
 def _has_all_files(folder: Path) -> bool:
     index = folder / f"{MODEL}.safetensors.index.json"
-    if not index.exists():
-        return (folder / f"{MODEL}.safetensors").exists()
+    if not os.path.lexists(index):
+        return os.path.lexists(folder / f"{MODEL}.safetensors")
     return all((folder / file).exists() for file in set(read_weight_map(index).values()))
