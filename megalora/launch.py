@@ -11,6 +11,7 @@ import torch
 
 from megalora import cpu, mends
 from megalora.printable import printable
+from megalora.training import alarm
 from megalora.training.flags import add_exchange_args, with_hf_flags
 
 # All that a launch script needs, from one module.
@@ -40,12 +41,14 @@ def prepare_megatron(argv: Sequence[str]) -> None:
     """Mend Megatron for the device of this run; to be called before megatron is imported.
 
     Also guards what Megatron does right after parsing: it follows --use-checkpoint-args, asks for
-    --save-interval, and makes the tokenizer. argv: the run's flags, for --cpu. Ends the run on a
-    rank that was meant for a GPU and has none.
+    --save-interval, and makes the tokenizer. argv: the run's flags, for --cpu. Ends the run where a
+    rank was meant for a GPU and has none. From here on, a rank that fails ends all others.
     """
-    # Any rank may be the one, so it says so itself.
-    with clear_errors(every_rank=True):
-        cpu.install_if_wanted(argv)
+    with clear_errors():
+        if not cpu.is_imported_again():
+            alarm.start(os.environ)
+        on_cpu = cpu.install_if_wanted(argv)
+        alarm.compare("device", "cpu" if on_cpu else "cuda")
     mends.install()
     from megalora.training import patches
 
@@ -104,17 +107,22 @@ def at_end(finish: Finish) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def clear_errors(*, every_rank: bool = False) -> Iterator[None]:
-    """End a script with one message where the user's input is wrong, on one rank of each node.
+def clear_errors() -> Iterator[None]:
+    """End a script with one message where the user's input is wrong, and end all other ranks too.
 
-    every_rank: let every rank that fails say why.
+    Whatever ends a rank is said by the first that it ends; what ends the others then is not.
     """
     try:
         yield
-    except ValueError as error:
-        if os.environ.get("MEGALORA_TRACEBACK"):
-            raise
-        speaks = every_rank or os.environ.get("LOCAL_RANK", "0") == "0"
-        message = f"error: {printable(error)}" if speaks else ""
+    except SystemExit as end:
+        if end.code and not alarm.tell():
+            raise SystemExit(end.code if isinstance(end.code, int) else 1) from None
+        raise
+    except BaseException as error:
+        speaks = alarm.tell()
         sys.stdout.flush()
-        raise SystemExit(message or 1) from None
+        if not speaks:
+            raise SystemExit(1) from None
+        if isinstance(error, ValueError) and not os.environ.get("MEGALORA_TRACEBACK"):
+            raise SystemExit(f"error: {printable(error)}") from None
+        raise

@@ -69,7 +69,7 @@ def install_if_wanted(argv: Sequence[str]) -> bool:
     """
     if installed():
         return True
-    asked, is_script = "--cpu" in argv, not _is_imported_again()
+    asked, is_script = "--cpu" in argv, not is_imported_again()
     if not wanted(argv):
         if is_script:
             signs.tell_siblings("cuda", os.environ)
@@ -86,7 +86,7 @@ def install_if_wanted(argv: Sequence[str]) -> bool:
     return True
 
 
-def _is_imported_again() -> bool:
+def is_imported_again() -> bool:
     """Say whether a process that a run started imports the script, as writers of checkpoints do.
 
     It has the run's environment, but not always its flags.
