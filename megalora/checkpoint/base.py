@@ -211,6 +211,14 @@ def _is_fingerprint(values: object) -> bool:
 
 def _main_shards(model_chunks: Sequence[torch.nn.Module]) -> Iterator[ShardedTensor]:
     """Yield this rank's shards such that all ranks together have every element once."""
+    for tensor in shards(model_chunks):
+        data = cast(torch.Tensor, tensor.data)
+        if is_main_replica(tensor.replica_id) and data.is_floating_point():
+            yield tensor
+
+
+def shards(model_chunks: Sequence[torch.nn.Module]) -> Iterator[ShardedTensor]:
+    """Yield what a checkpoint knows this rank's tensors by, replicas too."""
     metadata = {
         "singleton_local_shards": False,
         "dp_cp_group": parallel_state.get_data_parallel_group(with_context_parallel=True),
@@ -219,12 +227,7 @@ def _main_shards(model_chunks: Sequence[torch.nn.Module]) -> Iterator[ShardedTen
         state: dict[str, Any] = {"model": chunk.sharded_state_dict(metadata=metadata)}  # type: ignore[operator]
         apply_factories(state)
         for tensor in nested_values(state):
-            if (
-                isinstance(tensor, ShardedTensor)
-                and is_main_replica(tensor.replica_id)
-                and isinstance(tensor.data, torch.Tensor)
-                and tensor.data.is_floating_point()
-            ):
+            if isinstance(tensor, ShardedTensor) and isinstance(tensor.data, torch.Tensor):
                 yield tensor
 
 

@@ -14,11 +14,11 @@ import socket
 import sys
 import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from types import TracebackType
 
-# NOTE: of torch.distributed only names that need no process group.
-from torch.distributed import DistError, DistStoreError, PrefixStore, Store, TCPStore
+from torch._C._distributed_c10d import PrefixStore, Store, TCPStore
+from torch.distributed import DistError, DistStoreError
 
 # For rank 0 to listen, whose start may be slow; and for a word when the run ends.
 _START = datetime.timedelta(minutes=5)
@@ -112,8 +112,9 @@ class Alarm:
         )
         return PrefixStore(self._prefix, store)
 
-    def _wake(self, store: Store, ranks: "range | list[int]", why: str) -> None:
-        store.multi_set([str(rank) for rank in ranks], [why] * len(ranks))
+    def _wake(self, store: Store, ranks: Sequence[int], why: str) -> None:
+        # One message for all of them.
+        store.multi_set([str(rank) for rank in ranks], [why] * len(ranks))  # type: ignore[attr-defined]
 
     def _watch(self) -> None:
         why = self._wait()
@@ -186,5 +187,5 @@ def tell() -> bool:
 
     MEGALORA_TRACEBACK in the environment lets all say it.
     """
-    is_first = all([alarm.tell() for alarm in _alarms])
+    is_first = all(alarm.tell() for alarm in _alarms)
     return is_first or bool(os.environ.get("MEGALORA_TRACEBACK"))

@@ -43,7 +43,7 @@ from megalora.checkpoint.loading import LOADING
 from megalora.checkpoint.save import Saver
 from megalora.config import LoRAConfig
 from megalora.replace import Patch, around, instead
-from megalora.training import changes, not_finite, trust
+from megalora.training import changes, compared, not_finite, trust
 from megalora.training.auto_lr import accept_auto
 from megalora.training.rates import factor_overrides
 
@@ -143,6 +143,7 @@ _PLAIN = (FP32Optimizer, Float16OptimizerWithFloat16Params)
 _SAVER = Saver()
 
 PARSING = (
+    *compared.PARSING,
     Patch(
         arguments,
         "add_megatron_arguments",
@@ -202,6 +203,7 @@ TRAINING = (
     *WRITERS,
     *LOADING,
     *not_finite.PATCHES,
+    *compared.TRAINING,
     Patch(
         training,
         "save_checkpoint",

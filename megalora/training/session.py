@@ -23,7 +23,7 @@ from megalora.checkpoint.unpickle import check_readable
 from megalora.config import LoRAConfig
 from megalora.hf.base import load_hf_base
 from megalora.hf.exchange import load_adapter
-from megalora.training import patches
+from megalora.training import agree, fingerprints, patches
 from megalora.training.changes import before_building, before_loading, change_args
 from megalora.training.flags import check_flags, check_same_optimizer
 from megalora.training.outputs import (
@@ -32,6 +32,7 @@ from megalora.training.outputs import (
     say_how_to_write,
     write_outputs,
 )
+from megalora.training.replicas import check_replicas
 from megalora.training.trust import check_trust
 
 ModelChunks = list[torch.nn.Module]
@@ -67,6 +68,7 @@ def prepare(
     if config is not None and args.save:
         on_all_ranks(lambda: lock.take(args.save), only=0)
     found = find_checkpoint(args, config)
+    check_sources(args, found)
     if config is None:
         if args.hf_model:
             load_hf_base(model_chunks, args.hf_model)
@@ -76,6 +78,8 @@ def prepare(
     if description is not None:
         check_same_optimizer(args, description)
     base = load_own_base(model_chunks, args, found)
+    if not args.data_parallel_random_init or base["source"]:
+        check_replicas(model_chunks)
     if description is not None:
         check_base(description.get("base"), base, args)
     apply_lora(model_chunks, config)
@@ -115,6 +119,14 @@ def find_checkpoint(args: argparse.Namespace, config: LoRAConfig | None) -> Foun
             "the directory by --pretrained-checkpoint, or add --finetune"
         )
     return found
+
+
+def check_sources(args: argparse.Namespace, found: Found | None) -> None:
+    """Raise ValueError on all ranks where one reads other files than rank 0."""
+    flags = ("hf_model", "pretrained_checkpoint", "lora_load")
+    sources = {flag: getattr(args, flag) for flag in flags}
+    fields = fingerprints.of_sources({**sources, "load": found and found.directory})
+    agree.check(fields, "give every node the same files")
 
 
 def resolve_config(args: argparse.Namespace, description: Description | None) -> LoRAConfig:
