@@ -27,6 +27,8 @@ ROOT = Path(__file__).parents[2]
 SCRIPT = ROOT / "tests" / "scripts" / "pretrain_tiny.py"
 # A rank that has written nothing for so long after another failed waits for that other.
 REPORT_S = 3.0
+# Far below the ten minutes that a collective waits.
+END_S = 60.0
 
 
 # A process has one such server, and whoever starts it first, as compileall does, has to find this.
@@ -39,6 +41,7 @@ class Ranks:
     """The processes of one run, each with its own log file.
 
     by_megalora: run `megalora run SCRIPT`; else the script itself, which brings LoRA of its own.
+    own_flags, own_env: what one rank is given besides.
     """
 
     def __init__(
@@ -50,6 +53,8 @@ class Ranks:
         script: Path = SCRIPT,
         by_megalora: bool = True,
         env: Mapping[str, str] | None = None,
+        own_flags: Mapping[int, Sequence[object]] | None = None,
+        own_env: Mapping[int, Mapping[str, str]] | None = None,
     ) -> None:
         logs.mkdir(parents=True, exist_ok=True)
         self.logs = [logs / f"rank{rank}.log" for rank in range(world_size)]
@@ -66,7 +71,9 @@ class Ranks:
         self.processes = []
         for rank, log in enumerate(self.logs):
             own = {**common, "RANK": str(rank), "LOCAL_RANK": str(rank)}
-            words = [str(script), *(str(flag) for flag in flags)]
+            own |= (own_env or {}).get(rank, {})
+            given = [script, *flags, *(own_flags or {}).get(rank, ())]
+            words = [str(word) for word in given]
             process = context.Process(target=_run_rank, args=(words, by_megalora, own, str(log)))
             process.start()
             self.processes.append(process)
@@ -107,6 +114,16 @@ class Ranks:
             self._fail_where_stalled()
             time.sleep(POLL_S)
         self._kill_all()
+        return [process.exitcode or 0 for process in self.processes]
+
+    def end(self) -> list[int]:
+        """Return the exit codes once every rank has ended by itself, which takes seconds."""
+        watchdog = Watchdog(self.watchdog.directory, END_S)
+        while any(process.exitcode is None for process in self.processes):
+            if watchdog.stalled():
+                self._kill_all()
+                pytest.fail(f"a rank does not end\n{self.text()}", pytrace=False)
+            time.sleep(POLL_S)
         return [process.exitcode or 0 for process in self.processes]
 
     def _let_report(self) -> None:
