@@ -23,7 +23,9 @@ def refused(run: Ranks) -> str:
     assert run.end() == [1] * len(run.logs), run.text()
     assert "Traceback" not in run.text()
     assert run.losses() == {}
-    (message,) = [line for line in run.text().splitlines() if line.startswith("error: ")]
+    found = [line for line in run.text().splitlines() if line.startswith("error: ")]
+    assert len(found) == 1, run.text()
+    (message,) = found
     return message.removeprefix("error: ranks disagree: ")
 
 
@@ -56,8 +58,8 @@ def without_hosts(message: str) -> str:
 def test_the_rank_that_differs_from_three_is_named(tmp_path: Path) -> None:
     message = refused(one_differs(tmp_path, "--lora-alpha", 64, rank=2, ranks=4))
     assert without_hosts(message) == (
-        "lora_alpha is 64.0 on rank 2 (HOST), but 32.0 on rank 0 (HOST) and 2 more: start all "
-        "ranks with the same flags, environment and packages"
+        "lora_alpha is 64.0 on rank 2 (HOST), but not given on rank 0 (HOST) and 2 more: "
+        "start all ranks with the same flags"
     )
 
 
@@ -183,7 +185,7 @@ def exchanged(own: list[agree.Fields | None]) -> list[int]:
 
 
 def test_sixteen_bytes_tell_whether_thousands_of_ranks_agree() -> None:
-    fields = {f"flag {number}": str(number) for number in range(700)}
+    fields = {f"flag {number}": str(number) for number in range(20)}
     own: list[agree.Fields | None] = [dict(fields) for _ in range(4096)]
     assert agree.agreed(exchanged(own))
     own[17] = None

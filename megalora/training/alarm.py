@@ -38,7 +38,7 @@ class Alarm:
     def __init__(self, environ: Mapping[str, str]) -> None:
         """Meet the other ranks; ValueError where that fails."""
         self.rank, self.world_size = int(environ["RANK"]), int(environ["WORLD_SIZE"])
-        self._address = environ["MASTER_ADDR"], int(environ["MASTER_PORT"])
+        self._address = f"{environ['MASTER_ADDR']}:{environ['MASTER_PORT']}"
         has_agent = environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
         self._has_store = self.rank == 0 and not has_agent
         # torchrun's store outlives the ranks, and starts them again.
@@ -48,6 +48,7 @@ class Alarm:
         self._pid = os.getpid()
         self._is_first: bool | None = None
         self._woken, self._ends = threading.Event(), threading.Event()
+        self._why = ""
         self._store = self._meet()
         self._watcher = threading.Thread(target=self._watch, name="megalora-alarm", daemon=True)
         self._watcher.start()
@@ -67,15 +68,7 @@ class Alarm:
         if self._pid != os.getpid():
             return True
         if self._is_first is None:
-            own = f"rank {self.rank} on {socket.gethostname()} has failed"
-            try:
-                store = self._connect(_WORD)
-                self._is_first = store.compare_set("failed", "", own).decode() == own
-                if self._is_first:
-                    self._wake(store, range(self.world_size), own)
-            except DistError:
-                # Without rank 0 nobody can be asked.
-                self._is_first = True
+            self._is_first = self._tell_first()
         return self._is_first
 
     def close(self) -> None:
@@ -83,27 +76,40 @@ class Alarm:
         if self._pid != os.getpid():
             return
         self._ends.set()
-        if not self._woken.is_set():
+        if self._is_first is None and not self._woken.is_set():
             ranks = range(self.world_size) if self._has_store else [self.rank]
             with contextlib.suppress(DistError):
                 self._wake(self._connect(_WORD), ranks, _DONE)
         self._watcher.join(LINGER_S + _WORD.total_seconds())
 
+    def _tell_first(self) -> bool:
+        own = f"rank {self.rank} on {socket.gethostname()} has failed"
+        with contextlib.suppress(DistError):
+            if not self._woken.is_set():
+                store = self._connect(_WORD)
+                is_first = store.compare_set("failed", "", own).decode() == own
+                if is_first:
+                    self._wake(store, range(self.world_size), own)
+                return is_first
+        # Nobody can be asked: rank 0 has ended well, or another has told already.
+        return not self._woken.is_set() or self._why == _DONE
+
     def _meet(self) -> Store:
         try:
             return self._connect(_START, has_store=self._has_store)
         except DistError as error:
-            host, port = self._address
             does = "listen" if self._has_store else "reach rank 0"
             raise ValueError(
-                f"rank {self.rank} on {socket.gethostname()} cannot {does} at {host}:{port} "
+                f"rank {self.rank} on {socket.gethostname()} cannot {does} at {self._address} "
                 f"({str(error).splitlines()[0]}): set MASTER_ADDR to rank 0's node and "
                 "MASTER_PORT to a free port of it"
             ) from None
 
     def _connect(self, timeout: datetime.timedelta, *, has_store: bool = False) -> Store:
+        host, _, port = self._address.rpartition(":")
         store = TCPStore(
-            *self._address,
+            host,
+            int(port),
             is_master=has_store,
             timeout=timeout,
             wait_for_workers=False,
@@ -117,31 +123,30 @@ class Alarm:
         store.multi_set([str(rank) for rank in ranks], [why] * len(ranks))  # type: ignore[attr-defined]
 
     def _watch(self) -> None:
-        why = self._wait()
+        self._wait()
         if self._has_store:
             self._wait_for_readers()
-        if why == _DONE or self._ends.wait(GRACE_S):
+        if self._why == _DONE or self._ends.wait(GRACE_S):
             return
         if self._is_told_of:
             who = f"rank {self.rank} on {socket.gethostname()}"
-            print(f"megalora: {who} ends, because {why}", file=sys.stderr, flush=True)
+            print(f"megalora: {who} ends, because {self._why}", file=sys.stderr, flush=True)
         sys.stdout.flush()
         os._exit(1)
 
-    def _wait(self) -> str:
-        """Return why this rank was woken, once it is."""
+    def _wait(self) -> None:
+        """Wait until this rank is woken, and know why."""
         own = str(self.rank)
         try:
             while not self._store.check([own]):
                 with contextlib.suppress(DistStoreError):
                     self._store.wait([own], _LONG)
-            why = self._store.get(own).decode()
+            self._why = self._store.get(own).decode()
             self._woken.set()
             self._store.add("read", 1)
         except DistError:
+            self._why = self._why or f"rank 0 has gone, whose store was at {self._address}"
             self._woken.set()
-            return f"the store of rank 0 at {':'.join(map(str, self._address))} is gone"
-        return why
 
     def _wait_for_readers(self) -> None:
         until = time.monotonic() + LINGER_S

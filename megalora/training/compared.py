@@ -1,5 +1,6 @@
 """Where Megatron's start compares what its ranks were given, and what they read."""
 
+import argparse
 import functools
 import os
 from collections.abc import Callable, Sequence
@@ -10,16 +11,24 @@ from megatron.training import global_vars, training
 from megalora.replace import Patch, around
 from megalora.training import agree, fingerprints
 
+# What the one run of this process was given, before Megatron derives more of it.
+_given: dict[str, str] = {}
+
+
+def remember(args: argparse.Namespace) -> None:
+    """Keep the flags as they were parsed, to be compared once ranks can."""
+    _given.update(fingerprints.of_flags(args))
+
 
 def initialize_groups(original: Callable[..., None], *args: object, **kwargs: object) -> None:
     """Let ranks that were started with other flags end before they wait for each other."""
-    # Megatron's own tests, and others that start no run, have none.
-    given = global_vars._GLOBAL_ARGS
-    if given is not None:
-        agree.check(
-            fingerprints.of_start(given, os.environ),
-            "start all ranks with the same flags, environment and packages",
-        )
+    # None where a script starts no run.
+    parsed = global_vars._GLOBAL_ARGS
+    if parsed is not None:
+        agree.check(_given, "start all ranks with the same flags")
+        software = fingerprints.of_software(os.environ)
+        agree.check(software, "give every node the same packages and environment")
+        agree.check(fingerprints.of_flags(parsed), "start all ranks with the same flags")
     original(*args, **kwargs)
 
 

@@ -24,7 +24,7 @@ _PACKAGES = (
 )
 _SWITCHES = ("MEGALORA_", "NVTE_")
 _SAID_ONLY = {"MEGALORA_TRACEBACK"}
-_PLAIN = (bool, int, float, type(None), torch.dtype)
+_PLAIN = (bool, int, float, torch.dtype)
 
 # Of files: enough to tell one model from another, and to read on thousands of ranks at once.
 _BLOCK, _NUM_BLOCKS = 1 << 16, 64
@@ -33,15 +33,19 @@ _READ = (".json", ".safetensors", ".distcp", ".pt", ".bin", ".metadata")
 _NUM_SAMPLES = 64
 
 
-def of_start(args: argparse.Namespace, environ: Mapping[str, str]) -> dict[str, str]:
-    """Return Megatron's args, versions of packages, and switches in the environment.
+def of_flags(args: argparse.Namespace) -> dict[str, str]:
+    """Return Megatron's args.
 
     A path may be another on each node; what is read from it is compared where it is read.
     """
     named = {name: value for name, value in vars(args).items() if name not in _OWN_ARGS}
+    return {name: _shown(value) for name, value in named.items()}
+
+
+def of_software(environ: Mapping[str, str]) -> dict[str, str]:
+    """Return versions of packages, and switches in the environment."""
     switches = [n for n in environ if n.startswith(_SWITCHES) and n not in _SAID_ONLY]
     return {
-        **{name: _shown(value) for name, value in named.items()},
         **{f"version of {name}": _version(name) for name in _PACKAGES},
         "version of megalora": megalora.__version__,
         **{f"environment variable {name}": _shown(environ[name]) for name in switches},
@@ -53,6 +57,8 @@ def _shown(value: object) -> str:
         return "a path" if value.startswith(("/", ".", "~")) else repr(value)
     if isinstance(value, _PLAIN):
         return str(value)
+    if value is None:
+        return "not given"
     if isinstance(value, Mapping):
         return str({key: _shown(item) for key, item in value.items()})
     if isinstance(value, list | tuple):

@@ -94,6 +94,7 @@ def validate_args(
     **kwargs: object,
 ) -> argparse.Namespace:
     """Let an adapter run's --save without --save-interval save after the last iteration."""
+    compared.remember(args)
     changes.change_args(args, changes.on_validating(args))
     return original(args, *more, **kwargs)
 

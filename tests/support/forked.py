@@ -3,6 +3,7 @@
 Importing torch and Megatron takes each process some ten seconds, and tests of restarts need many.
 """
 
+import atexit
 import contextlib
 import functools
 import multiprocessing
@@ -214,10 +215,14 @@ def _run_rank(words: list[str], by_megalora: bool, env: dict[str, str], log: str
     # As in a process of its own; a forked one has the server's start method and main module.
     multiprocessing.set_start_method("fork", force=True)
     sys.modules["__main__"] = types.ModuleType("__main__")
-    if by_megalora:
-        sys.exit(main(["run", *words]))
-    sys.argv = words
-    runpy.run_path(words[0], run_name="__main__")
+    try:
+        if by_megalora:
+            sys.exit(main(["run", *words]))
+        sys.argv = words
+        runpy.run_path(words[0], run_name="__main__")
+    finally:
+        # A forked process leaves them out.
+        atexit._run_exitfuncs()
 
 
 def with_root(environ: Mapping[str, str] = os.environ) -> str:
