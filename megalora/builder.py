@@ -17,6 +17,7 @@ from megalora.adapters import pissa
 from megalora.adapters.adapter import LoRAAdapter, named_adapters
 from megalora.adapters.bases import Base, base_linears, refusal
 from megalora.adapters.collectives import union
+from megalora.adapters.padding import leave_out_padding
 from megalora.adapters.rows import parts_of
 from megalora.adapters.styles import ADAPTERS
 from megalora.checkpoint.state import install_checkpointing
@@ -35,19 +36,25 @@ from megalora.targets import (
 ModelChunks = list[torch.nn.Module]
 
 
-def lora_hook(config: LoRAConfig) -> Callable[[ModelChunks], ModelChunks]:
-    """Return a hook for the `pre_wrap_hooks` of a GPT or hybrid configuration: adds adapters."""
+def lora_hook(
+    config: LoRAConfig, *, vocab_size: int | None = None
+) -> Callable[[ModelChunks], ModelChunks]:
+    """Return a hook for the `pre_wrap_hooks` of a GPT or hybrid configuration: `apply_lora`."""
 
     def attach(model_chunks: ModelChunks) -> ModelChunks:
-        return apply_lora(model_chunks, config)
+        return apply_lora(model_chunks, config, vocab_size=vocab_size)
 
     return attach
 
 
-def apply_lora(model_chunks: ModelChunks, config: LoRAConfig) -> ModelChunks:
+def apply_lora(
+    model_chunks: ModelChunks, config: LoRAConfig, *, vocab_size: int | None = None
+) -> ModelChunks:
     """Attach adapters to unwrapped model chunks, freeze everything else, return the chunks.
 
     Call it after building (and loading) the model and before DDP wraps it. All ranks must call it.
+    vocab_size: rows of the vocabulary that are tokens; Megatron's padding after them then takes no
+    part in the softmax, with which the loss depends on the tensor-parallel size. None leaves it in.
     Raises ValueError, before the model is changed, where a target matches nothing in the whole
     model, where a module would bypass its adapter, or where sizes cannot be sharded.
     """
@@ -72,6 +79,8 @@ def apply_lora(model_chunks: ModelChunks, config: LoRAConfig) -> ModelChunks:
         install_checkpointing(chunk, config, model_facts(chunk))
         _freeze_router_bias(chunk)
         _make_embedding_require_grad(chunk)
+        if vocab_size is not None:
+            leave_out_padding(chunk, vocab_size)
     _warn_of_wide_ranks(adapter for pairs in made for _, adapter in pairs)
     if config.init == "pissa":
         pissa.start_from_base(model_chunks)

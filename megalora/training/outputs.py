@@ -12,7 +12,7 @@ from typing import Any, cast
 
 import torch
 import torch.distributed as dist
-from megatron.training import get_signal_handler, get_tokenizer
+from megatron.training import get_signal_handler
 
 from megalora.adapters import merge
 from megalora.checkpoint.layout import read_iteration
@@ -33,7 +33,7 @@ def check_outputs(
     if args.export_hf:
         on_all_ranks(lambda: _check_writable("export_hf", args.export_hf), only=0)
         warnings = exchange.check_export(
-            model_chunks, config=config, vocab_size=hf_vocab_size(args), hf_model=args.hf_model
+            model_chunks, config=config, vocab_size=args.vocab_size, hf_model=args.hf_model
         )
         for warning in warnings if dist.get_rank() == 0 else ():
             print(f"WARNING: export_hf: {warning}", flush=True)
@@ -54,7 +54,7 @@ def write_outputs(
             format=args.export_format,
             base_model_name=args.hf_model or "",
             hf_model=args.hf_model,
-            vocab_size=hf_vocab_size(args),
+            vocab_size=args.vocab_size,
         )
     if args.save_merged:
         _write_merged(model_chunks, args.save_merged)
@@ -112,20 +112,8 @@ def say_how_to_write(args: argparse.Namespace, config: LoRAConfig) -> None:
         command = ["megalora", "export", args.save, "--output", args.export_hf]
         command += ["--format", args.export_format]
         sizes = ["--hf-model", args.hf_model] if args.hf_model else []
-        sizes = sizes or ["--vocab-size", str(hf_vocab_size(args))]
+        sizes = sizes or ["--vocab-size", str(args.vocab_size)]
         print(f"> LoRA: or: {shlex.join([*command, *sizes])}", flush=True)
-
-
-def hf_vocab_size(args: argparse.Namespace) -> int:
-    """Return the rows of the Hugging Face model's vocabulary, without Megatron's padding.
-
-    That is what config.json of --hf-model says. Else --vocab-size, by which a base may have more
-    rows than its tokenizer has tokens; fewer are left over from another script, as Megatron follows
-    the tokenizer.
-    """
-    if args.vocab_size and (args.hf_model or args.tokenizer_type == "NullTokenizer"):
-        return args.vocab_size
-    return max(args.vocab_size or 0, cast(Any, get_tokenizer()).vocab_size)
 
 
 def _check_writable(flag: str, directory: str) -> None:

@@ -34,6 +34,7 @@ from megalora.training.outputs import (
 )
 from megalora.training.replicas import check_replicas
 from megalora.training.trust import check_trust
+from megalora.training.vocabulary import vocab_size
 
 ModelChunks = list[torch.nn.Module]
 # What a checkpoint stores with its adapters, or says of a base.
@@ -82,7 +83,8 @@ def prepare(
         check_replicas(model_chunks)
     if description is not None:
         check_base(description.get("base"), base, args)
-    apply_lora(model_chunks, config)
+    change_args(args, {"vocab_size": vocab_size(args, base["source"])})
+    apply_lora(model_chunks, config, vocab_size=args.vocab_size)
     describe_base(model_chunks, base)
     if description is None and args.lora_load:
         load_adapter(model_chunks, args.lora_load, config, hf_model=args.hf_model)

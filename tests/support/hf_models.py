@@ -105,7 +105,7 @@ def module_sizes(model: torch.nn.Module, *, lm_head: bool = True) -> dict[str, t
         elif name.endswith("_proj.weight"):
             sizes[name.removesuffix(".weight")] = (param.shape[1], param.shape[0])
     if lm_head:
-        sizes["lm_head"] = (HIDDEN, VOCAB)
+        sizes["lm_head"] = (HIDDEN, model.config.vocab_size)
     return sizes
 
 

@@ -26,6 +26,7 @@ IMPORT_MEGATRON = (
     *("data/batch.py", "data/indexed.py"),
     *("training/session.py", "training/outputs.py", "training/patches.py"),
     *("training/compared.py", "training/not_finite.py", "training/replicas.py"),
+    "training/vocabulary.py",
 )
 BEFORE_MEGATRON = ("mends/__init__.py", "cpu/__init__.py")
 

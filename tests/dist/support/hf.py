@@ -19,7 +19,9 @@ from tests.dist.support.models import build_model
 PADDED_VOCAB = 72
 
 
-def build(layout: Layout, directory: Path, **changes: Any) -> list[GPTModel]:
+def build(
+    layout: Layout, directory: Path, *, padded_vocab: int = PADDED_VOCAB, **changes: Any
+) -> list[GPTModel]:
     """Build the model that a directory's config.json describes, with other weights."""
     args = megatron_args(read_config(directory))
     known = TransformerConfig.__dataclass_fields__
@@ -28,15 +30,15 @@ def build(layout: Layout, directory: Path, **changes: Any) -> list[GPTModel]:
         fields["num_moe_experts"] = args["num_experts"]
     return build_model(
         layout,
-        vocab_size=PADDED_VOCAB,
+        vocab_size=padded_vocab,
         tied=not args["untie_embeddings_and_output_weights"],
         **{**fields, **changes},
     )
 
 
-def load(layout: Layout, directory: Path) -> list[GPTModel]:
-    """Build the model of a directory and load its weights."""
-    chunks = build(layout, directory)
+def load(layout: Layout, directory: Path, **options: Any) -> list[GPTModel]:
+    """Build the model of a directory, with options of `build`, and load its weights."""
+    chunks = build(layout, directory, **options)
     load_hf_base(chunks, directory)
     return chunks
 
