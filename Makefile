@@ -37,6 +37,7 @@ bench: .venv/built
 	$(BIN)/python benchmarks/bench_experts.py
 	$(BIN)/python benchmarks/bench_model.py
 	$(BIN)/python benchmarks/bench_host.py
+	$(BIN)/python benchmarks/bench_padding.py
 
 parity: .venv/built
 	$(BIN)/python benchmarks/parity.py

@@ -59,6 +59,8 @@ def apply_lora(
     model, where a module would bypass its adapter, or where sizes cannot be sharded.
     """
     check_targets(config.targets)
+    if vocab_size is not None and vocab_size < 1:
+        raise ValueError(f"vocab_size is {vocab_size}: give how many rows are tokens, 1 or more")
     chunks = cast(list[MegatronModule], model_chunks)
     for chunk in chunks:
         _check_unwrapped(chunk)
@@ -83,7 +85,7 @@ def apply_lora(
             leave_out_padding(chunk, vocab_size)
     _warn_of_wide_ranks(adapter for pairs in made for _, adapter in pairs)
     if config.init == "pissa":
-        pissa.start_from_base(model_chunks)
+        pissa.start_from_base(model_chunks, vocab_size=vocab_size)
     return model_chunks
 
 

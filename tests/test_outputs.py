@@ -60,33 +60,6 @@ def test_an_export_names_modules_like_its_base_even_where_that_has_gone(tmp_path
     assert call(named_like, tmp_path) == ["qwen3", "qwen3"]
 
 
-def vocab_size(flags: dict[str, Any]) -> int:
-    """Return the rows that an export has, with a tokenizer of 100 tokens."""
-    from megalora.training import outputs
-
-    outputs.get_tokenizer = lambda: SimpleNamespace(vocab_size=100)
-    defaults = {"vocab_size": None, "hf_model": None, "tokenizer_type": "HuggingFaceTokenizer"}
-    args: Any = SimpleNamespace(**{**defaults, **flags})
-    return outputs.hf_vocab_size(args)
-
-
-@pytest.mark.parametrize(
-    ("flags", "rows"),
-    [
-        ({}, 100),
-        ({"vocab_size": 60}, 100),
-        ({"vocab_size": 128}, 128),
-        ({"vocab_size": 60, "hf_model": "base"}, 60),
-        ({"vocab_size": 60, "tokenizer_type": "NullTokenizer"}, 60),
-    ],
-    ids=str,
-)
-def test_no_token_is_trimmed_by_a_vocab_size_of_another_script(
-    flags: dict[str, Any], rows: int
-) -> None:
-    assert call(vocab_size, flags) == rows
-
-
 @pytest.mark.parametrize(
     ("name", "rank", "rows", "family", "refused"),
     [

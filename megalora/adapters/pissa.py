@@ -16,12 +16,15 @@ from megalora.adapters.bases import Split
 from megalora.adapters.collectives import start_gather
 from megalora.adapters.finite import all_finite, refuse
 from megalora.adapters.merge import base_weights, change_base
-from megalora.adapters.rows import join_projections, split_projections, to_whole
+from megalora.adapters.rows import fit_padding, join_projections, split_projections, to_whole
 
 
-def start_from_base(model_chunks: Sequence[torch.nn.Module]) -> None:
+def start_from_base(
+    model_chunks: Sequence[torch.nn.Module], *, vocab_size: int | None = None
+) -> None:
     """Split every adapted base weight into its adapter and a residual.
 
+    vocab_size: rows of the unembedding that are tokens; the others then stay in the base.
     All ranks must call it, once after each loading of base weights and before adapters are loaded.
     The product c B A is the same on every layout, so a base that is loaded again gives the same
     residual. Raises ValueError, before any weight is changed, where a rank exceeds its projection's
@@ -41,7 +44,7 @@ def start_from_base(model_chunks: Sequence[torch.nn.Module]) -> None:
         "lora_init pissa needs finite base weights: NaN or infinities are in {}".format,
     )
     for adapter in found:
-        _split(adapter)
+        _split(adapter, vocab_size if adapter.spec.rows.padded else None)
     refuse(
         {a.spec.name for a in found if not all(all_finite(param) for param, _ in a.factors())},
         "lora_init pissa starts beyond the adapters' precision at this lora_alpha, in {}".format,
@@ -81,8 +84,10 @@ def _check(adapter: LoRAAdapter) -> None:
 
 
 @torch.no_grad()
-def _split(adapter: LoRAAdapter) -> None:
-    pairs = [_decompose(adapter, _whole(adapter, weight)) for weight in base_weights(adapter)]
+def _split(adapter: LoRAAdapter, vocab_size: int | None) -> None:
+    # Without the padding: how many rows it has, and what is in them, depends on the layout.
+    wholes = [_whole(adapter, weight)[:vocab_size] for weight in base_weights(adapter)]
+    pairs = [_decompose(adapter, whole) for whole in wholes]
     for name, whole in zip(("lora_A", "lora_B"), zip(*pairs, strict=True), strict=True):
         stacked = torch.stack(whole) if adapter.base.num_experts else whole[0]
         adapter.get_parameter(name).copy_(adapter.shardings[name].shard_features(stacked))
@@ -103,7 +108,7 @@ def _whole(adapter: LoRAAdapter, weight: Tensor) -> Tensor:
 
 
 def _decompose(adapter: LoRAAdapter, weight: Tensor) -> tuple[Tensor, Tensor]:
-    """Return A [P r, i] and B [o, r] of one weight [o, i]."""
+    """Return A [P r, i] and B [o, r] of one weight [o, i], which may lack rows of padding."""
     rank, period = adapter.spec.rank, adapter.spec.rows.period
     all_a, all_b = [], []
     for rows in split_projections(weight, period):
@@ -111,4 +116,5 @@ def _decompose(adapter: LoRAAdapter, weight: Tensor) -> tuple[Tensor, Tensor]:
         root = (s[:rank] / adapter.spec.scale).sqrt()
         all_a.append(root[:, None] * vh[:rank])
         all_b.append(u[:, :rank] * root)
-    return torch.cat(all_a), join_projections(all_b, period)
+    b = join_projections(all_b, period)
+    return torch.cat(all_a), fit_padding(b, adapter.spec.rows, -2)

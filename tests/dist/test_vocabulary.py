@@ -125,10 +125,10 @@ def exported(chunks: list[Any], truth: Oracle) -> Factors:
     return flat(to_hf(gathered, CONFIG, shape)) if dist.get_rank() == 0 else {}
 
 
-def own_padding(chunk: Any) -> int:
+def own_padding(chunk: Any, vocab_size: int = VOCAB) -> int:
     """Return this rank's first row of padding."""
     rows = chunk.vocab_size // parallel_state.get_tensor_model_parallel_world_size()
-    return max(0, VOCAB - rows * parallel_state.get_tensor_model_parallel_rank())
+    return max(0, vocab_size - rows * parallel_state.get_tensor_model_parallel_rank())
 
 
 def close(found: Factors, expected: Factors, tolerance: float) -> None:
@@ -246,38 +246,51 @@ def test_no_padded_token_can_be_sampled(layout: Layout) -> None:
             assert (logits[..., :first].abs() < 100).all()
 
 
-@pytest.mark.parametrize("kind", ["multi-token prediction", "hybrid", "tied embeddings"])
+@pytest.mark.parametrize(
+    ("kind", "init"),
+    [
+        *(("multi-token prediction", "uniform"), ("hybrid", "uniform")),
+        *(("tied embeddings", "uniform"), ("unembedding alone", "pissa")),
+    ],
+)
 @over(ONE, TP2)
-def test_what_is_in_the_padding_changes_nothing(layout: Layout, kind: str) -> None:
+def test_what_is_in_the_padding_changes_nothing(layout: Layout, kind: str, init: str) -> None:
     found = []
     with model_parallel(layout):
         for value in (0.0, 3.0):
             chunks = build_model(layout, vocab_size=96, **KINDS[kind].model)
-            apply_lora(chunks, lora_config(kind), vocab_size=VOCAB_SIZE)
-            weight = chunks[0].shared_embedding_or_output_weight()
-            if kind != "tied embeddings":
-                weight = chunks[0].output_layer.weight
-            size = 96 // layout.tp
-            own = max(0, VOCAB_SIZE - size * parallel_state.get_tensor_model_parallel_rank())
-            weight.data[own:] = value
+            is_tied = KINDS[kind].model.get("tied")
+            table = chunks[0].embedding.word_embeddings if is_tied else chunks[0].output_layer
+            table.weight.data[own_padding(chunks[0], VOCAB_SIZE) :] = value
+            apply_lora(chunks, lora_config(kind, init=init), vocab_size=VOCAB_SIZE)
             found.append(run(chunks[0]))
     for one, other in zip(*found, strict=True):
         torch.testing.assert_close(one, other, atol=0, rtol=0)
 
 
 def run(chunk: Any) -> list[Tensor]:
-    """Return the loss of every token and the gradient of every factor."""
+    """Return the loss of every token, and every factor with its gradient."""
     generator = torch.Generator().manual_seed(0)
     tokens = torch.randint(VOCAB_SIZE, (2, SEQ_LENGTH + 1), generator=generator)
+    factors = [p for _, adapter in named_adapters([chunk]) for p in adapter.parameters()]
     for _, adapter in named_adapters([chunk]):
-        torch.nn.init.constant_(adapter.lora_B, 0.01)
+        if adapter.config.init == "uniform":
+            torch.nn.init.constant_(adapter.lora_B, 0.01)
     positions = torch.arange(SEQ_LENGTH).expand(2, -1)
     losses = chunk(tokens[:, :-1], positions, None, labels=tokens[:, 1:])
     losses.mean().backward()
-    factors = [p for _, adapter in named_adapters([chunk]) for p in adapter.parameters()]
-    return [losses.detach(), *(p.grad for p in factors)]
+    return [losses.detach(), *(p.detach() for p in factors), *(p.grad for p in factors)]
 
 
-def test_these_are_all_of_megatrons_losses() -> None:
+@over(ONE)
+def test_a_vocabulary_without_rows_is_refused(layout: Layout) -> None:
+    with model_parallel(layout):
+        chunks = build_model(layout, **KINDS["dense"].model)
+        with pytest.raises(ValueError, match="vocab_size is 0: give how many rows are tokens"):
+            apply_lora(chunks, lora_config("dense"), vocab_size=0)
+
+
+@over(ONE)
+def test_these_are_all_of_megatrons_losses(layout: Layout) -> None:
     kinds = typing.get_type_hints(ModelParallelConfig)["cross_entropy_fusion_impl"]
     assert set(typing.get_args(kinds)) == {"native", "te"}
