@@ -13,6 +13,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.transformer_layer import TransformerLayer
 from torch.distributed import ProcessGroup
 
+from megalora import replace
 from megalora.adapters import pissa
 from megalora.adapters.adapter import LoRAAdapter, named_adapters
 from megalora.adapters.bases import Base, base_linears, refusal
@@ -21,6 +22,7 @@ from megalora.adapters.padding import leave_out_padding
 from megalora.adapters.rows import parts_of
 from megalora.adapters.styles import ADAPTERS
 from megalora.checkpoint.state import install_checkpointing
+from megalora.checkpoint.unpickle import PICKLES
 from megalora.config import LoRAConfig
 from megalora.targets import (
     ADAPTER_SUFFIX,
@@ -39,9 +41,13 @@ ModelChunks = list[torch.nn.Module]
 def lora_hook(
     config: LoRAConfig, *, vocab_size: int | None = None
 ) -> Callable[[ModelChunks], ModelChunks]:
-    """Return a hook for the `pre_wrap_hooks` of a GPT or hybrid configuration: `apply_lora`."""
+    """Return a hook for the `pre_wrap_hooks` of a GPT or hybrid configuration: `apply_lora`.
+
+    What Megatron loads after it cannot run code (see `megalora.checkpoint.unpickle`).
+    """
 
     def attach(model_chunks: ModelChunks) -> ModelChunks:
+        replace.install(PICKLES)
         return apply_lora(model_chunks, config, vocab_size=vocab_size)
 
     return attach

@@ -14,31 +14,10 @@ from megatron.core.dist_checkpointing.dict_utils import nested_items_iter
 from megatron.core.dist_checkpointing.strategies.common import COMMON_STATE_FNAME
 from megatron.core.safe_globals import SafeUnpickler
 from megatron.training import checkpointing
-from torch.distributed.checkpoint.api import CheckpointException, _wrap_exception
-from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner
-from torch.distributed.checkpoint.filesystem import FileSystemReader
-from torch.distributed.checkpoint.metadata import Metadata
+from torch.distributed.checkpoint.api import CheckpointException
 
-from megalora.checkpoint.unpickle import (
-    cause_of,
-    load_bytes,
-    load_object,
-    read_metadata,
-    unsafe,
-    wanted,
-)
-from megalora.replace import Patch, around, instead
-
-
-def read_metadata_or_stop(reader: FileSystemReader, *args: object, **kwargs: object) -> Metadata:
-    """Do what FileSystemReader.read_metadata does, by `unpickle.read_metadata`.
-
-    torch would log an Exception, and go on to look for another file: CheckpointException is none.
-    """
-    try:
-        return read_metadata(reader, *args, **kwargs)
-    except ValueError as error:
-        raise CheckpointException("read_metadata", {0: _wrap_exception(error)}) from error
+from megalora.checkpoint.unpickle import PICKLES, cause_of, load_object, unsafe, wanted
+from megalora.replace import Patch, around
 
 
 def load_base_checkpoint(
@@ -97,20 +76,7 @@ def _try_extra_state(value: object, name: str) -> None:
 
 
 LOADING = (
-    Patch(
-        FileSystemReader,
-        "read_metadata",
-        (),
-        instead(read_metadata_or_stop),
-        "the `.metadata` of a checkpoint is unpickled, and can run code",
-    ),
-    Patch(
-        DefaultLoadPlanner,
-        "load_bytes",
-        ("read_item", "value"),
-        instead(load_bytes),
-        "objects in `.distcp` files are unpickled, and can run code",
-    ),
+    *PICKLES,
     Patch(
         checkpointing,
         "_load_base_checkpoint",

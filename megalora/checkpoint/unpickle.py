@@ -3,7 +3,7 @@
 torch takes a checkpoint for trusted: its reader gives `.metadata` to pickle.load and the objects in
 `.distcp` files to torch.load(weights_only=False), also where Megatron believes it asked for weights
 only. Here `.metadata` may name what such a file is made of and nothing else, and objects what torch
-and Megatron hold for safe. `megalora.checkpoint.loading` puts both in the place of torch's.
+and Megatron hold for safe. `PICKLES` puts both in the place of torch's.
 """
 
 import argparse
@@ -22,11 +22,13 @@ import torch
 from torch.distributed._shard.sharded_tensor import metadata as before_torch_2_3
 from torch.distributed.checkpoint import filesystem, metadata, planner
 from torch.distributed.checkpoint._traverse import set_element
-from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.api import CheckpointException, _wrap_exception
 from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner
 from torch.distributed.checkpoint.filesystem import FileSystemReader
 from torch.distributed.checkpoint.metadata import Metadata, StorageMeta, TensorProperties
 from torch.distributed.checkpoint.planner import ReadItem
+
+from megalora.replace import Patch, instead
 
 # Reading them gives them their attributes; no other object of a file may be changed by it.
 _RECORDS: tuple[type, ...] = (
@@ -138,6 +140,17 @@ def read_metadata(reader: FileSystemReader, *args: object, **kwargs: object) -> 
     return found
 
 
+def read_metadata_or_stop(reader: FileSystemReader, *args: object, **kwargs: object) -> Metadata:
+    """Do what FileSystemReader.read_metadata does, by `unpickle.read_metadata`.
+
+    torch would log an Exception, and go on to look for another file: CheckpointException is none.
+    """
+    try:
+        return read_metadata(reader, *args, **kwargs)
+    except ValueError as error:
+        raise CheckpointException("read_metadata", {0: _wrap_exception(error)}) from error
+
+
 def load_bytes(self: DefaultLoadPlanner, read_item: ReadItem, value: io.BytesIO) -> None:
     """Do what DefaultLoadPlanner.load_bytes does, by `load_object`."""
     name = read_item.dest_index.fqn
@@ -201,3 +214,21 @@ def wanted(error: BaseException) -> str:
     text = str(error)
     found = re.search(r"GLOBAL (\S+)", text) or re.search(r"WeightsUnpickler error: (.+)", text)
     return found[1] if found else text.strip().partition("\n")[0]
+
+
+PICKLES = (
+    Patch(
+        FileSystemReader,
+        "read_metadata",
+        (),
+        instead(read_metadata_or_stop),
+        "the `.metadata` of a checkpoint is unpickled, and can run code",
+    ),
+    Patch(
+        DefaultLoadPlanner,
+        "load_bytes",
+        ("read_item", "value"),
+        instead(load_bytes),
+        "objects in `.distcp` files are unpickled, and can run code",
+    ),
+)

@@ -1,6 +1,7 @@
 """Megatron's own --data-path datasets, with samples as `megalora.data.batch` takes them."""
 
 import argparse
+import pickle
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -56,6 +57,7 @@ def indexed_datasets(
     """Return the train, validation and test datasets of --data-path or --mock-data.
 
     Every rank must call this, the ranks wait for each other; without `is_read` it returns nothing.
+    Raises ValueError where a file of their cache is a pickle, which can run code.
     """
     blend, blend_per_split = get_blend_and_blend_per_split(args)
     config = GPTDatasetConfig(
@@ -83,7 +85,11 @@ def indexed_datasets(
     kind: Any = MockGPTDataset if args.mock_data else GPTDataset
     builder: Any = BlendedMegatronDatasetBuilder
     keep_apart = args.reset_attention_mask
+    try:
+        datasets = builder(kind, list(num_samples), lambda: is_read, config).build()
+    except pickle.UnpicklingError as error:
+        raise ValueError(f"data_cache_path is not usable: {error}: remove the cache") from error
     return [
         None if dataset is None else IndexedDataset(dataset, tokenizer.eod, keep_apart=keep_apart)
-        for dataset in builder(kind, list(num_samples), lambda: is_read, config).build()
+        for dataset in datasets
     ]

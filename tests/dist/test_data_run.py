@@ -1,7 +1,9 @@
 """Data in a run: Megatron's own parser, tokenizers and datasets, and what cannot be trained on."""
 
 import argparse
+import pickle
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +21,7 @@ from megalora.data import ByteTokenizer, add_data_args, attention_format, batch
 from megalora.data.arguments import check_data_args, tokenizer_from_args
 from megalora.training import patches
 from tests.dist.support.layouts import Layout, model_parallel
+from tests.support.forgery import Payload
 
 
 @pytest.mark.world_1
@@ -122,10 +125,9 @@ def test_mamba_is_told_which_example_a_token_is_of() -> None:
     assert packed.seq_idx.tolist() == [[0, 0, 0, 1, 2, 2]]
 
 
-@pytest.mark.world_1
-def test_megatrons_own_datasets_keep_working(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+@pytest.fixture
+def own_args(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
+    """Flags of a data set of Megatron's own."""
     builder = IndexedDatasetBuilder(str(tmp_path / "text.bin"), dtype=np.int32)
     for start in range(40):
         builder.add_document(torch.tensor([*range(start, start + 10), 99]), [11])
@@ -139,8 +141,13 @@ def test_megatrons_own_datasets_keep_working(
     )
     monkeypatch.setattr(batch, "get_args", lambda: args)
     monkeypatch.setattr(batch, "get_tokenizer", lambda: tokenizer)
+    return args
+
+
+@pytest.mark.world_1
+def test_megatrons_own_datasets_keep_working(own_args: Any) -> None:
     with model_parallel(Layout()):
-        check_data_args(args)
+        check_data_args(own_args)
         train, valid, _ = batch.datasets_provider([8, 2, 0])
     assert (len(train) >= 8, train.split, valid.split) == (True, Split.train, Split.valid)
     sample = train[0]
@@ -148,3 +155,36 @@ def test_megatrons_own_datasets_keep_working(
     bounds = sample["cu_seqlens"].unique().tolist()
     assert [int(sample["tokens"][end - 1]) for end in bounds[1:-1]] == [99] * (len(bounds) - 2)
     assert len(bounds) > 3
+
+
+def array_of(payload: Payload, path: Path) -> None:
+    """Write an array of objects, as numpy does."""
+    np.save(path, np.array([payload], dtype=object), allow_pickle=True)
+
+
+def plain(payload: Payload, path: Path) -> None:
+    """Write a pickle that is no array."""
+    path.write_bytes(pickle.dumps(payload))
+
+
+@pytest.mark.world_1
+@pytest.mark.bad_input("code in a file")
+@pytest.mark.parametrize("write", [array_of, plain], ids=lambda write: write.__name__)
+def test_the_cache_of_megatrons_own_datasets_cannot_run_code(
+    write: Callable[[Payload, Path], None], own_args: Any, tmp_path: Path
+) -> None:
+    marker = tmp_path / "marker"
+    with model_parallel(Layout()):
+        batch.datasets_provider([8, 2, 0])
+        indices = sorted(tmp_path.rglob("*-train-*_index.npy"))
+        assert len(indices) == 3
+        for path in indices:
+            kept = path.read_bytes()
+            write(Payload(marker), path)
+            np.load(path, allow_pickle=True)
+            assert marker.exists()
+            marker.unlink()
+            with pytest.raises(ValueError, match=r"cache|memory-mapped"):
+                batch.datasets_provider([8, 2, 0])
+            assert not marker.exists()
+            path.write_bytes(kept)
