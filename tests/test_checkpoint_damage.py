@@ -82,6 +82,7 @@ def test_an_intact_checkpoint_is_read(said: Said, reader: str) -> None:
     assert said[None, reader] == ""
 
 
+@pytest.mark.bad_input("a malformed file")
 @pytest.mark.parametrize("reader", READERS)
 @pytest.mark.parametrize("damage", DAMAGES)
 def test_damage_is_refused_and_its_file_named(said: Said, damage: str, reader: str) -> None:

@@ -234,6 +234,7 @@ def test_truncated_safetensors_are_refused(adapter):
         read_adapter(adapter)
 
 
+@pytest.mark.bad_input("code in a file")
 def test_a_pickle_is_never_opened(adapter):
     (adapter / "adapter_model.safetensors").unlink()
     (adapter / "adapter_model.bin").write_bytes(b"cos\nsystem\n")

@@ -1,6 +1,7 @@
 """No code from a checkpoint: a payload in any of its files is refused by name, and never runs."""
 
 import argparse
+import contextlib
 import itertools
 import pickle
 import shutil
@@ -22,6 +23,7 @@ from megalora.checkpoint.unpickle import (
     check_readable,
     read_metadata,
 )
+from megalora.config import LoRAConfig
 from megalora.training.trust import check_spec, check_trust
 from tests.support.forgery import Payload, forge, in_file, in_tensor, runs, set_flag
 from tests.support.forked import SCRIPT, Ranks, call
@@ -166,6 +168,49 @@ def test_a_payload_in_what_a_run_does_not_read_never_runs(
 
 def test_a_base_of_the_older_format_is_trained_on(honest: Path, tmp_path: Path) -> None:
     start(honest, honest / "legacy", "legacy", "--save", str(tmp_path / "out")).succeed()
+
+
+# --- what torch saved without Megatron ---
+
+
+def load_by_torch(directory: Path, *, hooked: bool) -> tuple[str, bool]:
+    """Load what torch saved; return the error, and whether the payload ran."""
+    from torch.distributed.checkpoint.api import CheckpointException
+
+    from megalora.builder import lora_hook
+
+    if hooked:
+        with contextlib.suppress(ValueError):  # there is no model
+            lora_hook(LoRAConfig(rank=8))([])
+    error, marker = "", directory / "marker"
+    try:
+        torch.distributed.checkpoint.load({"args": None}, checkpoint_id=directory, no_dist=True)
+    except CheckpointException as refusal:
+        error = str(refusal)
+    has_run = marker.exists()
+    marker.unlink(missing_ok=True)
+    return error, has_run
+
+
+def try_torchs(directory: Path) -> list[tuple[str, bool]]:
+    """Save a payload by torch; load it as torch does, and behind a hook of LoRA."""
+    state = {"args": Payload(directory / "marker"), "iteration": 1}
+    torch.distributed.checkpoint.save(state, checkpoint_id=directory, no_dist=True)
+    return [load_by_torch(directory, hooked=hooked) for hooked in (False, True)]
+
+
+@code_in_a_file
+def test_what_torch_saved_is_read_safely_behind_a_hook_and_in_a_run(tmp_path: Path) -> None:
+    directory = tmp_path / "base" / RUN
+    directory.mkdir(parents=True)
+    plain, hooked = call(try_torchs, directory)
+    assert plain == ("", True)
+    assert "'args' in __0_0.distcp asks for '_io.open'" in hooked[0]
+    assert not hooked[1]
+    (tmp_path / "base" / "latest_checkpointed_iteration.txt").write_text("1")
+    text = start(tmp_path, tmp_path / "base", "base").fail()
+    assert f"error: checkpoint {tmp_path / 'base'}: 'args' in __0_0.distcp asks for" in text
+    assert not (directory / "marker").exists()
 
 
 # --- what a checkpoint would have a run import ---
