@@ -60,6 +60,7 @@ def indexed_datasets(
     Raises ValueError where a file of their cache is a pickle, which can run code.
     """
     blend, blend_per_split = get_blend_and_blend_per_split(args)
+    kind: Any = MockGPTDataset if args.mock_data else GPTDataset
     config = GPTDatasetConfig(
         random_seed=args.seed,
         sequence_length=args.seq_length,
@@ -82,14 +83,16 @@ def indexed_datasets(
         fast_cache_load=args.dataloader_fast_cache_load,
         defer_npy_index_mmap=args.dataloader_defer_npy_index_mmap,
     )
-    kind: Any = MockGPTDataset if args.mock_data else GPTDataset
-    builder: Any = BlendedMegatronDatasetBuilder
     keep_apart = args.reset_attention_mask
-    try:
-        datasets = builder(kind, list(num_samples), lambda: is_read, config).build()
-    except pickle.UnpicklingError as error:
-        raise ValueError(f"data_cache_path is not usable: {error}: remove the cache") from error
     return [
         None if dataset is None else IndexedDataset(dataset, tokenizer.eod, keep_apart=keep_apart)
-        for dataset in datasets
+        for dataset in _built(kind, list(num_samples), lambda: is_read, config)
     ]
+
+
+def _built(*blend: object) -> Sequence[Any]:
+    builder: Any = BlendedMegatronDatasetBuilder
+    try:
+        return builder(*blend).build()
+    except pickle.UnpicklingError as error:
+        raise ValueError(f"data_cache_path is not usable: {error}: remove the cache") from error
