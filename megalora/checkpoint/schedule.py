@@ -14,7 +14,10 @@ from megatron.core.optimizer import MegatronOptimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from megatron.training import print_rank_0
 
+from megalora.config import is_number
+
 _RATES = ("max_lr", "min_lr", "start_wd", "end_wd")
+_STEPS = ("num_steps", "lr_warmup_steps", "lr_decay_steps", "wd_incr_steps")
 _FLAGS = {
     "lr_decay_style": "--lr-decay-style",
     "lr_decay_steps": "--lr-decay-iters, by default --train-iters",
@@ -33,6 +36,7 @@ def stored_rates(args: argparse.Namespace, stored: Mapping[str, Any] | None) -> 
     """
     if not stored or not args.use_checkpoint_opt_param_scheduler or args.no_load_optim:
         return {}
+    _check_numbers(stored)
     return {"lr": stored["max_lr"], "min_lr": stored["min_lr"]}
 
 
@@ -40,6 +44,7 @@ def load(
     original: Callable[..., None], self: OptimizerParamScheduler, stored: dict[str, Any]
 ) -> None:
     """Go on with a checkpoint's schedule, as OptimizerParamScheduler.load_state_dict."""
+    _check_numbers(stored)
     _warn_of_lost_steps(self.optimizer, stored["num_steps"])
     if not (self.override_opt_param_scheduler or self.use_checkpoint_opt_param_scheduler):
         own = self.state_dict()
@@ -50,6 +55,16 @@ def load(
     original(self, stored)
     # Megatron sets the groups' weight decay before it has read it.
     self.step(0)
+
+
+def _check_numbers(stored: Mapping[str, Any]) -> None:
+    """Raise ValueError where a rate or a number of steps in a checkpoint is no finite number."""
+    for name in (*_RATES, *_STEPS):
+        if name in stored and not is_number(stored[name]):
+            raise ValueError(
+                f"the checkpoint's schedule has {name} {stored[name]!r}, no finite number: "
+                "give another checkpoint, or set --no-load-optim to start the optimizer anew"
+            )
 
 
 def _warn_of_lost_steps(optimizer: MegatronOptimizer, done: int) -> None:

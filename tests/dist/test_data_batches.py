@@ -236,6 +236,7 @@ def test_later_pipeline_stages_get_their_sequence_shard_of_the_padding(layout: L
         assert batch._padding_mask(padding, model, sequence_parallel=False) is padding
 
 
+@pytest.mark.bad_input("a number that is not one")
 @over(Layout())
 def test_a_loss_that_is_not_finite_stops_the_run(layout: Layout, args: SimpleNamespace) -> None:
     mask = torch.tensor([1.0, 0.0])

@@ -1,5 +1,6 @@
 """A number that is not finite, on one rank of two, is refused on both, by name."""
 
+import argparse
 import json
 import re
 from collections.abc import Callable
@@ -17,6 +18,7 @@ from megalora.builder import apply_lora
 from megalora.checkpoint.base import differences, fingerprint
 from megalora.checkpoint.gather import gather_adapters, load_adapters
 from megalora.checkpoint.read import DESCRIPTION
+from megalora.checkpoint.schedule import stored_rates
 from megalora.checkpoint.state import refuse_not_finite
 from megalora.config import LoRAConfig
 from megalora.hf.base import load_hf_base
@@ -157,6 +159,20 @@ def test_a_stored_fingerprint_that_is_none_accepts_no_base(weights: object) -> N
     assert len(differences(stored, GOOD)) == 1
     for other in ({}, [], "", 3, None):
         assert len(differences(other, GOOD)) == 1
+
+
+SCHEDULE = dict.fromkeys(("max_lr", "min_lr", "start_wd", "end_wd", "num_steps"), 1)
+
+
+@NUMBERS
+@pytest.mark.parametrize("value", [NAN, INF, None, "1", True], ids=str)
+@pytest.mark.parametrize("name", SCHEDULE)
+@pytest.mark.world_1
+def test_a_stored_rate_that_is_no_number_is_not_followed(name: str, value: object) -> None:
+    args = argparse.Namespace(use_checkpoint_opt_param_scheduler=True, no_load_optim=False)
+    assert stored_rates(args, SCHEDULE) == {"lr": 1, "min_lr": 1}
+    with pytest.raises(ValueError, match=f"schedule has {name} .*no finite number"):
+        stored_rates(args, {**SCHEDULE, name: value})
 
 
 # === Adapters ===
