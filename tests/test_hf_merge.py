@@ -159,6 +159,7 @@ def test_norms_are_those_of_the_update_itself():
     assert report.num_parameters == 3 * 120
 
 
+@NUMBERS
 def test_inspect_names_targets_and_what_is_wrong(tmp_path):
     model = hf_model("qwen3_moe")
     factors = random_factors(model, RANKS)
