@@ -32,12 +32,10 @@ def all_finite(tensor: Tensor) -> bool:
 def largest_update(a: Tensor, b: Tensor, scale: float) -> float:
     """Return a bound of all that arises in scale * B @ A, without the product.
 
-    a: [r, in], b: [out, r]. By Cauchy and Schwarz, |B A| <= |row of B| |column of A|, for parts of
-    the sum over r too. NaN or infinite where a factor is. scale: finite.
+    a: [(P) r, in], b: [out, r]: no sum is of more than r products. NaN or infinite where a factor
+    is. scale: finite.
     """
-    rows = torch.linalg.vector_norm(b.detach(), dim=-1, dtype=torch.float64).max()
-    columns = torch.linalg.vector_norm(a.detach(), dim=-2, dtype=torch.float64).max()
-    return float(rows * columns) * max(1.0, abs(scale))
+    return largest(a) * largest(b) * b.shape[-1] * max(1.0, abs(scale))
 
 
 def refuse(names: set[str], sentence: Callable[[str], str]) -> None:
