@@ -1,5 +1,6 @@
 # make demo    train a small MoE, fine-tune it by LoRA on 4 processes, hand it to Hugging Face
 # make test    lint, types and all tests on the CPU
+# make test-full  the readers of others' files under very many changed files, for a minute or two
 # make lint    format, lint and types only
 # make bench   the benchmarks behind README's numbers
 # make parity  the table of parallel layouts with their errors against an unsharded model
@@ -16,7 +17,7 @@ export MKL_NUM_THREADS ?= 1
 WORKERS ?= -n logical --maxprocesses 8 --dist loadfile --no-loadscope-reorder
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
 
-.PHONY: demo test lint style bench parity figures gpu-kit clean
+.PHONY: demo test test-full lint style bench parity figures gpu-kit clean
 
 demo: .venv/built
 	$(BIN)/python examples/demo.py --output demo
@@ -24,6 +25,9 @@ demo: .venv/built
 # The types are checked by one of the tests (tests/test_types.py), beside the others.
 test: style
 	$(BIN)/python -m pytest $(WORKERS)
+
+test-full: style
+	FUZZ_EXAMPLES=300 $(BIN)/python -m pytest $(WORKERS) tests/test_fuzz.py
 
 lint: style
 	$(BIN)/pyright

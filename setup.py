@@ -140,6 +140,7 @@ setup(
         "megatron-core>=0.19,<0.21",
         "datasets",
         "safetensors",
+        "google-re2",
         "psutil",
         "absl-py",
     ],

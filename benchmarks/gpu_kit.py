@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).parents[1]
-WHEELS = ("megatron-core", "datasets", "dill", "multiprocess")
+WHEELS = ("megatron-core", "datasets", "dill", "multiprocess", "google-re2")
 TE_WHEELS = ("transformer-engine", "transformer-engine-cu13")
 # What TransformerEngine imports and an image for torch need not have.
 TE_NEEDS = ("pydantic", "pydantic-core", "annotated-types", "typing-inspection")

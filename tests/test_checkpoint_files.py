@@ -69,6 +69,7 @@ def test_a_save_that_was_killed_is_passed_over_in_silence(tmp_path: Path) -> Non
     assert find(tmp_path) == (2, [], "")
 
 
+@pytest.mark.bad_input("a malformed file")
 def test_a_flipped_bit_is_named_and_the_checkpoint_before_is_taken(tmp_path: Path) -> None:
     save(tmp_path, 2)
     file = save(tmp_path, 4) / "__0_0.distcp"
@@ -82,6 +83,7 @@ def test_a_flipped_bit_is_named_and_the_checkpoint_before_is_taken(tmp_path: Pat
     assert tracked(tmp_path) == "2"
 
 
+@pytest.mark.bad_input("a malformed file")
 @pytest.mark.parametrize("damage", ["truncated", "missing", "manifest"])
 def test_a_torn_checkpoint_is_named(tmp_path: Path, damage: str) -> None:
     save(tmp_path, 2)

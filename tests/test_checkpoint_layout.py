@@ -38,6 +38,7 @@ def test_a_tracker_file_names_an_iteration_or_a_release(
     assert layout.read_tracker(tmp_path) == Tracker(newest)
 
 
+@pytest.mark.bad_input("a malformed file")
 @pytest.mark.parametrize("text", ["", "\x00\x00", "-3", "+3", "3_0", "٣", "Release", "3x"])
 def test_whatever_else_a_tracker_file_holds_is_a_defect(tmp_path: Path, text: str) -> None:
     (tmp_path / TRACKER).write_text(text)
@@ -73,6 +74,7 @@ def test_checkpoints_are_listed_newest_first_and_a_release_last(tmp_path: Path) 
     assert layout.list_iterations(tmp_path) == [10, 3, RELEASE]
 
 
+@pytest.mark.bad_input("a malformed file")
 @pytest.mark.parametrize(
     ("text", "message"),
     [
@@ -98,6 +100,7 @@ def test_a_directory_of_checkpoints_and_that_of_one_lead_to_the_same(checkpoint:
     assert layout.find_directory(checkpoint) == checkpoint
 
 
+@pytest.mark.bad_input("a malformed file")
 def test_every_flipped_bit_of_every_file_is_seen(checkpoint: Path) -> None:
     layout.verify(checkpoint)
     for file in checkpoint.iterdir():
@@ -112,6 +115,7 @@ def test_every_flipped_bit_of_every_file_is_seen(checkpoint: Path) -> None:
     layout.verify(checkpoint)
 
 
+@pytest.mark.bad_input("a malformed file")
 def test_damage_is_named_with_what_else_could_be_used(checkpoint: Path) -> None:
     (checkpoint.parent / "iter_0000001").mkdir()
     (checkpoint / "__0_0.distcp").unlink()
@@ -130,12 +134,14 @@ def test_a_note_beside_the_files_is_no_damage(checkpoint: Path) -> None:
     assert layout.find_damage(checkpoint) == []
 
 
+@pytest.mark.bad_input("a malformed file")
 @pytest.mark.parametrize("name", ["../outside", "/dev/zero"])
 def test_a_manifest_of_files_elsewhere_is_refused_unread(checkpoint: Path, name: str) -> None:
     write_manifest(checkpoint, {name: "0" * 64})
     assert "integrity.json is damaged" in ", ".join(layout.find_damage(checkpoint))
 
 
+@pytest.mark.bad_input("a malformed file")
 @pytest.mark.parametrize(
     "manifest", ["[]", "{}", '{"algorithm": "sha256", "files": 3}', "[" * 9999]
 )

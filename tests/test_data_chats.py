@@ -87,6 +87,7 @@ def test_parts_of_text_are_joined_and_others_refused() -> None:
         read_chat(row, "messages")
 
 
+@pytest.mark.bad_input("a malformed file")
 @pytest.mark.parametrize(
     ("messages", "message"),
     [
@@ -110,6 +111,7 @@ def test_what_is_no_chat_is_said_with_its_row(messages: object, message: str) ->
         list(encode_rows(rows, "messages", encoder_for(ByteTokenizer()), 64))
 
 
+@pytest.mark.bad_input("a malformed file")
 def test_two_system_prompts_are_refused() -> None:
     row = {"messages": [{"role": "system", "content": "a"}, *SAID], "system": "b"}
     with pytest.raises(ValueError, match="`system` column is not the system message"):

@@ -67,6 +67,7 @@ def test_a_name_that_the_hub_does_not_have_is_refused() -> None:
         build("no-one/nothing")
 
 
+@pytest.mark.bad_input("a malformed file")
 def test_an_empty_file_is_refused(tmp_path: Path) -> None:
     (tmp_path / "x.jsonl").touch()
     with pytest.raises(ValueError, match=r"x.jsonl is empty: give a file with rows"):
@@ -86,6 +87,7 @@ def test_a_split_that_is_not_there_is_refused(jsonl: str) -> None:
         build(jsonl, valid_split="gold")
 
 
+@pytest.mark.bad_input("a malformed file")
 @pytest.mark.parametrize("line", [b'{"prompt": ', b"[1]", b'{"text": "\xff"}', b"null"])
 def test_a_broken_line_is_named_before_any_model_is_built(tmp_path: Path, line: bytes) -> None:
     path = tmp_path / "x.jsonl"
@@ -95,6 +97,7 @@ def test_a_broken_line_is_named_before_any_model_is_built(tmp_path: Path, line: 
         check_dataset(str(path), TOKENIZER, 64)
 
 
+@pytest.mark.bad_input("a malformed file")
 @pytest.mark.parametrize(
     ("text", "message"),
     [
@@ -110,6 +113,7 @@ def test_a_broken_list_is_named(tmp_path: Path, text: str, message: str) -> None
         check_dataset(str(tmp_path / "x.json"), TOKENIZER, 64)
 
 
+@pytest.mark.bad_input("a malformed file")
 def test_a_broken_parquet_file_of_a_folder_is_named(tmp_path: Path) -> None:
     folder = tmp_path / "folder"
     folder.mkdir()
@@ -119,6 +123,7 @@ def test_a_broken_parquet_file_of_a_folder_is_named(tmp_path: Path) -> None:
         load_rows(str(folder))
 
 
+@pytest.mark.bad_input("a malformed file")
 def test_rows_of_another_kind_are_named(tmp_path: Path) -> None:
     path = write_jsonl(tmp_path / "x.jsonl", [ROWS[0], {"messages": ANSWER}])
     with pytest.raises(
@@ -127,6 +132,7 @@ def test_rows_of_another_kind_are_named(tmp_path: Path) -> None:
         check_dataset(path, TOKENIZER, 64)
 
 
+@pytest.mark.bad_input("a malformed file")
 def test_text_that_is_none_is_named(tmp_path: Path) -> None:
     path = write_jsonl(tmp_path / "x.jsonl", [ROWS[0], {"prompt": "a", "completion": 3}])
     with pytest.raises(ValueError, match=r"line 2: `completion` is 3, not text"):

@@ -144,6 +144,7 @@ def test_what_cannot_be_exchanged_is_recommended_for_and_says_the_same_sentence(
     assert any(shape.unmapped in note for note in recommended(directory, capsys)["notes"])
 
 
+@pytest.mark.bad_input("a malformed file")
 @pytest.mark.parametrize(("config", "sentence"), IMPOSSIBLE)
 def test_impossible_sizes_are_refused_by_all_in_one_sentence(
     config: object, sentence: str, directory: str, capsys: pytest.CaptureFixture[str]

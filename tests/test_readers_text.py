@@ -283,14 +283,19 @@ ROWS += [
 ]
 
 
+def read_all(file: str) -> None:
+    rows = load_rows(file)
+    for _ in read_rows(rows, schema_of(rows, file)):
+        pass
+
+
 @MALFORMED
 @pytest.mark.parametrize("row", ROWS)
 def test_a_row_that_is_none_is_refused_with_its_place(tmp_path: Path, row: str) -> None:
     (tmp_path / "data.jsonl").write_text(row + "\n")
     file = str(tmp_path / "data.jsonl")
     with soon(), pytest.raises(ValueError, match=r"dataset .*data\.jsonl") as caught:
-        rows = load_rows(file)
-        list(read_rows(rows, schema_of(rows, file)))
+        read_all(file)
     assert type(caught.value) is ValueError
 
 
@@ -333,6 +338,5 @@ def test_a_description_is_read_as_it_was_written() -> None:
 )
 def test_a_description_of_another_form_is_refused(description: object) -> None:
     text = None if description is None else json.dumps(description)
-    with pytest.raises((ValueError, TypeError)) as caught:
+    with pytest.raises(ValueError, match=r"of its adapters|lora_"):
         parse_description(text)
-    assert caught.type.__name__ in ("ValueError", "NotJSONError")
