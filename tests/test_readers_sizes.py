@@ -17,7 +17,7 @@ from megalora.model.presets import PRESETS
 from megalora.recommend.cli import count_trained_tokens
 from tests.support.forked import call
 from tests.support.fuzzing import command
-from tests.support.honest import LLAMA, MOE, write_base, write_peft
+from tests.support.honest import LLAMA, MOE, write_base, write_peft, write_stacked_peft
 
 MALFORMED = pytest.mark.bad_input("a malformed file")
 UNBOUNDED = pytest.mark.bad_input("work without bound")
@@ -218,6 +218,45 @@ def test_stacked_experts_of_odd_rows_are_refused(tmp_path: Path) -> None:
     save_file({name: torch.ones(2, 3, 4)}, tmp_path / "model.safetensors")
     with pytest.raises(ValueError, match=f"{name} has shape"):
         HFWeights(tmp_path)
+
+
+@MALFORMED
+@pytest.mark.parametrize("module", ["lm_head", "model.layers.0.mlp.experts"])
+@pytest.mark.parametrize("shapes", [((), (1,)), ((4,), (4, 2)), ((2, 8, 1), (10, 2))])
+def test_factors_of_other_than_two_dimensions_are_refused(
+    tmp_path: Path, module: str, shapes: tuple[tuple[int, ...], tuple[int, ...]]
+) -> None:
+    adapter = write_peft(tmp_path / "adapter")
+    factors = {
+        f"base_model.model.{module}.lora_{x}.weight": torch.ones(shape)
+        for x, shape in zip("AB", shapes, strict=True)
+    }
+    save_file(factors, adapter / "adapter_model.safetensors")
+    with pytest.raises(ValueError, match=rf"{module}: lora_A .* expected \[r, in\] and \[out, r\]"):
+        command("inspect", adapter)
+
+
+@UNBOUNDED
+def test_experts_that_no_model_has_are_not_taken_apart(tmp_path: Path) -> None:
+    adapter = write_stacked_peft(tmp_path / "adapter")
+    path = adapter / "adapter_config.json"
+    patterns = {r"mlp\.experts\..*": 1}
+    path.write_text(json.dumps({**json.loads(path.read_text()), "r": 1, "rank_pattern": patterns}))
+    file = adapter / "adapter_model.safetensors"
+    a, b = torch.zeros(70_000, 8), torch.zeros(12, 70_000)
+    down_a, down_b = torch.zeros(70_000, 6), torch.zeros(8, 70_000)
+    prefix = "base_model.model.model.layers.0.mlp.experts"
+    save_file(
+        {
+            f"{prefix}.base_layer.lora_A.weight": a,
+            f"{prefix}.base_layer.lora_B.weight": b,
+            f"{prefix}.lora_A.weight": down_a,
+            f"{prefix}.lora_B.weight": down_b,
+        },
+        file,
+    )
+    with soon(), pytest.raises(ValueError, match=r"has 70,000 experts of rank 1: 65,536 at most"):
+        command("inspect", adapter)
 
 
 @MALFORMED

@@ -166,7 +166,6 @@ def test_too_many_patterns_that_are_no_names_are_refused(form: str) -> None:
     ("field", "value"),
     [
         *(("target_parameters", value) for value in (1, "mlp", [1], {"a": 1})),
-        *(("use_rslora", value) for value in ("no", 2, [])),
         *((name, value) for name in ("rank_pattern", "alpha_pattern") for value in ([1], "q", 1)),
         *(("peft_type", value) for value in ([], {}, 1, None)),
     ],

@@ -76,9 +76,7 @@ def read_rules(config: Mapping[str, Any]) -> PeftRules:
     Raises ValueError, by name, for whatever plain LoRA factors cannot represent.
     """
     if config.get("peft_type") != "LORA":
-        raise ValueError(
-            f"adapter_config peft_type is {config.get('peft_type')!r:.100}: must be 'LORA'"
-        )
+        raise ValueError(f"adapter_config peft_type is {config.get('peft_type')!r}: must be 'LORA'")
     _refuse_extensions(config)
     _check_targets(config)
     ranks, alphas = _patterns(config, "rank_pattern"), _patterns(config, "alpha_pattern")
@@ -101,7 +99,7 @@ def read_rules(config: Mapping[str, Any]) -> PeftRules:
 
 
 def _fields(name: str, patterns: Mapping[str, float]) -> Iterable[tuple[str, object]]:
-    return ((f"{name} {pattern!r:.100}", value) for pattern, value in patterns.items())
+    return ((f"{name} {pattern!r}", value) for pattern, value in patterns.items())
 
 
 def _is_whole_rank(value: object) -> bool:
@@ -111,13 +109,13 @@ def _is_whole_rank(value: object) -> bool:
 
 def _require(valid: bool, field: str, value: object, wanted: str) -> None:
     if not valid:
-        raise ValueError(f"adapter_config {field} is {value!r:.100}: must be {wanted}")
+        raise ValueError(f"adapter_config {field} is {value!r}: must be {wanted}")
 
 
 def _patterns(config: Mapping[str, Any], name: str) -> dict[str, float]:
     patterns = config.get(name) or {}
     if not isinstance(patterns, dict):
-        raise ValueError(f"adapter_config {name} is {patterns!r:.100}: must be an object")
+        raise ValueError(f"adapter_config {name} is {patterns!r}: must be an object")
     return patterns
 
 
@@ -127,7 +125,7 @@ def _check_targets(config: Mapping[str, Any]) -> None:
     is_list = isinstance(parameters, list) and all(isinstance(each, str) for each in parameters)
     if parameters is not None and not is_list:
         raise ValueError(
-            f"adapter_config target_parameters is {parameters!r:.100}: must be a list of names"
+            f"adapter_config target_parameters is {parameters!r}: must be a list of names"
         )
 
 

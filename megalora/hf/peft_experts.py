@@ -17,6 +17,7 @@ from torch import Tensor
 
 from megalora.hf.factors import LoRAFactors, same_scale
 from megalora.hf.peft_config import PeftRules, split_expert
+from megalora.model.shape import MAX_SIZES
 
 PROJECTIONS = ("gate_proj", "up_proj", "down_proj")
 GATE_UP, DOWN = "gate_up_proj", "down_proj"
@@ -89,6 +90,11 @@ def _unflatten(name: str, a: Tensor, b: Tensor, rank: int, *, old: bool) -> Pair
             f"rank {rank}: the configuration's rank belongs to other tensors"
         )
     num_experts = a.shape[0] // rank
+    if num_experts > MAX_SIZES["num_moe_experts"]:
+        raise ValueError(
+            f"{name}: lora_A {list(a.shape)} has {num_experts:,} experts of rank {rank}: "
+            f"{MAX_SIZES['num_moe_experts']:,} at most"
+        )
     a = a.reshape(num_experts, rank, a.shape[1])
     b = b.reshape(b.shape[0], rank, num_experts).permute(2, 0, 1)
     return (b.transpose(1, 2), a.transpose(1, 2)) if old else (a, b)

@@ -17,11 +17,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
-from hypothesis import HealthCheck, Phase, given, settings
-from hypothesis import strategies as st
+from hypothesis import HealthCheck, Phase, example, given, settings
 
 from megalora.__main__ import main
-from megalora.checkpoint.layout import TRACKER
 from megalora.hf.adapters import from_hf
 from megalora.hf.merge import merge_adapter
 from megalora.hf.offline import infer_config
@@ -184,10 +182,26 @@ TARGETS = {
         (recommend,),
     ),
     "an adapter": Target(honest.write_peft, (inspect, importing, merge_into_honest)),
+    "an adapter of stacked experts": Target(honest.write_stacked_peft, (inspect,)),
     "chats": Target(lambda place: honest.write_rows(place, honest.ROWS), (rows,)),
     "texts": Target(lambda place: honest.write_rows(place, honest.TEXTS), (rows,)),
     "a checkpoint": Target(write_checkpoint, (checkpoint, finding)),
     "a checkpoint without a manifest": Target(write_checkpoint_without_manifest, (checkpoint,)),
+}
+
+
+# What was found once, and is tried first for ever.
+FOUND = {
+    "a dense base": [Mutation("config.json", "replace", 1, "1")],
+    "a base with experts": [Mutation("model.safetensors", "sparse")],
+    "a checkpoint": [Mutation(f"{ITERATION}/metadata.json", kind) for kind in ("mark", "sparse")],
+    "a checkpoint without a manifest": [
+        *(Mutation(f"{ITERATION}/__0_0.distcp", "flip", place) for place in (457, 461)),
+        *(Mutation(f"{ITERATION}/{name}", "pipe") for name in (".metadata", "__0_0.distcp")),
+        Mutation(f"{ITERATION}/metadata.json", "link to /dev/zero"),
+    ],
+    "an adapter": [Mutation("adapter_config.json", kind) for kind in ("directory", "pipe")],
+    "chats": [Mutation("data.jsonl", "replace", 1, '[{"from": [], "value": "x"}]')],
 }
 
 
@@ -261,6 +275,8 @@ def fuzz(name: str, place: Path, examples: int) -> str:
     def every_change(mutation: Mutation) -> None:
         check(whole, files, copy, mutation)
 
+    for mutation in FOUND.get(name, []):
+        every_change = example(mutation)(every_change)
     try:
         every_change()
     except BaseException:
@@ -284,6 +300,3 @@ if __name__ == "__main__":
         begin = time.monotonic()
         print(each, fuzz(each, Path(tempfile.mkdtemp()), int(sys.argv[1])) or "fine", end=" ")
         print(f"{time.monotonic() - begin:.1f} s")
-
-
-__all__ = ["TARGETS", "TRACKER", "fuzz", "st"]

@@ -97,6 +97,32 @@ def write_peft(directory: Path) -> Path:
     return directory
 
 
+def write_stacked_peft(directory: Path) -> Path:
+    """Write an adapter whose experts are stacked in 3-D factors."""
+    generator = torch.Generator().manual_seed(2)
+    sizes = {"gate_proj": (8, 6), "up_proj": (8, 6), "down_proj": (6, 8)}
+    factors = {
+        f"model.layers.{layer}.mlp.experts.{expert}.{projection}": LoRAFactors(
+            torch.randn(2, num_in, generator=generator),
+            torch.randn(num_out, 2, generator=generator),
+            2.0,
+        )
+        for layer in range(2)
+        for expert in range(3)
+        for projection, (num_in, num_out) in sizes.items()
+    }
+    write_adapter(
+        directory,
+        factors,
+        base_model_name="tiny",
+        format="peft-3d",
+        num_layers=2,
+        num_experts=3,
+        moe_layers=range(2),
+    )
+    return directory
+
+
 def write_rows(directory: Path, rows: list[dict[str, object]]) -> Path:
     """Write JSON lines."""
     directory.mkdir(parents=True)
