@@ -137,6 +137,10 @@ WRONG = [
     ("hidden_size", 16, "hidden_size 16 (its tensors 8)"),
     ("num_experts", 8, "num_experts 8 (its tensors 4)"),
     ("num_experts", 65536, "num_experts 65,536 (its tensors 4)"),
+    ("intermediate_size", 2**24, "intermediate_size 16,777,216 (its tensors 12)"),
+    ("moe_intermediate_size", 2**24, "moe_intermediate_size 16,777,216 (its tensors 6)"),
+    ("head_dim", 2**16, "num_attention_heads x head_dim 262,144 (its tensors 8)"),
+    ("num_key_value_heads", 4, "num_key_value_heads x head_dim 8 (its tensors 4)"),
 ]
 
 
@@ -154,6 +158,18 @@ def test_sizes_that_the_tensors_do_not_have_are_refused_before_anything_is_built
             command(*words)
         assert sentence in str(caught.value)
     assert not (tmp_path / "never").exists()
+
+
+@MALFORMED
+def test_stacked_experts_are_counted_too(tmp_path: Path) -> None:
+    name = "model.layers.0.mlp.experts.gate_up_proj"
+    save_file({name: torch.ones(4, 2, 3)}, tmp_path / "model.safetensors")
+    config = {**MOE, "num_hidden_layers": 1, "mlp_only_layers": []}
+    write_text(tmp_path, config, "num_experts", "4")
+    command("flags", "--hf-model", tmp_path)
+    write_text(tmp_path, config, "num_experts", "5000")
+    with pytest.raises(ValueError, match=r"num_experts 5,000 \(its tensors 4\)"):
+        command("flags", "--hf-model", tmp_path)
 
 
 def _refusals_with_megatron(base: Path, adapter: Path, place: Path) -> list[str]:

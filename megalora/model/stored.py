@@ -1,7 +1,6 @@
 """Which tensors a directory's safetensors files hold, by their headers; and of what sizes."""
 
 import os
-import re
 from collections.abc import Iterator
 from pathlib import Path, PurePath
 from typing import TYPE_CHECKING, Any
@@ -9,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 from safetensors import SafetensorError, safe_open
 
 from megalora.model.families import names_of
+from megalora.model.family import without_numbers
 from megalora.model.shape import ModelShape
 from megalora.reading import check_plain, read_json
 
@@ -19,7 +19,6 @@ MODEL = "model"
 ADAPTER = "adapter_model"
 _PICKLES = {MODEL: "pytorch_model.bin", ADAPTER: "adapter_model.bin"}
 _MAX_NAME = 1000
-_EXPERT = re.compile(r"\.experts\.(\d{1,9})\.")
 
 
 class TensorFiles:
@@ -140,23 +139,7 @@ def check_stored_sizes(shape: ModelShape, directory: str | Path) -> None:
     folder = folder.parent if folder.is_file() else folder
     if not _has_all_files(folder):
         return
-    files = TensorFiles(folder, framework="np")
-    names = names_of(shape.model_type)
-    layer = re.compile(re.escape(names.layer).replace(r"\{\}", r"(\d{1,9})"))
-    layers = {int(found[1]) for name in files if (found := layer.match(name))}
-    stored = {"num_hidden_layers": max(layers) + 1} if layers else {}
-    table = f"{names.embedding}.weight"
-    if table in files and len(files.shape(table)) == 2:
-        stored["vocab_size"], stored["hidden_size"] = files.shape(table)
-    experts = {int(found[1]) for name in files if (found := _EXPERT.search(name))}
-    if experts and shape.num_moe_experts:
-        stored["num_experts"] = max(experts) + 1
-    said = {
-        "num_hidden_layers": shape.num_layers,
-        "vocab_size": shape.vocab_size,
-        "hidden_size": shape.hidden_size,
-        "num_experts": shape.num_moe_experts,
-    }
+    stored, said = _stored_sizes(TensorFiles(folder, framework="np"), shape), _said(shape)
     wrong = [
         f"{name} {said[name]:,} (its tensors {value:,})"
         for name, value in stored.items()
@@ -167,6 +150,52 @@ def check_stored_sizes(shape: ModelShape, directory: str | Path) -> None:
             f"{folder / 'config.json'} has {', '.join(wrong)}: its tensors and its config.json are "
             "not of one model"
         )
+
+
+def _said(shape: ModelShape) -> dict[str, int]:
+    return {
+        "num_hidden_layers": shape.num_layers,
+        "vocab_size": shape.vocab_size,
+        "hidden_size": shape.hidden_size,
+        "num_experts": shape.num_moe_experts,
+        "num_attention_heads x head_dim": shape.query_size,
+        "num_key_value_heads x head_dim": shape.num_query_groups * shape.kv_channels,
+        "intermediate_size": shape.ffn_hidden_size,
+        "moe_intermediate_size": shape.moe_ffn_hidden_size,
+    }
+
+
+def _stored_sizes(files: TensorFiles, shape: ModelShape) -> dict[str, int]:
+    """Return those of `_said` that the tensors tell, each by one tensor that has it."""
+    names = names_of(shape.model_type)
+    one: dict[str, str] = {}
+    layers, experts = {-1}, {-1}
+    for name in files:
+        pattern, numbers = without_numbers(name)
+        one.setdefault(pattern, name)
+        if pattern.startswith(names.layer):
+            layers.add(numbers[0])
+            if ".experts.{}." in pattern and len(numbers) > 1:
+                experts.add(numbers[1])
+            elif pattern.removeprefix(names.layer) in names.stacked:
+                experts.add(([*files.shape(name), 0])[0] - 1)
+    found = {"num_hidden_layers": max(layers) + 1}
+    if shape.num_moe_experts:
+        found["num_experts"] = max(experts) + 1
+    qkv = names.in_layer("self_attention.linear_qkv")
+    places = {
+        "vocab_size": (names.embedding, 0),
+        "hidden_size": (names.embedding, 1),
+        "num_attention_heads x head_dim": (qkv[0], 0),
+        "num_key_value_heads x head_dim": (qkv[1], 0),
+        "intermediate_size": (names.in_layer("mlp.linear_fc1")[0], 0),
+        "moe_intermediate_size": (names.in_layer("mlp.experts.linear_fc1")[0], 0),
+    }
+    for size, (module, dimension) in places.items():
+        name = one.get(f"{module}.weight")
+        if name and len(files.shape(name)) == 2:
+            found[size] = files.shape(name)[dimension]
+    return {size: value for size, value in found.items() if value}
 
 
 def _has_all_files(folder: Path) -> bool:
