@@ -11,6 +11,8 @@ from typing import Any
 # Of JSON, far above all that is known: the index of a model with 200,000 tensors has 20 MB.
 MAX_JSON_BYTES = 32 * 2**20
 MAX_DEPTH = 64
+# A file of holes costs its maker nothing and its readers hours; no file system packs numbers so.
+_LARGE, _MAX_HOLES = 2**30, 1000
 # As many as a float can have.
 MAX_DIGITS = 300
 
@@ -33,15 +35,18 @@ def check_plain(path: Path, *, inside: Path | None = None) -> None:
     cache, from snapshots/X to blobs/Y, lead out of nothing. FileNotFoundError is left as it is.
     """
     try:
-        kind = stat.S_IFMT(os.stat(path).st_mode)
+        status = os.stat(path)
     except (FileNotFoundError, NotADirectoryError):
         if path.is_symlink():
             raise ValueError(f"{path} is a link to what is not there: copy the file") from None
         raise FileNotFoundError(str(path)) from None
     except (OSError, ValueError) as error:  # a name with a NUL is a ValueError
         raise ValueError(f"{path} cannot be read ({_reason(error)})") from None
+    kind = stat.S_IFMT(status.st_mode)
     if kind != stat.S_IFREG:
         raise ValueError(f"{path} is a {_KINDS.get(kind, 'special file')}, expected a plain file")
+    if status.st_size > _LARGE and status.st_blocks * 512 * _MAX_HOLES < status.st_size:
+        raise ValueError(f"{path} is {status.st_size:,} bytes of nothing: copy the file again")
     if inside is not None and path.is_symlink():
         _check_link(path, inside)
 

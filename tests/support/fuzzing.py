@@ -194,7 +194,10 @@ TARGETS = {
 FOUND = {
     "a dense base": [Mutation("config.json", "replace", 1, "1")],
     "a base with experts": [Mutation("model.safetensors", "sparse")],
-    "a checkpoint": [Mutation(f"{ITERATION}/metadata.json", kind) for kind in ("mark", "sparse")],
+    "a checkpoint": [
+        *(Mutation(f"{ITERATION}/metadata.json", kind) for kind in ("mark", "sparse")),
+        Mutation(f"{ITERATION}/__0_0.distcp", "sparse"),
+    ],
     "a checkpoint without a manifest": [
         *(Mutation(f"{ITERATION}/__0_0.distcp", "flip", place) for place in (457, 461)),
         *(Mutation(f"{ITERATION}/{name}", "pipe") for name in (".metadata", "__0_0.distcp")),
