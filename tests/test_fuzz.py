@@ -3,17 +3,19 @@
 `make test` tries a few changes of each kind of files, `make test-full` very many more.
 """
 
+import json
 import os
 from pathlib import Path
 
 import pytest
 
 from tests.support.forked import call
-from tests.support.fuzzing import TARGETS, Target, fuzz, try_one
+from tests.support.fuzzing import TARGETS, Target, command, fuzz, try_one
+from tests.support.honest import LLAMA, write_base, write_peft
 from tests.support.mutations import HARMLESS, VALUES, Mutation, apply
 
 # Of each target; a minute in all takes about 200.
-EXAMPLES = int(os.environ.get("FUZZ_EXAMPLES", "25"))
+EXAMPLES = int(os.environ.get("FUZZ_EXAMPLES", "20"))
 
 
 @pytest.mark.bad_input("a malformed file")
@@ -22,6 +24,40 @@ EXAMPLES = int(os.environ.get("FUZZ_EXAMPLES", "25"))
 def test_changed_files_are_refused_in_one_line_or_read(target: str, tmp_path: Path) -> None:
     failure = call(fuzz, target, tmp_path / "fuzz", EXAMPLES)
     assert not failure, failure
+
+
+# === In the same processes, which have Megatron ===
+
+
+def _refusals_with_megatron(base: Path, adapter: Path, place: Path) -> list[str]:
+    """Return what the commands that need Megatron say of a base with other sizes."""
+    from megalora.launch import with_hf_flags
+
+    command("import", adapter, "--hf-model", base, "--output", place / "run")
+    (base / "config.json").write_text(json.dumps({**LLAMA, "num_hidden_layers": 4000}))
+    output = place / "never"
+    readers = (
+        lambda: command("import-base", "--hf-model", base, "--output", output),
+        lambda: command("export", place / "run", "--hf-model", base, "--output", output),
+        lambda: with_hf_flags(["--hf-model", str(base)]),
+    )
+    said = []
+    for read in readers:
+        try:
+            read()
+            said.append("read")
+        except ValueError as error:
+            said.append(str(error))
+    return said
+
+
+@pytest.mark.bad_input("a malformed file")
+def test_other_sizes_are_refused_where_a_model_would_be_built(
+    tmp_path: Path,
+) -> None:
+    base, adapter = write_base(tmp_path / "base", LLAMA), write_peft(tmp_path / "adapter")
+    said = call(_refusals_with_megatron, base, adapter, tmp_path)
+    assert all("num_hidden_layers 4,000 (its tensors 2)" in each for each in said), said
 
 
 # === The property can fail ===

@@ -15,7 +15,6 @@ from megalora.hf.files import TensorFiles
 from megalora.hf.safetensors_files import HFWeights
 from megalora.model.presets import PRESETS
 from megalora.recommend.cli import count_trained_tokens
-from tests.support.forked import call
 from tests.support.fuzzing import command
 from tests.support.honest import LLAMA, MOE, write_base, write_peft, write_stacked_peft
 
@@ -170,35 +169,6 @@ def test_stacked_experts_are_counted_too(tmp_path: Path) -> None:
     write_text(tmp_path, config, "num_experts", "5000")
     with pytest.raises(ValueError, match=r"num_experts 5,000 \(its tensors 4\)"):
         command("flags", "--hf-model", tmp_path)
-
-
-def _refusals_with_megatron(base: Path, adapter: Path, place: Path) -> list[str]:
-    """Return what the commands that need Megatron say of a base with other sizes."""
-    from megalora.launch import with_hf_flags
-
-    command("import", adapter, "--hf-model", base, "--output", place / "run")
-    write_text(base, LLAMA, "num_hidden_layers", "4000")
-    output = place / "never"
-    readers = (
-        lambda: command("import-base", "--hf-model", base, "--output", output),
-        lambda: command("export", place / "run", "--hf-model", base, "--output", output),
-        lambda: with_hf_flags(["--hf-model", str(base)]),
-    )
-    said = []
-    for read in readers:
-        try:
-            read()
-            said.append("read")
-        except ValueError as error:
-            said.append(str(error))
-    return said
-
-
-@MALFORMED
-def test_so_are_they_where_a_model_would_be_built(tmp_path: Path) -> None:
-    base, adapter = write_base(tmp_path / "base", LLAMA), write_peft(tmp_path / "adapter")
-    said = call(_refusals_with_megatron, base, adapter, tmp_path)
-    assert all("num_hidden_layers 4,000 (its tensors 2)" in each for each in said), said
 
 
 def test_where_weights_are_not_there_nothing_is_compared(tmp_path: Path) -> None:
