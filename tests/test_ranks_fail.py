@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 import torch.distributed as dist
 
-from tests.support.forked import SCRIPT, Ranks
+from megalora.training import alarm
+from tests.support.forked import SCRIPT, Ranks, free_port
 from tests.support.tiny import LORA, MODEL, TRAIN, flags
 from tests.test_example import EXAMPLE
 
@@ -43,7 +44,7 @@ def script_with(tmp_path: Path, step: str) -> Path:
     ("own", "said"),
     [
         # Of argparse, of Megatron and of megalora.
-        ("--lora-rank some", "argument --lora-rank: invalid int value: 'some'"),
+        ("--lora-rank some", "error: argument --lora-rank: invalid int value: 'some'"),
         ("--train-samples 8", "\nAssertionError"),
         ("--export-hf /proc", "error: export_hf '/proc' exists and is no adapter"),
     ],
@@ -111,10 +112,11 @@ def test_rank_0_that_is_killed(tmp_path: Path) -> None:
 
 
 @alone
-def test_what_all_ranks_find_wrong_is_said_once(tmp_path: Path) -> None:
-    given = [*GIVEN, "--lora-targets", "linear_nothing"]
-    text = all_end(Ranks(4, given, tmp_path, env=PLAIN), "error: ")
-    assert "linear_nothing" in text
+@pytest.mark.parametrize("flag", ["--lora-targets linear_nothing", "--lora-nothing 3"])
+def test_what_all_ranks_find_wrong_is_said_once(flag: str, tmp_path: Path) -> None:
+    text = all_end(Ranks(4, [*GIVEN, *flag.split()], tmp_path, env=PLAIN), "error: ")
+    assert "nothing" in text
+    assert "usage:" not in text
     assert "megalora: rank" not in text
 
 
@@ -139,3 +141,32 @@ def test_an_attempt_of_torchrun_ends_where_a_rank_fails_and_the_next_one_does_no
         more = {**env, "TORCHELASTIC_RESTART_COUNT": str(attempt)}
         run = Ranks(2, GIVEN, tmp_path / str(attempt), script=script, env=more)
         assert [code != 0 for code in run.end()] == [fails, fails], run.text()
+
+
+def met(agent: dist.TCPStore, rank: int) -> alarm.Alarm:
+    """Start one rank's alarm in this process."""
+    names = {"RANK": rank, "WORLD_SIZE": 2, "MASTER_ADDR": "localhost", "MASTER_PORT": agent.port}
+    environ = {name: str(value) for name, value in names.items()}
+    return alarm.Alarm({**environ, "TORCHELASTIC_USE_AGENT_STORE": "True"})
+
+
+@pytest.mark.bad_input("a rank that disagrees")
+def test_a_rank_on_another_device_is_found_before_ranks_meet() -> None:
+    agent = dist.TCPStore("localhost", 0, is_master=True, wait_for_workers=False)
+    first, second = met(agent, 0), met(agent, 1)
+    try:
+        first.compare("device", "cuda")
+        second.compare("order", "same")
+        with pytest.raises(ValueError, match=r"device is cpu on rank 1 .*, but cuda on rank 0 "):
+            second.compare("device", "cpu")
+    finally:
+        second.close()
+        first.close()
+
+
+@alone
+def test_a_rank_that_cannot_reach_rank_0_says_where(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(alarm, "_START", datetime.timedelta(seconds=1))
+    environ = {"RANK": "3", "WORLD_SIZE": "4", "MASTER_ADDR": "localhost"}
+    with pytest.raises(ValueError, match=r"rank 3 on .* cannot reach rank 0 at localhost:"):
+        alarm.Alarm({**environ, "MASTER_PORT": str(free_port())})

@@ -3,7 +3,7 @@
 import argparse
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from megalora import cpu
 from megalora.checkpoint.layout import read_tracker
@@ -47,6 +47,11 @@ def add_exchange_args(parser: argparse.ArgumentParser) -> argparse.ArgumentParse
     )
     add_auto_lr_args(parser)
     return parser
+
+
+def refuse(message: str) -> NoReturn:
+    """Raise as ValueError what argparse finds wrong."""
+    raise ValueError(message)
 
 
 def with_hf_flags(argv: Sequence[str]) -> list[str]:

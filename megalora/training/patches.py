@@ -45,6 +45,7 @@ from megalora.config import LoRAConfig
 from megalora.replace import Patch, around, instead
 from megalora.training import changes, compared, not_finite, trust
 from megalora.training.auto_lr import accept_auto
+from megalora.training.flags import refuse
 from megalora.training.rates import factor_overrides
 
 
@@ -52,8 +53,10 @@ def add_arguments(
     original: Callable[[argparse.ArgumentParser], argparse.ArgumentParser],
     parser: argparse.ArgumentParser,
 ) -> argparse.ArgumentParser:
-    """Let --lr be `auto` also where Megatron parses without the flags of a script."""
-    return accept_auto(original(parser))
+    """Let --lr be `auto`, also without the flags of a script; say in a sentence what is wrong."""
+    parser = accept_auto(original(parser))
+    parser.error = refuse
+    return parser
 
 
 def load_args(
@@ -150,7 +153,7 @@ PARSING = (
         "add_megatron_arguments",
         ("parser",),
         around(add_arguments),
-        "`--lr auto`, also where Megatron parses once more without a script's flags",
+        "`--lr auto` in every parse; a wrong flag is a page of usage on each rank",
     ),
     Patch(
         checkpointing,
