@@ -81,3 +81,17 @@ def found(tmp_path_factory: pytest.TempPathFactory) -> dict[str, int]:
 @pytest.mark.parametrize("name", CASES)
 def test_no_row_of_the_base_is_taken_for_padding(name: str, found: dict[str, int]) -> None:
     assert found[name] == CASES[name][1]
+
+
+def in_softmax(base: int) -> int:
+    """Return the rows in the softmax of a base whose tokenizer has 100 tokens."""
+    from megalora.training import vocabulary
+
+    vocabulary.get_tokenizer = lambda: SimpleNamespace(vocab_size=100)
+    args: Any = SimpleNamespace(vocab_size=base)
+    return vocabulary.rows_in_softmax(args)
+
+
+def test_a_token_that_the_base_lacks_has_a_logit_all_the_same() -> None:
+    assert call(in_softmax, 99) == 100
+    assert call(in_softmax, 120) == 120

@@ -34,7 +34,7 @@ from megalora.training.outputs import (
 )
 from megalora.training.replicas import check_replicas
 from megalora.training.trust import check_trust
-from megalora.training.vocabulary import vocab_size
+from megalora.training.vocabulary import rows_in_softmax, vocab_size
 
 ModelChunks = list[torch.nn.Module]
 # What a checkpoint stores with its adapters, or says of a base.
@@ -84,7 +84,7 @@ def prepare(
     if description is not None:
         check_base(description.get("base"), base, args)
     change_args(args, {"vocab_size": vocab_size(args, base["source"])})
-    apply_lora(model_chunks, config, vocab_size=args.vocab_size)
+    apply_lora(model_chunks, config, vocab_size=rows_in_softmax(args))
     describe_base(model_chunks, base)
     if description is None and args.lora_load:
         load_adapter(model_chunks, args.lora_load, config, hf_model=args.hf_model)

@@ -25,7 +25,20 @@ def vocab_size(args: argparse.Namespace, source: str | None) -> int:
     if args.hf_model:
         return model_shape(read_config(args.hf_model)).vocab_size
     stored = on_all_ranks(lambda: _stored(Path(source)), only=0) if source else 0
-    return max(cast(Any, get_tokenizer()).vocab_size, args.vocab_size or 0, stored)
+    return max(_num_tokens(), args.vocab_size or 0, stored)
+
+
+def rows_in_softmax(args: argparse.Namespace) -> int:
+    """Return the rows that take part in the softmax, once args has the base's `vocab_size`.
+
+    A tokenizer may have more tokens, as an added one that pads: no label may meet a logit that is
+    filled, also where its loss is masked.
+    """
+    return max(_num_tokens(), args.vocab_size)
+
+
+def _num_tokens() -> int:
+    return cast(Any, get_tokenizer()).vocab_size
 
 
 def _stored(root: Path) -> int:
