@@ -13,7 +13,8 @@ from megalora.hf.peft import read_adapter, write_adapter
 
 NAME = "model.layers.0.self_attn.q_proj"
 NUMBERS = pytest.mark.bad_input("a number that is not one")
-HUGE = 10**400
+# Of as many digits as a JSON file may have in a number.
+HUGE = 10**299
 INF, NAN = float("inf"), float("nan")
 
 

@@ -100,7 +100,7 @@ def import_huge(place: Path) -> tuple[int, str]:
 
 def import_alpha(place: Path) -> tuple[int, str]:
     file = place / "peft" / "adapter_config.json"
-    file.write_text(json.dumps({**json.loads(file.read_text()), "lora_alpha": 10**400}))
+    file.write_text(json.dumps({**json.loads(file.read_text()), "lora_alpha": 10**299}))
     return import_adapter(place)
 
 

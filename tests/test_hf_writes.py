@@ -1,5 +1,6 @@
 """Commands whose writing fails or is stopped: one sentence, nothing half written, nothing left."""
 
+import codecs
 import contextlib
 import io
 import os
@@ -125,7 +126,8 @@ def test_a_full_disk_says_so(place: Path, there: set[str], command: str) -> None
 
 def as_nobody(_: Path) -> None:
     """Give up the right to read and write everything."""
-    # What is imported later may be out of reach.
+    # What is imported later may be out of reach, and so may a codec.
+    codecs.lookup("utf-8-sig")
     from megalora.hf import commands, one_process  # noqa: F401
 
     if os.geteuid() == 0:
@@ -137,6 +139,7 @@ def merge_as_nobody(place: Path, output: str) -> Said:
     """Merge in this process, as it needs no Megatron."""
     from megalora.hf import commands  # noqa: F401
 
+    codecs.lookup("utf-8-sig")
     user, group, said = os.geteuid(), os.getegid(), io.StringIO()
     with contextlib.chdir(place), contextlib.redirect_stderr(said):
         if user == 0:

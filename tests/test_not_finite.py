@@ -35,6 +35,12 @@ def errors(run: Ranks) -> list[list[str]]:
     return [re.findall(r"^error: .*", log.read_text(), re.MULTILINE) for log in run.logs]
 
 
+def said_last(run: Ranks) -> str:
+    """Return what the rank says that ends the run: all meet the same error, and one says it."""
+    (last,) = {said[-1] for said in errors(run) if said and " is not saved" in said[-1]}
+    return last
+
+
 CASES = {
     "an adapter of the second stage": Case(
         layout="pp2",
@@ -77,7 +83,7 @@ def test_the_first_step_is_told_apart_from_what_it_spoils(tmp_path: Path) -> Non
     first, *later = errors(run)[1]
     assert "in iteration 1, NaN or infinite values are in gradient decoder.layers.0.self" in first
     assert "in iteration 2, NaN or infinite values are in adapter decoder" in later[0]
-    assert "checkpoint of iteration 1 is not saved: training diverged" in errors(run)[0][-1]
+    assert "checkpoint of iteration 1 is not saved: training diverged" in said_last(run)
     assert not list((tmp_path / "run").glob("iter_*"))
 
 
@@ -91,8 +97,8 @@ def test_without_the_check_nothing_is_looked_at_and_nothing_is_saved(tmp_path: P
     )
     assert 1 in run.wait()
     assert "grad norm: nan" in run.logs[-1].read_text()
-    assert len(errors(run)[0]) == 1
-    assert "checkpoint of iteration 4 is not saved" in errors(run)[0][0]
+    assert sum(map(len, errors(run))) == 1
+    assert "checkpoint of iteration 4 is not saved" in said_last(run)
     assert not (tmp_path / "run" / "iter_0000004").exists()
 
 
@@ -105,8 +111,8 @@ def test_a_base_that_is_not_finite_is_refused_before_training(tmp_path: Path) ->
     assert re.search(
         r"^error: base has NaN or infinite weights in decoder\.layers\.mlp\.linear_fc1\.weight, .* "
         r"and \d+ more: give another --pretrained-checkpoint",
-        run.logs[0].read_text(),
+        run.text(),
         re.MULTILINE,
     )
     assert run.losses() == {}
-    assert not (tmp_path / "run").exists()
+    assert not any((tmp_path / "run").iterdir())

@@ -1,5 +1,6 @@
 """Files that are no plain files, and JSON without bounds: refused in one sentence, soon."""
 
+import contextlib
 import json
 import os
 import socket
@@ -36,8 +37,9 @@ def pipe(path: Path) -> None:
 
 
 def listening(path: Path) -> None:
-    with socket.socket(socket.AF_UNIX) as server:
-        server.bind(str(path))
+    # Its whole name may be longer than that of a socket can be.
+    with socket.socket(socket.AF_UNIX) as server, contextlib.chdir(path.parent):
+        server.bind(path.name)
 
 
 def sparse(path: Path) -> None:

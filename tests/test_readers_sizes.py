@@ -54,9 +54,10 @@ def write_text(directory: Path, config: dict[str, object], field: str, text: str
 
 def commands(base: Path, adapter: Path) -> list[list[object]]:
     """Return the commands that go by a base's config.json and need no Megatron before."""
+    output = adapter.with_name(f"{adapter.name}-never")
     return [
         ["flags", "--hf-model", base],
-        ["import", adapter, "--hf-model", base, "--output", base.with_name("never")],
+        ["import", adapter, "--hf-model", base, "--output", output],
     ]
 
 
@@ -218,7 +219,7 @@ def test_factors_of_other_than_two_dimensions_are_refused(
         for x, shape in zip("AB", shapes, strict=True)
     }
     save_file(factors, adapter / "adapter_model.safetensors")
-    with pytest.raises(ValueError, match=rf"{module}: lora_A .* expected \[r, in\] and \[out, r\]"):
+    with pytest.raises(ValueError, match=rf"no matrices: {module}\.lora_. \["):
         command("inspect", adapter)
 
 

@@ -20,7 +20,7 @@ from megalora.hf.adapters import from_hf, to_hf
 from megalora.hf.inspect import is_peft
 from megalora.hf.peft import read_adapter, write_adapter
 from megalora.hf.servers import refusals
-from megalora.model.config_json import family_of, read_config
+from megalora.model.config_json import family_of, load_config, mapped_family, read_config
 from megalora.model.shape import ModelShape, refuse_hybrid
 
 OUTPUT_B = "output_layer_lora.lora_B"
@@ -158,7 +158,7 @@ def model_shape(model_chunks: Sequence[torch.nn.Module], hf_model: str | None = 
 # Read when training starts: an export at its end must not fail because the base has gone.
 @functools.cache
 def _model_type(hf_model: str) -> str:
-    return read_config(hf_model)["model_type"]
+    return mapped_family(load_config(hf_model)).model_type
 
 
 def _padded_vocab_size(model_chunks: Sequence[torch.nn.Module]) -> int | None:

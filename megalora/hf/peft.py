@@ -203,11 +203,6 @@ def _read_pairs(
         raise ValueError(f"{files.directory} has one of lora_A and lora_B of {summarise(alone)}")
     if not found:
         raise ValueError(f"{files.directory} has no LoRA factors")
-    for name, pair in found.items():
-        shapes = files.shape(pair["A"]), files.shape(pair["B"])
-        if any(len(shape) != 2 for shape in shapes):
-            a, b = map(list, shapes)
-            raise ValueError(f"{name}: lora_A {a} and lora_B {b}: expected [r, in] and [out, r]")
     return {
         name: (files.tensor(pair["A"]), files.tensor(pair["B"])) for name, pair in found.items()
     }

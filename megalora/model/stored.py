@@ -10,7 +10,7 @@ from safetensors import SafetensorError, safe_open
 from megalora.model.families import names_of
 from megalora.model.family import without_numbers
 from megalora.model.shape import ModelShape
-from megalora.reading import check_plain, read_json
+from megalora.reading import open_plain, read_json
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -68,7 +68,8 @@ class TensorFiles:
         if file_name not in self._open:
             path = self.directory / file_name
             try:
-                check_plain(path, inside=self.directory)
+                # Of a file that may not be read safe_open says that it is not there.
+                open_plain(path, inside=self.directory).close()
                 # NOTE: never a context manager: slices stay lazy as long as the handle lives.
                 self._open[file_name] = safe_open(path, framework=self.framework, device="cpu")
             except FileNotFoundError:
