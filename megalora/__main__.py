@@ -40,7 +40,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"error: stopped by {stop.signal.name}: {printable(done)}", file=sys.stderr)
         return 128 + stop.signal
     except OSError as error:
-        if os.environ.get("MEGALORA_TRACEBACK"):
+        # Of a script only its own traceback says where.
+        if argv[:1] == ["run"] or os.environ.get("MEGALORA_TRACEBACK"):
             raise
         print(f"error: {printable(_sentence(error))}", file=sys.stderr)
     except ValueError as error:

@@ -8,6 +8,7 @@ import pytest
 
 from megalora.training import agree
 from tests.support.forked import SCRIPT, Ranks
+from tests.support.honest import write_base
 from tests.support.tiny import LORA, MODEL, TRAIN, flags
 from tests.test_example import EXAMPLE
 
@@ -134,11 +135,7 @@ def test_another_hugging_face_base_on_one_rank(tmp_path: Path) -> None:
         "rms_norm_eps": 1e-5,
         "tie_word_embeddings": False,
     }
-    (tmp_path / "a").mkdir()
-    (tmp_path / "a" / "config.json").write_text(json.dumps(config))
-    # They are compared before anything is read from them.
-    (tmp_path / "a" / "model.safetensors").write_bytes(bytes(300_000))
-    copy_with_another_byte(tmp_path / "a", tmp_path / "b", "*.safetensors")
+    copy_with_another_byte(write_base(tmp_path / "a", config), tmp_path / "b", "*.safetensors")
     words = "--transformer-impl local --no-gradient-accumulation-fusion --vocab-size 256"
     switches = "--no-bias-swiglu-fusion --no-rope-fusion --no-masked-softmax-fusion"
     given = [*words.split(), *switches.split(), "--seq-length", 16, *TRAIN, *LORA]

@@ -46,7 +46,7 @@ def script_with(tmp_path: Path, step: str) -> Path:
         # Of argparse, of Megatron and of megalora.
         ("--lora-rank some", "error: argument --lora-rank: invalid int value: 'some'"),
         ("--train-samples 8", "\nAssertionError"),
-        ("--export-hf /proc", "error: export_hf '/proc' exists and is no adapter"),
+        ("--export-hf /proc", "error: export_hf '/proc' is a mount point"),
     ],
 )
 def test_a_bad_flag_before_ranks_have_met(own: str, said: str, tmp_path: Path) -> None:
