@@ -76,7 +76,7 @@ def test_a_template_ends(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     start = time.monotonic()
     with pytest.raises(ValueError, match="the chat template refuses it"):
         texts({"messages": SAID}, CHATML + ENDLESS[name])
-    assert time.monotonic() - start < 5
+    assert time.monotonic() - start < 30
 
 
 def test_the_limit_of_one_template_is_not_the_next_ones(monkeypatch: pytest.MonkeyPatch) -> None:
