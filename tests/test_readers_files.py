@@ -5,9 +5,7 @@ import json
 import os
 import socket
 import struct
-import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -18,18 +16,10 @@ from megalora.hf.files import TensorFiles
 from megalora.reading import MAX_DEPTH, check_plain, open_plain, parse_json, read_json
 from tests.support.fuzzing import command
 from tests.support.honest import LLAMA, TEXTS, write_base, write_peft, write_rows
+from tests.support.soon import soon
 
 MALFORMED = pytest.mark.bad_input("a malformed file")
 UNBOUNDED = pytest.mark.bad_input("work without bound")
-SECONDS = 5.0
-
-
-@contextmanager
-def soon() -> Iterator[None]:
-    """Fail where more CPU time is taken than a bound."""
-    begin = time.process_time()
-    yield
-    assert time.process_time() - begin < SECONDS
 
 
 def pipe(path: Path) -> None:

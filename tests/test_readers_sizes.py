@@ -2,9 +2,6 @@
 
 import json
 import struct
-import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -17,10 +14,10 @@ from megalora.model.presets import PRESETS
 from megalora.recommend.cli import count_trained_tokens
 from tests.support.fuzzing import command
 from tests.support.honest import LLAMA, MOE, write_base, write_peft, write_stacked_peft
+from tests.support.soon import soon
 
 MALFORMED = pytest.mark.bad_input("a malformed file")
 UNBOUNDED = pytest.mark.bad_input("work without bound")
-SECONDS = 5.0
 
 # What no size is, of whatever field.
 NO_SIZES = ["32.0", '"32"', "true", "0", "-1", "NaN", "Infinity", "1e400", "[2]", "{}", "9" * 300]
@@ -59,13 +56,6 @@ def commands(base: Path, adapter: Path) -> list[list[object]]:
         ["flags", "--hf-model", base],
         ["import", adapter, "--hf-model", base, "--output", output],
     ]
-
-
-@contextmanager
-def soon() -> Iterator[None]:
-    begin = time.process_time()
-    yield
-    assert time.process_time() - begin < SECONDS
 
 
 @MALFORMED

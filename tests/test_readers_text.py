@@ -2,9 +2,6 @@
 
 import json
 import re
-import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -20,18 +17,11 @@ from megalora.launch import clear_errors
 from megalora.printable import printable
 from tests.support.fuzzing import command, is_printable
 from tests.support.honest import FACTORS, LLAMA, write_base, write_peft
+from tests.support.soon import soon
 
 MALFORMED = pytest.mark.bad_input("a malformed file")
 UNBOUNDED = pytest.mark.bad_input("work without bound")
 NAMES = [*FACTORS, "model.layers.10.self_attn.q_proj", "q_proj", "a" * 200]
-SECONDS = 5.0
-
-
-@contextmanager
-def soon() -> Iterator[None]:
-    begin = time.process_time()
-    yield
-    assert time.process_time() - begin < SECONDS
 
 
 def adapter_with(place: Path, **fields: object) -> Path:

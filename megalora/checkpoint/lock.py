@@ -22,6 +22,7 @@ from pathlib import Path
 
 from megalora.checkpoint.durable import sync
 from megalora.checkpoint.owner import Owner
+from megalora.reading import parse_json
 
 LOCK = "megalora.lock"
 BEAT_S = 5.0
@@ -202,12 +203,12 @@ def _read(path: Path) -> bytes | None:
 def _holder(content: bytes | None) -> Holder | None:
     """Return whom a lock file names, None where it does not say."""
     try:
-        fields = json.loads((content or b"").partition(b"\n")[2])
+        fields = parse_json((content or b"").partition(b"\n")[2])
         owner = fields.pop("owner")
         texts = {name: str(fields[name]) for name in ("host", "nonce", "since", "job")}
         owner = Owner(str(owner["machine"]), int(owner["pid"]), int(owner["start"]))
         return Holder(owner=owner, restarts=int(fields["restarts"]), **texts)
-    except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
+    except (ValueError, TypeError, KeyError, AttributeError):
         return None
 
 

@@ -8,6 +8,8 @@ from collections.abc import Iterator, Mapping
 from itertools import islice
 from pathlib import Path, PurePosixPath
 
+from megalora.reading import parse_json
+
 MANIFEST = "megalora.json"
 _VERSION = 1
 # The checkpoint of a large model has some thousand files.
@@ -32,11 +34,11 @@ def read_manifest(directory: Path) -> dict[str, int]:
     try:
         status = path.lstat()
         if stat.S_ISREG(status.st_mode) and status.st_size <= _MAX_BYTES:
-            content = json.loads(path.read_bytes())
+            content = parse_json(path.read_bytes(), max_bytes=_MAX_BYTES)
             files, is_known = content["files"], content["version"] == _VERSION
             if is_known and all(_is_inside(name) and type(files[name]) is int for name in files):
                 return {**files, MANIFEST: status.st_size}
-    except (FileNotFoundError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
+    except (FileNotFoundError, ValueError, KeyError, TypeError, AttributeError):
         pass
     return {}
 

@@ -9,7 +9,8 @@ from megatron.training import get_tokenizer
 
 from megalora.checkpoint.layout import find_directory
 from megalora.checkpoint.ranks import on_all_ranks
-from megalora.model.config_json import model_shape, read_config
+from megalora.checkpoint.read import read_common
+from megalora.model.config_json import load_config, model_shape
 
 _TABLE = "embedding.word_embeddings.weight"
 
@@ -23,7 +24,8 @@ def vocab_size(args: argparse.Namespace, source: str | None) -> int:
     source: directory of the base, whose checkpoint has been loaded. All ranks must call it.
     """
     if args.hf_model:
-        return model_shape(read_config(args.hf_model)).vocab_size
+        # Its tensors were held against it when they were loaded.
+        return model_shape(load_config(args.hf_model)).vocab_size
     stored = on_all_ranks(lambda: _stored(Path(source)), only=0) if source else 0
     return max(_num_tokens(), args.vocab_size or 0, stored)
 
@@ -47,11 +49,11 @@ def _stored(root: Path) -> int:
     Megatron's training saves its flags. Where there are none, as of `megalora import-base`, nothing
     was padded.
     """
-    directory = str(find_directory(root))
-    if not dist_checkpointing.check_is_distributed_checkpoint(directory):
+    directory = find_directory(root)
+    if not dist_checkpointing.check_is_distributed_checkpoint(str(directory)):
         return 0
-    saved = dist_checkpointing.load_common_state_dict(directory).get("args")
+    saved = read_common(directory).get("args")
     if saved is not None:
         return getattr(saved, "vocab_size", None) or 0
-    table = dist_checkpointing.load_tensors_metadata(directory).get(_TABLE)
+    table = dist_checkpointing.load_tensors_metadata(str(directory)).get(_TABLE)
     return 0 if table is None else table.global_shape[0]
