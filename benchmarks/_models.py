@@ -111,6 +111,7 @@ def _moe_fields(size: Size) -> dict[str, Any]:
         "moe_token_dispatcher_type": "alltoall",
         "moe_router_load_balancing_type": "none",
         "moe_grouped_gemm": has_te(),
+        "moe_permute_fusion": has_te(),
     }
 
 

@@ -1,5 +1,6 @@
 """What benchmarks/bench_model.py calls a step is a step of Megatron's training."""
 
+import dataclasses
 import sys
 from types import SimpleNamespace
 from typing import Any
@@ -53,6 +54,8 @@ def measured() -> dict[str, Any]:
     )
     real = bench_model.SIZES["qwen3-30b-a3b"]
     found["fit"] = {gib: bench_model.that_fit(real, gib * GIB) for gib in (139, 110, 78)}
+    whole = dataclasses.replace(real, num_layers=48)
+    found["whole fit"] = {gib: bench_model.that_fit(whole, gib * GIB) for gib in (139, 78)}
     return found
 
 
@@ -115,3 +118,4 @@ def test_what_does_not_fit_on_a_gpu_together_is_measured_apart_or_left_out(
     assert found["fit"][139] == [("frozen", "LoRA", "full")]
     assert found["fit"][110] == [("frozen", "LoRA"), ("full",)]
     assert found["fit"][78] == [("frozen", "LoRA")]
+    assert found["whole fit"] == {139: [("frozen",), ("LoRA",)], 78: []}

@@ -6,36 +6,45 @@
 namespace megalora::cuda {
 namespace {
 
-constexpr int kSpreadThreads = 256;
+constexpr int kSpreadThreads = 256, kVector = 8;  // elements that a thread writes at once
 
+// A row of B belongs to one projection, whose columns it has; all others are zero.
 __global__ __launch_bounds__(kSpreadThreads) void block_diagonal_kernel(
-    const __grid_constant__ Factor f, int pitch, __nv_bfloat16* to) {
-  const int rank = static_cast<int>(f.rank), rows = static_cast<int>(f.experts * f.columns);
+    const __grid_constant__ Factor f, int vectors, uint4* to) {
   const int at = static_cast<int>(blockIdx.x * kSpreadThreads + threadIdx.x);
-  const int row = at / pitch, projection = at % pitch / rank;
-  if (row >= rows) {
+  const int rank = static_cast<int>(f.rank), row = at / vectors;
+  if (row >= static_cast<int>(f.experts * f.columns)) {
     return;
   }
-  bool owns = projection < f.num_segments;
-  if (owns) {
-    int64_t begin = 0;
-    for (int p = 0; p < projection; ++p) {
-      begin += f.segment[p];
-    }
-    const int64_t inside = row % static_cast<int>(f.period) - begin;
-    owns = inside >= 0 && inside < f.segment[projection];
+  int inside = row % static_cast<int>(f.period), projection = 0;
+  while (inside >= f.segment[projection]) {
+    inside -= static_cast<int>(f.segment[projection++]);
   }
-  const auto* const from = static_cast<const __nv_bfloat16*>(f.weight);
-  to[at] = owns ? from[static_cast<int64_t>(row) * rank + at % pitch % rank] : __nv_bfloat16();
+  const auto* const from =
+      static_cast<const __nv_bfloat16*>(f.weight) + static_cast<int64_t>(row) * rank;
+  const int first = at % vectors * kVector - projection * rank;
+  union {
+    __nv_bfloat16 elements[kVector];
+    uint4 all;
+  } v;
+  v.all = make_uint4(0, 0, 0, 0);
+#pragma unroll
+  for (int k = 0; k < kVector; ++k) {
+    const int column = first + k;
+    if (column >= 0 && column < rank) {
+      v.elements[k] = from[column];
+    }
+  }
+  to[at] = v.all;
 }
 
 }  // namespace
 
 void block_diagonal(const Factor& lora_B, int64_t pitch, void* to, Stream stream) {
-  const int64_t elements = lora_B.experts * lora_B.columns * pitch;
-  const auto blocks = static_cast<unsigned>((elements + kSpreadThreads - 1) / kSpreadThreads);
-  block_diagonal_kernel<<<blocks, kSpreadThreads, 0, stream>>>(lora_B, static_cast<int>(pitch),
-                                                               static_cast<__nv_bfloat16*>(to));
+  const int64_t vectors = pitch / kVector, count = lora_B.experts * lora_B.columns * vectors;
+  const auto blocks = static_cast<unsigned>((count + kSpreadThreads - 1) / kSpreadThreads);
+  block_diagonal_kernel<<<blocks, kSpreadThreads, 0, stream>>>(lora_B, static_cast<int>(vectors),
+                                                               static_cast<uint4*>(to));
 }
 
 }  // namespace megalora::cuda

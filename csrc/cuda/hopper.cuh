@@ -72,6 +72,18 @@ __device__ __forceinline__ void send_to(uint32_t word, int value, uint32_t barri
       : "memory");
 }
 
+// Writes four floats likewise.
+__device__ __forceinline__ void send_to(uint32_t to, const float* values, uint32_t barrier,
+                                        uint32_t block) {
+  asm volatile(
+      "{\n.reg .b32 to, counter;\nmapa.shared::cluster.u32 to, %0, %6;\n"
+      "mapa.shared::cluster.u32 counter, %5, %6;\n"
+      "st.async.weak.shared::cluster.mbarrier::complete_tx::bytes.v4.f32 [to], "
+      "{%1, %2, %3, %4}, [counter];\n}" ::"r"(to),
+      "f"(values[0]), "f"(values[1]), "f"(values[2]), "f"(values[3]), "r"(barrier), "r"(block)
+      : "memory");
+}
+
 template <int NUMBER, int THREADS>
 __device__ __forceinline__ void synchronize_threads() {
   asm volatile("bar.sync %0, %1;" ::"n"(NUMBER), "n"(THREADS) : "memory");

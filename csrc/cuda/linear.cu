@@ -56,7 +56,7 @@ int tiles_of(int64_t size, int64_t tile) { return static_cast<int>((size + tile 
 
 // Costs in steps of a result, measured on an H200: of a step of a thin item or a gradient, and of
 // an item's beginning and end.
-constexpr double kThinCost = 0.4, kGradientCost = 0.9, kItemCost = 2;
+constexpr double kThinCost = 0.4, kGradientCost = 0.85, kItemCost = 2;
 
 int most_tiles(int64_t n, int64_t experts) { return static_cast<int>(n / kRows + experts); }
 
@@ -150,11 +150,12 @@ void set_sizes(Call& call, const Sizes& sizes, int64_t columns, int64_t depth) {
 }
 
 void set_gradients(Call& call, const Backward& b) {
+  const int columns = call.ends == nullptr ? kDenseGradientColumns : kExpertGradientColumns;
   Gradients& g = call.gradients;
   g.d_a = b.d_a;
   g.d_b = b.d_b;
-  g.blocks_a = tiles_of(b.sizes.i, 256);
-  g.blocks_b = tiles_of(b.sizes.o, 256);
+  g.blocks_a = tiles_of(b.sizes.i, columns);
+  g.blocks_b = tiles_of(b.sizes.o, columns);
   g.items_a = g.blocks_a * call.thin_chunks;
   g.items_b = g.blocks_b * call.thin_chunks;
   g.i = static_cast<int>(b.sizes.i);
@@ -192,7 +193,7 @@ void launch_dense(Call& call, Stream stream) {
   const double steps = tiles_of(call.depth, kDepth);
   call.plan = make_plan(clusters, results, steps + tiles_of(call.r, kDepth) + kItemCost, thins,
                         kThinCost * steps + kItemCost, gradients,
-                        kGradientCost * tiles_of(call.rows, kTokens) + kItemCost);
+                        kGradientCost * tiles_of(call.rows, 2 * kTokens) + kItemCost);
   if (call.r <= 16) {
     launch<BACKWARD, false, 16>(call, clusters, stream);
   } else if (call.r <= 32) {

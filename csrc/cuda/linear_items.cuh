@@ -15,7 +15,8 @@
 //   result    a [256, 256] tile of y (dx), 128 rows a block: the sum over i (o), and last over r
 //             with s (ds) and lora_B (lora_A) as one more step of the same sum
 //   thin      64 columns of 256 rows of s (ds), read from x (dy) once
-//   gradient  256 columns of dA or dB, 128 a block, the sum over all tokens, 64 ranks of them
+//   gradient  columns of dA or dB, 64 ranks of them: the sum over all tokens of 128, half of the
+//             tokens a block, or over those of an expert of 256, half of the columns a block
 //
 // Thin and gradient items wait for memory, result items for the tensor cores, so that items of both
 // kinds on different multiprocessors hide each other.
@@ -33,7 +34,7 @@ constexpr int kStoreColumns = 128;   // that a group of warps hands to a store a
 constexpr int kRasterRows = 8;       // rows of result tiles that share columns of W while in L2
 constexpr int kMostClusters = 72;
 constexpr int kMostAhead = 32;  // experts whose thin items come before the results of one
-constexpr int kTickets = 4;     // items that a cluster has drawn and not every warp has begun
+constexpr int kTickets = 3;     // items that a cluster has drawn and not every warp has begun
 
 struct Stage {
   unsigned char a[2 * kBoxBytes];
@@ -45,6 +46,7 @@ struct Shared {
   unsigned char result[kGroups][2 * kBoxBytes];
   uint64_t full[kStages], empty[kStages];
   uint64_t drawn[kTickets], read[kTickets];
+  uint64_t room, sums;  // of the other block's half of a gradient
   int ticket[kTickets];
   bool is_last;                                   // of the clusters
   int first_tile[kMostExperts + 1];               // of 256 rows, of each expert
@@ -61,7 +63,7 @@ struct Plan {
 struct Gradients {
   Gradient d_a, d_b;
   int items_a, items_b;    // of clusters, for each expert
-  int blocks_a, blocks_b;  // of 256 columns, for each 64 ranks
+  int blocks_a, blocks_b;  // of an item's columns, for each 64 ranks
   int i, o, rank, period, num_segments, segment[8];
 };
 
@@ -95,7 +97,7 @@ __device__ __forceinline__ int steps_of(int size, int step = kDepth) {
 }
 
 // What a block has to do: its rows [row, row_end) and the first of its columns; of a gradient the
-// rows are what it sums over.
+// rows are what it sums over, some of them behind the last where it has half of them.
 struct Item {
   Kind kind;
   bool is_narrow;  // the blocks have the same 128 rows of a result, not the same columns
@@ -105,58 +107,66 @@ struct Item {
   int word;  // that counts the done thin items of these rows
 };
 
-// Fills in what a gradient item is, `number` of those of an expert.
+// The columns of a gradient item. Dense ones are small, so that clusters end together.
+constexpr int kDenseGradientColumns = 128, kExpertGradientColumns = 256;
+
+// Fills in what a gradient item is, `number` of those of an expert, but for its rows.
 __device__ __forceinline__ void set_gradient(Item& item, const Gradients& g, int number,
-                                             int block) {
+                                             int columns) {
   item.kind = Kind::gradient;
-  item.is_a = number < g.items_a;
-  const int inside = item.is_a ? number : number - g.items_a;
+  item.is_a = number >= g.items_b;
+  const int inside = item.is_a ? number - g.items_b : number;
   const int blocks = item.is_a ? g.blocks_a : g.blocks_b;
-  item.column = inside % blocks * 256 + block * 128;
+  item.column = inside % blocks * columns;
   item.rank = inside / blocks * 64;
 }
 
-// The items of this cluster in their order: thin ones, which others wait for, one result tile, the
-// gradients, whose ds is there by then, and the rest of the results.
+// The items of this cluster in their order. Result tiles come in rounds, one for each cluster, down
+// the rows in rasters. Thin items come in the round that first needs them, whose results then find
+// the same rows in L2: all of them first would ask memory for the whole input at once and take
+// twice as long. Gradients come between the results: of dB early, of dA once every ds is there.
 class DenseItems {
  public:
   __device__ __forceinline__ DenseItems(const Call& call, const Shared&, int block)
-      : call_(call), block_(block) {
-    const int cluster = static_cast<int>(blockIdx.x) / 2;
-    thin_ = call.plan.thin[cluster];
-    gradient_ = call.plan.gradient[cluster];
-    result_ = cluster;
+      : call_(call),
+        block_(block),
+        clusters_(static_cast<int>(gridDim.x) / 2),
+        cluster_(static_cast<int>(blockIdx.x) / 2),
+        in_raster_(kRasterRows * call.column_tiles) {
+    thin_ = call.plan.thin[cluster_];
+    gradient_ = call.plan.gradient[cluster_];
+    result_ = cluster_;
   }
 
   __device__ __forceinline__ bool next(Item& item) {
-    const int cluster = static_cast<int>(blockIdx.x) / 2;
     const bool has_result = result_ < call_.row_tiles * call_.column_tiles;
     item.is_narrow = false;
     item.expert = 0;
     item.row = 0;
     item.row_end = call_.rows;
-    if (thin_ < call_.plan.thin[cluster + 1]) {
+    if (thin_ < call_.plan.thin[cluster_ + 1] && (!has_result || is_round_of_thin())) {
       item.kind = Kind::thin;
       set_rows(item, thin_ / call_.thin_chunks);
       item.rank = thin_++ % call_.thin_chunks * 64;
       return true;
     }
-    if (gradient_ < call_.plan.gradient[cluster + 1] && (begun_ || !has_result)) {
-      set_gradient(item, call_.gradients, gradient_++, block_);
+    if (gradient_ < call_.plan.gradient[cluster_ + 1] && (!has_result || is_turn_of_gradient())) {
+      set_gradient(item, call_.gradients, gradient_++, kDenseGradientColumns);
+      const int half = steps_of(call_.rows, 2 * kTokens) * kTokens;
+      item.row = block_ * half;
+      item.row_end = item.row + half;
       return true;
     }
     if (!has_result) {
       return false;
     }
-    const int in_raster = kRasterRows * call_.column_tiles;
-    const int first = result_ / in_raster * kRasterRows;
-    const int inside = result_ % in_raster;
+    const int first = result_ / in_raster_ * kRasterRows;
+    const int inside = result_ % in_raster_;
     const int rows = min(call_.row_tiles - first, kRasterRows);
     item.kind = Kind::result;
     set_rows(item, first + inside % rows);
     item.column = inside / rows * kColumns;
-    result_ += static_cast<int>(gridDim.x) / 2;
-    begun_ = true;
+    result_ += clusters_;
     return true;
   }
 
@@ -166,10 +176,23 @@ class DenseItems {
     item.word = tile * 2 + block_;
   }
 
+  // Whether some cluster's result of this round needs it.
+  __device__ __forceinline__ bool is_round_of_thin() const {
+    const int last_of_round = (result_ / clusters_ + 1) * clusters_ - 1;
+    return thin_ / call_.thin_chunks / kRasterRows <= last_of_round / in_raster_;
+  }
+
+  // Not in all clusters at once; of dA after the round of the last thin items.
+  __device__ __forceinline__ bool is_turn_of_gradient() const {
+    const bool is_a = gradient_ >= call_.gradients.items_b;
+    const int last_raster = (call_.row_tiles - 1) / kRasterRows * in_raster_;
+    const int first = is_a ? last_raster / clusters_ : 0;
+    return result_ / clusters_ > first + cluster_ % (is_a ? 2 : 4);
+  }
+
   const Call& call_;
-  const int block_;
+  const int block_, clusters_, cluster_, in_raster_;
   int thin_, gradient_, result_;
-  bool begun_ = false;
 };
 
 __device__ __forceinline__ int first_row(const Call& call, int expert) {
@@ -178,16 +201,11 @@ __device__ __forceinline__ int first_row(const Call& call, int expert) {
 
 // Items of experts, whose sizes differ, are drawn by the clusters in their order, expert by expert:
 // the thin ones of an expert that comes later, then results and gradients. The last tile of an
-// expert is narrow where it has no more than 128 rows. One thread of a cluster draws, one item
-// ahead.
+// expert is narrow where it has no more than 128 rows.
 class ExpertItems {
  public:
   __device__ __forceinline__ ExpertItems(const Call& call, const Shared& shared, int block)
-      : call_(call), shared_(shared), block_(block) {
-    if (threadIdx.x == 0 && block_ == 0) {
-      draw(0, 1);
-    }
-  }
+      : call_(call), shared_(shared), block_(block) {}
 
   // By all threads of the block, once.
   static __device__ __forceinline__ void prepare(const Call& call, Shared& shared) {
@@ -242,9 +260,30 @@ class ExpertItems {
     if (inside < results) {
       set_result(item, inside);
     } else {
-      set_gradient(item, call_.gradients, inside - results, block_);
+      set_gradient(item, call_.gradients, inside - results, kExpertGradientColumns);
+      item.column += block_ * kExpertGradientColumns / 2;
     }
     return true;
+  }
+
+  // Draws the numbers of items for both blocks until there are no more. By one thread of a cluster
+  // that does nothing else: each takes a round trip to memory.
+  static __device__ __forceinline__ void draw(const Call& call, const Shared& shared) {
+    const int count = shared.first_item[call.experts + call.ahead];
+    uint32_t phase = 1;
+    int slot = 0, number;
+    do {
+      wait_for(shared_address(&shared.read[slot]), phase);
+      number = atomicAdd(call.words + count_of_words(call) + 1, 1);
+      for (int block = 0; block < 2; ++block) {
+        send_to(shared_address(&shared.ticket[slot]), number, shared_address(&shared.drawn[slot]),
+                block);
+      }
+      if (++slot == kTickets) {
+        slot = 0;
+        phase ^= 1;
+      }
+    } while (number < count);
   }
 
  private:
@@ -266,21 +305,7 @@ class ExpertItems {
       slot_ = 0;
       phase_ ^= 1;
     }
-    if (threadIdx.x == 0 && block_ == 0 &&
-        number < shared_.first_item[call_.experts + call_.ahead]) {
-      draw(slot_, phase_ ^ 1);
-    }
     return number;
-  }
-
-  // Draws a number and sends it to both blocks.
-  __device__ __forceinline__ void draw(int slot, uint32_t phase) {
-    wait_for(shared_address(&shared_.read[slot]), phase);
-    const int number = atomicAdd(call_.words + count_of_words(call_) + 1, 1);
-    for (int block = 0; block < 2; ++block) {
-      send_to(shared_address(&shared_.ticket[slot]), number, shared_address(&shared_.drawn[slot]),
-              block);
-    }
   }
 
   static __device__ __forceinline__ int rows_of(const Call& call, int expert) {

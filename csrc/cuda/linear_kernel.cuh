@@ -65,11 +65,12 @@ class Loader {
       const uint32_t full = begin();
 #pragma unroll
       for (int half = 0; half < 2; ++half) {
-        const int depth = (2 * step + half) * kDepth;
-        load_box(half == 0 ? a() : b(), call_.wide, depth, item.row, full);
-        load_box(b() + (2 + half) * kBoxBytes, call_.projector, BACKWARD ? item.rank : depth,
-                 own + (BACKWARD ? depth : item.rank), full);
+        load_box(half == 0 ? a() : b(), call_.wide, (2 * step + half) * kDepth, item.row, full);
       }
+      // Both blocks need the same of it: each loads one half for both.
+      const int depth = (2 * step + block_) * kDepth;
+      load_box_to_both(b() + (2 + block_) * kBoxBytes, call_.projector,
+                       BACKWARD ? item.rank : depth, own + (BACKWARD ? depth : item.rank), full);
       ring_.advance();
     }
   }
@@ -153,8 +154,12 @@ __device__ __forceinline__ uint32_t packed(float low, float high) {
 template <bool BACKWARD, bool EXPERTS, int LAST_DEPTH>
 class Multiplier {
  public:
-  __device__ __forceinline__ Multiplier(Shared& shared, const Call& call, int group)
-      : shared_(shared), call_(call), group_(group), thread_(static_cast<int>(threadIdx.x) % 128) {}
+  __device__ __forceinline__ Multiplier(Shared& shared, const Call& call, int block, int group)
+      : shared_(shared),
+        call_(call),
+        block_(block),
+        group_(group),
+        thread_(static_cast<int>(threadIdx.x) % 128) {}
 
   __device__ __forceinline__ void multiply_item(const Item& item) {
     if (item.kind == Kind::thin) {
@@ -250,7 +255,9 @@ class Multiplier {
   }
 
   __device__ __forceinline__ void gradient(const Item& item) {
-    const Gradients& g = call_.gradients;
+    if (!EXPERTS) {
+      offer_room();
+    }
     int row = item.row;
     for_each_step<0>(steps_of(item.row_end - item.row, kTokens), [&](bool adds) {
       if (EXPERTS && item.row_end - row < kTokens) {
@@ -266,6 +273,58 @@ class Multiplier {
       }
     });
     finish();
+    if (EXPERTS || adds_other_half()) {
+      store_gradient(item);
+    }
+  }
+
+  // Where each block has summed half of the tokens, the group with the block's own number gets what
+  // the same group of the other block has, whose sums are of the same columns.
+  __device__ __forceinline__ void offer_room() {
+    if (group_ != block_) {
+      return;
+    }
+    if (thread_ == 0) {
+      wait_for_reads_of_stores();
+    }
+    synchronize_threads(1 + group_, 128);
+    if (thread_ == 0) {
+      expect_bytes(shared_address(&shared_.sums), sizeof(shared_.result[0]));
+      arrive_at(shared_address(&shared_.room), block_ ^ 1);
+    }
+  }
+
+  // Returns whether this group has the whole sums.
+  __device__ __forceinline__ bool adds_other_half() {
+    const uint32_t at = shared_address(shared_.result[group_]) + thread_ * 16;
+    const uint32_t phase = exchange_phase_;
+    exchange_phase_ ^= 1;
+    if (group_ != block_) {
+      wait_for(shared_address(&shared_.room), phase);
+#pragma unroll
+      for (int i = 0; i < 32; i += 4) {
+        send_to(at + i * 512, &sums_[i], shared_address(&shared_.sums), block_ ^ 1);
+      }
+      return false;
+    }
+    wait_for(shared_address(&shared_.sums), phase);
+#pragma unroll
+    for (int i = 0; i < 32; i += 4) {
+      float v[4];
+      asm volatile("ld.shared.v4.f32 {%0, %1, %2, %3}, [%4];"
+                   : "=f"(v[0]), "=f"(v[1]), "=f"(v[2]), "=f"(v[3])
+                   : "r"(at + i * 512)
+                   : "memory");
+#pragma unroll
+      for (int k = 0; k < 4; ++k) {
+        sums_[i + k] += v[k];
+      }
+    }
+    return true;
+  }
+
+  __device__ __forceinline__ void store_gradient(const Item& item) {
+    const Gradients& g = call_.gradients;
     const int first = item.column + group_ * 64 + thread_ % 4 * 2;
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
@@ -301,14 +360,13 @@ class Multiplier {
   __device__ __forceinline__ void store_a_row(const Item& item, int rank, int first, int half) {
     const Gradients& g = call_.gradients;
     const int64_t row = (static_cast<int64_t>(item.expert) * g.num_segments * g.rank + rank) * g.i;
+    int64_t to[8];
 #pragma unroll
     for (int n = 0; n < 8; ++n) {
       const int column = first + n * 8;
-      if (column < g.i) {
-        store(g.d_a, row + column, sum_of(item, n * 4 + half * 2));
-        store(g.d_a, row + column + 1, sum_of(item, n * 4 + half * 2 + 1));
-      }
+      to[n] = column < g.i ? row + column : -1;
     }
+    store_pairs(item, g.d_a, half, to, 1);
   }
 
   // Column `rank` of dB, likewise, where the rows of dB belong to the projection of that rank.
@@ -320,27 +378,53 @@ class Multiplier {
       begin += g.segment[p];
     }
     int inside = first % g.period;
+    int64_t to[8];
 #pragma unroll
     for (int n = 0; n < 8; ++n) {
       const int row = first + n * 8;
-      if (row < g.o && inside >= begin && inside < begin + g.segment[projection]) {
-        const int64_t at = (static_cast<int64_t>(item.expert) * g.o + row) * g.rank + own;
-        store(g.d_b, at, sum_of(item, n * 4 + half * 2));
-        store(g.d_b, at + g.rank, sum_of(item, n * 4 + half * 2 + 1));
-      }
+      const bool owns = row < g.o && inside >= begin && inside < begin + g.segment[projection];
+      to[n] = owns ? (static_cast<int64_t>(item.expert) * g.o + row) * g.rank + own : -1;
       for (inside += 8; inside >= g.period;) {
         inside -= g.period;
       }
     }
+    store_pairs(item, g.d_b, half, to, g.rank);
   }
 
-  static __device__ __forceinline__ void store(const Gradient& gradient, int64_t at, float sum) {
+  // Writes or adds the sums of one rank: pair n at to[n] and `apart` behind it, where it has a
+  // place. All that is added to is read before anything is written: one wait for memory, not 16.
+  __device__ __forceinline__ void store_pairs(const Item& item, const Gradient& gradient, int half,
+                                              const int64_t (&to)[8], int64_t apart) {
+    float before[16] = {};
+    if (gradient.accumulates) {
+#pragma unroll
+      for (int n = 0; n < 8; ++n) {
+        if (to[n] >= 0) {
+          before[2 * n] = read(gradient, to[n]);
+          before[2 * n + 1] = read(gradient, to[n] + apart);
+        }
+      }
+    }
+#pragma unroll
+    for (int n = 0; n < 8; ++n) {
+      if (to[n] >= 0) {
+        const int i = n * 4 + half * 2;
+        write(gradient, to[n], before[2 * n] + sum_of(item, i));
+        write(gradient, to[n] + apart, before[2 * n + 1] + sum_of(item, i + 1));
+      }
+    }
+  }
+
+  static __device__ __forceinline__ float read(const Gradient& gradient, int64_t at) {
+    return gradient.is_fp32 ? static_cast<const float*>(gradient.to)[at]
+                            : __bfloat162float(static_cast<const bf16*>(gradient.to)[at]);
+  }
+
+  static __device__ __forceinline__ void write(const Gradient& gradient, int64_t at, float sum) {
     if (gradient.is_fp32) {
-      float* const to = static_cast<float*>(gradient.to) + at;
-      *to = gradient.accumulates ? *to + sum : sum;
+      static_cast<float*>(gradient.to)[at] = sum;
     } else {
-      bf16* const to = static_cast<bf16*>(gradient.to) + at;
-      *to = __float2bfloat16_rn(gradient.accumulates ? __bfloat162float(*to) + sum : sum);
+      static_cast<bf16*>(gradient.to)[at] = __float2bfloat16_rn(sum);
     }
   }
 
@@ -428,9 +512,10 @@ class Multiplier {
  private:
   Shared& shared_;
   const Call& call_;
-  const int group_, thread_;
+  const int block_, group_, thread_;
   float sums_[128];
   Ring ring_;
+  uint32_t exchange_phase_ = 0;
   int held_ = -1;
 };
 
@@ -464,6 +549,8 @@ __launch_bounds__(kLinearThreads, 1) void linear_kernel(const __grid_constant__ 
       initialize_barrier(shared_address(&shared.drawn[ticket]), 1);
       initialize_barrier(shared_address(&shared.read[ticket]), 2 * (1 + 4 * kGroups));
     }
+    initialize_barrier(shared_address(&shared.room), 1);
+    initialize_barrier(shared_address(&shared.sums), 1);
     publish_barriers();
   }
   if (EXPERTS) {
@@ -480,10 +567,12 @@ __launch_bounds__(kLinearThreads, 1) void linear_kernel(const __grid_constant__ 
       while (items.next(item)) {
         loader.load(item);
       }
+    } else if (EXPERTS && threadIdx.x == 32 && block == 0) {
+      ExpertItems::draw(call, shared);
     }
   } else {
     asm volatile("setmaxnreg.inc.sync.aligned.u32 232;");
-    Multiplier<BACKWARD, EXPERTS, LAST_DEPTH> multiplier(shared, call, group - 1);
+    Multiplier<BACKWARD, EXPERTS, LAST_DEPTH> multiplier(shared, call, block, group - 1);
     while (items.next(item)) {
       multiplier.multiply_item(item);
     }
