@@ -65,23 +65,23 @@ def _device(folder: Path) -> list[str]:
         lines[-1] += " frozen experts:"
         lines += ["", *_overheads("", experts, EXPERTS, _expert_shape)]
     if models:
-        lines += [
-            "",
-            "Layers of whole models; a step has Megatron's fp32 gradients, clipping and Adam:",
-        ]
+        days = " and ".join(sorted({group["LoRA"]["day"] for group in models}))
+        lines += ["", f"Layers of whole models, {days}; a step has Megatron's fp32 gradients,"]
+        lines[-1] += " clipping and Adam:"
         lines += ["", *_models(models)]
     where = f"benchmarks/results/{folder.name}"
     return [*lines, "", f"The runs, and what they say: [{where}]({where}/README.md)."]
 
 
 def _newest(runs: Sequence[Path], bench: str, name: str, shape: Sequence[str]) -> list[Group]:
-    """Return for each shape the rows of the last run that has it."""
+    """Return for each shape the rows of the last run that has it, with its day."""
     found: dict[tuple, Group] = {}
     for run in runs:
         own: dict[tuple, Group] = {}
         for row in map(_with_phases, read(run / "results.jsonl")):
             if row.get("bench") == bench and name in row:
-                own.setdefault(tuple(row[key] for key in shape), {})[row[name]] = row
+                group = own.setdefault(tuple(row[key] for key in shape), {})
+                group[row[name]] = row | {"day": run.name[:10]}
         found |= own
     return [found[key] for key in sorted(found)]
 
