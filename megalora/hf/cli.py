@@ -56,9 +56,10 @@ def _add_export(subparsers: Subparsers) -> None:
     parser.add_argument(
         "--format",
         default="peft",
-        choices=("peft", "uniform", "peft-3d"),
+        choices=("peft", "uniform", "peft-3d", "tinker"),
         help="peft: PEFT and vLLM >= 0.32 (default); uniform: one rank, scale folded in, for "
-        "SGLang and older vLLM; peft-3d: a layer's experts in one tensor",
+        "SGLang and older vLLM; peft-3d: a layer's experts in one tensor; tinker: as Tinker and "
+        "SGLang have it, for --lora-expert-mode shared_outer",
     )
     parser.add_argument("--hf-model", metavar="DIR", help=_HF_MODEL + "; only its sizes are read")
     parser.add_argument("--base-name", help="name of the base to write, default: --hf-model")

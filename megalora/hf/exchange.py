@@ -5,7 +5,6 @@ import os
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Literal
 
 import torch
 
@@ -18,7 +17,7 @@ from megalora.checkpoint.read import read_adapters
 from megalora.config import LoRAConfig
 from megalora.hf.adapters import from_hf, to_hf
 from megalora.hf.inspect import is_peft
-from megalora.hf.peft import read_adapter, write_adapter
+from megalora.hf.peft import Format, read_adapter, write_adapter
 from megalora.hf.servers import refusals
 from megalora.model.config_json import family_of, load_config, mapped_family, read_config
 from megalora.model.shape import ModelShape, refuse_hybrid
@@ -87,7 +86,7 @@ def export_adapter(
     directory: str | os.PathLike[str],
     *,
     config: LoRAConfig,
-    format: Literal["peft", "uniform", "peft-3d"] = "peft",
+    format: Format = "peft",
     base_model_name: str = "",
     vocab_size: int | None = None,
     hf_model: str | None = None,

@@ -3,8 +3,9 @@
 transformers 5 keeps a layer's experts as `mlp.experts.gate_up_proj` [E, 2 i, h] and
 `mlp.experts.down_proj` [E, h, i]. PEFT wraps gate_up_proj first, so its factors are the inner
 ones, at `mlp.experts.base_layer`, and those of down_proj the outer ones, at `mlp.experts`:
-lora_A [E r, in] is expert-major, lora_B [out, r E] is expert-fastest. PEFT <= 0.19.0 took `in` for
-`out`: there A is [E r, out], B is [in, r E], and the update of an expert is (B A)ᵀ.
+lora_A [E r, in] is expert-major, lora_B [out, r E] is expert-fastest; Megatron-Bridge leaves them
+[E, r, in] and [out, r, E]. PEFT <= 0.19.0 took `in` for `out`: there A is [E r, out], B is
+[in, r E], and the update of an expert is (B A)ᵀ.
 """
 
 from collections import defaultdict
@@ -16,7 +17,7 @@ import torch
 from torch import Tensor
 
 from megalora.hf.factors import LoRAFactors, same_scale
-from megalora.hf.peft_config import PeftRules, split_expert
+from megalora.hf.peft_config import PeftRules, layer_of, split_expert
 from megalora.model.shape import MAX_SIZES
 
 PROJECTIONS = ("gate_proj", "up_proj", "down_proj")
@@ -45,7 +46,7 @@ def split_3d(
         for parameter, (a, b) in named.items():
             name = f"{prefix}.{parameter}"
             stacked = _unflatten(name, a, b, rules.rank(name), old=old)
-            factors |= _split_experts(prefix, parameter, *stacked, rules.scale(name))
+            factors |= split_experts(prefix, parameter, *stacked, rules.scale(name))
     return factors
 
 
@@ -64,7 +65,7 @@ def _parameter(key: str, keys: list[str], config: Mapping[str, Any]) -> str:
 
 
 def _is_old_layout(prefix: str, named: Mapping[str, Pair], hidden_size: int | None) -> bool:
-    sizes = {name: (a.shape[1], b.shape[0]) for name, (a, b) in named.items()}
+    sizes = {name: (a.shape[-1], b.shape[0]) for name, (a, b) in named.items()}
     gate_up, down = sizes.get(GATE_UP), sizes.get(DOWN)
     if gate_up and down:
         if gate_up[0] == down[1] and gate_up[1] == 2 * down[0]:
@@ -84,7 +85,9 @@ def _is_old_layout(prefix: str, named: Mapping[str, Pair], hidden_size: int | No
 
 def _unflatten(name: str, a: Tensor, b: Tensor, rank: int, *, old: bool) -> Pair:
     """Return A [E, r, in] and B [E, out, r] of a flat pair."""
-    if a.shape[0] != b.shape[1] or a.shape[0] % rank:
+    ranks = {rank, *a.shape[1:-1], *b.shape[1:-1]}
+    a, b = a.flatten(0, -2), b.flatten(1)
+    if len(ranks) != 1 or a.shape[0] != b.shape[1] or a.shape[0] % rank:
         raise ValueError(
             f"{name}: lora_A {list(a.shape)} and lora_B {list(b.shape)} are not whole experts of "
             f"rank {rank}: the configuration's rank belongs to other tensors"
@@ -100,16 +103,16 @@ def _unflatten(name: str, a: Tensor, b: Tensor, rank: int, *, old: bool) -> Pair
     return (b.transpose(1, 2), a.transpose(1, 2)) if old else (a, b)
 
 
-def _split_experts(
+def split_experts(
     prefix: str, parameter: str, a: Tensor, b: Tensor, scale: float
 ) -> dict[str, LoRAFactors]:
-    """Split stacked factors into experts, and gate_up into gate and up.
+    """Split stacked factors [E, r, in] and [E, out, r] into experts, and gate_up into gate and up.
 
     gate_up made of two adapters has a block-diagonal B, and each half takes its own block. Trained
     as one adapter, both halves share A.
     """
-    if parameter == DOWN:
-        halves = {DOWN: (a, b)}
+    if parameter != GATE_UP:
+        halves = {parameter: (a, b)}
     else:
         rank, rows = a.shape[1] // 2, b.shape[1] // 2
         gate, up = b[:, :rows], b[:, rows:]
@@ -128,7 +131,7 @@ def _split_experts(
 
 @dataclass(frozen=True, slots=True)
 class Experts:
-    """Every expert adapter of a model: complete, of one rank and one scale."""
+    """The expert adapters of the layers that have any: complete, of one rank and one scale."""
 
     prefixes: list[str]
     num_experts: int
@@ -140,10 +143,10 @@ class Experts:
 def complete_experts(
     factors: Mapping[str, LoRAFactors], *, moe_layers: Collection[int], num_experts: int | None
 ) -> Experts | None:
-    """Fill the experts' adapters to what PEFT loads: all layers with experts, all projections.
+    """Fill the experts' adapters to what PEFT loads: all experts of a layer, all projections.
 
-    PEFT's conversion stacks them, so a projection without an adapter gets one that is zero.
-    Returns None where no expert has an adapter.
+    PEFT's conversion stacks them, so a projection without an adapter gets one that is zero. A layer
+    of which no expert has an adapter gets none. Returns None where that holds of all layers.
     """
     given = {name: module for name, module in factors.items() if split_expert(name)}
     if not given:
@@ -152,7 +155,8 @@ def complete_experts(
     if num_experts is None:
         num_experts = max(expert for _, expert, _ in parts) + 1
     infix = parts[0][0].split(".", 3)[3]
-    prefixes = [f"model.layers.{layer}.{infix}" for layer in moe_layers]
+    layers = sorted({layer for name in given if (layer := layer_of(name)) is not None})
+    prefixes = [f"model.layers.{layer}.{infix}" for layer in layers if layer in moe_layers]
     names = [
         f"{prefix}.{expert}.{projection}"
         for prefix in prefixes

@@ -25,7 +25,7 @@ def add_exchange_args(parser: argparse.ArgumentParser) -> argparse.ArgumentParse
     add("--hf-model", help="directory with config.json and safetensors: builds and loads the base")
     add("--lora-load", help="PEFT directory or adapter checkpoint to start from: weights only")
     add("--export-hf", help="directory to write the adapter to after training, in PEFT's format")
-    add("--export-format", default="peft", choices=("peft", "uniform", "peft-3d"))
+    add("--export-format", default="peft", choices=("peft", "uniform", "peft-3d", "tinker"))
     group = parser.add_argument_group(
         "adapter checkpoints", "--save and --load hold adapters and their optimizer, never the base"
     )

@@ -1,0 +1,105 @@
+"""The adapter_config.json that makes PEFT load what is written, and servers too."""
+
+from collections.abc import Collection, Mapping
+from typing import Any
+
+from megalora.hf.factors import LoRAFactors
+from megalora.hf.patterns import matches
+from megalora.hf.peft_config import choose_patterns, layer_of, most_common, target_modules
+from megalora.hf.peft_experts import DOWN, GATE_UP, PROJECTIONS, Experts
+
+_CONSTANT_FIELDS: dict[str, Any] = {
+    "peft_type": "LORA",
+    "task_type": "CAUSAL_LM",
+    "lora_dropout": 0.0,
+    "bias": "none",
+    "fan_in_fan_out": False,
+    "inference_mode": True,
+    "init_lora_weights": True,
+    "modules_to_save": None,
+    "use_rslora": False,
+    "use_dora": False,
+}
+_ROUTER = ".mlp.gate"
+
+
+def adapter_config(
+    dense: Mapping[str, LoRAFactors],
+    experts: Experts | None,
+    format: str,
+    *,
+    num_layers: int,
+    moe_layers: Collection[int],
+    is_moe: bool,
+) -> dict[str, Any]:
+    """Return what a format's configuration says of these adapters, but for the base's name.
+
+    num_layers, moe_layers: of the base, a name that holds in all of them being written short.
+    """
+    wanted = {name: (module.rank, _alpha(module)) for name, module in dense.items()}
+    # NOTE: PEFT takes the rank of stacked experts from `r` and ignores patterns there, so `r` is
+    # the expert rank wherever there are experts.
+    if experts:
+        alpha = _alpha(next(iter(experts.factors.values())))
+        default = (experts.rank, alpha)
+    else:
+        default = most_common(wanted.values())
+    if format == "tinker":
+        return _fields(*default, target_modules="all-linear")
+    rank_pattern, alpha_pattern = choose_patterns(wanted, default)
+    by_weight = _wrapped_by_weight(dense, is_moe=is_moe)
+    rank_pattern, alpha_pattern = (_of_weights(p, by_weight) for p in (rank_pattern, alpha_pattern))
+    targets = target_modules([name for name in dense if name not in by_weight], num_layers)
+    parameters = [f"{name}.weight" for name in by_weight]
+    if experts:
+        whole = {layer_of(f"{prefix}.") for prefix in experts.prefixes} == set(moe_layers)
+        # NOTE: SGLang, which `uniform` is for, serves no module that target_modules does not name.
+        if format == "uniform" or (format == "peft" and whole):
+            targets += [name for name in PROJECTIONS if name not in targets]
+        else:
+            infix = experts.prefixes[0].split(".", 3)[3]
+            places = [infix] if whole else experts.prefixes
+            parameters += [f"{place}.{name}" for place in places for name in (GATE_UP, DOWN)]
+            pattern = f"{infix}.{GATE_UP}".replace(".", "\\.")
+            rank_pattern[pattern] = 2 * experts.rank
+            alpha_pattern[pattern] = _whole(2 * default[1])
+    return _fields(
+        *default,
+        rank_pattern=rank_pattern,
+        alpha_pattern=alpha_pattern,
+        target_modules=sorted(targets),
+        target_parameters=parameters or None,
+    )
+
+
+def _fields(rank: int, alpha: float, **others: object) -> dict[str, Any]:
+    return {**_CONSTANT_FIELDS, "r": rank, "lora_alpha": alpha, **others}
+
+
+def _wrapped_by_weight(names: Collection[str], *, is_moe: bool) -> list[str]:
+    """Return the modules that PEFT with transformers 5 reaches by their weights only.
+
+    Beside experts it takes the names of a dense MLP for theirs and drops them, and a router is no
+    linear. The names in the file are the same.
+    """
+    ends = (*PROJECTIONS, _ROUTER) if is_moe else (_ROUTER,)
+    return [name for name in names if name.endswith(ends)]
+
+
+def _of_weights(patterns: Mapping[str, Any], names: list[str]) -> dict[str, Any]:
+    """Let the patterns of these modules match the names of their weights too."""
+    return {
+        rf"{pattern}(\.weight)?"
+        if any(matches(pattern, name) for name in names)
+        else pattern: value
+        for pattern, value in patterns.items()
+    }
+
+
+def _alpha(module: LoRAFactors) -> float:
+    return _whole(module.scale * module.rank)
+
+
+def _whole(value: float) -> float:
+    """Return a number as an integer where only rounding keeps it from being one."""
+    return round(value) if abs(value - round(value)) <= 1e-12 * abs(value) else value

@@ -1,0 +1,118 @@
+"""Expert adapters as tensors with a dimension for the experts, Tinker's among them.
+
+A layer has `mlp.experts.w1`, `w3` and `w2`, which are gate, up and down, or `gate_up_proj` and
+`down_proj` as Megatron-Bridge names them: lora_A [E, r, in], lora_B [E, out, r]. A leading 1 says
+that all experts share the factor. Tinker, and SGLang and vLLM for their shared-outer experts, share
+A of gate and of up and B of down, which is what `--lora-expert-mode shared_outer` trains.
+"""
+
+import re
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from megalora.hf.factors import LoRAFactors, check_tensors
+from megalora.hf.peft_config import PeftRules
+from megalora.hf.peft_experts import DOWN, PROJECTIONS, Experts, Pair, split_experts
+from megalora.model.shape import MAX_SIZES
+
+_UNEMBEDDING, _UNEMBED_TOKENS = "lm_head", "model.unembed_tokens"
+_PROJECTION = {"w1": "gate_proj", "w3": "up_proj", "w2": "down_proj"}
+_TINKER = {projection: name for name, projection in _PROJECTION.items()}
+_STACKED = re.compile(r"(.+\.experts)\.(w[123]|gate_proj|up_proj|down_proj|gate_up_proj)")
+
+
+def from_tinker_name(name: str) -> str:
+    """Return Hugging Face's name of a module outside of the experts."""
+    return _UNEMBEDDING if name in (_UNEMBED_TOKENS, "unembed_tokens") else name
+
+
+def to_tinker_name(name: str) -> str:
+    """Return Tinker's name of a module outside of the experts."""
+    return _UNEMBED_TOKENS if name == _UNEMBEDDING else name
+
+
+def is_stacked(name: str) -> bool:
+    """Say whether a module's name is that of all experts of a layer at once."""
+    return _STACKED.fullmatch(name) is not None
+
+
+def split_stacked(pairs: Mapping[str, Pair], rules: PeftRules) -> dict[str, LoRAFactors]:
+    """Turn stacked factors into factors of single experts, which are views of them.
+
+    pairs: `model.layers.0.mlp.experts.w1` -> (A, B). Two empty tensors stand for a projection that
+    the model does not have.
+    """
+    pairs = {name: pair for name, pair in pairs.items() if any(t.numel() for t in pair)}
+    for name, pair in pairs.items():
+        _check_pair(name, pair, rules.rank(name))
+    numbers = {t.shape[0] for pair in pairs.values() for t in pair} - {1}
+    if pairs and len(numbers) != 1:
+        raise ValueError(
+            f"adapter's stacked experts are {sorted(numbers) or 'one for all'} in number: expected "
+            "one number of experts, and 1 where they share a factor"
+        )
+    factors: dict[str, LoRAFactors] = {}
+    for name, (a, b) in pairs.items():
+        prefix, _, last = name.rpartition(".")
+        every = (*numbers, -1, -1)
+        whole = (a.expand(every), b.expand(every))
+        factors |= split_experts(prefix, _PROJECTION.get(last, last), *whole, rules.scale(name))
+    return factors
+
+
+def _check_pair(name: str, pair: Pair, rank: int) -> None:
+    a, b = pair
+    if a.dim() != 3 or b.dim() != 3 or (a.shape[1], b.shape[2]) != (rank, rank):
+        raise ValueError(
+            f"{name}: lora_A {list(a.shape)} and lora_B {list(b.shape)} are not the factors of all "
+            f"experts at rank {rank}: expected [E, {rank}, in] and [E, out, {rank}], with 1 for E "
+            "where the experts share a factor"
+        )
+    check_tensors({f"{name}.lora_A": a.flatten(0, 1), f"{name}.lora_B": b.flatten(0, 1)})
+    if max(a.shape[0], b.shape[0]) > MAX_SIZES["num_moe_experts"]:
+        raise ValueError(
+            f"{name}: lora_A {list(a.shape)} and lora_B {list(b.shape)} have more experts than "
+            f"{MAX_SIZES['num_moe_experts']:,}"
+        )
+
+
+def join_tinker(experts: Experts) -> dict[str, Tensor]:
+    """Return Tinker's tensors by key; ValueError where experts do not share the outer factors."""
+    tensors: dict[str, Tensor] = {}
+    for prefix in experts.prefixes:
+        for projection in PROJECTIONS:
+            names = [f"{prefix}.{expert}.{projection}" for expert in range(experts.num_experts)]
+            modules = [experts.factors[name] for name in names]
+            a, b = [m.lora_A for m in modules], [m.lora_B for m in modules]
+            if projection == DOWN:
+                factors = torch.stack(a), _shared(names, modules, "lora_B")
+            else:
+                factors = _shared(names, modules, "lora_A"), torch.stack(b)
+            key = f"{prefix}.{_TINKER[projection]}"
+            tensors[f"{key}.lora_A.weight"], tensors[f"{key}.lora_B.weight"] = factors
+    return tensors
+
+
+def _shared(names: list[str], modules: list[LoRAFactors], factor: str) -> Tensor:
+    """Return the factor that all experts have, of those that are more than a blank [1, ...]."""
+    used = {
+        name: getattr(module, factor)
+        for name, module in zip(names, modules, strict=True)
+        if module.lora_A.any()
+    }
+    one = next(iter(used.values()), getattr(modules[0], factor))
+    other = [name for name, tensor in used.items() if not _same(tensor, one)]
+    if other:
+        raise ValueError(
+            f"{factor} of {other[0]} is another than that of {next(iter(used))}, and the format "
+            "`tinker` has one for all experts: train with --lora-expert-mode shared_outer, or "
+            "export as `peft`"
+        )
+    return one.unsqueeze(0)
+
+
+def _same(one: Tensor, other: Tensor) -> bool:
+    is_one = (one.data_ptr(), one.stride()) == (other.data_ptr(), other.stride())
+    return is_one or torch.equal(one, other)
