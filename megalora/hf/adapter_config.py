@@ -1,6 +1,7 @@
 """The adapter_config.json that makes PEFT load what is written, and servers too."""
 
 from collections.abc import Collection, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 from megalora.hf.factors import LoRAFactors
@@ -23,46 +24,43 @@ _CONSTANT_FIELDS: dict[str, Any] = {
 _ROUTER = ".mlp.gate"
 
 
-def adapter_config(
-    dense: Mapping[str, LoRAFactors],
-    experts: Experts | None,
-    format: str,
-    *,
-    num_layers: int,
-    moe_layers: Collection[int],
-    is_moe: bool,
-) -> dict[str, Any]:
-    """Return what a format's configuration says of these adapters, but for the base's name.
+@dataclass(frozen=True, slots=True)
+class AdaptedBase:
+    """What is known of the base: its layers, those of them that may have experts, if any do."""
 
-    num_layers, moe_layers: of the base, a name that holds in all of them being written short.
-    """
+    num_layers: int
+    moe_layers: list[int]
+    is_moe: bool
+
+
+def adapter_config(
+    dense: Mapping[str, LoRAFactors], experts: Experts | None, format: str, base: AdaptedBase
+) -> dict[str, Any]:
+    """Return what a format's configuration says of these adapters, but for the base's name."""
     wanted = {name: (module.rank, _alpha(module)) for name, module in dense.items()}
     # NOTE: PEFT takes the rank of stacked experts from `r` and ignores patterns there, so `r` is
     # the expert rank wherever there are experts.
-    if experts:
-        alpha = _alpha(next(iter(experts.factors.values())))
-        default = (experts.rank, alpha)
-    else:
-        default = most_common(wanted.values())
+    default = (
+        (experts.rank, _alpha(next(iter(experts.factors.values()))))
+        if experts
+        else most_common(wanted.values())
+    )
     if format == "tinker":
         return _fields(*default, target_modules="all-linear")
     rank_pattern, alpha_pattern = choose_patterns(wanted, default)
-    by_weight = _wrapped_by_weight(dense, is_moe=is_moe)
+    by_weight = _wrapped_by_weight(dense, is_moe=base.is_moe)
     rank_pattern, alpha_pattern = (_of_weights(p, by_weight) for p in (rank_pattern, alpha_pattern))
-    targets = target_modules([name for name in dense if name not in by_weight], num_layers)
+    targets = target_modules([name for name in dense if name not in by_weight], base.num_layers)
     parameters = [f"{name}.weight" for name in by_weight]
     if experts:
-        whole = {layer_of(f"{prefix}.") for prefix in experts.prefixes} == set(moe_layers)
-        # NOTE: SGLang, which `uniform` is for, serves no module that target_modules does not name.
-        if format == "uniform" or (format == "peft" and whole):
-            targets += [name for name in PROJECTIONS if name not in targets]
-        else:
-            infix = experts.prefixes[0].split(".", 3)[3]
-            places = [infix] if whole else experts.prefixes
-            parameters += [f"{place}.{name}" for place in places for name in (GATE_UP, DOWN)]
+        infix = experts.prefixes[0].split(".", 3)[3]
+        places = _places_of_parameters(experts, infix, format, base)
+        parameters += [f"{place}.{name}" for place in places for name in (GATE_UP, DOWN)]
+        if places:
             pattern = f"{infix}.{GATE_UP}".replace(".", "\\.")
-            rank_pattern[pattern] = 2 * experts.rank
-            alpha_pattern[pattern] = _whole(2 * default[1])
+            rank_pattern[pattern], alpha_pattern[pattern] = 2 * default[0], _whole(2 * default[1])
+        else:
+            targets += [name for name in PROJECTIONS if name not in targets]
     return _fields(
         *default,
         rank_pattern=rank_pattern,
@@ -70,6 +68,20 @@ def adapter_config(
         target_modules=sorted(targets),
         target_parameters=parameters or None,
     )
+
+
+def _places_of_parameters(
+    experts: Experts, infix: str, format: str, base: AdaptedBase
+) -> list[str]:
+    """Return what holds the experts' parameters that are named; empty where modules are.
+
+    Names of modules are those of all layers with experts. SGLang, which `uniform` is for, serves no
+    module that target_modules does not name.
+    """
+    whole = {layer_of(prefix) for prefix in experts.prefixes} == set(base.moe_layers)
+    if format == "uniform" or (format == "peft" and whole):
+        return []
+    return [infix] if whole else experts.prefixes
 
 
 def _fields(rank: int, alpha: float, **others: object) -> dict[str, Any]:

@@ -10,7 +10,7 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor
 
-from megalora.hf.adapter_config import adapter_config
+from megalora.hf.adapter_config import AdaptedBase, adapter_config
 from megalora.hf.directories import whole_directory
 from megalora.hf.factors import LoRAFactors, check_factors, check_tensors, summarise
 from megalora.hf.files import (
@@ -80,34 +80,36 @@ def write_adapter(
     Raises ValueError for values that are not finite, and for what the format cannot say.
     """
     _check_writable(factors, format)
-    layers = [layer for name in factors if (layer := layer_of(name)) is not None]
-    num_layers = num_layers or max(layers, default=-1) + 1
     if format in ("uniform", "tinker"):
         factors = make_uniform(factors, None if format == "tinker" else 1.0)
         # Folding a scale into B can carry it out of fp32, where scale * B @ A is not.
         check_factors(factors)
-    if moe_layers is None:
-        moe_layers = set(range(num_layers)) - {layer_of(n) for n in factors if _DENSE.fullmatch(n)}
-    experts = complete_experts(factors, moe_layers=sorted(moe_layers), num_experts=num_experts)
+    base = _base(factors, num_layers, moe_layers, is_moe=bool(num_experts))
+    experts = complete_experts(factors, moe_layers=base.moe_layers, num_experts=num_experts)
     dense = {name: module for name, module in factors.items() if not split_expert(name)}
-    config = {
-        "base_model_name_or_path": base_model_name,
-        **adapter_config(
-            dense,
-            experts,
-            format,
-            num_layers=num_layers,
-            moe_layers=moe_layers,
-            is_moe=bool(experts or num_experts),
-        ),
-    }
+    config = adapter_config(dense, experts, format, base)
     if format == "tinker":
         dense = {to_tinker_name(name): module for name, module in dense.items()}
     tensors = _flat(dense) | (_of_experts(experts, format) if experts else {})
     with whole_directory(directory, overwrite=overwrite) as target:
         prefixed = {_PREFIX + key: tensor for key, tensor in tensors.items()}
         save_tensors(target / f"{ADAPTER}.safetensors", prefixed)
-        write_json(target / CONFIG_NAME, config)
+        write_json(target / CONFIG_NAME, {"base_model_name_or_path": base_model_name, **config})
+
+
+def _base(
+    names: Collection[str],
+    num_layers: int | None,
+    moe_layers: Collection[int] | None,
+    *,
+    is_moe: bool,
+) -> AdaptedBase:
+    layers = [layer for name in names if (layer := layer_of(name)) is not None]
+    num_layers = num_layers or max(layers, default=-1) + 1
+    if moe_layers is None:
+        moe_layers = set(range(num_layers)) - {layer_of(n) for n in names if _DENSE.fullmatch(n)}
+    is_moe = is_moe or any(split_expert(name) for name in names)
+    return AdaptedBase(num_layers, sorted(moe_layers), is_moe)
 
 
 def _of_experts(experts: Experts, format: str) -> dict[str, Tensor]:
