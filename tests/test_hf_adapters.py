@@ -144,10 +144,10 @@ def test_any_shape_goes_there_and_back(
 
 def test_modules_without_a_hugging_face_name_are_refused():
     tensors = {
-        "decoder.layers.0.mlp.router_lora.lora_A": torch.ones(4, 12),
-        "decoder.layers.0.mlp.router_lora.lora_B": torch.ones(12, 4),
+        "decoder.layers.0.eh_proj_lora.lora_A": torch.ones(4, 12),
+        "decoder.layers.0.eh_proj_lora.lora_B": torch.ones(12, 4),
     }
-    with pytest.raises(ValueError, match=r"decoder\.layers\.0\.mlp\.router has no adapter"):
+    with pytest.raises(ValueError, match=r"decoder\.layers\.0\.eh_proj has no adapter"):
         to_hf(tensors, LoRAConfig(rank=4), MOE)
 
 

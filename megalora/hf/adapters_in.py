@@ -1,6 +1,7 @@
 """Hugging Face factors into full Megatron adapter tensors; see `megalora.hf.adapters`."""
 
 import functools
+import shlex
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
@@ -70,7 +71,8 @@ def _group(
 ) -> dict[tuple[int | None, Linear], Modules]:
     """Collect the factors of each Megatron linear by (expert, projection)."""
     groups: dict[tuple[int | None, Linear], Modules] = {}
-    unknown, untargeted = [], []
+    unknown: list[str] = []
+    untargeted: dict[str, str] = {}
     for name, module in factors.items():
         place = locate(name, shape)
         if place is None:
@@ -78,7 +80,7 @@ def _group(
             continue
         layer, linear, expert, projection = place
         if matching_target(linear.name(layer), config.targets) is None:
-            untargeted.append(name)
+            untargeted[name] = linear.megatron
         groups.setdefault((layer, linear), {})[expert, projection] = module
     if unknown:
         raise ValueError(
@@ -86,9 +88,11 @@ def _group(
             "it belongs to another model or family"
         )
     if untargeted:
+        wanted = shlex.join([*config.targets, *sorted(set(untargeted.values()))])
         raise ValueError(
             f"adapter has modules outside of lora_targets {list(config.targets)}: "
-            f"{summarise(untargeted)}: add them to --lora-targets"
+            f"{summarise(list(untargeted))}: add them to --lora-targets, as by "
+            f"--lora-targets {wanted}"
         )
     return groups
 
@@ -176,6 +180,8 @@ class _Join:
         )
         if linear.is_unembedding and self.shape.vocab_size:
             outs = [self.shape.vocab_size]
+        if linear.is_router:
+            outs = [self.shape.num_moe_experts]
         wrong = [
             f"{p} {m.lora_B.shape[0]}"
             for p, m in fitted.items()

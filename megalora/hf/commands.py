@@ -21,6 +21,7 @@ from megalora.hf.files import TensorFiles
 from megalora.hf.inspect import AdapterReport, describe, inspect_peft, is_peft
 from megalora.hf.merge import merge_adapter
 from megalora.hf.peft import read_adapter, write_adapter
+from megalora.hf.peft_experts import without_untrained
 from megalora.model.config_json import hidden_size_of, load_config, model_shape, read_config
 from megalora.model.megatron import megatron_flags
 
@@ -36,7 +37,7 @@ def export(args: argparse.Namespace) -> None:
         shape = model_shape(read_config(args.hf_model))
     else:
         shape = offline.checkpoint_shape(tensors, facts, vocab_size=args.vocab_size or 0)
-    factors = to_hf(tensors, config, shape)
+    factors = without_untrained(to_hf(tensors, config, shape))
     write_adapter(
         args.output,
         factors,
@@ -80,6 +81,7 @@ def import_adapter(args: argparse.Namespace) -> None:
     )
     _say_done("imported", factors, args.output, start)
     expert = f" --lora-expert-rank {config.expert_rank}" if config.expert_rank else ""
+    expert += " --lora-expert-mode shared_outer" if config.expert_mode == "shared_outer" else ""
     targets = " ".join(config.targets)
     print(f"train on with --lora-rank {rank} --lora-alpha {config.alpha:g}{expert}, on {targets}")
 

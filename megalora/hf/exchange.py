@@ -18,6 +18,7 @@ from megalora.config import LoRAConfig
 from megalora.hf.adapters import from_hf, to_hf
 from megalora.hf.inspect import is_peft
 from megalora.hf.peft import Format, read_adapter, write_adapter
+from megalora.hf.peft_experts import without_untrained
 from megalora.hf.servers import refusals
 from megalora.model.config_json import family_of, load_config, mapped_family, read_config
 from megalora.model.shape import ModelShape, refuse_hybrid
@@ -109,7 +110,7 @@ def export_adapter(
         sizes = replace(shape, vocab_size=vocab_size or rows)
         write_adapter(
             directory,
-            to_hf(tensors, config, sizes, initial=initial),
+            without_untrained(to_hf(tensors, config, sizes, initial=initial)),
             base_model_name=base_model_name,
             format=format,
             num_layers=sizes.num_layers,

@@ -43,9 +43,21 @@ class Linear:
         return self.megatron.endswith("linear_fc1")
 
     @property
+    def is_router(self) -> bool:
+        """Say whether its rows are the experts that it chooses from."""
+        return self.megatron == _ROUTER
+
+    @property
     def is_unembedding(self) -> bool:
         """Say whether its rows are the vocabulary."""
         return self.megatron == _UNEMBEDDING
+
+    def fits(self, layer: int, shape: ModelShape) -> bool:
+        """Say whether a layer has this linear: it has either a dense MLP or experts."""
+        if not self.megatron.startswith("mlp."):
+            return True
+        is_dense = self.megatron in ("mlp.linear_fc1", "mlp.linear_fc2")
+        return is_dense != shape.has_experts(layer)
 
     def name(self, layer: int | None) -> str:
         """Return the global Megatron name in a layer."""
@@ -60,7 +72,7 @@ class Linear:
         return config.resolve_expert_rank(shape.moe_router_topk) if self.is_expert else config.rank
 
 
-_UNEMBEDDING = "output_layer"
+_UNEMBEDDING, _ROUTER = "output_layer", "mlp.router"
 
 
 @functools.cache
@@ -68,7 +80,7 @@ def linears(names: Names) -> dict[str, Linear]:
     """Return the linears that can have adapters by their Megatron names in a layer."""
     found = {_UNEMBEDDING: Linear(_UNEMBEDDING, (names.unembedding,))}
     for module in names.modules:
-        if module.rpartition(".")[2].startswith("linear_"):
+        if module == _ROUTER or module.rpartition(".")[2].startswith("linear_"):
             found[module] = Linear(module, names.in_layer(module))
     return found
 
@@ -109,6 +121,8 @@ def locate(name: str, shape: ModelShape) -> tuple[int | None, Linear, int, str] 
         return None, linear, 0, projection
     layer, *experts = numbers
     expert = experts[0] if experts else 0
-    if layer >= shape.num_layers or (linear.is_expert and expert >= shape.num_moe_experts):
+    if layer >= shape.num_layers or not linear.fits(layer, shape):
+        return None
+    if linear.is_expert and expert >= shape.num_moe_experts:
         return None
     return layer, linear, expert, projection

@@ -1,5 +1,6 @@
 """What the commands know of a model of which Megatron is not running."""
 
+from collections import defaultdict
 from collections.abc import Mapping
 from dataclasses import asdict
 
@@ -8,7 +9,8 @@ from torch import Tensor
 from megalora import cpu, mends
 from megalora.config import LoRAConfig
 from megalora.hf.factors import LoRAFactors, same_scale
-from megalora.hf.linears import locate
+from megalora.hf.linears import Linear, locate
+from megalora.hf.stacked_experts import is_one
 from megalora.model.shape import ModelShape
 from megalora.targets import ModelFacts
 
@@ -47,23 +49,48 @@ def checkpoint_shape(
 def infer_config(factors: Mapping[str, LoRAFactors], shape: ModelShape) -> LoRAConfig:
     """Return the smallest configuration that holds these factors.
 
-    Alpha is that of the largest dense module; scales that differ from it are folded into B.
+    Alpha is that of the largest dense module; scales that differ from it are folded into B. Experts
+    that share what `shared_outer` shares make it that.
     """
-    experts: list[LoRAFactors] = []
+    experts: dict[tuple[str, Linear, str], list[LoRAFactors]] = defaultdict(list)
     dense: list[LoRAFactors] = []
     targets: set[str] = set()
     for name, module in factors.items():
         place = locate(name, shape)
         if place is None:
             raise ValueError(f"adapter has {name}, which the base does not have")
-        (experts if place[1].is_expert else dense).append(module.trimmed())
-        targets.add(place[1].megatron)
+        layer, linear, _, projection = place
+        targets.add(linear.megatron)
+        group = experts[linear.name(layer), linear, projection] if linear.is_expert else dense
+        group.append(module.trimmed())
+    of_experts = [module for group in experts.values() for module in group]
     rank = max((module.rank for module in dense), default=0)
-    expert_rank = max((module.rank for module in experts), default=None)
+    expert_rank = max((module.rank for module in of_experts), default=None)
     rank = rank or (expert_rank or 1) * shape.moe_router_topk
-    largest = max(dense or experts, key=lambda module: module.rank)
+    largest = max(dense or of_experts, key=lambda module: module.rank)
     alpha = largest.scale * (largest.rank if not dense else rank)
     alpha = round(alpha) if same_scale(alpha, round(alpha)) else alpha
     return LoRAConfig(
-        rank=rank, expert_rank=expert_rank, alpha=alpha, targets=tuple(sorted(targets))
+        rank=rank,
+        expert_rank=expert_rank,
+        expert_mode="shared_outer" if _share_outer(experts, shape) else "per_expert",
+        alpha=alpha,
+        targets=tuple(sorted(targets)),
     )
+
+
+def _share_outer(
+    experts: Mapping[tuple[str, Linear, str], list[LoRAFactors]], shape: ModelShape
+) -> bool:
+    """Say whether all experts of a layer have one A of what they read, one B of what they write."""
+    if not experts or shape.num_moe_experts == 1:
+        return False
+    for (_, linear, _), modules in experts.items():
+        first = modules[0]
+        one = first.lora_A if linear.is_fc1 else first.lora_B
+        others = (m.lora_A if linear.is_fc1 else m.lora_B for m in modules)
+        if len(modules) != shape.num_moe_experts or not all(is_one(one, o) for o in others):
+            return False
+        if not all(same_scale(first.scale, module.scale) for module in modules):
+            return False
+    return True

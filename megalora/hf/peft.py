@@ -28,7 +28,14 @@ from megalora.hf.peft_config import (
     read_rules,
     split_expert,
 )
-from megalora.hf.peft_experts import PROJECTIONS, Experts, complete_experts, join_3d, split_3d
+from megalora.hf.peft_experts import (
+    PROJECTIONS,
+    Experts,
+    complete_experts,
+    join_3d,
+    split_3d,
+    without_blanks,
+)
 from megalora.hf.stacked_experts import (
     from_tinker_name,
     is_stacked,
@@ -186,7 +193,7 @@ def read_adapter_directory(
         if on_problem is None:
             raise
         on_problem(str(error))
-    return AdapterDirectory(factors, config, rules)
+    return AdapterDirectory(without_blanks(factors), config, rules)
 
 
 def _read_pairs(

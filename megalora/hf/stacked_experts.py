@@ -103,7 +103,7 @@ def _shared(names: list[str], modules: list[LoRAFactors], factor: str) -> Tensor
         if module.lora_A.any()
     }
     one = next(iter(used.values()), getattr(modules[0], factor))
-    other = [name for name, tensor in used.items() if not _same(tensor, one)]
+    other = [name for name, tensor in used.items() if not is_one(tensor, one)]
     if other:
         raise ValueError(
             f"{factor} of {other[0]} is another than that of {next(iter(used))}, and the format "
@@ -113,6 +113,7 @@ def _shared(names: list[str], modules: list[LoRAFactors], factor: str) -> Tensor
     return one.unsqueeze(0)
 
 
-def _same(one: Tensor, other: Tensor) -> bool:
-    is_one = (one.data_ptr(), one.stride()) == (other.data_ptr(), other.stride())
-    return is_one or torch.equal(one, other)
+def is_one(one: Tensor, other: Tensor) -> bool:
+    """Say whether two tensors hold the same, which views of one need no comparison for."""
+    places = {(t.data_ptr(), t.shape, t.stride()) for t in (one, other)}
+    return len(places) == 1 or torch.equal(one, other)

@@ -117,12 +117,14 @@ class ModelShape:
     @property
     def moe_pattern(self) -> list[int]:
         """Say of each layer whether it has experts: 0 or 1."""
-        layers, frequency = range(self.num_layers), self.moe_layer_freq
+        return [int(self.has_experts(layer)) for layer in range(self.num_layers)]
+
+    def has_experts(self, layer: int) -> bool:
+        """Say whether a layer, numbered from 0, has experts."""
+        frequency = self.moe_layer_freq
         if not self.num_moe_experts:
-            return [0 for _ in layers]
-        if isinstance(frequency, int):
-            return [int(layer % frequency == 0) for layer in layers]
-        return [int(frequency[layer]) for layer in layers]
+            return False
+        return layer % frequency == 0 if isinstance(frequency, int) else bool(frequency[layer])
 
     @property
     def moe_layers(self) -> list[int]:
