@@ -142,6 +142,15 @@ def test_any_shape_goes_there_and_back(
         assert torch.equal(factors[f"model.layers.0.self_attn.{name}"].lora_B, b)
 
 
+def test_the_tinker_format_holds_shared_outer_experts_bit_for_bit(tmp_path):
+    config = LoRAConfig(rank=4, expert_mode="shared_outer")
+    tensors = megatron_adapter(MOE, config)
+    factors = to_hf(tensors, config, MOE)
+    write_adapter(tmp_path / "a", factors, base_model_name="x", format="tinker")
+    read = read_adapter(tmp_path / "a")
+    assert same(from_hf(read, config, MOE, padded_vocab_size=PADDED), tensors)
+
+
 def test_modules_without_a_hugging_face_name_are_refused():
     tensors = {
         "decoder.layers.0.eh_proj_lora.lora_A": torch.ones(4, 12),

@@ -1,5 +1,7 @@
 """Other people's adapters, fitted to ours: lower ranks, other scales, and what does not fit."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from torch import Tensor
@@ -7,7 +9,8 @@ from torch import Tensor
 from megalora.config import LoRAConfig
 from megalora.hf.adapters import from_hf, to_hf
 from megalora.hf.factors import LoRAFactors
-from tests.support.full_adapters import DENSE, MOE, megatron_adapter
+from megalora.hf.offline import infer_config
+from tests.support.full_adapters import DENSE, MOE, PADDED, megatron_adapter
 
 
 def third_party(name: str, rank: int, num_in: int, num_out: int, scale: float = 1.5):
@@ -118,3 +121,46 @@ def test_shared_factors_fit_separate_ones():
     assert factors.keys() == back.keys()
     for name, module in factors.items():
         assert torch.equal(module.delta(), back[name].delta())
+
+
+def test_a_router_takes_the_adapter_of_its_gate_and_says_by_which_flag():
+    name = "model.layers.1.mlp.gate"
+    given = third_party(name, 4, 12, 12)
+    with pytest.raises(ValueError, match=r"gate: add .* --lora-targets all mlp\.router$"):
+        from_hf(given, LoRAConfig(rank=4), MOE)
+    config = LoRAConfig(rank=4, targets=("all", "router"))
+    back = to_hf(from_hf(given, config, MOE), config, MOE)
+    assert torch.equal(back[name].lora_A, given[name].lora_A)
+    torch.testing.assert_close(back[name].delta(), given[name].delta())
+    with pytest.raises(ValueError, match=r"gate 11 do not fit the model's \[12\] rows"):
+        from_hf(third_party(name, 4, 12, 11), config, MOE)
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "model.layers.0.mlp.experts.0.up_proj",
+        "model.layers.0.mlp.gate",
+        "model.layers.1.mlp.down_proj",
+    ],
+)
+def test_layers_have_either_experts_or_a_dense_mlp(name):
+    mixed = replace(MOE, moe_layer_freq=(0, 1))
+    with pytest.raises(ValueError, match=name):
+        from_hf(third_party(name, 2, 12, 5), LoRAConfig(rank=4, targets=("all", "router")), mixed)
+
+
+def test_an_import_shares_what_the_experts_share_and_nothing_else():
+    outer = LoRAConfig(rank=4, expert_mode="shared_outer")
+    tensors = megatron_adapter(MOE, outer)
+    factors = to_hf(tensors, outer, MOE)
+    config = infer_config(factors, MOE)
+    assert (config.expert_mode, config.rank, config.expert_rank) == ("shared_outer", 4, 4)
+    again = from_hf(factors, config, MOE, padded_vocab_size=PADDED)
+    assert all(torch.equal(again[name], tensor) for name, tensor in tensors.items())
+    name = "model.layers.1.mlp.experts.7.down_proj"
+    scaled = {**factors, name: replace(factors[name], scale=3.0)}
+    separate = {**factors, name: replace(factors[name], lora_B=factors[name].lora_B + 1)}
+    some = {n: m for n, m in factors.items() if "experts" not in n or n == name}
+    for others in (scaled, separate, some):
+        assert infer_config(others, MOE).expert_mode == "per_expert"

@@ -294,10 +294,10 @@ def test_a_failure_halfway_leaves_neither_target_nor_rest(tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_experts_of_different_ranks_need_the_uniform_format(tmp_path):
+def test_experts_of_different_scales_need_the_uniform_format(tmp_path):
     factors = {
         f"model.layers.0.mlp.experts.{e}.{p}": LoRAFactors(
-            torch.ones(1 + e, 4), torch.ones(4, 1 + e), 1
+            torch.ones(1 + e, 4), torch.ones(4, 1 + e), 1 + e
         )
         for e in range(2)
         for p in ("gate_proj", "up_proj", "down_proj")

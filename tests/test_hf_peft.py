@@ -12,6 +12,7 @@ from safetensors.torch import load_file, save_file
 from megalora.hf.factors import LoRAFactors
 from megalora.hf.peft import read_adapter, write_adapter
 from tests.support.hf_models import (
+    HIDDEN,
     IDS,
     LAYERS,
     NUM_EXPERTS,
@@ -146,6 +147,56 @@ def test_adapters_of_some_projections_get_zeros_where_peft_needs_all(moe, moe_fa
     assert difference(peft_model(moe, tmp_path / "a"), merged(moe, some)) < TOLERANCE
 
 
+@pytest.mark.parametrize("format", OF_PEFT)
+def test_only_layers_and_projections_with_adapters_are_read_back(
+    format, moe, moe_factors, tmp_path
+):
+    some = {n: m for n, m in moe_factors.items() if "layers.1.mlp.experts" in n or "v_proj" in n}
+    some = {n: m for n, m in some.items() if "down_proj" not in n}
+    write_adapter(tmp_path / "a", some, base_model_name="tiny", num_experts=NUM_EXPERTS)
+    keys = load_file(tmp_path / "a" / "adapter_model.safetensors")
+    assert not [key for key in keys if "layers.0.mlp" in key]
+    read = read_adapter(tmp_path / "a")
+    assert read.keys() == some.keys()
+    reference = merged(moe, some)
+    assert difference(merged(moe, read), reference) < TOLERANCE
+    if format != "uniform":
+        assert difference(peft_model(moe, tmp_path / "a"), reference) < TOLERANCE
+
+
+def test_peft_loads_dense_layers_where_no_expert_has_an_adapter(tmp_path):
+    mixed = hf_model("qwen3_moe", mlp_only_layers=[0])
+    factors = random_factors(mixed, {**MOE, "mlp": (8, 2.0)})
+    dense = {name: module for name, module in factors.items() if "experts" not in name}
+    base = {"num_layers": LAYERS, "num_experts": NUM_EXPERTS, "moe_layers": [1]}
+    write_adapter(tmp_path / "a", dense, base_model_name="tiny", **base)
+    assert difference(peft_model(mixed, tmp_path / "a"), merged(mixed, dense)) < TOLERANCE
+
+
+def test_adapters_that_are_zero_in_both_factors_are_not_read(moe_factors, tmp_path):
+    ghosts = {
+        name: LoRAFactors(torch.zeros_like(m.lora_A), torch.zeros_like(m.lora_B), m.scale)
+        for name, m in moe_factors.items()
+        if "layers.0.mlp" in name
+    }
+    write_adapter(tmp_path / "a", {**moe_factors, **ghosts}, base_model_name="tiny")
+    assert read_adapter(tmp_path / "a").keys() == moe_factors.keys() - ghosts.keys()
+    write_adapter(tmp_path / "b", ghosts, base_model_name="tiny")
+    assert read_adapter(tmp_path / "b").keys() == ghosts.keys(), "an adapter has some module"
+
+
+@pytest.mark.parametrize("format", OF_PEFT)
+def test_peft_loads_the_adapters_of_routers(format, moe, moe_factors, tmp_path):
+    factors = dict(moe_factors)
+    for layer in range(LAYERS):
+        a, b = torch.randn(3, HIDDEN), torch.randn(NUM_EXPERTS, 3)
+        factors[f"model.layers.{layer}.mlp.gate"] = LoRAFactors(a, b, 0.25)
+    write_adapter(tmp_path / "a", factors, base_model_name="tiny", format=format)
+    reference = merged(moe, factors)
+    assert difference(merged(moe, moe_factors), reference) > 0.05
+    assert difference(peft_model(moe, tmp_path / "a"), reference) < TOLERANCE
+
+
 def test_a_layer_without_an_adapter_is_not_targeted(tmp_path):
     model = hf_model("qwen3")
     factors = {n: m for n, m in random_factors(model, DENSE).items() if "layers.0.mlp" not in n}
@@ -201,6 +252,14 @@ TRAINED = {
     "one expert parameter": (
         "qwen3_moe",
         {"target_modules": ["q_proj"], "target_parameters": ["mlp.experts.down_proj"]},
+    ),
+    "routers among all linears": ("qwen3_moe", {"target_modules": "all-linear"}),
+    "experts of one layer": (
+        "qwen3_moe",
+        {
+            "target_modules": ["q_proj"],
+            "target_parameters": ["1.mlp.experts.gate_up_proj", "1.mlp.experts.down_proj"],
+        },
     ),
 }
 

@@ -170,16 +170,18 @@ def complete_experts(
             "this adapter belongs to another model"
         )
     one = next(iter(given.values()))
-    if any(m.rank != one.rank or not same_scale(m.scale, one.scale) for m in given.values()):
+    if not all(same_scale(module.scale, one.scale) for module in given.values()):
         raise ValueError(
-            "experts differ in rank or scale, which PEFT cannot load as `peft` or `peft-3d`: "
-            "use the format `uniform`"
+            "experts differ in scale, which PEFT cannot load as `peft` or `peft-3d`: use the "
+            "format `uniform`"
         )
-    blank = _blank_factors(given, one.rank, one.scale)
+    rank = max(module.rank for module in given.values())
+    given = {name: module.resized(rank) for name, module in given.items()}
+    blank = _blank_factors(given, rank, one.scale)
     full = {
         name: given[name] if name in given else blank[name.rpartition(".")[2]] for name in names
     }
-    return Experts(prefixes, num_experts, one.rank, one.scale, full)
+    return Experts(prefixes, num_experts, rank, one.scale, full)
 
 
 def _blank_factors(

@@ -3,6 +3,7 @@
 import copy
 import functools
 import tempfile
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -116,6 +117,48 @@ def test_a_trained_megatron_adapter_gives_the_same_logits_in_peft(
     plain, loaded = hf_models.logits(model), hf_models.peft_model(model, tmp_path / "a")
     assert (plain - expected).abs().max() > 1e-2
     torch.testing.assert_close(hf_models.logits(loaded), expected, atol=TOLERANCE, rtol=TOLERANCE)
+
+
+@functools.cache
+def with_routers() -> tuple[dict[str, LoRAFactors], torch.Tensor]:
+    """Return an adapter that PEFT made of all linears, routers among them, and its logits."""
+    model = hf_models.hf_model_from(reference("qwen3_moe")[0])
+    config = LoraConfig(r=6, lora_alpha=9, target_modules="all-linear", task_type="CAUSAL_LM")
+    torch.manual_seed(3)
+    peft = get_peft_model(model, config)
+    with torch.no_grad():
+        for name, param in peft.named_parameters():
+            if "lora_B" in name:
+                param.normal_(std=0.1)
+    with tempfile.TemporaryDirectory() as directory:
+        peft.save_pretrained(directory)
+        return read_adapter(directory), hf_models.logits(peft.eval())
+
+
+@over(Layout(), Layout(tp=2, sp=True, ep=2))
+def test_adapters_of_routers_give_the_logits_of_peft_both_ways(layout: Layout) -> None:
+    factors, expected = with_routers()
+    directory, _ = reference("qwen3_moe")
+    config = LoRAConfig(rank=8, alpha=12.0, expert_rank=12, targets=("all", "router"))
+    routers = {name: module for name, module in factors.items() if name.endswith("mlp.gate")}
+    silent = {n: replace(m, lora_B=torch.zeros_like(m.lora_B)) for n, m in routers.items()}
+    with model_parallel(layout):
+        chunks = build(layout, "qwen3_moe", config)
+        put(chunks, "qwen3_moe", {**factors, **silent}, config)
+        without = hf.logits(chunks, hf_models.IDS)[..., : hf_models.VOCAB]
+        put(chunks, "qwen3_moe", factors, config)
+        found = hf.logits(chunks, hf_models.IDS)[..., : hf_models.VOCAB]
+        gathered = gather_adapters(chunks)
+    assert len(routers) == hf_models.LAYERS
+    assert (without - expected).abs().max() > 0.01
+    torch.testing.assert_close(found, expected, atol=TOLERANCE, rtol=TOLERANCE)
+    if dist.get_rank() == 0:
+        exported = to_hf(gathered, config, model_shape(read_config(directory)))
+        with tempfile.TemporaryDirectory() as written:
+            write_adapter(f"{written}/a", exported, base_model_name=str(directory))
+            model = hf_models.hf_model_from(directory)
+            again = hf_models.logits(hf_models.peft_model(model, f"{written}/a"))
+        torch.testing.assert_close(again, expected, atol=TOLERANCE, rtol=TOLERANCE)
 
 
 def loss_of(model: Any) -> torch.Tensor:
