@@ -20,6 +20,7 @@ from megalora.hf.inspect import is_peft
 from megalora.hf.peft import Format, read_adapter, write_adapter
 from megalora.hf.peft_experts import without_untrained
 from megalora.hf.servers import refusals
+from megalora.hf.stacked_experts import check_shared
 from megalora.model.config_json import family_of, load_config, mapped_family, read_config
 from megalora.model.shape import ModelShape, refuse_hybrid
 
@@ -129,6 +130,7 @@ def check_export(
     config: LoRAConfig,
     vocab_size: int,
     hf_model: str | None,
+    format: str = "peft",
 ) -> list[str]:
     """Raise ValueError where `export_adapter` would, and return what servers would refuse.
 
@@ -141,6 +143,8 @@ def check_export(
     }
     shape = replace(model_shape(model_chunks, hf_model), vocab_size=vocab_size)
     factors = to_hf(whole, config, shape, initial=whole if config.init == "pissa" else None)
+    if format == "tinker":
+        check_shared(factors, config)
     return refusals(factors, vocab_size, family_of(read_config(hf_model)) if hf_model else None)
 
 

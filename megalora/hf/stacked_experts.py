@@ -7,13 +7,14 @@ A of gate and of up and B of down, which is what `--lora-expert-mode shared_oute
 """
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 
 import torch
 from torch import Tensor
 
+from megalora.config import LoRAConfig
 from megalora.hf.factors import LoRAFactors, check_tensors
-from megalora.hf.peft_config import PeftRules
+from megalora.hf.peft_config import PeftRules, split_expert
 from megalora.hf.peft_experts import DOWN, PROJECTIONS, Experts, Pair, split_experts
 from megalora.model.shape import MAX_SIZES
 
@@ -75,6 +76,15 @@ def _check_pair(name: str, pair: Pair, rank: int) -> None:
         raise ValueError(
             f"{name}: lora_A {list(a.shape)} and lora_B {list(b.shape)} have more experts than "
             f"{MAX_SIZES['num_moe_experts']:,}"
+        )
+
+
+def check_shared(names: Iterable[str], config: LoRAConfig) -> None:
+    """Raise ValueError where `join_tinker` will, known by how the experts are trained."""
+    if config.expert_mode != "shared_outer" and any(split_expert(name) for name in names):
+        raise ValueError(
+            "export_format is `tinker`, which has A of gate and up and B of down once for all "
+            "experts: add --lora-expert-mode shared_outer, or leave --export-format out"
         )
 
 

@@ -33,7 +33,11 @@ def check_outputs(
     if args.export_hf:
         on_all_ranks(lambda: _check_writable("export_hf", args.export_hf), only=0)
         warnings = exchange.check_export(
-            model_chunks, config=config, vocab_size=args.vocab_size, hf_model=args.hf_model
+            model_chunks,
+            config=config,
+            vocab_size=args.vocab_size,
+            hf_model=args.hf_model,
+            format=args.export_format,
         )
         for warning in warnings if dist.get_rank() == 0 else ():
             print(f"WARNING: export_hf: {warning}", flush=True)

@@ -139,7 +139,8 @@ def with_routers() -> tuple[dict[str, LoRAFactors], torch.Tensor]:
 def test_adapters_of_routers_give_the_logits_of_peft_both_ways(layout: Layout) -> None:
     factors, expected = with_routers()
     directory, _ = reference("qwen3_moe")
-    config = LoRAConfig(rank=8, alpha=12.0, expert_rank=12, targets=("all", "router"))
+    targets = ("attn", "mlp", "router")
+    config = LoRAConfig(rank=8, alpha=12.0, expert_rank=12, targets=targets)
     routers = {name: module for name, module in factors.items() if name.endswith("mlp.gate")}
     silent = {n: replace(m, lora_B=torch.zeros_like(m.lora_B)) for n, m in routers.items()}
     with model_parallel(layout):

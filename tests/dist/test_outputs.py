@@ -59,6 +59,17 @@ def test_what_has_no_hugging_face_name_is_refused(
             check_export(chunks, config=config, vocab_size=VOCAB_SIZE, hf_model=None)
 
 
+@over(EP2)
+def test_only_shared_experts_are_promised_in_the_format_of_tinker(layout: Layout) -> None:
+    options: dict[str, Any] = {"vocab_size": VOCAB_SIZE, "hf_model": None, "format": "tinker"}
+    with model_parallel(layout):
+        outer = adapted(layout, "shared-outer experts")
+        check_export(outer, config=lora_config("shared-outer experts"), **options)
+        chunks = adapted(layout, "shared experts")
+        with pytest.raises(ValueError, match="add --lora-expert-mode shared_outer"):
+            check_export(chunks, config=lora_config("shared experts"), **options)
+
+
 @over(PP2)
 def test_an_impossible_merge_is_refused_on_all_stages(layout: Layout, tmp_path: Path) -> None:
     args = argparse.Namespace(export_hf=None, save_merged=str(tmp_path / "merged"))
