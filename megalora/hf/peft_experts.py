@@ -154,16 +154,11 @@ def complete_experts(
     parts = [part for name in given if (part := split_expert(name))]
     if num_experts is None:
         num_experts = max(expert for _, expert, _ in parts) + 1
-    infix = parts[0][0].split(".", 3)[3]
-    layers = sorted({layer for name in given if (layer := layer_of(name)) is not None})
-    prefixes = [f"model.layers.{layer}.{infix}" for layer in layers if layer in moe_layers]
-    names = [
-        f"{prefix}.{expert}.{projection}"
-        for prefix in prefixes
-        for expert in range(num_experts)
-        for projection in PROJECTIONS
+    prefixes = sorted({prefix for prefix, _, _ in parts}, key=lambda prefix: layer_of(prefix) or 0)
+    outside = [prefix for prefix in prefixes if layer_of(prefix) not in moe_layers]
+    outside += [
+        name for name, (_, expert, _) in zip(given, parts, strict=True) if expert >= num_experts
     ]
-    outside = sorted(set(given) - set(names))
     if outside:
         raise ValueError(
             f"{outside[0]} is outside of the {len(moe_layers)} layers with {num_experts} experts: "
@@ -176,10 +171,13 @@ def complete_experts(
             "format `uniform`"
         )
     rank = max(module.rank for module in given.values())
-    given = {name: module.resized(rank) for name, module in given.items()}
     blank = _blank_factors(given, rank, one.scale)
     full = {
-        name: given[name] if name in given else blank[name.rpartition(".")[2]] for name in names
+        name: given[name].resized(rank) if name in given else blank[projection]
+        for prefix in prefixes
+        for expert in range(num_experts)
+        for projection in PROJECTIONS
+        for name in [f"{prefix}.{expert}.{projection}"]
     }
     return Experts(prefixes, num_experts, rank, one.scale, full)
 
