@@ -12,6 +12,7 @@ from megalora.adapters.finite import all_finite
 from megalora.config import LoRAConfig
 from megalora.hf.factors import LoRAFactors, check_factors, summarise
 from megalora.hf.fused import join_qkv
+from megalora.hf.head_rows import check_head_rows
 from megalora.hf.linears import Linear, locate
 from megalora.model.shape import ModelShape
 from megalora.targets import matching_target
@@ -40,6 +41,8 @@ def from_hf(
     rank, and for factors that differ where the configuration shares them.
     """
     check_factors(factors)
+    if shape.vocab_size:
+        check_head_rows(factors, shape.vocab_size)
     join = _Join(config, shape, fresh_a)
     tensors: dict[str, Tensor] = {}
     for (layer, linear), modules in _group(factors, config, shape).items():

@@ -18,6 +18,7 @@ from megalora.hf.weights import Piece, Weights
 from megalora.model.config_json import mapped_family
 from megalora.model.families import FAMILIES, mapped_families
 from megalora.model.family import Experts, Family
+from megalora.model.loaded import without_quantisation
 
 if TYPE_CHECKING:
     from megatron.core.models.gpt.gpt_model import GPTModel
@@ -61,7 +62,10 @@ def save_hf_base(
         on_all_ranks(writer.check, only=0)
         writer.finish()
         torch_dtype = str(next(iter(writer.dtypes))).removeprefix("torch.")
-        write_json(target / "config.json", {**config, "torch_dtype": torch_dtype})
+        plain = without_quantisation(config)
+        # transformers 5 prefers its new spelling, earlier ones know the old one alone.
+        plain.pop("dtype", None)
+        write_json(target / "config.json", {**plain, "torch_dtype": torch_dtype})
 
 
 def hf_config(

@@ -16,12 +16,14 @@ from megalora.checkpoint.ranks import on_all_ranks
 from megalora.checkpoint.read import read_adapters
 from megalora.config import LoRAConfig
 from megalora.hf.adapters import from_hf, to_hf
+from megalora.hf.head_rows import check_head_rows
 from megalora.hf.inspect import is_peft
 from megalora.hf.peft import Format, read_adapter, write_adapter
 from megalora.hf.peft_experts import without_untrained
 from megalora.hf.servers import refusals
 from megalora.hf.stacked_experts import check_shared
 from megalora.model.config_json import family_of, load_config, mapped_family, read_config
+from megalora.model.config_json import model_shape as config_shape
 from megalora.model.shape import ModelShape, refuse_hybrid
 
 OUTPUT_B = "output_layer_lora.lora_B"
@@ -33,6 +35,7 @@ def load_adapter(
     config: LoRAConfig,
     *,
     hf_model: str | None = None,
+    vocab_size: int = 0,
 ) -> None:
     """Set a model's adapters from a PEFT directory or an adapter checkpoint: weights only.
 
@@ -40,10 +43,11 @@ def load_adapter(
     adapter checkpoint must have the same adapters. All ranks must call it. Raises ValueError where
     the directory does not fit the model. hf_model: directory of the base, whose family names the
     modules of a PEFT directory.
+    vocab_size: rows that the base has at least without Megatron's padding, 0 where unknown.
     """
     path = Path(directory)
     if is_peft(path):
-        _load_peft(model_chunks, path, config, hf_model)
+        _load_peft(model_chunks, path, config, hf_model, vocab_size)
     else:
         _load_checkpoint(model_chunks, path, config)
 
@@ -53,13 +57,17 @@ def _load_peft(
     directory: Path,
     config: LoRAConfig,
     hf_model: str | None,
+    vocab_size: int,
 ) -> None:
-    shape = model_shape(model_chunks, hf_model)
+    shape, padded = model_shape(model_chunks, hf_model), _padded_vocab_size(model_chunks)
+    factors = read_adapter(directory, hidden_size=shape.hidden_size)
+    known = _vocab_size(hf_model) if hf_model else 0
+    check_head_rows(factors, known or vocab_size, known or padded)
     tensors = from_hf(
-        read_adapter(directory, hidden_size=shape.hidden_size),
+        factors,
         config,
         shape,
-        padded_vocab_size=_padded_vocab_size(model_chunks),
+        padded_vocab_size=padded,
         fresh_a=draw_uniform,
     )
     load_adapters(model_chunks, tensors, allow_missing=True)
@@ -163,6 +171,10 @@ def model_shape(model_chunks: Sequence[torch.nn.Module], hf_model: str | None = 
 @functools.cache
 def _model_type(hf_model: str) -> str:
     return mapped_family(load_config(hf_model)).model_type
+
+
+def _vocab_size(hf_model: str) -> int:
+    return config_shape(load_config(hf_model)).vocab_size
 
 
 def _padded_vocab_size(model_chunks: Sequence[torch.nn.Module]) -> int | None:

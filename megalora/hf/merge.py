@@ -10,14 +10,17 @@ import torch
 from torch import Tensor
 
 from megalora.adapters.finite import all_finite
+from megalora.hf.block_scaled import PlainFiles
 from megalora.hf.copies import copy_files, other_files
 from megalora.hf.directories import whole_directory
 from megalora.hf.factors import PRECISIONS, LoRAFactors, check_factors, summarise
-from megalora.hf.files import MODEL, TensorFiles, read_json, save_tensors, write_json
+from megalora.hf.files import MODEL, read_json, save_tensors, write_json
+from megalora.hf.head_rows import HEAD, check_head_rows
 from megalora.hf.safetensors_files import HFWeights
 from megalora.hf.written import MANIFEST
-from megalora.model.config_json import check_known_sizes, load_config
+from megalora.model.config_json import checked_config, load_config
 from megalora.model.fields import switch
+from megalora.model.loaded import without_quantisation
 
 _EMBEDDING, _UNEMBEDDING = "model.embed_tokens.weight", "lm_head.weight"
 _FUSED = re.compile(r"(.+\.experts)\.(gate_up_proj|down_proj)")
@@ -33,16 +36,16 @@ def merge_adapter(
 ) -> bool:
     """Write a copy of a model directory with W + scale * B @ A; return whether it was untied.
 
-    Files, tensor names, precisions and the index are those of the base; sums are made in fp32. An
-    adapter of a tied unembedding unties it: lm_head.weight is added, and config.json says so.
+    Files, tensor names, precisions and the index are those of the base; sums are made in fp32. FP8
+    weights with block scales become bfloat16, and their scales are left out. An adapter of a tied
+    unembedding unties it: lm_head.weight is added, and config.json says so.
     progress: called with every file's name.
     Raises ValueError, with nothing written, where the adapter does not belong to the base, where a
     weight of the base is not finite, and where a sum is beyond the precision of its weight.
     """
     check_factors(factors)
     source = Path(base)
-    config = load_config(source)
-    check_known_sizes(config, source)
+    config = without_quantisation(checked_config(load_config(source), source))
     weights = HFWeights(source)
     untie = "lm_head" in factors and switch(config, "tie_word_embeddings", default=False)
     _check_fits(weights, factors, untie=untie)
@@ -59,7 +62,7 @@ def merge_adapter(
         write_json(
             target / "config.json", {**config, "tie_word_embeddings": False} if untie else config
         )
-        if weights.files.index.is_file():
+        if weights.files.has_shards:
             _write_index(weights, target, total, untie=untie)
     return untie
 
@@ -79,6 +82,8 @@ def _check_fits(weights: HFWeights, factors: Mapping[str, LoRAFactors], *, untie
         if key not in weights.shapes:
             missing.append(name)
             continue
+        if name == HEAD:
+            check_head_rows(factors, weights.shapes[key][0])
         shape = (module.lora_B.shape[0], module.lora_A.shape[1])
         if weights.shapes[key] != shape:
             wrong.append(f"{name} {list(shape)} (base {list(weights.shapes[key])})")
@@ -110,7 +115,7 @@ def _merged_file(
         if untie and name == _UNEMBEDDING:
             # A copy that a tied model carries along: the embedding's file writes it anew.
             continue
-        tensors[name] = tensor
+        tensors[name] = tensor.bfloat16() if weights.files.is_scaled(name) else tensor
         if untie and name == _EMBEDDING:
             tensors[_UNEMBEDDING] = add_update(tensor.clone(), factors["lm_head"])
     for name, tensor in tensors.items():
@@ -132,7 +137,7 @@ def _refuse(weights: HFWeights, file_name: str, name: str, dtype: torch.dtype) -
     base = _EMBEDDING if name not in weights.files else name
     path = weights.files.directory / file_name
     # NOTE: opened anew, for updates are added into the memory that the file was mapped to.
-    if not all_finite(TensorFiles(weights.files.directory).tensor(base)):
+    if not all_finite(PlainFiles(weights.files.directory).tensor(base)):
         raise ValueError(f"{path}: {base} has NaN or infinite values: download the base again")
     raise ValueError(
         f"{path}: {name} plus its update is beyond {dtype}, whose largest number is "
@@ -160,7 +165,7 @@ def add_update(weight: Tensor, module: LoRAFactors) -> Tensor:
 
 def _write_index(weights: HFWeights, target: Path, total: int, *, untie: bool) -> None:
     index = read_json(weights.files.index)
-    weight_map = dict(index["weight_map"])
+    weight_map = dict(weights.files.files)
     if untie:
         weight_map[_UNEMBEDDING] = weight_map[_EMBEDDING]
     metadata = index.get("metadata")

@@ -4,25 +4,23 @@ from pathlib import Path
 
 from torch import Tensor
 
+from megalora.hf.block_scaled import PlainFiles
 from megalora.hf.factors import summarise
-from megalora.hf.files import TensorFiles
 from megalora.model.family import DEFAULT_NAMES, Names, without_numbers
+from megalora.model.loaded import is_harmless
 from megalora.model.shape import MAX_SIZES
-
-# Buffers that old checkpoints carry along and every implementation computes itself.
-_IGNORED = ".rotary_emb.inv_freq"
 
 
 class HFWeights:
     """A model directory's tensors, read in slices; names: of the model's family."""
 
     def __init__(self, directory: str | Path, names: Names = DEFAULT_NAMES) -> None:
-        self.files = TensorFiles(Path(directory))
+        self.files = PlainFiles(Path(directory))
         self.shapes: dict[str, tuple[int, ...]] = {}
         # Of an expert's weight: the tensor of all experts, its number there, its first row.
         self._stacked: dict[str, tuple[str, int, int]] = {}
         for name in self.files:
-            if name.endswith(_IGNORED):
+            if is_harmless(name):
                 continue
             pattern, numbers = without_numbers(name)
             module = names.stacked.get(pattern.removeprefix(names.layer))
@@ -63,9 +61,14 @@ class HFWeights:
         problems = {"is missing": missing, "has unexpected": unexpected, "has misshapen": wrong}
         found = [f"{what} {summarise(names)}" for what, names in problems.items() if names]
         if found:
+            cure = (
+                " (is it tied? then set tie_word_embeddings true)"
+                if missing == ["lm_head.weight"]
+                else ""
+            )
             raise ValueError(
                 f"{self.files.directory} {'; '.join(found)}: its tensors and its config.json are "
-                "not of one model"
+                f"not of one model{cure}"
             )
 
     def path(self, name: str) -> Path:

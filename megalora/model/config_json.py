@@ -7,9 +7,10 @@ from typing import Any
 from megalora.model.families import FAMILIES, mapped_families
 from megalora.model.family import Experts, Family
 from megalora.model.fields import switch, whole_number
+from megalora.model.loaded import check_readable, with_own_head
 from megalora.model.rope import rope_problem
 from megalora.model.shape import ModelShape, head_size
-from megalora.model.stored import check_stored_sizes
+from megalora.model.stored import check_stored_sizes, stored_files
 from megalora.reading import read_json
 
 
@@ -20,25 +21,29 @@ def load_config(source: str | Path) -> dict[str, Any]:
 
 
 def read_config(directory: str | Path) -> dict[str, Any]:
-    """Read config.json of a model whose weights are exchanged.
+    """Read config.json of a model whose weights are exchanged, as transformers takes it.
 
-    Raises ValueError where none are mapped, and where the files beside it are of other sizes.
+    An unembedding that is stored and differs from the embedding is not tied, whatever is said.
+    Raises ValueError where no weights are mapped, where they are quantised in a way that is not
+    read, and where the files beside it are of other sizes.
     """
     config = load_config(directory)
     mapped_family(config)
-    check_stored_sizes(model_shape(config), directory)
-    return config
+    return checked_config(config, directory)
+
+
+def checked_config(config: Mapping[str, Any], directory: str | Path) -> dict[str, Any]:
+    """Return what `read_config` does, of whatever family; sizes are checked where it is known."""
+    files = stored_files(directory)
+    check_readable(config, files)
+    if files is not None and config.get("model_type") in tuple(FAMILIES):
+        check_stored_sizes(model_shape(config), files)
+    return with_own_head(config, files)
 
 
 def hidden_size_of(config: Mapping[str, Any]) -> int | None:
     """Return the hidden size of a configuration of whatever family, None where it has none."""
     return None if config.get("hidden_size") is None else whole_number(config, "hidden_size")
-
-
-def check_known_sizes(config: Mapping[str, Any], directory: str | Path) -> None:
-    """Hold a configuration against its tensors where its family is in the table."""
-    if config.get("model_type") in tuple(FAMILIES):
-        check_stored_sizes(model_shape(config), directory)
 
 
 def family_of(config: Mapping[str, Any]) -> Family:
@@ -76,7 +81,15 @@ def mapping_problem(config: Mapping[str, Any], family: Family) -> str:
                 f"config.json {name} is {config[name]!r:.100}, {family.model_type} is supported "
                 f"with {supported!r} only"
             )
+    kinds = config.get("layer_types") or []
+    if not isinstance(kinds, list) or any(kind != "full_attention" for kind in kinds):
+        return f"config.json layer_types is {kinds!r:.100}: full_attention alone is supported"
     return ""
+
+
+def with_defaults(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a configuration with the numbers that transformers takes for fields it has not."""
+    return {**family_of(config).defaults, **config}
 
 
 def model_shape(config: Mapping[str, Any], *, name: str = "") -> ModelShape:
@@ -87,7 +100,7 @@ def model_shape(config: Mapping[str, Any], *, name: str = "") -> ModelShape:
     """
     family = family_of(config)
     try:
-        return _shape(config, family, name)
+        return _shape(with_defaults(config), family, name)
     except ValueError as error:
         sentence = str(error).removeprefix("config.json ")
         raise ValueError(f"config.json {sentence}") from None

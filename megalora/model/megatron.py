@@ -5,7 +5,7 @@ import json
 from collections.abc import Mapping
 from typing import Any
 
-from megalora.model.config_json import mapped_family, model_shape
+from megalora.model.config_json import mapped_family, model_shape, with_defaults
 from megalora.model.fields import real_number, switch, whole_number
 from megalora.model.presets import as_preset
 from megalora.model.rope import rope
@@ -21,6 +21,7 @@ _UNDESCRIBED = (
 
 def megatron_args(config: Mapping[str, Any]) -> dict[str, Any]:
     """Return Megatron's arguments for a configuration, by their names in the parsed namespace."""
+    config = with_defaults(config)
     family, shape, rotary = mapped_family(config), model_shape(config), rope(config)
     args: dict[str, Any] = {
         "num_layers": shape.num_layers,

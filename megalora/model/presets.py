@@ -5,8 +5,9 @@ from pathlib import Path
 from typing import Any
 
 from megalora.model.config_json import load_config, model_shape
+from megalora.model.loaded import quantisation, scale_block, with_own_head
 from megalora.model.shape import ModelShape
-from megalora.model.stored import check_stored_sizes
+from megalora.model.stored import check_stored_sizes, stored_files
 
 
 def _llama(
@@ -85,8 +86,12 @@ def named_shape(name: str, *, family: str = "") -> ModelShape:
     path = Path(name)
     folder = path.parent if path.is_file() else path
     if path.exists():
-        found = model_shape(load_config(path), name=folder.name)
-        check_stored_sizes(found, folder)
+        files = stored_files(folder)
+        config = with_own_head(load_config(path), files)
+        found = model_shape(config, name=folder.name)
+        # Quantised tensors may be packed to other sizes.
+        if files is not None and (not quantisation(config) or scale_block(config)):
+            check_stored_sizes(found, files)
     else:
         found = preset_shape(name)
     return replace(found, family=family) if family else found

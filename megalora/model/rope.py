@@ -27,10 +27,13 @@ def rope(config: Mapping[str, Any]) -> Rope:
 
     Raises ValueError for scalings other than Llama 3's, and for other parameters of it.
     """
-    # transformers 5 has rope_parameters, earlier ones rope_theta and rope_scaling.
-    values = config.get("rope_parameters") or config.get("rope_scaling") or {}
+    # transformers 5 has rope_parameters, earlier ones rope_theta and rope_scaling. Where both are
+    # there it prefers the latter, and nothing of the former counts, theta neither.
+    field = "rope_scaling" if config.get("rope_scaling") else "rope_parameters"
+    values = config.get(field) or {}
     if not isinstance(values, dict):
-        raise ValueError(f"config.json rope_scaling is {values!r:.100}: must be an object")
+        raise ValueError(f"config.json {field} is {values!r:.100}: must be an object")
+    _check_one_for_all(field, values, config)
     given = [real_number(place, "rope_theta", low=1, high=1e15) for place in (values, config)]
     theta = float(next(filter(None, given), 10000.0))
     kind = values.get("rope_type") or values.get("type") or "default"
@@ -38,16 +41,42 @@ def rope(config: Mapping[str, Any]) -> Rope:
         return Rope(theta, 1.0)
     if kind != "llama3":
         raise ValueError(
-            f"config.json rope_type is {kind!r:.100}: supported are 'default' and 'llama3'; remove "
-            "the scaling where sequences are no longer than the model was trained with"
+            f"config.json rope_type is {kind!r:.100} in {field}: supported are 'default' and "
+            "'llama3'; remove the scaling where sequences are no longer than the model was trained "
+            "with"
         )
-    for name, supported in _LLAMA3_ROPE.items():
-        if values.get(name, supported) != supported:
+    return Rope(theta, _llama3_factor(values, config))
+
+
+def _check_one_for_all(field: str, values: Mapping[str, Any], config: Mapping[str, Any]) -> None:
+    if kinds := [name for name, value in values.items() if isinstance(value, dict)]:
+        raise ValueError(
+            f"config.json {field} has an embedding for each of {kinds!r:.100}: one for all layers "
+            "is supported"
+        )
+    for place in (values, config):
+        part = place.get("partial_rotary_factor", 1)
+        if part not in (1, None):
             raise ValueError(
-                f"config.json {name} of the llama3 rope is {values[name]!r:.100}: Megatron has it "
-                f"fixed at {supported}"
+                f"config.json partial_rotary_factor is {part!r:.100}: 1 is supported only"
             )
-    return Rope(theta, float(real_number(values, "factor", low=1, high=1e6) or 8.0))
+
+
+def _llama3_factor(values: Mapping[str, Any], config: Mapping[str, Any]) -> float:
+    # What transformers takes where the parameters have none, and always where config.json has one.
+    original = "original_max_position_embeddings"
+    lengths = (config.get(original), values.get(original), config.get("max_position_embeddings"))
+    found = {**values, original: next((size for size in lengths if size is not None), None)}
+    for name, supported in _LLAMA3_ROPE.items():
+        if found.get(name) != supported:
+            raise ValueError(
+                f"config.json {name} of the llama3 rope is {found.get(name)!r:.100}: Megatron has "
+                f"it fixed at {supported}"
+            )
+    factor = real_number(values, "factor", low=1, high=1e6)
+    if factor is None:
+        raise ValueError("config.json factor of the llama3 rope is missing")
+    return float(factor)
 
 
 def rope_problem(config: Mapping[str, Any]) -> str:

@@ -17,14 +17,32 @@ if TYPE_CHECKING:
 
 MODEL = "model"
 ADAPTER = "adapter_model"
-_PICKLES = {MODEL: "pytorch_model.bin", ADAPTER: "adapter_model.bin"}
+_PICKLE = (
+    "is a pickle, which can run code and is never loaded: convert it to safetensors, by "
+    "transformers' or peft's from_pretrained and save_pretrained, if you trust it"
+)
+# What a directory without safetensors of the usual name may have instead.
+_OTHER_FORMS: dict[str, dict[str, str]] = {
+    MODEL: {
+        "pytorch_model*.bin*": _PICKLE,
+        "*.pth": _PICKLE,
+        "*.gguf": "is a GGUF file, of llama.cpp: give the safetensors that it was made of",
+        "model.*.safetensors": "is a variant, which is loaded by its name alone: rename it to "
+        "model.safetensors",
+        "consolidated*.safetensors": "has no tensor by the name that transformers gives it: give "
+        "the directory with model.safetensors",
+    },
+    ADAPTER: {"adapter_model*.bin*": _PICKLE},
+}
 _MAX_NAME = 1000
 
 
 class TensorFiles:
     """The tensors of a directory, by name, over all of its safetensors files.
 
-    Only headers are read until a tensor or a slice is asked for. Pickles are never opened.
+    They are those that transformers loads: of STEM.safetensors, else all of the shards that the
+    index names. Only headers are read until a tensor or a slice is asked for. Pickles are never
+    opened.
     framework: `np` needs no torch, and gives shapes alone.
     """
 
@@ -32,7 +50,13 @@ class TensorFiles:
         self.directory, self.stem, self.framework = Path(directory), stem, framework
         self.index = self.directory / f"{stem}.safetensors.index.json"
         self._open: dict[str, Any] = {}
+        # Whatever bears the name: opening it says what is wrong with it.
+        self.has_shards = os.path.lexists(self.index) and not os.path.lexists(self._single)
         self.files = self._locate()
+
+    @property
+    def _single(self) -> Path:
+        return self.directory / f"{self.stem}.safetensors"
 
     def __contains__(self, name: str) -> bool:
         return name in self.files
@@ -47,6 +71,10 @@ class TensorFiles:
     def shape(self, name: str) -> tuple[int, ...]:
         """Return a tensor's shape without reading it."""
         return tuple(self._slice(name).get_shape())
+
+    def dtype(self, name: str) -> str:
+        """Return a tensor's precision in safetensors' letters, such as BF16."""
+        return str(self._slice(name).get_dtype())
 
     def tensor(self, name: str) -> "Tensor":
         """Read one tensor."""
@@ -90,29 +118,26 @@ class TensorFiles:
         return names
 
     def _locate(self) -> dict[str, str]:
-        single = self.directory / f"{self.stem}.safetensors"
-        # Whatever bears the name: opening it says what is wrong with it.
-        if os.path.lexists(self.index):
+        if self.has_shards:
             return self._locate_by_index()
-        if os.path.lexists(single):
-            return dict.fromkeys(self._names(single.name), single.name)
+        if os.path.lexists(self._single):
+            return dict.fromkeys(self._names(self._single.name), self._single.name)
         if any(self.directory.glob(f"{self.stem}-*-of-*.safetensors")):
             raise ValueError(f"{self.index} is missing beside its shards: download it again")
-        pickle = self.directory / _PICKLES[self.stem]
-        if os.path.lexists(pickle):
-            raise ValueError(
-                f"{pickle} is a pickle, which can run code and is never loaded: "
-                "convert it to safetensors"
-            )
-        raise ValueError(f"{self.directory} has neither {single.name} nor {self.index.name}")
+        for pattern, sentence in _OTHER_FORMS[self.stem].items():
+            if found := sorted(self.directory.glob(pattern)):
+                raise ValueError(f"{found[0]} {sentence}")
+        raise ValueError(f"{self.directory} has neither {self._single.name} nor {self.index.name}")
 
     def _locate_by_index(self) -> dict[str, str]:
         weight_map = read_weight_map(self.index)
-        held = {file: set(self._names(file)) for file in dict.fromkeys(weight_map.values())}
+        held = {file: self._names(file) for file in sorted(set(weight_map.values()))}
+        # As transformers: all that the shards hold, of a name that two have the last.
+        found = {name: file for file, names in held.items() for name in names}
         for name, file_name in weight_map.items():
-            if name not in held[file_name]:
+            if name not in found:
                 raise ValueError(f"{file_name} has no tensor {name}, which {self.index} promises")
-        return weight_map
+        return found
 
 
 def read_weight_map(index: Path) -> dict[str, str]:
@@ -130,26 +155,33 @@ def read_weight_map(index: Path) -> dict[str, str]:
     return weight_map
 
 
-def check_stored_sizes(shape: ModelShape, directory: str | Path) -> None:
+def stored_files(source: str | Path) -> TensorFiles | None:
+    """Return the tensors beside a config.json, by their headers alone; None where some are missing.
+
+    As on a machine that only plans: nothing can be compared there.
+    """
+    folder = Path(source)
+    folder = folder.parent if folder.is_file() else folder
+    return TensorFiles(folder, framework="np") if _has_all_files(folder) else None
+
+
+def check_stored_sizes(shape: ModelShape, files: TensorFiles) -> None:
     """Raise ValueError where the tensors beside a config.json are of other sizes than it says.
 
-    So that nothing is built, or counted, by sizes that the files do not have. Where not all of them
-    are there, such as on a machine that only plans, nothing can be compared.
+    So that nothing is built, or counted, by sizes that the files do not have.
     """
-    folder = Path(directory)
-    folder = folder.parent if folder.is_file() else folder
-    if not _has_all_files(folder):
-        return
-    stored, said = _stored_sizes(TensorFiles(folder, framework="np"), shape), _said(shape)
+    stored, said = _stored_sizes(files, shape), _said(shape)
     wrong = [
         f"{name} {said[name]:,} (its tensors {value:,})"
         for name, value in stored.items()
         if said[name] != value
     ]
     if wrong:
+        resized = all(name.startswith("vocab_size") for name in wrong)
+        cure = " (was its vocabulary resized? then correct vocab_size there)" if resized else ""
         raise ValueError(
-            f"{folder / 'config.json'} has {', '.join(wrong)}: its tensors and its config.json are "
-            "not of one model"
+            f"{files.directory / 'config.json'} has {', '.join(wrong)}: its tensors and its "
+            f"config.json are not of one model{cure}"
         )
 
 
@@ -157,6 +189,7 @@ def _said(shape: ModelShape) -> dict[str, int]:
     return {
         "num_hidden_layers": shape.num_layers,
         "vocab_size": shape.vocab_size,
+        "vocab_size as rows of lm_head": shape.vocab_size,
         "hidden_size": shape.hidden_size,
         "num_experts": shape.num_moe_experts,
         "num_attention_heads x head_dim": shape.query_size,
@@ -186,6 +219,7 @@ def _stored_sizes(files: TensorFiles, shape: ModelShape) -> dict[str, int]:
     qkv = names.in_layer("self_attention.linear_qkv")
     places = {
         "vocab_size": (names.embedding, 0),
+        "vocab_size as rows of lm_head": (names.unembedding, 0),
         "hidden_size": (names.embedding, 1),
         "num_attention_heads x head_dim": (qkv[0], 0),
         "num_key_value_heads x head_dim": (qkv[1], 0),
@@ -201,6 +235,8 @@ def _stored_sizes(files: TensorFiles, shape: ModelShape) -> dict[str, int]:
 
 def _has_all_files(folder: Path) -> bool:
     index = folder / f"{MODEL}.safetensors.index.json"
-    if not os.path.lexists(index):
-        return os.path.lexists(folder / f"{MODEL}.safetensors")
-    return all((folder / file).exists() for file in set(read_weight_map(index).values()))
+    if os.path.lexists(folder / f"{MODEL}.safetensors"):
+        return True
+    return os.path.lexists(index) and all(
+        (folder / file).exists() for file in set(read_weight_map(index).values())
+    )

@@ -10,6 +10,7 @@ FAMILIES = (
         architecture="Qwen2ForCausalLM",
         rate=RATE,
         qkv_bias=True,
+        defaults={"num_key_value_heads": 32, "max_position_embeddings": 32768},
         vllm_unembedding=False,
         refused={"use_sliding_window": False},
     ),
@@ -29,6 +30,11 @@ FAMILIES = (
         rate=RATE,
         qk_norm=True,
         qkv_bias_field="attention_bias",
+        defaults={
+            "num_key_value_heads": 32,
+            "head_dim": 128,
+            "max_position_embeddings": 32768,
+        },
         refused={"attention_bias": False, "use_sliding_window": False},
     ),
     Family(
@@ -38,6 +44,7 @@ FAMILIES = (
         qk_norm=True,
         qkv_bias_field="attention_bias",
         experts=Experts(),
+        defaults={"num_key_value_heads": 4, "max_position_embeddings": 32768},
         refused={"attention_bias": False, "use_sliding_window": False},
     ),
 )
