@@ -245,6 +245,7 @@ def test_a_pickle_is_never_opened(adapter):
 
 @pytest.mark.parametrize("file_name", ["../a/adapter_model.safetensors", "/etc/passwd", "x.bin", 3])
 def test_an_index_cannot_lead_out_of_its_directory(adapter, file_name):
+    (adapter / "adapter_model.safetensors").unlink()
     index = adapter / "adapter_model.safetensors.index.json"
     index.write_text(json.dumps({"weight_map": {"x": file_name}}))
     with pytest.raises(ValueError, match=r"only \.safetensors files of its own directory"):
@@ -252,6 +253,7 @@ def test_an_index_cannot_lead_out_of_its_directory(adapter, file_name):
 
 
 def test_a_missing_shard_is_named(adapter):
+    (adapter / "adapter_model.safetensors").unlink()
     index = adapter / "adapter_model.safetensors.index.json"
     index.write_text(json.dumps({"weight_map": {"x": "adapter_model-00001-of-00002.safetensors"}}))
     with pytest.raises(ValueError, match=r"00001-of-00002\.safetensors is missing"):

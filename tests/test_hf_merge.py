@@ -147,7 +147,7 @@ def test_a_sum_beyond_the_precision_of_the_base_is_refused(tmp_path):
 @pytest.mark.parametrize("dtype", [torch.int8, torch.float8_e4m3fn, torch.bool], ids=str)
 def test_codes_of_numbers_are_not_added_to(dtype, tmp_path):
     base = write_base(tmp_path / "base", f"{UP}.weight", torch.ones(40, 32).to(dtype))
-    with pytest.raises(ValueError, match=rf"base weight {UP}\.weight is {dtype}, whose numbers"):
+    with pytest.raises(ValueError, match=rf"{UP}\.weight as \w+, codes of numbers.* unquantised"):
         merge_adapter(base, update(), tmp_path / "out")
     assert not (tmp_path / "out").exists()
 

@@ -24,7 +24,7 @@ MAPPED = [
     {**TINY_LLAMA, "tie_word_embeddings": True},
     {**TINY_LLAMA, "attention_bias": False, "head_dim": None},
     {**TINY_LLAMA, "num_key_value_heads": None},
-    {name: v for name, v in QWEN3.items() if name != "num_key_value_heads"},
+    {**QWEN3, "num_key_value_heads": None},
     {**TINY_LLAMA, "model_type": "qwen2", "attention_bias": True},
     {**QWEN3, "head_dim": 24},
     TINY_MOE,

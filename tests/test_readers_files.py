@@ -299,8 +299,8 @@ def test_an_index_of_many_tensors_is_compared_in_linear_time(tmp_path: Path) -> 
         str(n): {"dtype": "F32", "shape": [0], "data_offsets": [0, 0]} for n in range(100_000)
     }
     text = json.dumps(header).encode()
-    (tmp_path / "model.safetensors").write_bytes(struct.pack("<Q", len(text)) + text)
-    index = {"weight_map": dict.fromkeys(header, "model.safetensors")}
+    (tmp_path / "model-1.safetensors").write_bytes(struct.pack("<Q", len(text)) + text)
+    index = {"weight_map": dict.fromkeys(header, "model-1.safetensors")}
     (tmp_path / "model.safetensors.index.json").write_text(json.dumps(index))
     with soon():
         assert len(TensorFiles(tmp_path).files) == len(header)

@@ -13,7 +13,7 @@ from megalora.adapters.finite import all_finite
 from megalora.hf.block_scaled import PlainFiles
 from megalora.hf.copies import copy_files, other_files
 from megalora.hf.directories import whole_directory
-from megalora.hf.factors import PRECISIONS, LoRAFactors, check_factors, summarise
+from megalora.hf.factors import LoRAFactors, check_factors, summarise
 from megalora.hf.files import MODEL, read_json, save_tensors, write_json
 from megalora.hf.head_rows import HEAD, check_head_rows
 from megalora.hf.safetensors_files import HFWeights
@@ -106,8 +106,6 @@ def _merged_file(
         tensor = weights.files.tensor(name)
         fused = _FUSED.fullmatch(name)
         module = factors.get(name.removesuffix(".weight"))
-        if fused or module is not None:
-            _check_precision(name, tensor)
         if fused:
             _add_experts(tensor, fused.group(1), fused.group(2), factors)
         elif module is not None and not (untie and name == _UNEMBEDDING):
@@ -122,14 +120,6 @@ def _merged_file(
         if not all_finite(tensor):
             _refuse(weights, file_name, name, tensor.dtype)
     return tensors
-
-
-def _check_precision(name: str, weight: Tensor) -> None:
-    if weight.dtype not in PRECISIONS:
-        raise ValueError(
-            f"base weight {name} is {weight.dtype}, whose numbers cannot be added to: give the "
-            "base in bfloat16, float16 or float32"
-        )
 
 
 def _refuse(weights: HFWeights, file_name: str, name: str, dtype: torch.dtype) -> NoReturn:

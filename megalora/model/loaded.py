@@ -73,11 +73,17 @@ def check_readable(config: Mapping[str, Any], files: TensorFiles | None) -> None
         method = given.get("quant_method", "") if isinstance(given, dict) else ""
         named = f" of quant_method {method!r:.50}" if method else ""
         _refuse(f"config.json has {field}{named}, {given!r:.200}")
-    for name in files or ():
-        assert files is not None
-        if mark := next((who for mark, who in _MARKS.items() if mark.search(name)), ""):
-            _refuse(f"{files.directory} has {name}, as {mark} writes it")
-        if _WEIGHT.fullmatch(name) and files.dtype(name) not in _FLOATS:
+    if files is not None:
+        _check_tensors(files, block)
+
+
+def _check_tensors(files: TensorFiles, block: tuple[int, int] | None) -> None:
+    for mark, who in _MARKS.items():
+        if name := next(filter(mark.search, files), None):
+            _refuse(f"{files.directory} has {name}, as {who} writes it")
+    for name in files:
+        is_coded = _WEIGHT.fullmatch(name) and files.dtype(name) not in _FLOATS
+        if is_coded or name + SCALE in files:
             _check_scaled(name, files, block)
         elif name.endswith(SCALE) and name.removesuffix(SCALE) not in files:
             raise ValueError(
@@ -86,15 +92,16 @@ def check_readable(config: Mapping[str, Any], files: TensorFiles | None) -> None
 
 
 def _check_scaled(name: str, files: TensorFiles, block: tuple[int, int] | None) -> None:
-    folder, dtype = files.directory, files.dtype(name)
-    if not dtype.startswith(("F8_E4M3", "F8_E5M2")) or (not block and name + SCALE not in files):
-        _refuse(f"{folder} has {name} as {dtype}, codes of numbers")
+    folder, dtype, scaled = files.directory, files.dtype(name), name + SCALE in files
+    if not dtype.startswith(("F8_E4M3", "F8_E5M2")) or (not block and not scaled):
+        what = "with scales" if scaled else "codes of numbers"
+        _refuse(f"{folder} has {name} as {dtype}, {what}")
     if not block:
         raise ValueError(
             f"{folder} has {name} as {dtype} with {name + SCALE}, and config.json no "
             "quantization_config, which says the blocks that it scales: download config.json again"
         )
-    if name + SCALE not in files:
+    if not scaled:
         raise ValueError(
             f"{folder} has {name} as {dtype} without {name + SCALE}: download it again"
         )
@@ -129,7 +136,7 @@ def with_own_head(config: Mapping[str, Any], files: TensorFiles | None) -> dict[
     return {**config, "tie_word_embeddings": _equal(files, *pair)}
 
 
-def _equal(headers: TensorFiles, first: str, second: str, *, at_once: int = 8192) -> bool:
+def _equal(headers: TensorFiles, first: str, second: str, *, at_once: int = 1024) -> bool:
     shape = headers.shape(first)
     if shape != headers.shape(second):
         return False

@@ -87,13 +87,8 @@ def prepare(
     apply_lora(model_chunks, config, vocab_size=rows_in_softmax(args))
     describe_base(model_chunks, base)
     if description is None and args.lora_load:
-        load_adapter(
-            model_chunks,
-            args.lora_load,
-            config,
-            hf_model=args.hf_model,
-            vocab_size=args.vocab_size,
-        )
+        base_of_it = {"hf_model": args.hf_model, "vocab_size": args.vocab_size}
+        load_adapter(model_chunks, args.lora_load, config, **base_of_it)
     change_args(args, stored_rates(args, description and description["schedule"]))
     change_args(args, before_loading(args, has_adapters=description is not None))
     check_outputs(model_chunks, args, config)
