@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -16,7 +17,7 @@ from megalora.model.config_json import model_shape, read_config
 from megalora.model.megatron import megatron_args
 from megalora.model.presets import named_shape
 from megalora.model.rope import rope
-from tests.support import hf_bases
+from tests.support import fp8, hf_bases
 from tests.support.hf_models import hf_model, logits, merged, random_factors, transformers
 
 NUMBERS = pytest.mark.bad_input("a number that is not one")
@@ -42,7 +43,7 @@ def config_of(directory: Path) -> dict[str, object]:
 @pytest.mark.parametrize("lm_head", [True, False])
 def test_merging_keeps_the_own_head_of_a_base_that_says_it_is_tied(lm_head, tmp_path):
     save("llama", tmp_path / "base", tied=True)
-    hf_bases.change(tmp_path / "base", hf_bases.own_head)
+    fp8.change(tmp_path / "base", hf_bases.own_head)
     model = hf_bases.loaded(tmp_path / "base")
     factors = random_factors(model, RANKS, lm_head=lm_head)
     assert not merge_adapter(tmp_path / "base", factors, tmp_path / "out"), "it was not tied"
@@ -57,7 +58,7 @@ def test_all_readers_tie_what_transformers_ties(head, tied, tmp_path):
     save("qwen3", base, tied=True)
     if head:
         equal = lambda tensors: {**tensors, HEAD: tensors[TABLE].clone()}  # noqa: E731
-        hf_bases.change(base, hf_bases.own_head if head == "own" else equal)
+        fp8.change(base, hf_bases.own_head if head == "own" else equal)
     assert hf_bases.loaded(base).config.tie_word_embeddings is tied
     config = read_config(base)
     assert megatron_args(config)["untie_embeddings_and_output_weights"] is not tied
@@ -67,13 +68,25 @@ def test_all_readers_tie_what_transformers_ties(head, tied, tmp_path):
 @MALFORMED
 def test_an_untied_base_without_a_head_is_refused_with_what_to_do(tmp_path):
     save("qwen3", tmp_path, tied=True)
-    hf_bases.change(tmp_path, tie_word_embeddings=False)
+    fp8.change(tmp_path, tie_word_embeddings=False)
     config = read_config(tmp_path)
     from megalora.hf.weights import Placement, Shard, Weights
 
     expected = Weights(config, Placement(Shard(), Shard(), Shard())).expected()
     with pytest.raises(ValueError, match=r"missing lm_head\.weight.* set tie_word_embeddings true"):
         HFWeights(tmp_path).check(expected, tied=False)
+
+
+def test_a_copy_of_the_embedding_is_untied_by_an_adapter_and_leaves_no_empty_file(tmp_path):
+    base = tmp_path / "base"
+    model = save("qwen3", base, tied=True)
+    fp8.change(base, lambda t: {**t, HEAD: t[TABLE].clone()})
+    split(base, lambda name: "head" if name == HEAD else "rest")
+    factors = random_factors(model, RANKS)
+    assert merge_adapter(base, factors, tmp_path / "out")
+    assert [path.name for path in (tmp_path / "out").glob("*.safetensors")] == ["rest.safetensors"]
+    found = hf_bases.loaded_logits(tmp_path / "out")
+    torch.testing.assert_close(found, logits(merged(model, factors)), atol=5e-6, rtol=1e-5)
 
 
 # === Which files ===
@@ -83,7 +96,7 @@ def test_a_whole_file_comes_before_an_index(tmp_path):
     base = tmp_path / "base"
     save("qwen3", base, max_shard_size="20KB")
     whole = save("qwen3", tmp_path / "whole")
-    hf_bases.change(tmp_path / "whole", lambda t: {**t, HEAD: -t[HEAD]})
+    fp8.change(tmp_path / "whole", lambda t: {**t, HEAD: -t[HEAD]})
     shutil.copy(tmp_path / "whole" / "model.safetensors", base)
     head = hf_bases.loaded(base).lm_head.weight
     assert torch.equal(head, -whole.lm_head.weight)
@@ -138,8 +151,8 @@ def test_a_directory_of_another_form_is_refused_with_what_to_do(file, sentence, 
 def test_fp8_is_read_as_transformers_reads_it(family, scales, tmp_path):
     save(family, tmp_path)
     block = (8, 8)
-    quantised = hf_bases.fp8_config(block, modules_to_not_convert=["lm_head", "mlp.gate"])
-    hf_bases.change(tmp_path, hf_bases.in_fp8(block, scales), quantization_config=quantised)
+    quantised = fp8.fp8_config(block, modules_to_not_convert=["lm_head", "mlp.gate"])
+    fp8.change(tmp_path, fp8.in_fp8(block, scales), quantization_config=quantised)
     expected = hf_bases.loaded(tmp_path).state_dict()
     files = HFWeights(tmp_path)
     assert files.files.is_scaled("model.layers.0.self_attn.q_proj.weight")
@@ -163,14 +176,14 @@ def test_any_slice_of_fp8_is_that_of_the_whole_product(stack, block, tmp_path):
     name = "model.layers.0.mlp.experts.gate_up_proj" if stack else "a.weight"
     generator = torch.Generator().manual_seed(3)
     grid = [-(-size // each) for size, each in zip((200, 300), block, strict=True)]
-    codes = torch.randn(*stack, 200, 300, generator=generator).to(hf_bases.FP8)
+    codes = torch.randn(*stack, 200, 300, generator=generator).to(fp8.FP8)
     scales = torch.rand(*stack, *grid, generator=generator) + 0.5
     tensors = {name: codes, f"{name}_scale_inv": scales}
     save_file(tensors, tmp_path / "model.safetensors")
-    text = json.dumps({"quantization_config": hf_bases.fp8_config(block)})
+    text = json.dumps({"quantization_config": fp8.fp8_config(block)})
     (tmp_path / "config.json").write_text(text)
     pairs = zip(codes.reshape(-1, 200, 300), scales.reshape(-1, *grid), strict=True)
-    whole = torch.stack([hf_bases.scale_grid(*pair, block) for pair in pairs]).view(codes.shape)
+    whole = torch.stack([fp8.scale_grid(*pair, block) for pair in pairs]).view(codes.shape)
     files = PlainFiles(tmp_path)
     assert list(files) == [name]
     assert torch.equal(files.tensor(name), whole)
@@ -184,11 +197,11 @@ def test_any_slice_of_fp8_is_that_of_the_whole_product(stack, block, tmp_path):
 
 
 def test_of_the_scales_only_those_of_the_slice_are_read(tmp_path, monkeypatch):
-    tensors = {"a.weight": torch.ones(512, 512).to(hf_bases.FP8)}
+    tensors = {"a.weight": torch.ones(512, 512).to(fp8.FP8)}
     tensors["a.weight_scale_inv"] = torch.full((4, 4), float("nan"))
     tensors["a.weight_scale_inv"][1:3, 2] = 2.0
     save_file(tensors, tmp_path / "model.safetensors")
-    text = json.dumps({"quantization_config": hf_bases.fp8_config((128, 128))})
+    text = json.dumps({"quantization_config": fp8.fp8_config((128, 128))})
     (tmp_path / "config.json").write_text(text)
     files = PlainFiles(tmp_path)
     read = []
@@ -213,19 +226,18 @@ def test_of_the_scales_only_those_of_the_slice_are_read(tmp_path, monkeypatch):
     assert read == [("a.weight", 100 * 128), ("a.weight_scale_inv", 2)]
 
 
-@pytest.mark.parametrize("shards", [{}, {"max_shard_size": "20KB"}])
+@pytest.mark.parametrize("shards", [1, 3])
 def test_merging_into_fp8_writes_bfloat16_and_no_scales(shards, tmp_path):
     base, factors = tmp_path / "base", random_factors(hf_model("qwen3"), RANKS)
     save("qwen3", tmp_path / "plain")
-    hf_bases.change(
-        tmp_path / "plain", hf_bases.in_fp8(BLOCK), quantization_config=hf_bases.fp8_config(BLOCK)
-    )
-    stored = hf_bases.tensors_of(tmp_path / "plain")
+    fp8.change(tmp_path / "plain", fp8.in_fp8(BLOCK), quantization_config=fp8.fp8_config(BLOCK))
+    stored = fp8.tensors_of(tmp_path / "plain")
     shutil.copytree(tmp_path / "plain", base)
-    if shards:
-        split(base)
+    if shards > 1:
+        # Scales are in other files than what they scale.
+        split(base, lambda name: f"model-{len(name) % shards}")
     merge_adapter(base, factors, tmp_path / "out")
-    plain = hf_bases.out_of_fp8(BLOCK)(stored)
+    plain = fp8.out_of_fp8(BLOCK)(stored)
     expected = {
         name: tensor + factors[module].delta()
         if (module := name[: -len(".weight")]) in factors
@@ -241,20 +253,19 @@ def test_merging_into_fp8_writes_bfloat16_and_no_scales(shards, tmp_path):
         assert tensor.dtype == expected[name].dtype, name
         assert torch.equal(tensor, expected[name]), name
     assert "quantization_config" not in config_of(tmp_path / "out")
-    if shards:
+    if shards > 1:
         index = json.loads((tmp_path / "out" / "model.safetensors.index.json").read_text())
         assert index["weight_map"].keys() == expected.keys()
     assert hf_bases.loaded(tmp_path / "out") is not None
 
 
-def split(directory: Path) -> None:
-    """Write a directory of one file as three, scales in another file than what they scale."""
-    tensors = hf_bases.tensors_of(directory)
+def split(directory: Path, file_of: Callable[[str], str]) -> None:
+    """Write a directory of one file as several with an index."""
+    tensors = fp8.tensors_of(directory)
     (directory / "model.safetensors").unlink()
-    place = {name: f"model-{len(name) % 3}.safetensors" for name in sorted(tensors)}
+    place = {name: f"{file_of(name)}.safetensors" for name in sorted(tensors)}
     for file in set(place.values()):
         save_file({n: t for n, t in tensors.items() if place[n] == file}, directory / file)
-    assert any(place[n] != place[f"{n}_scale_inv"] for n in place if f"{n}_scale_inv" in place)
     text = json.dumps({"metadata": {}, "weight_map": place})
     (directory / "model.safetensors.index.json").write_text(text)
 
@@ -405,6 +416,6 @@ def test_an_adapter_of_another_vocabulary_is_refused_by_merge_and_import(rows, t
 @pytest.mark.parametrize("name", [TABLE, HEAD])
 def test_a_resized_table_is_refused_with_what_to_do(name, tmp_path):
     save("qwen3", tmp_path)
-    hf_bases.change(tmp_path, lambda t: {**t, name: torch.cat([t[name], t[name][:6]])})
+    fp8.change(tmp_path, lambda t: {**t, name: torch.cat([t[name], t[name][:6]])})
     with pytest.raises(ValueError, match=r"66 \(its tensors 72\).*correct vocab_size"):
         read_config(tmp_path)

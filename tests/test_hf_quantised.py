@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from megalora.model.config_json import read_config
+from tests.support.fp8 import FP8, change, fp8_config, in_fp8
 from tests.support.fuzzing import command
-from tests.support.hf_bases import FP8, change, fp8_config, in_fp8
 from tests.support.honest import LLAMA, write_base, write_peft
 
 NUMBERS = pytest.mark.bad_input("a number that is not one")

@@ -48,6 +48,7 @@ def merge_adapter(
     config = without_quantisation(checked_config(load_config(source), source))
     weights = HFWeights(source)
     untie = "lm_head" in factors and switch(config, "tie_word_embeddings", default=False)
+    config |= {"tie_word_embeddings": False} if untie else {}
     _check_fits(weights, factors, untie=untie)
     others = other_files(source, skip=_is_rewritten)
     with whole_directory(output, overwrite=overwrite, inputs={"--hf-model": source}) as target:
@@ -55,13 +56,13 @@ def merge_adapter(
         for file_name in weights.files.file_names():
             tensors = _merged_file(weights, file_name, factors, untie=untie)
             total += sum(t.numel() * t.element_size() for t in tensors.values())
-            save_tensors(target / file_name, tensors)
+            # Of a file with an unembedding alone nothing may be left.
+            if tensors:
+                save_tensors(target / file_name, tensors)
             if progress:
                 progress(file_name)
         copy_files(others, target)
-        write_json(
-            target / "config.json", {**config, "tie_word_embeddings": False} if untie else config
-        )
+        write_json(target / "config.json", config)
         if weights.files.has_shards:
             _write_index(weights, target, total, untie=untie)
     return untie

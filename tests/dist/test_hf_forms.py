@@ -23,7 +23,7 @@ from megalora.hf.safetensors_files import HFWeights
 from megalora.model.config_json import read_config
 from tests.dist.support import hf
 from tests.dist.support.layouts import Layout, model_parallel, over
-from tests.support import hf_bases, hf_models
+from tests.support import fp8, hf_bases, hf_models
 
 TOLERANCE = 1e-4
 ONE, TP = Layout(), Layout(tp=2)
@@ -50,8 +50,8 @@ def with_equal_head(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 FP8: dict[str, Any] = {
-    "tensors": hf_bases.in_fp8(BLOCK),
-    "quantization_config": hf_bases.fp8_config(BLOCK, modules_to_not_convert=["lm_head"]),
+    "tensors": fp8.in_fp8(BLOCK),
+    "quantization_config": fp8.fp8_config(BLOCK, modules_to_not_convert=["lm_head"]),
 }
 FORMS: dict[str, tuple[str, bool, dict[str, Any]]] = {
     "own head": ("llama", True, {"tensors": hf_bases.own_head}),
@@ -73,11 +73,11 @@ def reference(form: str) -> tuple[Path, Tensor]:
     hf_models.hf_model(family, tied=tied).save_pretrained(directory)
     plain = directory.with_name("plain")
     if dist.get_rank() == 0:
-        hf_bases.change(directory, **changes)
+        fp8.change(directory, **changes)
         shutil.copytree(directory, plain)
         if form.startswith("fp8"):
             # transformers has no blocks that end within a weight.
-            hf_bases.change(plain, hf_bases.out_of_fp8(BLOCK), quantization_config=None)
+            fp8.change(plain, fp8.out_of_fp8(BLOCK), quantization_config=None)
     dist.barrier()
     return directory, hf_bases.loaded_logits(plain)
 

@@ -30,7 +30,7 @@ from megalora.model.config_json import model_shape, read_config
 from megalora.model.families import names_of
 from megalora.model.megatron import megatron_flags
 from megalora.printable import printable
-from tests.support import honest
+from tests.support import fp8, honest
 from tests.support.mutations import Mutation, apply, fresh_copy, mutations
 from tests.support.soon import soon
 
@@ -167,6 +167,11 @@ def write_checkpoint_without_manifest(directory: Path) -> None:
     (directory / ITERATION / "integrity.json").unlink()
 
 
+def write_fp8(directory: Path) -> None:
+    config = {"quantization_config": fp8.fp8_config((4, 8))}
+    fp8.change(honest.write_base(directory, honest.LLAMA), fp8.in_fp8((4, 8)), **config)
+
+
 TARGETS = {
     "a dense base": Target(
         lambda place: honest.write_base(place, honest.LLAMA, shards=2),
@@ -175,6 +180,7 @@ TARGETS = {
     "a base with experts": Target(
         lambda place: honest.write_base(place, honest.MOE), (flags, weights, recommend)
     ),
+    "a base in FP8": Target(write_fp8, (flags, weights, merge)),
     "a config.json alone": Target(
         lambda place: (
             place.mkdir(),
