@@ -14,6 +14,7 @@ from megalora.hf.factors import LoRAFactors, check_factors, summarise
 from megalora.hf.fused import join_qkv
 from megalora.hf.head_rows import check_head_rows
 from megalora.hf.linears import Linear, locate
+from megalora.hf.misfits import why_not_in_model
 from megalora.model.shape import ModelShape
 from megalora.targets import matching_target
 
@@ -88,7 +89,7 @@ def _group(
     if unknown:
         raise ValueError(
             f"adapter has modules that this model has no adapter for: {summarise(unknown)}: "
-            "it belongs to another model or family"
+            f"{why_not_in_model(unknown, shape)}"
         )
     if untargeted:
         wanted = shlex.join([*config.targets, *sorted(set(untargeted.values()))])

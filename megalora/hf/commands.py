@@ -16,11 +16,12 @@ from tqdm import tqdm
 
 from megalora.hf import offline
 from megalora.hf.adapters import from_hf, to_hf
-from megalora.hf.factors import LoRAFactors
+from megalora.hf.factors import LoRAFactors, summarise
 from megalora.hf.files import TensorFiles
+from megalora.hf.foreign import refuse_foreign
 from megalora.hf.inspect import AdapterReport, describe, inspect_peft, is_peft
 from megalora.hf.merge import merge_adapter
-from megalora.hf.peft import read_adapter, write_adapter
+from megalora.hf.peft import read_adapter, read_adapter_directory, write_adapter
 from megalora.hf.peft_experts import without_untrained
 from megalora.model.config_json import hidden_size_of, load_config, model_shape, read_config
 from megalora.model.megatron import megatron_flags
@@ -55,7 +56,7 @@ def import_adapter(args: argparse.Namespace) -> None:
     """Turn a PEFT directory into an adapter checkpoint."""
     start = time.monotonic()
     shape = model_shape(read_config(args.hf_model))
-    factors = read_adapter(args.adapter, hidden_size=shape.hidden_size)
+    factors = read_adapter(args.adapter, hidden_size=shape.hidden_size, base=args.hf_model)
     config = offline.infer_config(factors, shape)
     rank = args.rank or config.rank
     config = replace(
@@ -91,23 +92,28 @@ def merge(args: argparse.Namespace) -> None:
     start = time.monotonic()
     base = Path(args.hf_model)
     hidden_size = hidden_size_of(load_config(args.hf_model))
-    factors = read_adapter(args.adapter, hidden_size=hidden_size)
+    adapter = read_adapter_directory(args.adapter, hidden_size=hidden_size)
+    factors, trained = adapter.factors, adapter.trained_layers(base)
     total = len(TensorFiles(base).file_names())
     with tqdm(total=total, unit="file", desc="merging", disable=None) as bar:
         untied = merge_adapter(
             base,
             factors,
             args.output,
+            trained=trained,
             overwrite=args.overwrite,
             progress=lambda _name: bar.update(),
         )
     _say_done("merged", factors, args.output, start)
+    if trained:
+        print(f"the adapter's own whole layers replaced the base's: {summarise(list(trained))}")
     if untied:
         print("the unembedding was tied and has its own weight now: lm_head.weight")
 
 
 def inspect(args: argparse.Namespace) -> None:
     """Say what an adapter holds."""
+    refuse_foreign(args.directory, checkpoints=True)
     report = inspect_peft(args.directory) if is_peft(args.directory) else _of_checkpoint(args)
     if args.json:
         print(json.dumps(report.to_dict(), indent=2))

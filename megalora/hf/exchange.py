@@ -16,6 +16,7 @@ from megalora.checkpoint.ranks import on_all_ranks
 from megalora.checkpoint.read import read_adapters
 from megalora.config import LoRAConfig
 from megalora.hf.adapters import from_hf, to_hf
+from megalora.hf.foreign import refuse_foreign
 from megalora.hf.head_rows import check_head_rows
 from megalora.hf.inspect import is_peft
 from megalora.hf.peft import Format, read_adapter, write_adapter
@@ -46,6 +47,7 @@ def load_adapter(
     vocab_size: rows that the base has at least without Megatron's padding, 0 where unknown.
     """
     path = Path(directory)
+    refuse_foreign(path, checkpoints=True)
     if is_peft(path):
         _load_peft(model_chunks, path, config, hf_model, vocab_size)
     else:
@@ -60,7 +62,7 @@ def _load_peft(
     vocab_size: int,
 ) -> None:
     shape, padded = model_shape(model_chunks, hf_model), _padded_vocab_size(model_chunks)
-    factors = read_adapter(directory, hidden_size=shape.hidden_size)
+    factors = read_adapter(directory, hidden_size=shape.hidden_size, base=hf_model)
     known = _vocab_size(hf_model) if hf_model else 0
     check_head_rows(factors, known or vocab_size, known or padded)
     tensors = from_hf(

@@ -14,6 +14,7 @@ import torch
 from megalora.hf.factors import LoRAFactors, summarise
 from megalora.hf.peft import CONFIG_NAME, read_adapter_directory
 from megalora.hf.peft_config import layer_of, split_expert
+from megalora.hf.whole_layers import said_of_whole
 from megalora.printable import printable
 
 
@@ -99,6 +100,8 @@ def inspect_peft(directory: str | Path) -> AdapterReport:
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         found = read_adapter_directory(directory, on_problem=problems.append)
+    if found.whole:
+        problems.append(said_of_whole(found.whole))
     problems += [str(warning.message) for warning in caught]
     return describe(
         found.factors,

@@ -16,6 +16,7 @@ from megalora.hf.directories import whole_directory
 from megalora.hf.factors import LoRAFactors, check_factors, summarise
 from megalora.hf.files import MODEL, read_json, save_tensors, write_json
 from megalora.hf.head_rows import HEAD, check_head_rows
+from megalora.hf.misfits import why_not
 from megalora.hf.safetensors_files import HFWeights
 from megalora.hf.written import MANIFEST
 from megalora.model.config_json import checked_config, load_config
@@ -31,6 +32,7 @@ def merge_adapter(
     factors: Mapping[str, LoRAFactors],
     output: str | os.PathLike[str],
     *,
+    trained: Mapping[str, Tensor] | None = None,
     overwrite: bool = False,
     progress: Callable[[str], object] | None = None,
 ) -> bool:
@@ -39,6 +41,8 @@ def merge_adapter(
     Files, tensor names, precisions and the index are those of the base; sums are made in fp32. FP8
     weights with block scales become bfloat16, and their scales are left out. An adapter of a tied
     unembedding unties it: lm_head.weight is added, and config.json says so.
+    trained: whole tensors that take the place of the base's, by name; one of tied embeddings unties
+        them.
     progress: called with every file's name.
     Raises ValueError, with nothing written, where the adapter does not belong to the base, where a
     weight of the base is not finite, and where a sum is beyond the precision of its weight.
@@ -46,15 +50,16 @@ def merge_adapter(
     check_factors(factors)
     source = Path(base)
     config = without_quantisation(checked_config(load_config(source), source))
-    weights = HFWeights(source)
-    untie = "lm_head" in factors and switch(config, "tie_word_embeddings", default=False)
+    weights, trained = HFWeights(source), trained or {}
+    of_head = "lm_head" in factors or not {_EMBEDDING, _UNEMBEDDING}.isdisjoint(trained)
+    untie = of_head and switch(config, "tie_word_embeddings", default=False)
     config |= {"tie_word_embeddings": False} if untie else {}
     _check_fits(weights, factors, untie=untie)
     others = other_files(source, skip=_is_rewritten)
     with whole_directory(output, overwrite=overwrite, inputs={"--hf-model": source}) as target:
         total = 0
         for file_name in weights.files.file_names():
-            tensors = _merged_file(weights, file_name, factors, untie=untie)
+            tensors = _merged_file(weights, file_name, factors, trained, untie=untie)
             total += sum(t.numel() * t.element_size() for t in tensors.values())
             # Of a file with an unembedding alone nothing may be left.
             if tensors:
@@ -90,21 +95,27 @@ def _check_fits(weights: HFWeights, factors: Mapping[str, LoRAFactors], *, untie
             wrong.append(f"{name} {list(shape)} (base {list(weights.shapes[key])})")
     if missing:
         raise ValueError(
-            f"{weights.files.directory} has no weights for {summarise(missing)}: the adapter "
-            "belongs to another model"
+            f"{weights.files.directory} has no weights for {summarise(missing)} of the adapter: "
+            f"{why_not(missing, (key.removesuffix('.weight') for key in weights.shapes))}"
         )
     if wrong:
         raise ValueError(f"adapter has other sizes than its base: {summarise(wrong)}")
 
 
 def _merged_file(
-    weights: HFWeights, file_name: str, factors: Mapping[str, LoRAFactors], *, untie: bool
+    weights: HFWeights,
+    file_name: str,
+    factors: Mapping[str, LoRAFactors],
+    trained: Mapping[str, Tensor],
+    *,
+    untie: bool,
 ) -> dict[str, Tensor]:
     """Return the tensors of one file with the updates that belong to them."""
     names = [name for name, file in weights.files.files.items() if file == file_name]
     tensors: dict[str, Tensor] = {}
     for name in names:
-        tensor = weights.files.tensor(name)
+        own = weights.files.tensor(name)
+        tensor = trained[name].to(own.dtype) if name in trained else own
         fused = _FUSED.fullmatch(name)
         module = factors.get(name.removesuffix(".weight"))
         if fused:
@@ -116,7 +127,8 @@ def _merged_file(
             continue
         tensors[name] = tensor.bfloat16() if weights.files.is_scaled(name) else tensor
         if untie and name == _EMBEDDING:
-            tensors[_UNEMBEDDING] = add_update(tensor.clone(), factors["lm_head"])
+            head = trained.get(_UNEMBEDDING, own).to(own.dtype, copy=True)
+            tensors[_UNEMBEDDING] = _updated(head, factors.get("lm_head"))
     for name, tensor in tensors.items():
         if not all_finite(tensor):
             _refuse(weights, file_name, name, tensor.dtype)
@@ -146,6 +158,10 @@ def _add_experts(
             module = factors.get(f"{prefix}.{expert}.{part}")
             if module is not None:
                 add_update(rows, module)
+
+
+def _updated(weight: Tensor, module: LoRAFactors | None) -> Tensor:
+    return weight if module is None else add_update(weight, module)
 
 
 @torch.no_grad()

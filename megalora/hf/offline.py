@@ -10,6 +10,7 @@ from megalora import cpu, mends
 from megalora.config import LoRAConfig
 from megalora.hf.factors import LoRAFactors, same_scale
 from megalora.hf.linears import Linear, locate
+from megalora.hf.misfits import why_not_in_model
 from megalora.hf.stacked_experts import is_one
 from megalora.model.shape import ModelShape
 from megalora.targets import ModelFacts
@@ -58,7 +59,10 @@ def infer_config(factors: Mapping[str, LoRAFactors], shape: ModelShape) -> LoRAC
     for name, module in factors.items():
         place = locate(name, shape)
         if place is None:
-            raise ValueError(f"adapter has {name}, which the base does not have")
+            raise ValueError(
+                f"adapter has {name}, which the base does not have: "
+                f"{why_not_in_model([name], shape)}"
+            )
         layer, linear, _, projection = place
         targets.add(linear.megatron)
         group = experts[linear.name(layer), linear, projection] if linear.is_expert else dense

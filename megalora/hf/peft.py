@@ -3,7 +3,7 @@
 import os
 import re
 from collections.abc import Callable, Collection, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -12,7 +12,7 @@ from torch import Tensor
 
 from megalora.hf.adapter_config import AdaptedBase, adapter_config
 from megalora.hf.directories import whole_directory
-from megalora.hf.factors import LoRAFactors, check_factors, check_tensors, summarise
+from megalora.hf.factors import LoRAFactors, check_factors, check_tensors
 from megalora.hf.files import (
     ADAPTER,
     TensorFiles,
@@ -20,6 +20,7 @@ from megalora.hf.files import (
     save_tensors,
     write_json,
 )
+from megalora.hf.foreign import CONFIG_NAME, refuse_foreign
 from megalora.hf.peft_config import (
     PeftRules,
     check_ranks,
@@ -36,31 +37,38 @@ from megalora.hf.peft_experts import (
     split_3d,
     without_blanks,
 )
+from megalora.hf.peft_keys import check_keys, read_keys, read_pairs
+from megalora.hf.peft_targets import check_targets
 from megalora.hf.stacked_experts import (
-    from_tinker_name,
     is_stacked,
     join_tinker,
     split_stacked,
     to_tinker_name,
 )
+from megalora.hf.whole_layers import refuse_trained, said_of_whole, trained_layers
 
 Format = Literal["peft", "uniform", "peft-3d", "tinker"]
 FORMATS: tuple[str, ...] = get_args(Format)
-CONFIG_NAME = "adapter_config.json"
 _PREFIX = "base_model.model."
-_KEY = re.compile(r"base_model\.model\.([A-Za-z_]\w*(?:\.\w+)*)\.lora_([AB])\.weight")
 _DENSE = re.compile(rf"model\.layers\.\d+\.mlp\.({'|'.join(PROJECTIONS)})")
-# PEFT saves the frozen base of a targeted unembedding along with its adapter.
-_BASE_COPIES = re.compile(r"base_model\.model\.(.*\.)?(lm_head|embed_tokens)\.base_layer\.weight")
 
 
 @dataclass(frozen=True, slots=True)
 class AdapterDirectory:
-    """What a PEFT directory holds: its factors and its configuration."""
+    """What a PEFT directory holds: its factors, its configuration, and whole layers beside them.
+
+    whole: key in `files` by the name of the base's tensor.
+    """
 
     factors: dict[str, LoRAFactors]
     config: dict[str, Any]
     rules: PeftRules
+    files: TensorFiles
+    whole: dict[str, str]
+
+    def trained_layers(self, base: str | os.PathLike[str]) -> dict[str, Tensor]:
+        """Return the whole layers that are not those of the base, by the name of its tensor."""
+        return trained_layers(self.files, self.whole, Path(base))
 
 
 def write_adapter(
@@ -152,14 +160,23 @@ def make_uniform(
 
 
 def read_adapter(
-    directory: str | os.PathLike[str], *, hidden_size: int | None = None
+    directory: str | os.PathLike[str],
+    *,
+    hidden_size: int | None = None,
+    base: str | os.PathLike[str] | None = None,
 ) -> dict[str, LoRAFactors]:
     """Return the factors of a PEFT directory by Hugging Face module name.
 
     hidden_size: of the base, only needed for 3-D adapters of one expert parameter.
+    base: directory of the base, only needed where there are whole layers beside the factors.
     Raises ValueError for whatever plain LoRA factors cannot represent, and for broken files.
     """
-    return read_adapter_directory(directory, hidden_size=hidden_size).factors
+    found = read_adapter_directory(directory, hidden_size=hidden_size)
+    if found.whole and base is None:
+        raise ValueError(said_of_whole(found.whole))
+    if found.whole and base is not None:
+        refuse_trained(found.trained_layers(base))
+    return found.factors
 
 
 def read_adapter_directory(
@@ -173,9 +190,14 @@ def read_adapter_directory(
     on_problem: told of unknown tensors and of values that are not finite, instead of ValueError.
     """
     path = Path(directory)
+    refuse_foreign(path)
     config = read_json(path / CONFIG_NAME)
     rules = read_rules(config)
-    pairs = _read_pairs(TensorFiles(path, ADAPTER), on_problem)
+    files = TensorFiles(path, ADAPTER)
+    keys = read_keys(files)
+    check_keys(keys, config, on_problem)
+    rules = replace(rules, prefix=keys.prefix)
+    pairs = read_pairs(files, keys)
     stacked = {name: pairs.pop(name) for name in list(pairs) if is_stacked(name)}
     for number, end in enumerate(("lora_A", "lora_B")):
         check_tensors({f"{name}.{end}": _matrix(name, p[number]) for name, p in pairs.items()})
@@ -183,6 +205,7 @@ def read_adapter_directory(
     dense = {name: pair for name, pair in pairs.items() if name not in of_parameters}
     ranks = {name: int(a.shape[0]) for name, (a, _) in dense.items()}
     check_ranks(ranks, rules)
+    check_targets(config, {name: keys.stored(name) for name in pairs})
     factors = {name: LoRAFactors(a, b, rules.scale(name)) for name, (a, b) in dense.items()}
     factors |= split_stacked(stacked, rules)
     if of_parameters:
@@ -193,36 +216,7 @@ def read_adapter_directory(
         if on_problem is None:
             raise
         on_problem(str(error))
-    return AdapterDirectory(without_blanks(factors), config, rules)
-
-
-def _read_pairs(
-    files: TensorFiles, on_problem: Callable[[str], None] | None
-) -> dict[str, tuple[Tensor, Tensor]]:
-    found: dict[str, dict[str, str]] = {}
-    unknown: list[str] = []
-    for key in files:
-        match = _KEY.fullmatch(key)
-        if match:
-            found.setdefault(from_tinker_name(match.group(1)), {})[match.group(2)] = key
-        elif not _BASE_COPIES.fullmatch(key):
-            unknown.append(key)
-    if unknown:
-        message = (
-            f"{files.directory} has tensors that are no LoRA factors: {summarise(unknown)}: "
-            "only `<module>.lora_A.weight` and `<module>.lora_B.weight` can be read"
-        )
-        if on_problem is None:
-            raise ValueError(message)
-        on_problem(message)
-    alone = [name for name, pair in found.items() if len(pair) != 2]
-    if alone:
-        raise ValueError(f"{files.directory} has one of lora_A and lora_B of {summarise(alone)}")
-    if not found:
-        raise ValueError(f"{files.directory} has no LoRA factors")
-    return {
-        name: (files.tensor(pair["A"]), files.tensor(pair["B"])) for name, pair in found.items()
-    }
+    return AdapterDirectory(without_blanks(factors), config, rules, files, keys.whole)
 
 
 def _matrix(name: str, factor: Tensor) -> Tensor:

@@ -2,7 +2,6 @@
 
 import math
 import re
-import warnings
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
@@ -11,48 +10,25 @@ from typing import Any
 from megalora.config import ALPHAS, RANKS, is_alpha, is_rank
 from megalora.hf.factors import summarise
 from megalora.hf.patterns import Patterns
-from megalora.printable import printable
+from megalora.hf.peft_fields import check_fields, check_type
 
 _LAYER = re.compile(r"model\.layers\.(\d+)\.(.+)")
 _EXPERT = re.compile(r"(.+\.experts)\.(\d+)\.(gate_proj|up_proj|down_proj)")
 
-# Fields of LoraConfig that change the update's formula, with the value that means "not used".
-_REFUSED: dict[str, Any] = {
-    "use_dora": False,
-    "use_qalora": False,
-    "lora_bias": False,
-    "bias": "none",
-    "fan_in_fan_out": False,
-    "modules_to_save": None,
-    "trainable_token_indices": None,
-    "layer_replication": None,
-    "alora_invocation_tokens": None,
-    "arrow_config": None,
-    "velora_config": None,
-    "kasa_config": None,
-}
-# Fields that only matter in training, or that the tensors themselves answer.
-_HARMLESS = {
-    "alpha_pattern", "auto_mapping", "base_model_name_or_path", "corda_config",
-    "ensure_weight_tying", "eva_config", "exclude_modules", "inference_mode", "init_lora_weights",
-    "layers_pattern", "layers_to_transform", "loftq_config", "lora_alpha", "lora_dropout",
-    "lora_ga_config", "megatron_config", "megatron_core", "monteclora_config", "peft_type",
-    "peft_version", "qalora_group_size", "r", "rank_pattern", "revision", "runtime_config",
-    "target_modules", "target_parameters", "task_type", "use_bdlora", "use_rslora",
-}  # fmt: skip
-# These starts subtract an initial adapter from the base weights when PEFT loads them.
-_CHANGES_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
-
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PeftRules:
-    """How adapter_config.json gives a module its rank and its scale."""
+    """How adapter_config.json gives a module its rank and its scale.
+
+    prefix: what the modules' names have for `model.` where PEFT matches them with patterns.
+    """
 
     r: int
     lora_alpha: float
     rank_pattern: Mapping[str, int] = field(default_factory=dict)
     alpha_pattern: Mapping[str, float] = field(default_factory=dict)
     use_rslora: bool = False
+    prefix: str = "model."
     _ranks: Patterns[int] = field(init=False, repr=False, compare=False)
     _alphas: Patterns[float] = field(init=False, repr=False, compare=False)
 
@@ -62,12 +38,15 @@ class PeftRules:
 
     def rank(self, name: str) -> int:
         """Return the rank of a module."""
-        return self._ranks.first(name, self.r)
+        return self._ranks.first(self._stored(name), self.r)
 
     def scale(self, name: str) -> float:
         """Return the factor of B @ A: alpha / r, or alpha / sqrt(r) under rsLoRA."""
-        rank, alpha = self.rank(name), self._alphas.first(name, self.lora_alpha)
+        rank, alpha = self.rank(name), self._alphas.first(self._stored(name), self.lora_alpha)
         return alpha / (math.sqrt(rank) if self.use_rslora else rank)
+
+    def _stored(self, name: str) -> str:
+        return self.prefix + name.removeprefix("model.") if name.startswith("model.") else name
 
 
 def read_rules(config: Mapping[str, Any]) -> PeftRules:
@@ -75,9 +54,8 @@ def read_rules(config: Mapping[str, Any]) -> PeftRules:
 
     Raises ValueError, by name, for whatever plain LoRA factors cannot represent.
     """
-    if config.get("peft_type") != "LORA":
-        raise ValueError(f"adapter_config peft_type is {config.get('peft_type')!r}: must be 'LORA'")
-    _refuse_extensions(config)
+    check_type(config)
+    check_fields(config)
     _check_targets(config)
     ranks, alphas = _patterns(config, "rank_pattern"), _patterns(config, "alpha_pattern")
     for name, value in (("r", config.get("r")), *_fields("rank_pattern", ranks)):
@@ -121,35 +99,11 @@ def _patterns(config: Mapping[str, Any], name: str) -> dict[str, float]:
 
 def _check_targets(config: Mapping[str, Any]) -> None:
     """Raise ValueError where the parameters that 3-D factors belong to are no list of names."""
-    parameters = config.get("target_parameters")
-    is_list = isinstance(parameters, list) and all(isinstance(each, str) for each in parameters)
-    if parameters is not None and not is_list:
+    parameters = config.get("target_parameters") or []
+    if not isinstance(parameters, list) or not all(isinstance(each, str) for each in parameters):
         raise ValueError(
             f"adapter_config target_parameters is {parameters!r}: must be a list of names"
         )
-
-
-def _refuse_extensions(config: Mapping[str, Any]) -> None:
-    used = [
-        name for name, unused in _REFUSED.items() if config.get(name, unused) not in (unused, None)
-    ]
-    unknown = [
-        name
-        for name, value in config.items()
-        if value and name not in _REFUSED and name not in _HARMLESS
-    ]
-    used += [name for name in unknown if name.startswith("use_") or name.endswith("_config")]
-    start = config.get("init_lora_weights")
-    if isinstance(start, str) and start.lower().startswith(_CHANGES_BASE):
-        used.append(f"init_lora_weights={start}")
-    if used:
-        raise ValueError(
-            f"adapter_config uses {', '.join(used)}, which plain LoRA factors cannot represent: "
-            "merge the adapter with PEFT, or convert it to plain LoRA first"
-        )
-    for name in unknown:
-        shown = printable(name, 100)
-        warnings.warn(f"adapter_config has the unknown field {shown}, ignored", stacklevel=3)
 
 
 def choose_patterns(

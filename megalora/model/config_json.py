@@ -17,6 +17,10 @@ from megalora.reading import read_json
 def load_config(source: str | Path) -> dict[str, Any]:
     """Read a config.json, or that of a model's directory, of whatever family."""
     path = Path(source)
+    if (path / "adapter_config.json").exists() and not (path / "config.json").exists():
+        raise ValueError(
+            f"{path} is an adapter, no base: give the directory of the model that it was trained on"
+        )
     return read_json(path if path.is_file() else path / "config.json")
 
 

@@ -1,0 +1,82 @@
+"""Which modules an adapter_config.json names: PEFT leaves the factors of all others out."""
+
+import re
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+import re2
+
+from megalora.hf.factors import summarise
+from megalora.hf.peft_config import layer_of
+from megalora.hf.peft_keys import without_wrappers
+
+_MAX_PATTERN = 4000
+type _Selects = Callable[[Iterable[str]], bool]
+
+
+def check_targets(config: Mapping[str, Any], names: Mapping[str, str]) -> None:
+    """Raise ValueError where a configuration leaves modules out that have factors.
+
+    names: of the modules here -> in the file. Experts' are not looked at: PEFT names them anew. Nor
+    is a pattern that cannot be matched in bounded time.
+    """
+    excluded = _selector(config.get("exclude_modules"), unknown=False)
+    targeted, layers = _targets(config), config.get("layers_to_transform")
+    layers = layers if isinstance(layers, list) else [layers]
+    of_layer = layers not in ([], [None])
+    left_out: dict[str, list[str]] = {}
+    for name, stored in names.items():
+        both = (name, stored)
+        if ".experts" in name:
+            continue
+        if not targeted(both):
+            left_out.setdefault("target_modules", []).append(name)
+        elif excluded(both):
+            left_out.setdefault("exclude_modules", []).append(name)
+        elif of_layer and layer_of(name) not in layers:
+            left_out.setdefault("layers_to_transform", []).append(name)
+    for field, modules in left_out.items():
+        raise ValueError(
+            f"adapter_config {field} leaves out {summarise(modules)}, whose factors are there: "
+            "PEFT would not apply them: change it where they were trained, or take their tensors "
+            "out of the file"
+        )
+
+
+def _targets(config: Mapping[str, Any]) -> _Selects:
+    modules, parameters = config.get("target_modules"), config.get("target_parameters")
+    if modules == "all-linear" or not (modules or parameters):
+        return lambda _names: True
+    of_modules = _selector(modules, unknown=True)
+    of_parameters = _selector(parameters, unknown=True)
+    return lambda names: (
+        of_modules(names) or of_parameters([*names, *(f"{name}.weight" for name in names)])
+    )
+
+
+def _selector(targets: object, *, unknown: bool) -> _Selects:
+    """Return what selects by a list of names' ends, or by a pattern of whole names.
+
+    unknown: what it says where the pattern is none that can be matched.
+    """
+    if isinstance(targets, str) and targets:
+        return _pattern(targets, unknown=unknown)
+    listed = targets if isinstance(targets, list) else []
+    ends = {without_wrappers(end) for end in listed if isinstance(end, str)}
+    return lambda names: any(end in ends for name in names for end in _ends(name))
+
+
+def _ends(name: str) -> Iterable[str]:
+    return (name, *(name[dot.end() :] for dot in re.finditer(r"\.", name)))
+
+
+def _pattern(text: str, *, unknown: bool) -> _Selects:
+    options = re2.Options()
+    options.log_errors = False
+    try:
+        found = re2.compile(text, options) if len(text) <= _MAX_PATTERN else None
+    except re2.error:
+        found = None
+    if found is None:
+        return lambda _names: unknown
+    return lambda names: any(found.fullmatch(name) is not None for name in names)
