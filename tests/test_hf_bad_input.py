@@ -51,9 +51,8 @@ def test_the_adapter_of_these_tests_is_readable(adapter):
     [
         ("use_dora", True),
         ("modules_to_save", ["lm_head"]),
-        ("bias", "all"),
         ("lora_bias", True),
-        ("fan_in_fan_out", True),
+        ("use_bdlora", {"nblocks": 2}),
         ("trainable_token_indices", [1]),
         ("layer_replication", [[0, 1]]),
         ("use_something_new", True),
@@ -99,7 +98,6 @@ def test_a_configuration_of_other_tensors_is_refused(adapter):
         f"base_model.model.{NAME}.lora_magnitude_vector",
         f"base_model.model.{NAME}.lora_B.bias",
         "base_model.model.model.embed_tokens.lora_embedding_A",
-        "base_model.model.model.layers.0.mlp.gate.modules_to_save.weight",
         f"{NAME}.lora_A.weight",
     ],
 )

@@ -108,7 +108,7 @@ def test_the_command_succeeds(name, said):
         ("merge truncated", "not a whole safetensors file"),
         ("merge other", "model.layers.9.mlp.up_proj"),
         ("merge into nothing", "config.json does not exist"),
-        ("inspect base", "is not a Megatron checkpoint"),
+        ("inspect base", "is a whole model, no adapter"),
     ],
 )
 def test_a_wrong_command_says_why_and_leaves_nothing(name, message, said, place):

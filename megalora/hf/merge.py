@@ -41,8 +41,7 @@ def merge_adapter(
     Files, tensor names, precisions and the index are those of the base; sums are made in fp32. FP8
     weights with block scales become bfloat16, and their scales are left out. An adapter of a tied
     unembedding unties it: lm_head.weight is added, and config.json says so.
-    trained: whole tensors that take the place of the base's, by name; one of tied embeddings unties
-        them.
+    trained: whole tensors in place of the base's, by name; one of tied embeddings unties them.
     progress: called with every file's name.
     Raises ValueError, with nothing written, where the adapter does not belong to the base, where a
     weight of the base is not finite, and where a sum is beyond the precision of its weight.
@@ -51,8 +50,8 @@ def merge_adapter(
     source = Path(base)
     config = without_quantisation(checked_config(load_config(source), source))
     weights, trained = HFWeights(source), trained or {}
-    of_head = "lm_head" in factors or not {_EMBEDDING, _UNEMBEDDING}.isdisjoint(trained)
-    untie = of_head and switch(config, "tie_word_embeddings", default=False)
+    apart = {"lm_head", _EMBEDDING, _UNEMBEDDING} & {*factors, *trained}
+    untie = bool(apart) and switch(config, "tie_word_embeddings", default=False)
     config |= {"tie_word_embeddings": False} if untie else {}
     _check_fits(weights, factors, untie=untie)
     others = other_files(source, skip=_is_rewritten)

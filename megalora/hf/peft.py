@@ -45,7 +45,7 @@ from megalora.hf.stacked_experts import (
     split_stacked,
     to_tinker_name,
 )
-from megalora.hf.whole_layers import refuse_trained, said_of_whole, trained_layers
+from megalora.hf.whole_layers import check_without_base, refuse_trained, trained_layers
 
 Format = Literal["peft", "uniform", "peft-3d", "tinker"]
 FORMATS: tuple[str, ...] = get_args(Format)
@@ -172,9 +172,9 @@ def read_adapter(
     Raises ValueError for whatever plain LoRA factors cannot represent, and for broken files.
     """
     found = read_adapter_directory(directory, hidden_size=hidden_size)
-    if found.whole and base is None:
-        raise ValueError(said_of_whole(found.whole))
-    if found.whole and base is not None:
+    if base is None:
+        check_without_base(found.whole)
+    else:
         refuse_trained(found.trained_layers(base))
     return found.factors
 

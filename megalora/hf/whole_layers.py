@@ -5,6 +5,7 @@ the base of an adapted unembedding; the modules of `modules_to_save`; and biases
 When it loads them, they take the place of the base's.
 """
 
+import warnings
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
@@ -63,6 +64,21 @@ def said_of_whole(whole: Iterable[str]) -> str:
         f"base's own they mean nothing, else {_what(found)} trained: only with the base "
         "(--hf-model) can that be told"
     )
+
+
+def check_without_base(whole: Mapping[str, str]) -> None:
+    """Raise ValueError for whole layers that may have been trained; see `said_of_whole`.
+
+    The base that an adapter is around was frozen, unless it was resized: that is said in a warning.
+    """
+    frozen = [name for name, key in whole.items() if ".base_layer." in key]
+    if len(frozen) < len(whole):
+        raise ValueError(said_of_whole(name for name in whole if name not in frozen))
+    if frozen:
+        warnings.warn(
+            f"adapter has its base's {summarise(frozen)}, not compared: that takes --hf-model",
+            stacklevel=4,
+        )
 
 
 def _what(names: Iterable[str]) -> str:
