@@ -1,19 +1,17 @@
 """PEFT directories, checked with the real peft and transformers against a merge made without."""
 
-import copy
 import json
 from pathlib import Path
 
 import pytest
 import torch
-from peft import LoraConfig, get_peft_model
+from peft import LoraConfig
 from safetensors.torch import load_file, save_file
 
 from megalora.hf.factors import LoRAFactors
 from megalora.hf.peft import read_adapter, write_adapter
 from tests.support.hf_models import (
     HIDDEN,
-    IDS,
     LAYERS,
     NUM_EXPERTS,
     hf_model,
@@ -21,6 +19,7 @@ from tests.support.hf_models import (
     merged,
     peft_model,
     random_factors,
+    trained_by_peft,
 )
 
 DENSE = {"lm_head": (2, 4.0), "self_attn": (8, 2.0), "mlp": (4, 0.5)}
@@ -214,20 +213,6 @@ def test_every_module_may_have_its_own_rank_and_scale(tmp_path):
     write_adapter(tmp_path / "a", factors, base_model_name="tiny")
     assert same_factors(factors, read_adapter(tmp_path / "a"))
     assert difference(peft_model(model, tmp_path / "a"), merged(model, factors)) < TOLERANCE
-
-
-def trained_by_peft(model: torch.nn.Module, config: LoraConfig, directory: Path) -> torch.Tensor:
-    """Train two steps with PEFT, save, return the logits."""
-    torch.manual_seed(3)
-    model = get_peft_model(copy.deepcopy(model), config)
-    params = [p for p in model.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(params, lr=2e-2)
-    for _ in range(2):
-        model(IDS, labels=IDS).loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
-    model.save_pretrained(str(directory))
-    return logits(model.eval())
 
 
 TRAINED = {

@@ -4,7 +4,7 @@ import os
 import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
@@ -41,7 +41,7 @@ def merge_adapter(
     Files, tensor names, precisions and the index are those of the base; sums are made in fp32. FP8
     weights with block scales become bfloat16, and their scales are left out. An adapter of a tied
     unembedding unties it: lm_head.weight is added, and config.json says so.
-    trained: whole tensors in place of the base's, by name; one of tied embeddings unties them.
+    trained: whole tensors in place of the base's, by name; one of tied embeddings unties them too.
     progress: called with every file's name.
     Raises ValueError, with nothing written, where the adapter does not belong to the base, where a
     weight of the base is not finite, and where a sum is beyond the precision of its weight.
@@ -50,8 +50,7 @@ def merge_adapter(
     source = Path(base)
     config = without_quantisation(checked_config(load_config(source), source))
     weights, trained = HFWeights(source), trained or {}
-    apart = {"lm_head", _EMBEDDING, _UNEMBEDDING} & {*factors, *trained}
-    untie = bool(apart) and switch(config, "tie_word_embeddings", default=False)
+    untie = _unties(config, {*factors, *trained})
     config |= {"tie_word_embeddings": False} if untie else {}
     _check_fits(weights, factors, untie=untie)
     others = other_files(source, skip=_is_rewritten)
@@ -70,6 +69,11 @@ def merge_adapter(
         if weights.files.has_shards:
             _write_index(weights, target, total, untie=untie)
     return untie
+
+
+def _unties(config: Mapping[str, Any], changed: set[str]) -> bool:
+    of_unembedding = not changed.isdisjoint(("lm_head", _EMBEDDING, _UNEMBEDDING))
+    return of_unembedding and switch(config, "tie_word_embeddings", default=False)
 
 
 def _is_rewritten(name: str) -> bool:

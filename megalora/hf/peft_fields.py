@@ -87,7 +87,7 @@ def _is_switch(name: str, value: object) -> bool:
 
 def _check_start(start: object) -> None:
     """Raise ValueError for a start that took its values out of the base, or may have."""
-    if not isinstance(start, str) or start.lower() in _STARTS:
+    if not start or not isinstance(start, str) or start.lower() in _STARTS:
         return
     raise ValueError(
         f"adapter_config init_lora_weights is {start!r:.100}, a start that changes the base or is "

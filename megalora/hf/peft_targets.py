@@ -21,9 +21,7 @@ def check_targets(config: Mapping[str, Any], names: Mapping[str, str]) -> None:
     is a pattern that cannot be matched in bounded time.
     """
     excluded = _selector(config.get("exclude_modules"), unknown=False)
-    targeted, layers = _targets(config), config.get("layers_to_transform")
-    layers = layers if isinstance(layers, list) else [layers]
-    of_layer = layers not in ([], [None])
+    targeted, layers = _targets(config), _layers(config.get("layers_to_transform"))
     left_out: dict[str, list[str]] = {}
     for name, stored in names.items():
         both = (name, stored)
@@ -33,7 +31,7 @@ def check_targets(config: Mapping[str, Any], names: Mapping[str, str]) -> None:
             left_out.setdefault("target_modules", []).append(name)
         elif excluded(both):
             left_out.setdefault("exclude_modules", []).append(name)
-        elif of_layer and layer_of(name) not in layers:
+        elif layers and layer_of(name) not in layers:
             left_out.setdefault("layers_to_transform", []).append(name)
     for field, modules in left_out.items():
         raise ValueError(
@@ -41,6 +39,12 @@ def check_targets(config: Mapping[str, Any], names: Mapping[str, str]) -> None:
             "PEFT would not apply them: change it where they were trained, or take their tensors "
             "out of the file"
         )
+
+
+def _layers(value: object) -> list[object]:
+    if isinstance(value, list):
+        return value
+    return [value] if isinstance(value, int) and not isinstance(value, bool) else []
 
 
 def _targets(config: Mapping[str, Any]) -> _Selects:

@@ -12,7 +12,7 @@ from megalora.hf.factors import LoRAFactors
 os.environ["HF_HUB_OFFLINE"] = "1"
 
 import transformers
-from peft import PeftModel
+from peft import LoraConfig, PeftModel, get_peft_model
 
 HIDDEN, MOE_FFN, FFN, VOCAB, LAYERS, HEADS, GROUPS, HEAD_DIM = 32, 24, 40, 66, 2, 4, 2, 16
 NUM_EXPERTS = 16  # at least 11, so that sorting "10" before "2" shows; 2 * MOE_FFN != HIDDEN
@@ -168,3 +168,19 @@ def peft_model(model: torch.nn.Module, directory: str | os.PathLike[str]) -> tor
     assert not result.unexpected_keys, result.unexpected_keys
     loaded.set_adapter("default")
     return loaded.eval()
+
+
+def trained_by_peft(
+    model: torch.nn.Module, config: LoraConfig, directory: str | os.PathLike[str]
+) -> torch.Tensor:
+    """Train two steps with PEFT, save, return the logits."""
+    torch.manual_seed(3)
+    model = get_peft_model(copy.deepcopy(model), config)
+    params = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(params, lr=2e-2)
+    for _ in range(2):
+        model(IDS, labels=IDS).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    model.save_pretrained(str(directory))
+    return logits(model.eval())
