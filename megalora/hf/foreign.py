@@ -107,7 +107,11 @@ def _of_directory(path: Path, *, checkpoints: bool) -> str:
     if (mark := _mark(path)) or (path / TRACKER).exists():
         own = "is a checkpoint of Megatron: write it as PEFT's by megalora export first"
         return mark or ("" if checkpoints else own)
-    inside = [found.parent.name for found in path.glob(f"*/{CONFIG_NAME}")]
+    inside = [
+        str(found.parent.relative_to(path))
+        for places in ("*", "snapshots/*")
+        for found in path.glob(f"{places}/{CONFIG_NAME}")
+    ]
     if inside:
         return f"is no adapter, but has some in it: give one of {_listed(inside)}"
     if any(path.glob(f"{ADAPTER}*")):
