@@ -6,8 +6,11 @@
 import argparse
 import json
 import shlex
+import sys
 import time
-from collections.abc import Callable, Mapping
+import warnings
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
@@ -25,6 +28,7 @@ from megalora.hf.peft import read_adapter, read_adapter_directory, write_adapter
 from megalora.hf.peft_experts import without_untrained
 from megalora.model.config_json import hidden_size_of, load_config, model_shape, read_config
 from megalora.model.megatron import megatron_flags
+from megalora.printable import printable
 
 
 def export(args: argparse.Namespace) -> None:
@@ -52,11 +56,22 @@ def export(args: argparse.Namespace) -> None:
     _say_done("exported", factors, args.output, start)
 
 
+@contextmanager
+def _warning_in_lines() -> Iterator[None]:
+    """Print what is warned of in one line each."""
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        yield
+    for warning in caught:
+        print(f"warning: {printable(warning.message)}", file=sys.stderr)
+
+
 def import_adapter(args: argparse.Namespace) -> None:
     """Turn a PEFT directory into an adapter checkpoint."""
     start = time.monotonic()
     shape = model_shape(read_config(args.hf_model))
-    factors = read_adapter(args.adapter, hidden_size=shape.hidden_size, base=args.hf_model)
+    with _warning_in_lines():
+        factors = read_adapter(args.adapter, hidden_size=shape.hidden_size, base=args.hf_model)
     config = offline.infer_config(factors, shape)
     rank = args.rank or config.rank
     config = replace(
@@ -92,7 +107,8 @@ def merge(args: argparse.Namespace) -> None:
     start = time.monotonic()
     base = Path(args.hf_model)
     hidden_size = hidden_size_of(load_config(args.hf_model))
-    adapter = read_adapter_directory(args.adapter, hidden_size=hidden_size)
+    with _warning_in_lines():
+        adapter = read_adapter_directory(args.adapter, hidden_size=hidden_size)
     factors, trained = adapter.factors, adapter.trained_layers(base)
     total = len(TensorFiles(base).file_names())
     with tqdm(total=total, unit="file", desc="merging", disable=None) as bar:
