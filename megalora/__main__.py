@@ -24,10 +24,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     signal's number where a signal ended the command.
     """
     argv = list(sys.argv[1:] if argv is None else argv)
-    # What follows the script's name is the script's, --help included.
-    rest = argv[2:] if argv[:1] == ["run"] and argv[1:2] != ["--help"] else []
+    argv, rest = _script_first(argv)
     parser = make_parser(argv[0] if argv else "")
-    args = parser.parse_args(argv[: len(argv) - len(rest)])
+    args = parser.parse_args(argv)
     args.rest = rest
     output = getattr(args, "output", None)
     before = _identity(output)
@@ -47,6 +46,23 @@ def main(argv: Sequence[str] | None = None) -> int:
     except ValueError as error:
         print(f"error: {printable(error)}", file=sys.stderr)
     return 2
+
+
+def _script_first(argv: list[str]) -> tuple[list[str], list[str]]:
+    """Split a command line: what is megalora's, and what is of the script that it runs.
+
+    What follows the script's name is the script's, --help included, and so is --cpu before it.
+    """
+    words, moved = list(argv), []
+    while words and words[0] == "--cpu" and "run" in words:
+        moved.append(words.pop(0))
+    if words[:1] != ["run"]:
+        return list(argv), []
+    while words[1:2] == ["--cpu"]:
+        moved.append(words.pop(1))
+    # Else an option in its place would only be "unrecognized".
+    end = [] if words[1:2] in (["-h"], ["--help"]) else ["--"]
+    return ["run", *end, *words[1:2]], [*words[2:], *moved]
 
 
 def _sentence(error: OSError) -> str:
@@ -88,8 +104,18 @@ def _add_run(subparsers: Any) -> None:
         "`torchrun ... -m megalora run pretrain_gpt.py <flags>`. The script's own --help shows the "
         "LoRA flags. Without a CUDA device, or with --cpu, it runs on the CPU over gloo.",
     )
-    parser.add_argument("script", metavar="SCRIPT.py")
+    parser.add_argument("script", metavar="SCRIPT.py", type=_script)
     parser.set_defaults(func=_run)
+
+
+def _script(name: str) -> str:
+    """Return the name of a script as it is; argparse's error where an option is in its place."""
+    if name.startswith("-"):
+        raise argparse.ArgumentTypeError(
+            f"{name} stands before the script: give the script first, then its flags and those of "
+            f"LoRA: megalora run SCRIPT.py {name} ..."
+        )
+    return name
 
 
 def _run(args: argparse.Namespace) -> None:

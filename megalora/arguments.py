@@ -1,9 +1,10 @@
 """The --lora-* flags, one for each field of LoRAConfig."""
 
 import argparse
+from dataclasses import fields
 from typing import Any, get_args
 
-from megalora.config import ExpertMode, Init, LoRAConfig, OpsBackend
+from megalora.config import MAX_RANK, ExpertMode, Init, LoRAConfig, OpsBackend
 
 
 def add_lora_args(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
@@ -63,6 +64,19 @@ def lora_config_from_args(args: argparse.Namespace) -> LoRAConfig | None:
             raise ValueError(f"lora_rank is {args.lora_rank} but {flags} is given: set --lora-rank")
         return None
     return LoRAConfig(rank=args.lora_rank, **given)
+
+
+def flags_of(config: LoRAConfig) -> list[str]:
+    """Return the --lora-* flags that describe a configuration: of defaults, only the main ones."""
+    flags: list[str] = []
+    for field in fields(LoRAConfig):
+        value, flag = getattr(config, field.name), "--lora-" + field.name.replace("_", "-")
+        if field.name == "targets" or (value == field.default and field.name != "alpha"):
+            continue
+        is_whole = isinstance(value, float) and value.is_integer() and value < MAX_RANK
+        flags += [flag] if value is True else [flag, str(int(value) if is_whole else value)]
+    # They have no end of their own.
+    return [*flags, "--lora-targets", *config.targets]
 
 
 def given_lora_fields(args: argparse.Namespace) -> dict[str, Any]:

@@ -84,7 +84,7 @@ def apply_lora(
     for chunk, pairs in zip(chunks, made, strict=True):
         chunk.requires_grad_(False)
         _attach(pairs)
-        install_checkpointing(chunk, config, model_facts(chunk))
+        install_checkpointing(chunk, config, model_facts(chunk), _sizes(chunk, vocab_size))
         _freeze_router_bias(chunk)
         _make_embedding_require_grad(chunk)
         if vocab_size is not None:
@@ -126,12 +126,16 @@ def model_facts(chunk: MegatronModule) -> ModelFacts:
     )
 
 
-def _moe_layer_freq(config: TransformerConfig) -> int | list[int]:
-    # In one form, however it was given: a checkpoint's facts are compared with those of a run.
+def _moe_layer_freq(config: TransformerConfig) -> list[int]:
     frequency = config.moe_layer_freq
     if isinstance(frequency, int):
         frequency = [layer % frequency == 0 for layer in range(config.num_layers)]
-    return 1 if all(frequency) else [int(moe) for moe in frequency]
+    return [int(moe) for moe in frequency]
+
+
+def _sizes(chunk: MegatronModule, vocab_size: int | None) -> dict[str, int]:
+    sizes = {"num_layers": chunk.config.num_layers, "hidden_size": chunk.config.hidden_size}
+    return sizes if vocab_size is None else {**sizes, "vocab_size": vocab_size}
 
 
 def _check_unwrapped(chunk: torch.nn.Module) -> None:

@@ -42,7 +42,8 @@ def run_script(script: str, argv: Sequence[str]) -> None:
     """
     path = Path(script).resolve()
     if not path.is_file():
-        raise ValueError(f"script {script!r} does not exist: give the path of a launch script")
+        problem = "is no file" if path.exists() else "does not exist"
+        raise ValueError(f"script {script!r} {problem}: give the path of a launch script")
     sys.path.insert(0, str(path.parent))
     prepare_megatron(argv)
     with clear_errors():

@@ -53,6 +53,15 @@ class ModelFacts:
     q_lora_rank: int = 0
     hybrid_layer_pattern: str = ""
 
+    def __post_init__(self) -> None:
+        # One form of each model: facts of a checkpoint are compared with those of a run, and
+        # Megatron's defaults for experts are not those of a config.json that has none.
+        frequency = self.moe_layer_freq
+        if not self.num_moe_experts:
+            object.__setattr__(self, "moe_router_topk", 1)
+        if not self.num_moe_experts or (not isinstance(frequency, int) and all(frequency)):
+            object.__setattr__(self, "moe_layer_freq", 1)
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Rows:

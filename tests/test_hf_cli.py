@@ -31,8 +31,9 @@ RANKS = {"experts": (4, 8.0), "": (8, 4.0)}
 COMMANDS = {
     "import": "import peft --hf-model base --output imported --padded-vocab-size 72",
     "export": "export imported --hf-model base --base-name tiny --output exported",
-    "export without base": "export imported --vocab-size 66 --output exported-alone",
-    "export without vocabulary": "export imported --output never",
+    "export without base": "export imported --output exported-alone",
+    "export of other rows": "export imported --vocab-size 60 --output never",
+    "export of another base": "export imported --hf-model dense --output never",
     "export uniform": "export imported --hf-model base --format uniform --output uniform",
     "import higher": "import peft --hf-model base --output higher --rank 16 --expert-rank 6",
     "export higher": "export higher --hf-model base --output exported-higher",
@@ -42,7 +43,7 @@ COMMANDS = {
     "merge other": "merge other --hf-model base --output never",
     "merge into nothing": "merge peft --hf-model nowhere --output never",
     "inspect": "inspect peft",
-    "inspect checkpoint": "inspect imported --vocab-size 66 --json",
+    "inspect checkpoint": "inspect imported --json",
     "inspect base": "inspect base",
     "import-base": "import-base --hf-model base --output base-ckpt --dtype float32",
     "compare": "compare-base base base-ckpt",
@@ -102,7 +103,8 @@ def test_the_command_succeeds(name, said):
 @pytest.mark.parametrize(
     ("name", "message"),
     [
-        ("export without vocabulary", "vocabulary"),
+        ("export of other rows", "vocab_size is 60 but checkpoint imported has 66"),
+        ("export of another base", "num_moe_experts is 0 but checkpoint imported has 16"),
         ("export a base", "no adapters"),
         ("merge again", "is not empty"),
         ("merge truncated", "not a whole safetensors file"),

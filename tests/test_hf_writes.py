@@ -175,7 +175,7 @@ UNREADABLE = {
     "base/model-00001-of-00006.safetensors": "import-base",
     "base/tokenizer.json": "merge",
     "base": "merge",
-    "checkpoint/iter_0000000/.metadata": "export",
+    "checkpoint/release/.metadata": "export",
     "checkpoint/latest_checkpointed_iteration.txt": "export",
 }
 

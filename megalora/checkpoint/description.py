@@ -9,11 +9,15 @@ from megalora.model.shape import MAX_SIZES
 from megalora.reading import parse_json
 from megalora.targets import ModelFacts
 
+# Of a checkpoint's description of its adapters, and of what `megalora import-base` writes.
+HUGGING_FACE = "hugging_face"
+_SIZES = {"num_layers": int, "hidden_size": int, "vocab_size": int, "model_type": str}
+
 
 def parse_description(text: object) -> dict[str, Any]:
-    """Return a description of `config`, `model` and, where it was stored, `base`.
+    """Return a description of `config`, `model` and, where stored, `hugging_face` and `base`.
 
-    Raises ValueError where one of them is not what `read_config`, `read_facts` and
+    Raises ValueError where one of them is not what `read_config`, `read_facts`, `read_sizes` and
     `megalora.checkpoint.base.differences` take.
     """
     value = parse_json(text) if isinstance(text, str | bytes) else None
@@ -21,6 +25,7 @@ def parse_description(text: object) -> dict[str, Any]:
         raise ValueError("the description of its adapters is no JSON object: it is not megalora's")
     read_config(value)
     read_facts(value)
+    read_sizes(value)
     base = value.get("base")
     if base is not None and not _is_fingerprint(base):
         raise ValueError("the description of its adapters has a `base` that is no fingerprint")
@@ -49,6 +54,22 @@ def read_facts(description: Mapping[str, Any]) -> ModelFacts:
         return ModelFacts(**stored)
     except TypeError as error:
         raise ValueError(f"the model of its adapters is incomplete: {error}") from None
+
+
+def read_sizes(description: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what Hugging Face's files say of the base and `read_facts` does not.
+
+    `num_layers`, `hidden_size`, `vocab_size` without Megatron's padding, `model_type`: each where
+    it was known when the checkpoint was written, by a megalora that stores it.
+    """
+    stored = description.get(HUGGING_FACE, {})
+    if not isinstance(stored, dict):
+        raise ValueError(f"the base of its adapters is {stored!r:.100}: it is not megalora's")
+    found = {name: stored[name] for name in _SIZES if name in stored}
+    for name, value in found.items():
+        if not _fits(name, value, _SIZES[name]):
+            raise ValueError(f"the base of its adapters has {name} {value!r:.100}")
+    return found
 
 
 def _part(description: Mapping[str, Any], name: str) -> dict[str, Any]:

@@ -91,10 +91,11 @@ def read_tensors(directory: Path, wanted: Callable[[str], bool]) -> dict[str, Te
 def read_description(directory: Path) -> dict[str, Any] | None:
     """Return what is stored with the adapters in an iteration's directory.
 
-    `config`: LoRAConfig's fields, `model`: ModelFacts', `base`: of `describe_base`, where it was
-    called; `distributed_optimizer`: whether its optimizer is one, None where it has none;
-    `schedule`: the scheduler's state, or None. None for a checkpoint of a whole model. Raises
-    ValueError where it cannot be read.
+    `config`: LoRAConfig's fields, `model`: ModelFacts', `hugging_face`: of `describe_model`, and
+    `base`: of `describe_base`, where they were called; `distributed_optimizer`: whether its
+    optimizer is one, None where it has none; `schedule`: the scheduler's state, or None;
+    `random_states`: whether it has them. None for a checkpoint of a whole model. Raises ValueError
+    where it cannot be read.
     """
     with _reading(directory):
         is_distributed = dist_checkpointing.check_is_distributed_checkpoint(str(directory))
@@ -113,6 +114,8 @@ def _describe(common: dict[str, Any]) -> dict[str, Any] | None:
                 **parse_description(part[DESCRIPTION]),
                 "distributed_optimizer": _optimizer(common),
                 "schedule": common.get("opt_param_scheduler"),
+                # Of a training run: what `megalora import` writes has no flags of one.
+                "random_states": not getattr(common.get("args"), "no_save_rng", True),
             }
     return None
 

@@ -17,15 +17,24 @@ import torch.distributed as dist
 
 from megalora.adapters.adapter import LoRAAdapter, named_adapters
 from megalora.adapters.finite import all_finite, refuse
-from megalora.checkpoint.description import parse_description
+from megalora.checkpoint.description import HUGGING_FACE, parse_description, read_facts
 from megalora.checkpoint.read import DESCRIPTION
 from megalora.config import LoRAConfig
 from megalora.targets import ModelFacts, is_adapter_key
 
 
-def install_checkpointing(chunk: Any, config: LoRAConfig, facts: ModelFacts) -> None:
-    """Make a model chunk save and load its adapters, or its base while that is asked for."""
-    chunk.megalora_description = {"config": config.to_dict(), "model": asdict(facts)}
+def install_checkpointing(
+    chunk: Any, config: LoRAConfig, facts: ModelFacts, sizes: Mapping[str, Any]
+) -> None:
+    """Make a model chunk save and load its adapters, or its base while that is asked for.
+
+    sizes: what `megalora.checkpoint.description.read_sizes` is to return.
+    """
+    chunk.megalora_description = {
+        "config": config.to_dict(),
+        "model": asdict(facts),
+        HUGGING_FACE: dict(sizes),
+    }
     chunk.hide_loss_modules = functools.partial(_base_only, chunk)
     chunk.sharded_state_dict = functools.partial(
         _sharded_state_dict, chunk, chunk.sharded_state_dict
@@ -38,6 +47,12 @@ def describe_base(model_chunks: Sequence[Any], base: Mapping[str, Any]) -> None:
     """Store what the base is with every later checkpoint of these chunks' adapters."""
     for chunk in model_chunks:
         chunk.megalora_description["base"] = dict(base)
+
+
+def describe_model(model_chunks: Sequence[Any], sizes: Mapping[str, Any]) -> None:
+    """Store more of what `read_sizes` returns with every later checkpoint of these chunks."""
+    for chunk in model_chunks:
+        chunk.megalora_description[HUGGING_FACE] |= sizes
 
 
 @contextlib.contextmanager
@@ -135,10 +150,11 @@ def check_same_adapters(stored: Mapping[str, Any], given: Mapping[str, Any]) -> 
         for name in fixed
         if _unordered(ours[name]) != _unordered(theirs[name])
     ]
+    own, other = (asdict(read_facts(one)) for one in (given, stored))
     wrong += [
-        f"{name} is {given['model'][name]!r} but the checkpoint's model has {value!r}"
-        for name, value in stored["model"].items()
-        if given["model"].get(name) != value
+        f"{name} is {own[name]!r} but the checkpoint's model has {value!r}"
+        for name, value in other.items()
+        if own[name] != value
     ]
     if wrong:
         raise ValueError(

@@ -11,8 +11,9 @@ import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from tqdm import tqdm
@@ -26,9 +27,13 @@ from megalora.hf.inspect import AdapterReport, describe, inspect_peft, is_peft
 from megalora.hf.merge import merge_adapter
 from megalora.hf.peft import read_adapter, read_adapter_directory, write_adapter
 from megalora.hf.peft_experts import without_untrained
+from megalora.hf.run_flags import how_to_go_on
 from megalora.model.config_json import hidden_size_of, load_config, model_shape, read_config
 from megalora.model.megatron import megatron_flags
+from megalora.model.shape import ModelShape
 from megalora.printable import printable
+
+OUTPUT_B = "output_layer_lora.lora_B"
 
 
 def export(args: argparse.Namespace) -> None:
@@ -38,10 +43,18 @@ def export(args: argparse.Namespace) -> None:
     from megalora.hf import one_process
 
     tensors, config, facts = one_process.read_adapter(args.checkpoint)
+    stored = one_process.stored_sizes(args.checkpoint)
     if args.hf_model:
         shape = model_shape(read_config(args.hf_model))
     else:
-        shape = offline.checkpoint_shape(tensors, facts, vocab_size=args.vocab_size or 0)
+        shape = offline.checkpoint_shape(tensors, facts, _with_rows(stored, args.vocab_size))
+    _check_base(shape, {**asdict(facts), **stored}, f"checkpoint {args.checkpoint}")
+    if not shape.vocab_size and OUTPUT_B in tensors:
+        raise ValueError(
+            f"checkpoint {args.checkpoint} does not say how many rows the base's vocabulary has, "
+            "as those of an older megalora: give --hf-model DIR, or --vocab-size (vocab_size in "
+            "the base's config.json)"
+        )
     factors = without_untrained(to_hf(tensors, config, shape))
     write_adapter(
         args.output,
@@ -64,6 +77,27 @@ def _warning_in_lines() -> Iterator[None]:
         yield
     for warning in caught:
         print(f"warning: {printable(warning.message)}", file=sys.stderr)
+
+
+def _with_rows(stored: Mapping[str, Any], vocab_size: int | None) -> dict[str, Any]:
+    return {**stored, "vocab_size": vocab_size} if vocab_size else dict(stored)
+
+
+def _check_base(shape: ModelShape, stored: Mapping[str, Any], source: str) -> None:
+    """Raise ValueError where sizes that the user gives are not those of a checkpoint's base."""
+    given = asdict(shape)
+    # Where the family is not known, the rows are what the run's tokenizer made of them.
+    unsure = () if stored.get("model_type") else ("vocab_size", "model_type")
+    wrong = [
+        f"{name} is {given[name]!r} but {source} has {value!r}"
+        for name, value in stored.items()
+        if name in given and name not in unsure and given[name] != value
+    ]
+    if wrong:
+        raise ValueError(
+            f"{'; '.join(wrong)}: give the base that the adapter was trained on, or leave "
+            "--hf-model and --vocab-size out"
+        )
 
 
 def import_adapter(args: argparse.Namespace) -> None:
@@ -96,10 +130,7 @@ def import_adapter(args: argparse.Namespace) -> None:
         args.output, tensors, config, shape, overwrite=args.overwrite
     )
     _say_done("imported", factors, args.output, start)
-    expert = f" --lora-expert-rank {config.expert_rank}" if config.expert_rank else ""
-    expert += " --lora-expert-mode shared_outer" if config.expert_mode == "shared_outer" else ""
-    targets = " ".join(config.targets)
-    print(f"train on with --lora-rank {rank} --lora-alpha {config.alpha:g}{expert}, on {targets}")
+    print(how_to_go_on(factors, config, shape, hf_model=args.hf_model, checkpoint=args.output))
 
 
 def merge(args: argparse.Namespace) -> None:
@@ -143,9 +174,10 @@ def _of_checkpoint(args: argparse.Namespace) -> AdapterReport:
     from megalora.hf import one_process
 
     tensors, config, facts = one_process.read_adapter(args.directory)
-    output = tensors.get("output_layer_lora.lora_B")
+    output = tensors.get(OUTPUT_B)
     rows = 0 if output is None else output.shape[0]
-    shape = offline.checkpoint_shape(tensors, facts, vocab_size=args.vocab_size or rows)
+    stored = {"vocab_size": rows, **one_process.stored_sizes(args.directory)}
+    shape = offline.checkpoint_shape(tensors, facts, _with_rows(stored, args.vocab_size))
     return describe(
         to_hf(tensors, config, shape), directory=args.directory, kind="adapter checkpoint"
     )

@@ -3,6 +3,7 @@
 from collections import defaultdict
 from collections.abc import Mapping
 from dataclasses import asdict
+from typing import Any
 
 from torch import Tensor
 
@@ -11,6 +12,7 @@ from megalora.config import LoRAConfig
 from megalora.hf.factors import LoRAFactors, same_scale
 from megalora.hf.linears import Linear, locate
 from megalora.hf.misfits import why_not_in_model
+from megalora.hf.run_flags import Place, targets_of
 from megalora.hf.stacked_experts import is_one
 from megalora.model.shape import ModelShape
 from megalora.targets import ModelFacts
@@ -24,25 +26,26 @@ def prepare() -> None:
 
 
 def checkpoint_shape(
-    tensors: Mapping[str, Tensor], facts: ModelFacts, *, vocab_size: int
+    tensors: Mapping[str, Tensor], facts: ModelFacts, stored: Mapping[str, Any]
 ) -> ModelShape:
-    """Return the sizes of a model of which only its adapters are known.
+    """Return the sizes of a model of which only a checkpoint of its adapters is known.
 
-    Layers without an adapter after the last one that has one are not counted.
+    stored: what is known of it besides, as `checkpoint.description.read_sizes` returns it. Without
+    its num_layers, layers without an adapter after the last one that has one are not counted.
     """
     layers = [int(name.split(".")[2]) for name in tensors if name.startswith("decoder.layers.")]
     wide = ("linear_qkv_lora.lora_A", "linear_fc1_lora.lora_A", "output_layer_lora.lora_A")
     hidden = [tensor.shape[-1] for name, tensor in tensors.items() if name.endswith(wide)]
     narrow = ("linear_proj_lora.lora_B", "linear_fc2_lora.lora_B")
     hidden += [tensor.shape[-2] for name, tensor in tensors.items() if name.endswith(narrow)]
-    if not hidden:
+    if not hidden and "hidden_size" not in stored:
         raise ValueError("checkpoint has no adapters that Hugging Face's models have")
     return ModelShape.from_mapping(
         {
             **asdict(facts),
             "num_layers": max(layers, default=0) + 1,
-            "hidden_size": hidden[0],
-            "vocab_size": vocab_size,
+            "hidden_size": next(iter(hidden), None),
+            **stored,
         }
     )
 
@@ -50,12 +53,13 @@ def checkpoint_shape(
 def infer_config(factors: Mapping[str, LoRAFactors], shape: ModelShape) -> LoRAConfig:
     """Return the smallest configuration that holds these factors.
 
-    Alpha is that of the largest dense module; scales that differ from it are folded into B. Experts
-    that share what `shared_outer` shares make it that.
+    Its targets select the linears that have factors, and no others. Alpha is that of the largest
+    dense module; scales that differ from it are folded into B. Experts that share what
+    `shared_outer` shares make it that.
     """
     experts: dict[tuple[str, Linear, str], list[LoRAFactors]] = defaultdict(list)
     dense: list[LoRAFactors] = []
-    targets: set[str] = set()
+    places: set[Place] = set()
     for name, module in factors.items():
         place = locate(name, shape)
         if place is None:
@@ -64,7 +68,7 @@ def infer_config(factors: Mapping[str, LoRAFactors], shape: ModelShape) -> LoRAC
                 f"{why_not_in_model([name], shape)}"
             )
         layer, linear, _, projection = place
-        targets.add(linear.megatron)
+        places.add((layer, linear))
         group = experts[linear.name(layer), linear, projection] if linear.is_expert else dense
         group.append(module.trimmed())
     of_experts = [module for group in experts.values() for module in group]
@@ -79,7 +83,7 @@ def infer_config(factors: Mapping[str, LoRAFactors], shape: ModelShape) -> LoRAC
         expert_rank=expert_rank,
         expert_mode="shared_outer" if _share_outer(experts, shape) else "per_expert",
         alpha=alpha,
-        targets=tuple(sorted(targets)),
+        targets=targets_of(places, shape),
     )
 
 

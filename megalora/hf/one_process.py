@@ -23,13 +23,14 @@ from torch.distributed.checkpoint.api import CheckpointException
 
 from megalora.adapters.factors import to_checkpoint
 from megalora.adapters.kinds import kind_named
-from megalora.checkpoint.layout import RELEASE, Iteration, iteration_directory, write_tracker
-from megalora.checkpoint.read import DESCRIPTION, read_adapter_checkpoint
+from megalora.checkpoint.description import HUGGING_FACE, read_sizes
+from megalora.checkpoint.layout import RELEASE, find_directory, iteration_directory, write_tracker
+from megalora.checkpoint.read import DESCRIPTION, read_adapter_checkpoint, read_description
 from megalora.checkpoint.writers import said_of_failures
 from megalora.config import LoRAConfig
 from megalora.hf.base import load_hf_base
 from megalora.hf.directories import whole_directory
-from megalora.model.config_json import family_of, read_config
+from megalora.model.config_json import family_of, model_shape, read_config
 from megalora.model.megatron import megatron_args
 from megalora.model.shape import ModelShape, refuse_hybrid
 from megalora.targets import ModelFacts
@@ -59,6 +60,11 @@ def read_adapter(directory: str | Path) -> tuple[dict[str, Tensor], LoRAConfig, 
     return found
 
 
+def stored_sizes(directory: str | Path) -> dict[str, Any]:
+    """Return what an adapter checkpoint, which has been read, says of its base."""
+    return read_sizes(read_description(find_directory(Path(directory))) or {})
+
+
 def write_adapter_checkpoint(
     directory: str | Path,
     tensors: Mapping[str, Tensor],
@@ -69,6 +75,7 @@ def write_adapter_checkpoint(
 ) -> None:
     """Write full adapter tensors as an adapter checkpoint that any parallel layout loads.
 
+    It is a release, as there was no training: --load begins at iteration 0.
     tensors: by global Megatron name, as `megalora.hf.adapters.from_hf` returns them.
     """
     facts = ModelFacts(
@@ -85,15 +92,22 @@ def write_adapter_checkpoint(
         model: dict[str, Any] = {
             key: ShardedTensor.from_rank_offsets(key, tensor) for key, tensor in stored.items()
         }
-        model[DESCRIPTION] = json.dumps({"config": config.to_dict(), "model": asdict(facts)})
-        _save(model, target, 0)
+        model[DESCRIPTION] = json.dumps(
+            {"config": config.to_dict(), "model": asdict(facts), HUGGING_FACE: _sizes(shape)}
+        )
+        _save({"model": model}, target)
 
 
-def _save(model: Mapping[str, Any], target: Path, iteration: Iteration) -> None:
-    """Save weights as Megatron's training does, with a manifest of checksums."""
-    directory = iteration_directory(target, iteration)
+def _sizes(shape: ModelShape) -> dict[str, Any]:
+    names = ("num_layers", "hidden_size", "vocab_size", "model_type")
+    return {name: getattr(shape, name) for name in names}
+
+
+def _save(weights: Mapping[str, Any], target: Path) -> None:
+    """Save weights alone, as Megatron's training does, with a manifest of checksums."""
+    directory = iteration_directory(target, RELEASE)
     directory.mkdir()
-    state = {"model": model, "iteration": 0, "checkpoint_version": 3.0}
+    state = {**weights, "iteration": 0, "checkpoint_version": 3.0}
     with said_of_failures() as said:
         try:
             dist_checkpointing.save(state, str(directory), verify_integrity=True)
@@ -101,7 +115,7 @@ def _save(model: Mapping[str, Any], target: Path, iteration: Iteration) -> None:
         except CheckpointException as error:
             reasons = said or [str(failure[0]) for failure in error.failures.values()]
             raise OSError(None, reasons[0]) from error
-    write_tracker(target, iteration)
+    write_tracker(target, RELEASE)
 
 
 def import_base(
@@ -125,7 +139,11 @@ def import_base(
         model = build_base(config, dtype)
         load_hf_base([model], hf_model, progress=progress)
         group = parallel_state.get_data_parallel_group(with_context_parallel=True)
-        _save(model.sharded_state_dict(metadata={"dp_cp_group": group}), target, RELEASE)
+        weights = {
+            "model": model.sharded_state_dict(metadata={"dp_cp_group": group}),
+            HUGGING_FACE: _sizes(model_shape(config)),
+        }
+        _save(weights, target)
         return sum(param.numel() for param in model.parameters())
 
 

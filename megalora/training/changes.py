@@ -5,6 +5,7 @@ What is to change is decided by functions that only read args.
 
 import argparse
 from collections.abc import Mapping
+from typing import Any
 
 from megalora.config import LoRAConfig
 from megalora.training.auto_lr import auto_rate
@@ -47,14 +48,21 @@ def before_building(args: argparse.Namespace, config: LoRAConfig | None) -> Chan
     return changes
 
 
-def before_loading(args: argparse.Namespace, *, has_adapters: bool) -> Changes:
-    """Keep Megatron from loading the base once more, or over the adapters.
+def before_loading(args: argparse.Namespace, description: Mapping[str, Any] | None) -> Changes:
+    """Keep Megatron from loading the base once more, over the adapters, or what is not there.
 
-    has_adapters: the checkpoint in --load holds adapters, which are left to Megatron.
+    description: what the checkpoint in --load, which is left to Megatron, stores with its adapters;
+    None where it has none.
     """
     changes: Changes = {"pretrained_checkpoint": None, "finetune": False}
+    if description is not None:
+        if description["distributed_optimizer"] is None:
+            changes["no_load_optim"] = True
+        if not description["random_states"]:
+            changes["no_load_rng"] = True
+        return changes
     wants_exit = args.exit_on_missing_checkpoint and args.load
-    if not has_adapters and not wants_exit and args.non_persistent_ckpt_type is None:
+    if not wants_exit and args.non_persistent_ckpt_type is None:
         changes["load"] = None
     return changes
 

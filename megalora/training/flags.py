@@ -12,6 +12,7 @@ from megalora.hf.directories import check_place, relation_of
 from megalora.model.config_json import read_config
 from megalora.model.megatron import megatron_flags
 from megalora.model.shape import refuse_hybrid
+from megalora.targets import MLP, matching_target
 from megalora.training.auto_lr import add_auto_lr_args
 
 
@@ -74,7 +75,7 @@ def check_flags(args: argparse.Namespace, config: LoRAConfig | None) -> None:
         for flag in ("lora_load", "export_hf", "save_merged"):
             if getattr(args, flag):
                 raise ValueError(f"{flag} is {getattr(args, flag)!r} without LoRA: set --lora-rank")
-    elif args.num_experts:
+    elif args.num_experts and _trains_experts(args, config):
         config.resolve_expert_rank(args.moe_router_topk)
     _check_bases(args)
     check_output_args(args)
@@ -82,6 +83,18 @@ def check_flags(args: argparse.Namespace, config: LoRAConfig | None) -> None:
         check_save(args)
         refuse_fsdp(args)
         check_checkpoint_args(args)
+
+
+def _trains_experts(args: argparse.Namespace, config: LoRAConfig) -> bool:
+    """Say whether the flags alone tell that experts have adapters, of whatever rank."""
+    if args.lora_targets is None and args.load:
+        # Those of the checkpoint in --load, where there is one.
+        return False
+    return any(
+        matching_target(f"decoder.layers.{layer}.mlp.experts.{linear}", config.targets)
+        for layer in range(args.num_layers or 0)
+        for linear in MLP
+    )
 
 
 def _check_bases(args: argparse.Namespace) -> None:

@@ -18,7 +18,7 @@ from megalora.checkpoint.base import differences, fingerprint, load_base
 from megalora.checkpoint.find import Found, find_on_all_ranks
 from megalora.checkpoint.ranks import on_all_ranks
 from megalora.checkpoint.schedule import stored_rates
-from megalora.checkpoint.state import check_same_adapters, describe_base
+from megalora.checkpoint.state import check_same_adapters, describe_base, describe_model
 from megalora.checkpoint.unpickle import check_readable
 from megalora.config import LoRAConfig
 from megalora.hf.base import load_hf_base
@@ -34,7 +34,7 @@ from megalora.training.outputs import (
 )
 from megalora.training.replicas import check_replicas
 from megalora.training.trust import check_trust
-from megalora.training.vocabulary import rows_in_softmax, vocab_size
+from megalora.training.vocabulary import base_sizes, rows_in_softmax
 
 ModelChunks = list[torch.nn.Module]
 # What a checkpoint stores with its adapters, or says of a base.
@@ -83,14 +83,16 @@ def prepare(
         check_replicas(model_chunks)
     if description is not None:
         check_base(description.get("base"), base, args)
-    change_args(args, {"vocab_size": vocab_size(args, base["source"])})
+    sizes = base_sizes(args, base["source"])
+    change_args(args, {"vocab_size": sizes["vocab_size"]})
     apply_lora(model_chunks, config, vocab_size=rows_in_softmax(args))
     describe_base(model_chunks, base)
+    describe_model(model_chunks, sizes)
     if description is None and args.lora_load:
         base_of_it = {"hf_model": args.hf_model, "vocab_size": args.vocab_size}
         load_adapter(model_chunks, args.lora_load, config, **base_of_it)
     change_args(args, stored_rates(args, description and description["schedule"]))
-    change_args(args, before_loading(args, has_adapters=description is not None))
+    change_args(args, before_loading(args, description))
     check_outputs(model_chunks, args, config)
     report(model_chunks)
     return config

@@ -1,4 +1,7 @@
-"""How many rows of a run's vocabulary are its base's own, and how many Megatron's padding."""
+"""What an export has to know of a run's base: the rows of its vocabulary above all.
+
+Megatron pads them. What is padding takes no part in the softmax, and is in no export.
+"""
 
 import argparse
 from pathlib import Path
@@ -7,6 +10,7 @@ from typing import Any, cast
 from megatron.core import dist_checkpointing
 from megatron.training import get_tokenizer
 
+from megalora.checkpoint.description import HUGGING_FACE, read_sizes
 from megalora.checkpoint.layout import find_directory
 from megalora.checkpoint.ranks import on_all_ranks
 from megalora.checkpoint.read import read_common
@@ -15,19 +19,29 @@ from megalora.model.config_json import load_config, model_shape
 _TABLE = "embedding.word_embeddings.weight"
 
 
-def vocab_size(args: argparse.Namespace, source: str | None) -> int:
-    """Return the rows of the vocabulary without Megatron's padding.
+def base_sizes(args: argparse.Namespace, source: str | None) -> dict[str, Any]:
+    """Return a base's `vocab_size`, without Megatron's padding, and `model_type` where known.
 
-    Those of a Hugging Face model are what its config.json says. Else what is largest of the
-    tokenizer's, --vocab-size and those of the base checkpoint: a base may have more rows than its
-    tokenizer has tokens, and a --vocab-size that is too small is left over from another script.
+    Those of a Hugging Face model are what its config.json says, also where `megalora import-base`
+    made a checkpoint of it. Else the rows are what is largest of the tokenizer's, --vocab-size and
+    those of the base checkpoint: a base may have more rows than its tokenizer has tokens, and a
+    --vocab-size that is too small is left over from another script.
     source: directory of the base, whose checkpoint has been loaded. All ranks must call it.
     """
     if args.hf_model:
         # Its tensors were held against it when they were loaded.
-        return model_shape(load_config(args.hf_model)).vocab_size
-    stored = on_all_ranks(lambda: _stored(Path(source)), only=0) if source else 0
-    return max(_num_tokens(), args.vocab_size or 0, stored)
+        shape = model_shape(load_config(args.hf_model))
+        return {"vocab_size": shape.vocab_size, "model_type": shape.model_type}
+    stored = on_all_ranks(lambda: _stored(Path(source)), only=0) if source else {}
+    if "model_type" in stored:
+        return stored
+    rows = stored.get("vocab_size", 0)
+    return {"vocab_size": max(_num_tokens(), args.vocab_size or 0, rows)}
+
+
+def vocab_size(args: argparse.Namespace, source: str | None) -> int:
+    """Return the rows of the vocabulary without Megatron's padding; see `base_sizes`."""
+    return base_sizes(args, source)["vocab_size"]
 
 
 def rows_in_softmax(args: argparse.Namespace) -> int:
@@ -43,17 +57,20 @@ def _num_tokens() -> int:
     return cast(Any, get_tokenizer()).vocab_size
 
 
-def _stored(root: Path) -> int:
-    """Return the rows that a base checkpoint says are no padding; 0 where it does not say.
+def _stored(root: Path) -> dict[str, Any]:
+    """Return what a base checkpoint says of its model: `vocab_size`, and what `base_sizes` adds.
 
-    Megatron's training saves its flags. Where there are none, as of `megalora import-base`, nothing
-    was padded.
+    Megatron's training saves its flags. Where there are none, as of an older `megalora
+    import-base`, nothing was padded.
     """
     directory = find_directory(root)
     if not dist_checkpointing.check_is_distributed_checkpoint(str(directory)):
-        return 0
-    saved = read_common(directory).get("args")
+        return {}
+    common = read_common(directory)
+    if HUGGING_FACE in common:
+        return read_sizes(common)
+    saved = common.get("args")
     if saved is not None:
-        return getattr(saved, "vocab_size", None) or 0
+        return {"vocab_size": getattr(saved, "vocab_size", None) or 0}
     table = dist_checkpointing.load_tensors_metadata(str(directory)).get(_TABLE)
-    return 0 if table is None else table.global_shape[0]
+    return {} if table is None else {"vocab_size": table.global_shape[0]}

@@ -35,7 +35,7 @@ from tests.support.mutations import Mutation, apply, fresh_copy, mutations
 from tests.support.soon import soon
 
 SECONDS, MEGABYTES, CHARACTERS = 10.0, 3000, 2000
-ITERATION = "iter_0000000"
+ITERATION = "release"
 type Reader = Callable[[Path], object]
 
 
