@@ -1,7 +1,7 @@
 """The canonical form of an adapter, between the Megatron side and the files; what it may hold."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -57,6 +57,9 @@ class LoRAFactors:
 
     def trimmed(self) -> "LoRAFactors":
         """Return the same update without trailing ranks that are zero in both factors."""
+        # Nearly all have none, and are asked for thousands of times.
+        if self.lora_A[-1].any() or self.lora_B[:, -1].any():
+            return self
         used = self.lora_A.ne(0).any(1) | self.lora_B.ne(0).any(0)
         rank = int(used.nonzero().max()) + 1 if used.any() else 1
         return LoRAFactors(self.lora_A[:rank], self.lora_B[:, :rank], self.scale)
@@ -70,6 +73,16 @@ class LoRAFactors:
             return LoRAFactors(self.lora_A, self.lora_B, scale)
         dtype = torch.promote_types(self.lora_B.dtype, torch.float32)
         return LoRAFactors(self.lora_A, self.lora_B.to(dtype) * (self.scale / scale), scale)
+
+    def folded(self) -> "LoRAFactors":
+        """Return the same update at scale 1, the scale folded into B in fp32.
+
+        B keeps its own precision only where that loses nothing.
+        """
+        one = self.rescaled(1.0)
+        short = one.lora_B.to(self.lora_B.dtype)
+        is_lossless = short is one.lora_B or torch.equal(short.to(one.lora_B.dtype), one.lora_B)
+        return LoRAFactors(one.lora_A, short if is_lossless else one.lora_B, 1.0)
 
 
 def same_scale(first: float, second: float) -> bool:
@@ -87,7 +100,12 @@ def check_tensors(tensors: Mapping[str, Tensor]) -> None:
         raise ValueError(
             f"adapter has factors that are no matrices: {summarise(wrong)}: expected 2-D"
         )
-    wrong = [f"{name} ({t.dtype})" for name, t in tensors.items() if t.dtype not in PRECISIONS]
+    _refuse_precisions(
+        [f"{name} ({t.dtype})" for name, t in tensors.items() if t.dtype not in PRECISIONS]
+    )
+
+
+def _refuse_precisions(wrong: list[str]) -> None:
     if wrong:
         raise ValueError(
             f"adapter has factors that are no floating-point numbers of 16 bits or more: "
@@ -101,10 +119,18 @@ def check_factors(factors: Mapping[str, LoRAFactors]) -> None:
     Their precision must be one of `PRECISIONS`, factors and scales finite, and so the updates
     scale * B @ A in fp32.
     """
-    for end in ("lora_A", "lora_B"):
-        check_tensors({f"{name}.{end}": getattr(m, end) for name, m in factors.items()})
-    bad, beyond = [], []
-    for name, module in factors.items():
+    check_each(factors.items())
+
+
+def check_each(modules: Iterable[tuple[str, LoRAFactors]]) -> None:
+    """Check factors as `check_factors` does, by name, and hold none of them."""
+    codes, bad, beyond = [], [], []
+    for name, module in modules:
+        for end, tensor in (("lora_A", module.lora_A), ("lora_B", module.lora_B)):
+            if tensor.dtype not in PRECISIONS:
+                codes.append(f"{name}.{end} ({tensor.dtype})")
+        if codes:
+            continue
         if not math.isfinite(module.scale):
             bad.append(name)
             continue
@@ -116,6 +142,7 @@ def check_factors(factors: Mapping[str, LoRAFactors]) -> None:
             bad.append(name)
         elif not all_finite(module.delta().float()):
             beyond.append(name)
+    _refuse_precisions(codes)
     if bad:
         raise ValueError(
             f"adapter has NaN or infinite values in {summarise(bad)}: "

@@ -1,19 +1,60 @@
-"""Files of a Hugging Face directory, read safely."""
+"""The files of a Hugging Face directory: JSON, and tensors written one after the other."""
 
 import json
-import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError
-from safetensors.torch import save_file
+import torch
 from torch import Tensor
 
 from megalora.model.stored import ADAPTER, MODEL, TensorFiles
 from megalora.reading import read_json
 
-__all__ = ["ADAPTER", "MODEL", "TensorFiles", "read_json", "save_tensors", "write_json"]
+__all__ = [
+    "ADAPTER",
+    "MODEL",
+    "Planned",
+    "TensorFiles",
+    "read_json",
+    "save_tensors",
+    "write_json",
+]
+
+# Names of safetensors, in the order in which it lays tensors out: so that none is misaligned.
+_DTYPES = {
+    torch.uint64: "U64",
+    torch.int64: "I64",
+    torch.float64: "F64",
+    torch.complex64: "C64",
+    torch.float32: "F32",
+    torch.uint32: "U32",
+    torch.int32: "I32",
+    torch.bfloat16: "BF16",
+    torch.float16: "F16",
+    torch.uint16: "U16",
+    torch.int16: "I16",
+    torch.float8_e8m0fnu: "F8_E8M0",
+    torch.float8_e4m3fn: "F8_E4M3",
+    torch.float8_e5m2: "F8_E5M2",
+    torch.int8: "I8",
+    torch.uint8: "U8",
+    torch.bool: "BOOL",
+}
+_ORDER = {dtype: number for number, dtype in enumerate(_DTYPES)}
+_ALIGNMENT = 8
+# Small tensors go to the disk together.
+_BUFFER_BYTES = 1 << 20
+
+
+@dataclass(frozen=True, slots=True)
+class Planned:
+    """A tensor to be written, of which only shape and precision are known until it is its turn."""
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    make: Callable[[], Tensor]
 
 
 def write_json(path: Path, value: Mapping[str, Any]) -> None:
@@ -21,22 +62,38 @@ def write_json(path: Path, value: Mapping[str, Any]) -> None:
     path.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
-def save_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
-    """Write a safetensors file; the order of keys and the bytes depend on the values alone."""
-    # Safetensors refuses tensors that share memory, such as one A of three projections.
-    seen: set[int] = set()
-    whole: dict[str, Tensor] = {}
-    for name in sorted(tensors):
-        tensor = tensors[name].detach().cpu().contiguous()
-        pointer = tensor.untyped_storage().data_ptr()
-        partial = tensor.numel() * tensor.element_size() != tensor.untyped_storage().nbytes()
-        whole[name] = tensor.clone() if partial or pointer in seen else tensor
-        seen.add(whole[name].untyped_storage().data_ptr())
-    try:
-        save_file(whole, path, metadata={"format": "pt"})
-    except SafetensorError as error:
-        raise OSError(None, f"{error}", str(path)) from error
-    # safetensors makes files that only their owner can read: give them the permissions of others.
-    mask = os.umask(0)
-    os.umask(mask)
-    os.chmod(path, 0o666 & ~mask)
+def save_tensors(path: Path, tensors: Mapping[str, Tensor | Planned]) -> None:
+    """Write a safetensors file: its header, then one tensor at a time, nothing else being held.
+
+    The bytes are those that safetensors writes, and depend on names and values alone. Tensors may
+    share memory.
+    """
+    names = sorted(tensors, key=lambda name: (_ORDER[tensors[name].dtype], name))
+    with path.open("xb", buffering=_BUFFER_BYTES) as file:
+        file.write(_header({name: tensors[name] for name in names}))
+        for name in names:
+            file.write(_bytes(tensors[name]))
+
+
+def _header(tensors: Mapping[str, Tensor | Planned]) -> bytes:
+    """Return what stands before the first tensor: the length of a JSON text, and it."""
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    end = 0
+    for name, tensor in tensors.items():
+        begin, shape = end, list(tensor.shape)
+        end += torch.Size(shape).numel() * tensor.dtype.itemsize
+        header[name] = {
+            "dtype": _DTYPES[tensor.dtype],
+            "shape": shape,
+            "data_offsets": [begin, end],
+        }
+    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+    text += b" " * (-len(text) % _ALIGNMENT)
+    return len(text).to_bytes(_ALIGNMENT, "little") + text
+
+
+def _bytes(tensor: Tensor | Planned) -> memoryview:
+    values = tensor.make() if isinstance(tensor, Planned) else tensor
+    assert (tuple(values.shape), values.dtype) == (tuple(tensor.shape), tensor.dtype)
+    flat = values.detach().cpu().contiguous().reshape(-1)
+    return memoryview(flat.view(torch.uint8).numpy())

@@ -7,7 +7,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, get_args
 
-import torch
 from torch import Tensor
 
 from megalora.hf.adapter_config import AdaptedBase, adapter_config
@@ -15,6 +14,7 @@ from megalora.hf.directories import whole_directory
 from megalora.hf.factors import LoRAFactors, check_factors, check_tensors
 from megalora.hf.files import (
     ADAPTER,
+    Planned,
     TensorFiles,
     read_json,
     save_tensors,
@@ -25,7 +25,6 @@ from megalora.hf.peft_config import (
     PeftRules,
     check_ranks,
     layer_of,
-    most_common,
     read_rules,
     split_expert,
 )
@@ -45,6 +44,7 @@ from megalora.hf.stacked_experts import (
     split_stacked,
     to_tinker_name,
 )
+from megalora.hf.uniform import at_one_scale, uniform_tensors
 from megalora.hf.whole_layers import check_without_base, refuse_trained, trained_layers
 
 Format = Literal["peft", "uniform", "peft-3d", "tinker"]
@@ -95,17 +95,19 @@ def write_adapter(
     Raises ValueError for values that are not finite, and for what the format cannot say.
     """
     _check_writable(factors, format)
-    if format in ("uniform", "tinker"):
-        factors = make_uniform(factors, None if format == "tinker" else 1.0)
-        # Folding a scale into B can carry it out of fp32, where scale * B @ A is not.
+    if format == "tinker":
+        factors = at_one_scale(factors)
         check_factors(factors)
     base = _base(factors, num_layers, moe_layers, is_moe=bool(num_experts))
-    experts = complete_experts(factors, moe_layers=base.moe_layers, num_experts=num_experts)
+    experts = complete_experts(
+        factors,
+        moe_layers=base.moe_layers,
+        num_experts=num_experts,
+        must_agree=format != "uniform",
+    )
     dense = {name: module for name, module in factors.items() if not split_expert(name)}
     config = adapter_config(dense, experts, format, base)
-    if format == "tinker":
-        dense = {to_tinker_name(name): module for name, module in dense.items()}
-    tensors = _flat(dense) | (_of_experts(experts, format) if experts else {})
+    tensors = _tensors(dense, experts, format)
     with whole_directory(directory, overwrite=overwrite) as target:
         prefixed = {_PREFIX + key: tensor for key, tensor in tensors.items()}
         save_tensors(target / f"{ADAPTER}.safetensors", prefixed)
@@ -127,9 +129,16 @@ def _base(
     return AdaptedBase(num_layers, sorted(moe_layers), is_moe)
 
 
-def _of_experts(experts: Experts, format: str) -> dict[str, Tensor]:
+def _tensors(
+    dense: Mapping[str, LoRAFactors], experts: Experts | None, format: str
+) -> dict[str, Tensor | Planned]:
+    of_experts = experts.factors if experts else {}
+    if format == "uniform":
+        return {**uniform_tensors({**dense, **of_experts})}
+    if format == "tinker":
+        dense = {to_tinker_name(name): module for name, module in dense.items()}
     join = {"peft-3d": join_3d, "tinker": join_tinker}.get(format)
-    return join(experts) if join else _flat(experts.factors)
+    return {**_flat(dense), **(join(experts) if experts and join else _flat(of_experts))}
 
 
 def _check_writable(factors: Mapping[str, LoRAFactors], format: str) -> None:
@@ -138,25 +147,6 @@ def _check_writable(factors: Mapping[str, LoRAFactors], format: str) -> None:
     if not factors:
         raise ValueError("adapter has no factors: nothing to write")
     check_factors(factors)
-
-
-def make_uniform(
-    factors: Mapping[str, LoRAFactors], scale: float | None = 1.0
-) -> dict[str, LoRAFactors]:
-    """Return the same updates at the largest rank and one scale, ratios folded into B in fp32.
-
-    B keeps its own precision only where that loses nothing. scale: None for the most common one.
-    """
-    rank = max(module.rank for module in factors.values())
-    if scale is None:
-        scale = most_common((module.rank, module.scale) for module in factors.values())[1]
-    uniform: dict[str, LoRAFactors] = {}
-    for name, module in factors.items():
-        one = module.rescaled(scale).resized(rank)
-        short = one.lora_B.to(module.lora_B.dtype)
-        lossless = torch.equal(short.to(one.lora_B.dtype), one.lora_B)
-        uniform[name] = LoRAFactors(one.lora_A, short if lossless else one.lora_B, scale)
-    return uniform
 
 
 def read_adapter(
@@ -233,8 +223,8 @@ def _hidden_size(factors: Mapping[str, LoRAFactors]) -> int | None:
     return sizes[0] if sizes else None
 
 
-def _flat(factors: Mapping[str, LoRAFactors]) -> dict[str, Tensor]:
-    flat: dict[str, Tensor] = {}
+def _flat(factors: Mapping[str, LoRAFactors]) -> dict[str, Tensor | Planned]:
+    flat: dict[str, Tensor | Planned] = {}
     for name, module in factors.items():
         flat[f"{name}.lora_A.weight"] = module.lora_A
         flat[f"{name}.lora_B.weight"] = module.lora_B

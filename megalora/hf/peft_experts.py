@@ -11,12 +11,14 @@ lora_A [E r, in] is expert-major, lora_B [out, r E] is expert-fastest; Megatron-
 from collections import defaultdict
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
+from functools import partial, reduce
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from megalora.hf.factors import LoRAFactors, same_scale
+from megalora.hf.files import Planned
 from megalora.hf.peft_config import PeftRules, layer_of, split_expert
 from megalora.model.shape import MAX_SIZES
 
@@ -141,12 +143,17 @@ class Experts:
 
 
 def complete_experts(
-    factors: Mapping[str, LoRAFactors], *, moe_layers: Collection[int], num_experts: int | None
+    factors: Mapping[str, LoRAFactors],
+    *,
+    moe_layers: Collection[int],
+    num_experts: int | None,
+    must_agree: bool = True,
 ) -> Experts | None:
     """Fill the experts' adapters to what PEFT loads: all experts of a layer, all projections.
 
     PEFT's conversion stacks them, so a projection without an adapter gets one that is zero. A layer
     of which no expert has an adapter gets none. Returns None where that holds of all layers.
+    must_agree: raise ValueError where they differ in scale; that of the result is else one of them.
     """
     given = {name: module for name, module in factors.items() if split_expert(name)}
     if not given:
@@ -165,7 +172,7 @@ def complete_experts(
             "this adapter belongs to another model"
         )
     one = next(iter(given.values()))
-    if not all(same_scale(module.scale, one.scale) for module in given.values()):
+    if must_agree and not all(same_scale(m.scale, one.scale) for m in given.values()):
         raise ValueError(
             "experts differ in scale, which PEFT cannot load as `peft` or `peft-3d`: use the "
             "format `uniform`"
@@ -224,24 +231,65 @@ def _in_layer(name: str) -> str:
     return f"{expert[0]}.{expert[2]}" if expert else name
 
 
-def join_3d(experts: Experts) -> dict[str, Tensor]:
-    """Return the 3-D layout's tensors by key; gate and up become block-diagonal at rank 2 r."""
-    tensors: dict[str, Tensor] = {}
+def join_3d(experts: Experts) -> dict[str, Planned]:
+    """Return the 3-D layout's tensors by key; gate and up become block-diagonal at rank 2 r.
+
+    Each is made when it is written.
+    """
+    down = experts.factors[f"{experts.prefixes[0]}.0.{DOWN}"]
+    hidden, ffn = down.lora_B.shape[0], down.lora_A.shape[1]
+    ranks = experts.num_experts * experts.rank
+    planned: dict[str, Planned] = {}
     for prefix in experts.prefixes:
-        gate, up, down = (_stack(experts, prefix, projection) for projection in PROJECTIONS)
-        a = torch.cat([gate[0], up[0]], dim=1)
-        zero_gate, zero_up = torch.zeros_like(gate[1]), torch.zeros_like(up[1])
-        b = torch.cat(
-            [torch.cat([gate[1], zero_gate], dim=2), torch.cat([zero_up, up[1]], dim=2)], dim=1
-        )
-        for key, (stacked_a, stacked_b) in {f"{prefix}.base_layer": (a, b), prefix: down}.items():
-            tensors[f"{key}.lora_A.weight"] = stacked_a.flatten(0, 1)
-            tensors[f"{key}.lora_B.weight"] = stacked_b.permute(1, 2, 0).flatten(1)
-    return tensors
+        gate, up, down = (_modules(experts, prefix, projection) for projection in PROJECTIONS)
+        for end, shape, modules, make in (
+            ("base_layer.lora_A", (2 * ranks, hidden), gate + up, partial(_gate_up_a, gate, up)),
+            ("base_layer.lora_B", (2 * ffn, 2 * ranks), gate + up, partial(_gate_up_b, gate, up)),
+            ("lora_A", (ranks, ffn), down, partial(_down_a, down)),
+            ("lora_B", (hidden, ranks), down, partial(_down_b, down)),
+        ):
+            # Mixed precisions join at the highest.
+            dtypes = {getattr(module, end[-6:]).dtype for module in modules}
+            dtype = reduce(torch.promote_types, dtypes)
+            planned[f"{prefix}.{end}.weight"] = Planned(shape, dtype, make)
+    return planned
 
 
-def _stack(experts: Experts, prefix: str, projection: str) -> Pair:
-    modules = [
+def _modules(experts: Experts, prefix: str, projection: str) -> list[LoRAFactors]:
+    return [
         experts.factors[f"{prefix}.{expert}.{projection}"] for expert in range(experts.num_experts)
     ]
-    return torch.stack([m.lora_A for m in modules]), torch.stack([m.lora_B for m in modules])
+
+
+def _gate_up_a(gate: list[LoRAFactors], up: list[LoRAFactors]) -> Tensor:
+    return torch.cat([_stack_a(gate), _stack_a(up)], dim=1).flatten(0, 1)
+
+
+def _gate_up_b(gate: list[LoRAFactors], up: list[LoRAFactors]) -> Tensor:
+    one, other = _stack_b(gate), _stack_b(up)
+    rows = [
+        torch.cat([one, torch.zeros_like(one)], dim=2),
+        torch.cat([torch.zeros_like(other), other], dim=2),
+    ]
+    return _flat_b(torch.cat(rows, dim=1))
+
+
+def _down_a(down: list[LoRAFactors]) -> Tensor:
+    return _stack_a(down).flatten(0, 1)
+
+
+def _down_b(down: list[LoRAFactors]) -> Tensor:
+    return _flat_b(_stack_b(down))
+
+
+def _stack_a(modules: list[LoRAFactors]) -> Tensor:
+    return torch.stack([module.lora_A for module in modules])
+
+
+def _stack_b(modules: list[LoRAFactors]) -> Tensor:
+    return torch.stack([module.lora_B for module in modules])
+
+
+def _flat_b(b: Tensor) -> Tensor:
+    """Return [out, r E] of [E, out, r]."""
+    return b.permute(1, 2, 0).flatten(1)
