@@ -21,7 +21,8 @@ def largest(tensor: Tensor) -> float:
         return 0.0
     # What has eight bits cannot be compared.
     tensor = tensor.detach().float() if tensor.element_size() < 2 else tensor.detach()
-    return float(torch.stack(torch.aminmax(tensor)).abs().max())
+    low, high = torch.stack(torch.aminmax(tensor)).tolist()
+    return max(abs(low), abs(high))
 
 
 def all_finite(tensor: Tensor) -> bool:

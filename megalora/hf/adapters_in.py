@@ -139,7 +139,14 @@ class _Join:
         outs = self._rows(name, linear, fitted)
         one = next(iter(fitted.values()))
         dtype = functools.reduce(torch.promote_types, [m.lora_A.dtype for m in fitted.values()])
-        a = self._start_a(name, linear, rank, one.lora_A.to(dtype))
+        like = one.lora_A.to(dtype)
+        # Drawing takes longer than all the rest: not where every value is overwritten.
+        is_full = [m.rank for m in fitted.values()] == [rank] * len(linear.projections)
+        a = (
+            like.new_empty(len(linear.projections), *like.shape)
+            if is_full
+            else self._start_a(name, linear, rank, like)
+        )
         rows = [one.lora_B.new_zeros(out, rank) for out in outs]
         for index, projection in enumerate(linear.projections):
             if projection in fitted:

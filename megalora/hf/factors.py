@@ -1,7 +1,7 @@
 """The canonical form of an adapter, between the Megatron side and the files; what it may hold."""
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
@@ -74,15 +74,11 @@ class LoRAFactors:
         dtype = torch.promote_types(self.lora_B.dtype, torch.float32)
         return LoRAFactors(self.lora_A, self.lora_B.to(dtype) * (self.scale / scale), scale)
 
-    def folded(self) -> "LoRAFactors":
-        """Return the same update at scale 1, the scale folded into B in fp32.
-
-        B keeps its own precision only where that loses nothing.
-        """
-        one = self.rescaled(1.0)
-        short = one.lora_B.to(self.lora_B.dtype)
-        is_lossless = short is one.lora_B or torch.equal(short.to(one.lora_B.dtype), one.lora_B)
-        return LoRAFactors(one.lora_A, short if is_lossless else one.lora_B, 1.0)
+    def folded_b(self) -> Tensor:
+        """Return lora_B times the scale, in fp32 unless its own precision loses nothing."""
+        b = self.rescaled(1.0).lora_B
+        short = b.to(self.lora_B.dtype)
+        return short if short is b or torch.equal(short.to(b.dtype), b) else b
 
 
 def same_scale(first: float, second: float) -> bool:
@@ -100,12 +96,7 @@ def check_tensors(tensors: Mapping[str, Tensor]) -> None:
         raise ValueError(
             f"adapter has factors that are no matrices: {summarise(wrong)}: expected 2-D"
         )
-    _refuse_precisions(
-        [f"{name} ({t.dtype})" for name, t in tensors.items() if t.dtype not in PRECISIONS]
-    )
-
-
-def _refuse_precisions(wrong: list[str]) -> None:
+    wrong = [f"{name} ({t.dtype})" for name, t in tensors.items() if t.dtype not in PRECISIONS]
     if wrong:
         raise ValueError(
             f"adapter has factors that are no floating-point numbers of 16 bits or more: "
@@ -119,18 +110,10 @@ def check_factors(factors: Mapping[str, LoRAFactors]) -> None:
     Their precision must be one of `PRECISIONS`, factors and scales finite, and so the updates
     scale * B @ A in fp32.
     """
-    check_each(factors.items())
-
-
-def check_each(modules: Iterable[tuple[str, LoRAFactors]]) -> None:
-    """Check factors as `check_factors` does, by name, and hold none of them."""
-    codes, bad, beyond = [], [], []
-    for name, module in modules:
-        for end, tensor in (("lora_A", module.lora_A), ("lora_B", module.lora_B)):
-            if tensor.dtype not in PRECISIONS:
-                codes.append(f"{name}.{end} ({tensor.dtype})")
-        if codes:
-            continue
+    for end in ("lora_A", "lora_B"):
+        check_tensors({f"{name}.{end}": getattr(m, end) for name, m in factors.items()})
+    bad, beyond = [], []
+    for name, module in factors.items():
         if not math.isfinite(module.scale):
             bad.append(name)
             continue
@@ -142,7 +125,6 @@ def check_each(modules: Iterable[tuple[str, LoRAFactors]]) -> None:
             bad.append(name)
         elif not all_finite(module.delta().float()):
             beyond.append(name)
-    _refuse_precisions(codes)
     if bad:
         raise ValueError(
             f"adapter has NaN or infinite values in {summarise(bad)}: "

@@ -7,7 +7,6 @@ from typing import Any
 
 from torch import Tensor
 
-from megalora import cpu, mends
 from megalora.config import LoRAConfig
 from megalora.hf.factors import LoRAFactors, same_scale
 from megalora.hf.linears import Linear, locate
@@ -20,6 +19,9 @@ from megalora.targets import ModelFacts
 
 def prepare() -> None:
     """Make megatron importable, on the CPU where there is no GPU, for `megalora.hf.one_process`."""
+    # The commands that need no Megatron would wait seconds for what these import.
+    from megalora import cpu, mends
+
     if cpu.wanted([]):
         cpu.install()
     mends.install()

@@ -8,12 +8,15 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
+from queue import Queue
 from typing import Any
+from unittest import mock
 
 import torch
 import torch.distributed as dist
 from megatron.core import dist_checkpointing, parallel_state, tensor_parallel
 from megatron.core.dist_checkpointing.mapping import ShardedTensor
+from megatron.core.dist_checkpointing.strategies import filesystem_async
 from megatron.core.models.gpt.gpt_layer_specs import get_gpt_decoder_block_spec
 from megatron.core.models.gpt.gpt_model import GPTModel
 from megatron.core.transformer.transformer_config import TransformerConfig
@@ -108,7 +111,10 @@ def _save(weights: Mapping[str, Any], target: Path) -> None:
     directory = iteration_directory(target, RELEASE)
     directory.mkdir()
     state = {**weights, "iteration": 0, "checkpoint_version": 3.0}
-    with said_of_failures() as said:
+    # The writers of a save that is waited for are threads: Megatron would start a process, which
+    # imports torch, for what they answer.
+    answers = mock.patch.object(filesystem_async, "_results_queue", Queue())
+    with said_of_failures() as said, answers:
         try:
             dist_checkpointing.save(state, str(directory), verify_integrity=True)
         # torch's, which is no Exception, wraps whatever a write runs into.

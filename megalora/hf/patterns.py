@@ -60,9 +60,11 @@ class Patterns[T]:
 
     def _find_plain(self, name: str) -> Iterator[int]:
         """Yield the plain patterns that the name, or its end behind a dot, has the form of."""
-        starts = [0, *(dot.end() for dot in re.finditer(r"\.", name))]
-        for end in (name[start:] for start in starts):
-            for (_, free), names in self._plain.get(len(end), {}).items():
+        for length, forms in self._plain.items():
+            end = name[-length:]
+            if len(end) < length or name[-length - 1 : -length] not in ("", "."):
+                continue
+            for (_, free), names in forms.items():
                 masked = list(end)
                 for place in free:
                     masked[place] = "."

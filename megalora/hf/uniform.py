@@ -1,12 +1,13 @@
 """Adapters of one rank and of scale 1, for servers that read no patterns (`uniform`)."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from functools import partial
 
 from torch import Tensor
 from torch.nn import functional
 
-from megalora.hf.factors import LoRAFactors, check_each
+from megalora.adapters.finite import all_finite
+from megalora.hf.factors import LoRAFactors, summarise
 from megalora.hf.files import Planned
 
 
@@ -17,20 +18,22 @@ def uniform_tensors(factors: Mapping[str, LoRAFactors], rank: int) -> dict[str, 
     Raises ValueError for a scale that carries B out of fp32, where scale * B @ A is not.
     """
     planned: dict[str, Planned] = {}
-
-    def plan() -> Iterator[tuple[str, LoRAFactors]]:
-        for name, module in factors.items():
-            one = module.folded()
-            a, b = one.lora_A, one.lora_B
-            planned[f"{name}.lora_A.weight"] = Planned(
-                (rank, a.shape[1]), a.dtype, partial(_padded_a, module, rank)
-            )
-            planned[f"{name}.lora_B.weight"] = Planned(
-                (b.shape[0], rank), b.dtype, partial(_padded_b, module, rank)
-            )
-            yield name, one
-
-    check_each(plan())
+    beyond = []
+    for name, module in factors.items():
+        a, b = module.lora_A, module.folded_b()
+        if not all_finite(b):
+            beyond.append(name)
+        planned[f"{name}.lora_A.weight"] = Planned(
+            (rank, a.shape[1]), a.dtype, partial(_padded_a, module, rank)
+        )
+        planned[f"{name}.lora_B.weight"] = Planned(
+            (b.shape[0], rank), b.dtype, partial(_padded_b, module, rank)
+        )
+    if beyond:
+        raise ValueError(
+            f"adapter has NaN or infinite values in {summarise(beyond)} once lora_B has its scale "
+            "in it, as the format `uniform` writes it: use the format `peft`"
+        )
     return planned
 
 
@@ -39,4 +42,4 @@ def _padded_a(module: LoRAFactors, rank: int) -> Tensor:
 
 
 def _padded_b(module: LoRAFactors, rank: int) -> Tensor:
-    return functional.pad(module.folded().lora_B, (0, rank - module.rank))
+    return functional.pad(module.folded_b(), (0, rank - module.rank))
