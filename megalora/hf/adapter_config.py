@@ -8,6 +8,7 @@ from megalora.hf.factors import LoRAFactors
 from megalora.hf.patterns import matches
 from megalora.hf.peft_config import choose_patterns, layer_of, most_common, target_modules
 from megalora.hf.peft_experts import DOWN, GATE_UP, PROJECTIONS, Experts
+from megalora.hf.uniform import largest_rank
 
 _CONSTANT_FIELDS: dict[str, Any] = {
     "peft_type": "LORA",
@@ -38,13 +39,16 @@ def adapter_config(
 ) -> dict[str, Any]:
     """Return what a format's configuration says of these adapters, but for the base's name."""
     wanted = {name: (module.rank, _alpha(module)) for name, module in dense.items()}
-    # NOTE: PEFT takes the rank of stacked experts from `r` and ignores patterns there, so `r` is
-    # the expert rank wherever there are experts.
-    default = (
-        (experts.rank, _alpha(next(iter(experts.factors.values()))))
-        if experts
-        else most_common(wanted.values())
-    )
+    of_experts = experts.factors if experts else {}
+    if format == "uniform":
+        rank = largest_rank([*dense.values(), *of_experts.values()])
+        wanted, default = dict.fromkeys(dense, (rank, rank)), (rank, rank)
+    elif experts:
+        # NOTE: PEFT takes the rank of stacked experts from `r` and ignores patterns there, so `r`
+        # is the expert rank wherever there are experts.
+        default = (experts.rank, _alpha(next(iter(of_experts.values()))))
+    else:
+        default = most_common(wanted.values())
     if format == "tinker":
         return _fields(*default, target_modules="all-linear")
     rank_pattern, alpha_pattern = choose_patterns(wanted, default)

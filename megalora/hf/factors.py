@@ -74,9 +74,9 @@ class LoRAFactors:
         dtype = torch.promote_types(self.lora_B.dtype, torch.float32)
         return LoRAFactors(self.lora_A, self.lora_B.to(dtype) * (self.scale / scale), scale)
 
-    def folded_b(self) -> Tensor:
-        """Return lora_B times the scale, in fp32 unless its own precision loses nothing."""
-        b = self.rescaled(1.0).lora_B
+    def folded_b(self, scale: float = 1.0) -> Tensor:
+        """Return lora_B for another scale, in fp32 unless its own precision loses nothing."""
+        b = self.rescaled(scale).lora_B
         short = b.to(self.lora_B.dtype)
         return short if short is b or torch.equal(short.to(b.dtype), b) else b
 

@@ -1,6 +1,6 @@
-"""Adapters of one rank and of scale 1, for servers that read no patterns (`uniform`)."""
+"""Adapters of one rank and one scale, for servers that read no patterns."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from functools import partial
 
 from torch import Tensor
@@ -9,14 +9,31 @@ from torch.nn import functional
 from megalora.adapters.finite import all_finite
 from megalora.hf.factors import LoRAFactors, summarise
 from megalora.hf.files import Planned
+from megalora.hf.peft_config import most_common
 
 
-def uniform_tensors(factors: Mapping[str, LoRAFactors], rank: int) -> dict[str, Planned]:
-    """Return the same updates at one rank and scale 1 by key, each made when it is written.
+def largest_rank(factors: Iterable[LoRAFactors]) -> int:
+    """Return the rank that all can have."""
+    return max(module.rank for module in factors)
 
-    rank: no lower than that of any module. Scales are folded into B in fp32, and zeros appended.
+
+def at_one_scale(factors: Mapping[str, LoRAFactors]) -> dict[str, LoRAFactors]:
+    """Return the same updates at the largest rank and the most common scale."""
+    rank = largest_rank(factors.values())
+    scale = most_common((module.rank, module.scale) for module in factors.values())[1]
+    return {
+        name: LoRAFactors(module.lora_A, module.folded_b(scale), scale).resized(rank)
+        for name, module in factors.items()
+    }
+
+
+def uniform_tensors(factors: Mapping[str, LoRAFactors]) -> dict[str, Planned]:
+    """Return the same updates at the largest rank and scale 1 by key, each made when written.
+
+    Scales are folded into B in fp32, and zeros appended.
     Raises ValueError for a scale that carries B out of fp32, where scale * B @ A is not.
     """
+    rank = largest_rank(factors.values())
     planned: dict[str, Planned] = {}
     beyond = []
     for name, module in factors.items():
