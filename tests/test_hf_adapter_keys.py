@@ -12,8 +12,9 @@ from peft import LoraConfig
 from safetensors.torch import load_file, save_file
 
 from megalora.hf.factors import LoRAFactors
+from megalora.hf.inspect import inspect_peft
 from megalora.hf.peft import read_adapter
-from tests.support.hf_models import hf_model, logits, merged, trained_by_peft
+from tests.support.hf_models import hf_model, logits, merged, peft_model, trained_by_peft
 
 MALFORMED = pytest.mark.bad_input("a malformed file")
 # Different ranks, by patterns that match whole names too.
@@ -219,11 +220,14 @@ LEFT_OUT = {
 
 @MALFORMED
 @pytest.mark.parametrize("case", LEFT_OUT)
-def test_factors_that_peft_would_leave_out_are_refused(case, saved, tmp_path):
+def test_factors_that_peft_would_leave_out_are_refused(case, model, saved, tmp_path):
     directory = renamed(saved, tmp_path / "a", str, **LEFT_OUT[case])
-    field = next(iter(LEFT_OUT[case]))
-    with pytest.raises(ValueError, match=rf"adapter_config {field} leaves out model\.layers\..*"):
+    with pytest.raises(AssertionError, match=r"layers\.\d\.(mlp|self_attn)"):
+        peft_model(model, directory)
+    message = f"adapter_config {next(iter(LEFT_OUT[case]))} leaves out model.layers."
+    with pytest.raises(ValueError, match=message):
         read_adapter(directory)
+    assert any(message in text for text in inspect_peft(directory).warnings)
 
 
 SELECTED = {

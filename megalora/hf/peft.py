@@ -195,7 +195,7 @@ def read_adapter_directory(
     dense = {name: pair for name, pair in pairs.items() if name not in of_parameters}
     ranks = {name: int(a.shape[0]) for name, (a, _) in dense.items()}
     check_ranks(ranks, rules)
-    check_targets(config, {name: keys.stored(name) for name in pairs})
+    check_targets(config, {name: rules.stored(name) for name in pairs}, on_problem)
     factors = {name: LoRAFactors(a, b, rules.scale(name)) for name, (a, b) in dense.items()}
     factors |= split_stacked(stacked, rules)
     if of_parameters:

@@ -38,14 +38,15 @@ class PeftRules:
 
     def rank(self, name: str) -> int:
         """Return the rank of a module."""
-        return self._ranks.first(self._stored(name), self.r)
+        return self._ranks.first(self.stored(name), self.r)
 
     def scale(self, name: str) -> float:
         """Return the factor of B @ A: alpha / r, or alpha / sqrt(r) under rsLoRA."""
-        rank, alpha = self.rank(name), self._alphas.first(self._stored(name), self.lora_alpha)
+        rank, alpha = self.rank(name), self._alphas.first(self.stored(name), self.lora_alpha)
         return alpha / (math.sqrt(rank) if self.use_rslora else rank)
 
-    def _stored(self, name: str) -> str:
+    def stored(self, name: str) -> str:
+        """Return a module's name as PEFT matches it with patterns."""
         return self.prefix + name.removeprefix("model.") if name.startswith("model.") else name
 
 

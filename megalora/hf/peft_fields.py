@@ -49,8 +49,7 @@ def check_type(config: Mapping[str, Any]) -> None:
         )
     if kind is None:
         raise ValueError(
-            "adapter_config has no peft_type, which PEFT writes: must be 'LORA': save the adapter "
-            "by PEFT's save_pretrained"
+            "adapter_config peft_type is None: must be 'LORA', as PEFT's save_pretrained writes it"
         )
     raise ValueError(
         f"adapter_config peft_type is {kind!r:.100}: must be 'LORA': convert the adapter with "

@@ -41,6 +41,8 @@ _IGNORED = re.compile(
     r".*\.(original_module\..+|lora_velora_embed\b.*|lora_monteclora_sampler\..+"
     r"|rotary_emb\.inv_freq)"
 )
+# What PEFT names by itself for models that classify, whether they have it or not.
+_OF_CLASSES = ("classifier", "score")
 _MODULE = re.compile(r"[A-Za-z_]\w*(?:\.\w+)*")
 
 
@@ -57,10 +59,6 @@ class AdapterKeys:
     whole: dict[str, str] = field(default_factory=dict)
     unknown: list[str] = field(default_factory=list)
     prefix: str = "model."
-
-    def stored(self, name: str) -> str:
-        """Return a module's name as it is in the file."""
-        return self.prefix + name.removeprefix("model.") if name.startswith("model.") else name
 
 
 def read_keys(keys: Iterable[str]) -> AdapterKeys:
@@ -148,12 +146,7 @@ def check_keys(
 
     on_problem: told instead.
     """
-    trained = config.get("modules_to_save")
-    if trained and not keys.whole:
-        raise ValueError(
-            f"adapter_config modules_to_save is {trained!r:.200}, whose weights are not in the "
-            "file: PEFT would not load it: save the adapter again"
-        )
+    _check_saved(config.get("modules_to_save"), keys)
     if keys.unknown:
         causes = filter(None, map(cause_of, keys.unknown))
         known = next(causes, "only `<module>.lora_A.weight` and `<module>.lora_B.weight` are read")
@@ -163,6 +156,22 @@ def check_keys(
         if on_problem is None or not keys.pairs:
             raise ValueError(message)
         on_problem(message)
+
+
+def _check_saved(modules: object, keys: AdapterKeys) -> None:
+    """Raise ValueError where modules that were trained whole are not in the file."""
+    named = modules if isinstance(modules, list) else [modules] if modules else []
+    saved = [f".{name}." for name in keys.whole]
+    missing = [
+        str(module)
+        for module in named
+        if module not in _OF_CLASSES and not any(f".{module}." in name for name in saved)
+    ]
+    if missing:
+        raise ValueError(
+            f"adapter_config modules_to_save has {summarise(missing)}, whose weights are not in "
+            "the file: PEFT would not load it: save the adapter again"
+        )
 
 
 def read_pairs(files: TensorFiles, keys: AdapterKeys) -> dict[str, tuple[Tensor, Tensor]]:
@@ -193,5 +202,6 @@ def _check_whole(pairs: Mapping[str, tuple[Tensor, Tensor]]) -> None:
     }
     if parts:
         raise ValueError(
-            f"adapter has empty or flat factors: {summarise(sorted(parts))}: expected 2-D: {ZERO_3}"
+            f"adapter has factors that are no matrices: {summarise(sorted(parts))}: expected 2-D, "
+            f"with values: {ZERO_3}"
         )

@@ -14,11 +14,15 @@ _MAX_PATTERN = 4000
 type _Selects = Callable[[Iterable[str]], bool]
 
 
-def check_targets(config: Mapping[str, Any], names: Mapping[str, str]) -> None:
+def check_targets(
+    config: Mapping[str, Any],
+    names: Mapping[str, str],
+    on_problem: Callable[[str], None] | None = None,
+) -> None:
     """Raise ValueError where a configuration leaves modules out that have factors.
 
     names: of the modules here -> in the file. Experts' are not looked at: PEFT names them anew. Nor
-    is a pattern that cannot be matched in bounded time.
+    is a pattern that cannot be matched in bounded time. on_problem: told instead.
     """
     excluded = _selector(config.get("exclude_modules"), unknown=False)
     targeted, layers = _targets(config), _layers(config.get("layers_to_transform"))
@@ -34,11 +38,14 @@ def check_targets(config: Mapping[str, Any], names: Mapping[str, str]) -> None:
         elif layers and layer_of(name) not in layers:
             left_out.setdefault("layers_to_transform", []).append(name)
     for field, modules in left_out.items():
-        raise ValueError(
+        message = (
             f"adapter_config {field} leaves out {summarise(modules)}, whose factors are there: "
             "PEFT would not apply them: change it where they were trained, or take their tensors "
             "out of the file"
         )
+        if on_problem is None:
+            raise ValueError(message)
+        on_problem(message)
 
 
 def _layers(value: object) -> list[object]:
