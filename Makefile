@@ -5,6 +5,7 @@
 # make bench   the benchmarks behind README's numbers
 # make parity  the table of parallel layouts with their errors against an unsharded model
 # make gpu-kit what a GPU machine without a package index lacks, for benchmarks/gpu_check.py
+# make servers the source of vLLM's and SGLang's readers of adapters, which tests then run (375 MB, once)
 # make figures the experiments of "LoRA Without Regret" at toy size (20 minutes on two cores)
 
 PYTHON ?= python3
@@ -17,7 +18,7 @@ export MKL_NUM_THREADS ?= 1
 WORKERS ?= -n logical --maxprocesses 8 --dist loadfile --no-loadscope-reorder
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
 
-.PHONY: demo test test-full lint style bench parity figures gpu-kit clean
+.PHONY: demo test test-full lint style bench parity figures gpu-kit servers clean
 
 demo: .venv/built
 	$(BIN)/python examples/demo.py --output demo
@@ -51,6 +52,9 @@ figures: .venv/built
 
 gpu-kit: .venv/built
 	$(BIN)/python benchmarks/gpu_kit.py $(GPU_KIT)
+
+servers: .venv/built
+	$(BIN)/python tests/scripts/fetch_servers.py .servers
 
 .venv/bin/python:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info[:2] != (3, 12))' || \

@@ -5,11 +5,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-import torch
 
-from megalora.hf.factors import LoRAFactors
-from megalora.hf.servers import refusals
-from megalora.model.families import FAMILIES
 from tests.support.forked import Ranks, call
 from tests.support.tiny import EXPERTS, LORA, MODEL, TRAIN
 
@@ -58,22 +54,3 @@ def named_like(base: Path) -> list[str]:
 def test_an_export_names_modules_like_its_base_even_where_that_has_gone(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text('{"model_type": "qwen3"}')
     assert call(named_like, tmp_path) == ["qwen3", "qwen3"]
-
-
-@pytest.mark.parametrize(
-    ("name", "rank", "rows", "family", "refused"),
-    [
-        ("lm_head", 8, 1000, "llama", []),
-        ("lm_head", 8, 1000, "qwen2", ["Qwen2ForCausalLM's lm_head"]),
-        ("model.layers.0.self_attn.q_proj", 8, 1000, "qwen2", []),
-        ("lm_head", 8, 262_144, "llama", ["258048 rows"]),
-        ("lm_head", 1024, 1000, "llama", ["no rank above 512"]),
-    ],
-)
-def test_what_vllm_refuses_is_said(
-    name: str, rank: int, rows: int, family: str, refused: list[str]
-) -> None:
-    a, b = torch.empty(rank, 4, device="meta"), torch.empty(rows, rank, device="meta")
-    found = refusals({name: LoRAFactors(a, b, 1.0)}, rows, FAMILIES[family])
-    assert len(found) == len(refused)
-    assert all(part in sentence for part, sentence in zip(refused, found, strict=True))

@@ -7,11 +7,15 @@ from megalora.hf.directories import check_place
 Subparsers = argparse._SubParsersAction
 
 _HF_MODEL = "directory of the base: config.json and safetensors"
+# The names in `megalora.hf.servers.SERVERS`, which takes seconds to import.
+READERS = ("peft", "vllm", "sglang", "tinker")
 
 
 def add_parsers(subparsers: Subparsers) -> None:
     """Add the commands that exchange with Hugging Face to argparse's subparsers."""
-    for add in (_add_export, _add_import, _add_merge, _add_inspect, _add_import_base, _add_flags):
+    for add in (_add_export, _add_import, _add_merge, _add_inspect, _add_check):
+        add(subparsers)
+    for add in (_add_import_base, _add_flags):
         add(subparsers)
 
 
@@ -30,8 +34,7 @@ def _run(args: argparse.Namespace) -> int:
     # It imports torch, which --help must not wait for.
     from megalora.hf.commands import COMMANDS
 
-    COMMANDS[args.command](args)
-    return 0
+    return COMMANDS[args.command](args) or 0
 
 
 def _add_output(parser: argparse.ArgumentParser, what: str) -> None:
@@ -54,8 +57,12 @@ def _add_export(subparsers: Subparsers) -> None:
     parser.add_argument("checkpoint", help="what --save of the training run named")
     _add_output(parser, "directory to write, whole or not at all")
     parser.add_argument(
+        "--export-for",
+        choices=READERS,
+        help="who is to read it: chooses the format, and refuses what they would refuse",
+    )
+    parser.add_argument(
         "--format",
-        default="peft",
         choices=("peft", "uniform", "peft-3d", "tinker"),
         help="peft: PEFT and vLLM >= 0.32 (default); uniform: one rank, scale folded in, for "
         "SGLang and older vLLM; peft-3d: a layer's experts in one tensor; tinker: as Tinker and "
@@ -111,6 +118,19 @@ def _add_inspect(subparsers: Subparsers) -> None:
     parser.add_argument("directory", help="PEFT directory or adapter checkpoint")
     parser.add_argument("--vocab-size", type=int, help="of the base, for an adapter checkpoint")
     parser.add_argument("--json", action="store_true", help="print every module as JSON")
+
+
+def _add_check(subparsers: Subparsers) -> None:
+    parser = _command(
+        subparsers,
+        "check",
+        "Say whether a server will take an adapter",
+        "And which flags it needs, by what its source does with it. The exit status is 0 where it "
+        "serves what was trained, 1 where it refuses, or would serve something else.",
+    )
+    parser.add_argument("adapter", help="PEFT directory, of megalora or of anybody else")
+    parser.add_argument("--for", dest="server", required=True, choices=READERS, help="who reads it")
+    parser.add_argument("--hf-model", metavar="DIR", help=_HF_MODEL + "; config.json is read")
 
 
 def _add_import_base(subparsers: Subparsers) -> None:

@@ -20,6 +20,7 @@ from tqdm import tqdm
 
 from megalora.hf import offline
 from megalora.hf.adapters import from_hf, to_hf
+from megalora.hf.check import check, format_of_export
 from megalora.hf.factors import LoRAFactors, summarise
 from megalora.hf.files import TensorFiles
 from megalora.hf.foreign import refuse_foreign
@@ -60,7 +61,7 @@ def export(args: argparse.Namespace) -> None:
         args.output,
         factors,
         base_model_name=args.base_name or args.hf_model or "",
-        format=args.format,
+        format=format_of_export(args, factors, config, shape),
         num_layers=shape.num_layers,
         num_experts=shape.num_moe_experts or None,
         moe_layers=shape.moe_layers or None,
@@ -212,11 +213,12 @@ def _say_done(done: str, factors: Mapping[str, LoRAFactors], output: str, start:
     print(f"{done} {len(factors)} modules, {count:,} parameters, to {output} in {seconds:.1f} s")
 
 
-COMMANDS: Mapping[str, Callable[[argparse.Namespace], None]] = {
+COMMANDS: Mapping[str, Callable[[argparse.Namespace], int | None]] = {
     "export": export,
     "import": import_adapter,
     "merge": merge,
     "inspect": inspect,
+    "check": check,
     "import-base": import_base,
     "flags": print_flags,
 }

@@ -21,9 +21,9 @@ from megalora.hf.head_rows import check_head_rows
 from megalora.hf.inspect import is_peft
 from megalora.hf.peft import Format, read_adapter, write_adapter
 from megalora.hf.peft_experts import without_untrained
-from megalora.hf.servers import refusals
+from megalora.hf.servers import choose_format, judge_export, served_model
 from megalora.hf.stacked_experts import check_shared
-from megalora.model.config_json import family_of, load_config, mapped_family, read_config
+from megalora.model.config_json import load_config, mapped_family
 from megalora.model.config_json import model_shape as config_shape
 from megalora.model.shape import ModelShape, refuse_hybrid
 
@@ -140,10 +140,13 @@ def check_export(
     config: LoRAConfig,
     vocab_size: int,
     hf_model: str | None,
-    format: str = "peft",
-) -> list[str]:
-    """Raise ValueError where `export_adapter` would, and return what servers would refuse.
+    format: Format | None = None,
+    server: str | None = None,
+) -> tuple[Format, list[str]]:
+    """Raise ValueError where `export_adapter` would, and where the server that it is for refuses.
 
+    server: of `megalora.hf.servers.SERVERS`. Returns the format, which the server decides where
+    none is given, and what the server needs, or what vLLM would refuse where no server is named.
     It names and splits tensors of the adapters' shapes without values. All ranks must call it, and
     all raise the same.
     """
@@ -153,9 +156,12 @@ def check_export(
     }
     shape = replace(model_shape(model_chunks, hf_model), vocab_size=vocab_size)
     factors = to_hf(whole, config, shape, initial=whole if config.init == "pissa" else None)
+    served = served_model(hf_model, shape)
+    shares_outer = config.expert_mode == "shared_outer"
+    format = choose_format(server, format, served, shares_outer=shares_outer)
     if format == "tinker":
         check_shared(factors, config)
-    return refusals(factors, vocab_size, family_of(read_config(hf_model)) if hf_model else None)
+    return format, judge_export(factors, format, served, server)
 
 
 def model_shape(model_chunks: Sequence[torch.nn.Module], hf_model: str | None = None) -> ModelShape:

@@ -104,7 +104,6 @@ class Family:
     experts: None where all MLPs are dense.
     tied: whether embeddings are tied where config.json does not say.
     defaults: transformers' numbers for fields that config.json has not (null is another thing).
-    vllm_unembedding: vLLM takes an adapter of the unembedding.
     refused: fields that would change the computation, with the value that is supported.
     """
 
@@ -119,5 +118,4 @@ class Family:
     experts: Experts | None = None
     tied: bool = False
     defaults: Mapping[str, int] = field(default_factory=dict)
-    vllm_unembedding: bool = True
     refused: Mapping[str, object] = field(default_factory=dict)

@@ -9,6 +9,8 @@ from megalora import cpu
 from megalora.checkpoint.layout import read_tracker
 from megalora.config import LoRAConfig
 from megalora.hf.directories import check_place, relation_of
+from megalora.hf.peft import FORMATS
+from megalora.hf.servers import SERVERS, check_reader
 from megalora.model.config_json import read_config
 from megalora.model.megatron import megatron_flags
 from megalora.model.shape import refuse_hybrid
@@ -26,7 +28,12 @@ def add_exchange_args(parser: argparse.ArgumentParser) -> argparse.ArgumentParse
     add("--hf-model", help="directory with config.json and safetensors: builds and loads the base")
     add("--lora-load", help="PEFT directory or adapter checkpoint to start from: weights only")
     add("--export-hf", help="directory to write the adapter to after training, in PEFT's format")
-    add("--export-format", default="peft", choices=("peft", "uniform", "peft-3d", "tinker"))
+    add(
+        "--export-for",
+        choices=tuple(SERVERS),
+        help="who is to read --export-hf: chooses the format, and refuses what they would refuse",
+    )
+    add("--export-format", choices=FORMATS, help="of --export-hf (default: peft)")
     group = parser.add_argument_group(
         "adapter checkpoints", "--save and --load hold adapters and their optimizer, never the base"
     )
@@ -78,6 +85,7 @@ def check_flags(args: argparse.Namespace, config: LoRAConfig | None) -> None:
     elif args.num_experts and _trains_experts(args, config):
         config.resolve_expert_rank(args.moe_router_topk)
     _check_bases(args)
+    check_reader(args.export_for, args.export_format, export=args.export_hf)
     check_output_args(args)
     if config is not None:
         check_save(args)

@@ -21,6 +21,7 @@ from megalora.checkpoint.ranks import on_all_ranks
 from megalora.config import LoRAConfig
 from megalora.hf import exchange
 from megalora.hf.directories import WholeDirectory
+from megalora.hf.peft import Format
 
 
 def check_outputs(
@@ -32,18 +33,26 @@ def check_outputs(
     """
     if args.export_hf:
         on_all_ranks(lambda: _check_writable("export_hf", args.export_hf), only=0)
-        warnings = exchange.check_export(
-            model_chunks,
-            config=config,
-            vocab_size=args.vocab_size,
-            hf_model=args.hf_model,
-            format=args.export_format,
-        )
-        for warning in warnings if dist.get_rank() == 0 else ():
-            print(f"WARNING: export_hf: {warning}", flush=True)
+        _, lines = _check_export(model_chunks, args, config)
+        start = "> LoRA:" if args.export_for else "WARNING:"
+        for line in lines if dist.get_rank() == 0 else ():
+            print(f"{start} export_hf: {line}", flush=True)
     if args.save_merged:
         on_all_ranks(lambda: _check_writable("save_merged", args.save_merged))
         on_all_ranks(lambda: merge.check(model_chunks))
+
+
+def _check_export(
+    model_chunks: Sequence[torch.nn.Module], args: argparse.Namespace, config: LoRAConfig
+) -> tuple[Format, list[str]]:
+    return exchange.check_export(
+        model_chunks,
+        config=config,
+        vocab_size=args.vocab_size,
+        hf_model=args.hf_model,
+        format=args.export_format,
+        server=args.export_for,
+    )
 
 
 def write_outputs(
@@ -55,7 +64,7 @@ def write_outputs(
             model_chunks,
             args.export_hf,
             config=config,
-            format=args.export_format,
+            format=_check_export(model_chunks, args, config)[0],
             base_model_name=args.hf_model or "",
             hf_model=args.hf_model,
             vocab_size=args.vocab_size,
@@ -114,7 +123,8 @@ def say_how_to_write(args: argparse.Namespace, config: LoRAConfig) -> None:
     )
     if args.export_hf and config.init != "pissa":
         command = ["megalora", "export", args.save, "--output", args.export_hf]
-        command += ["--format", args.export_format]
+        command += ["--export-for", args.export_for] if args.export_for else []
+        command += ["--format", args.export_format] if args.export_format else []
         sizes = ["--hf-model", args.hf_model] if args.hf_model else []
         sizes = sizes or ["--vocab-size", str(args.vocab_size)]
         print(f"> LoRA: or: {shlex.join([*command, *sizes])}", flush=True)

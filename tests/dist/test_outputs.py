@@ -29,7 +29,8 @@ def adapted(layout: Layout, kind: str, **lora: Any) -> list[Any]:
 
 def check(chunks: list[Any], kind: str, **lora: Any) -> None:
     config = lora_config(kind, **lora)
-    assert check_export(chunks, config=config, vocab_size=VOCAB_SIZE, hf_model=None) == []
+    checked = check_export(chunks, config=config, vocab_size=VOCAB_SIZE, hf_model=None)
+    assert checked == ("peft", [])
 
 
 @pytest.mark.parametrize("kind", ["shared experts", "shared-outer experts"])
@@ -68,6 +69,25 @@ def test_only_shared_experts_are_promised_in_the_format_of_tinker(layout: Layout
         chunks = adapted(layout, "shared experts")
         with pytest.raises(ValueError, match="add --lora-expert-mode shared_outer"):
             check_export(chunks, config=lora_config("shared experts"), **options)
+
+
+@pytest.mark.bad_input("a malformed file")
+@over(PP2)
+def test_what_a_server_refuses_is_refused_on_all_stages(layout: Layout, tmp_path: Path) -> None:
+    base = shared_directory(tmp_path)
+    on_all_ranks(lambda: (base / "config.json").write_text('{"model_type": "qwen2"}'), only=0)
+    args = argparse.Namespace(
+        **{"export_hf": str(tmp_path / "adapter"), "export_for": "vllm", "export_format": None},
+        **{"save_merged": None, "hf_model": str(base), "vocab_size": VOCAB_SIZE},
+    )
+    with model_parallel(layout):
+        chunks = adapted(layout, "dense", targets=("all",))
+        with pytest.raises(
+            ValueError, match=r"Qwen2ForCausalLM takes no adapter of lm_head: train"
+        ):
+            check_outputs(chunks, args, lora_config("dense", targets=("all",)))
+        chunks = adapted(layout, "dense", targets=("attn", "mlp"))
+        check_outputs(chunks, args, lora_config("dense", targets=("attn", "mlp")))
 
 
 @over(PP2)

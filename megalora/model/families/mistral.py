@@ -8,7 +8,6 @@ FAMILIES = (
         architecture="MistralForCausalLM",
         rate=Rate("mistral"),
         names=None,
-        vllm_unembedding=False,
     ),
     Family(
         model_type="mixtral",

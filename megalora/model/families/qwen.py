@@ -11,7 +11,6 @@ FAMILIES = (
         rate=RATE,
         qkv_bias=True,
         defaults={"num_key_value_heads": 32, "max_position_embeddings": 32768},
-        vllm_unembedding=False,
         refused={"use_sliding_window": False},
     ),
     Family(
@@ -22,7 +21,6 @@ FAMILIES = (
         qkv_bias=True,
         qkv_bias_field="qkv_bias",
         experts=Experts(shared_size="shared_expert_intermediate_size"),
-        vllm_unembedding=False,
     ),
     Family(
         model_type="qwen3",
