@@ -19,7 +19,7 @@ import torch
 from tqdm import tqdm
 
 from megalora.hf import offline
-from megalora.hf.adapters import from_hf, to_hf
+from megalora.hf.adapters import to_hf
 from megalora.hf.check import check, format_of_export
 from megalora.hf.factors import LoRAFactors, summarise
 from megalora.hf.files import TensorFiles
@@ -117,18 +117,15 @@ def import_adapter(args: argparse.Namespace) -> None:
         expert_rank=args.expert_rank or config.expert_rank,
     )
     offline.prepare()
-    from megalora.adapters.start import draw_uniform
     from megalora.hf import one_process
 
-    tensors = from_hf(
+    one_process.import_factors(
+        args.output,
         factors,
         config,
         shape,
         padded_vocab_size=args.padded_vocab_size,
-        fresh_a=draw_uniform,
-    )
-    one_process.write_adapter_checkpoint(
-        args.output, tensors, config, shape, overwrite=args.overwrite
+        overwrite=args.overwrite,
     )
     _say_done("imported", factors, args.output, start)
     print(how_to_go_on(factors, config, shape, hf_model=args.hf_model, checkpoint=args.output))

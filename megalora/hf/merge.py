@@ -38,13 +38,12 @@ def merge_adapter(
 ) -> bool:
     """Write a copy of a model directory with W + scale * B @ A; return whether it was untied.
 
-    Files, tensor names, precisions and the index are those of the base; sums are made in fp32. FP8
-    weights with block scales become bfloat16, and their scales are left out. An adapter of a tied
-    unembedding unties it: lm_head.weight is added, and config.json says so.
+    Files, names, precisions and the index are the base's, but for FP8 with block scales, which
+    becomes bfloat16; sums are made in fp32. An adapter of a tied unembedding unties it.
     trained: whole tensors in place of the base's, by name; one of tied embeddings unties them too.
     progress: called with every file's name.
-    Raises ValueError, with nothing written, where the adapter does not belong to the base, where a
-    weight of the base is not finite, and where a sum is beyond the precision of its weight.
+    Raises ValueError, with nothing written, where the adapter does not belong to the base, a weight
+    of the base is not finite, or a sum is beyond its precision.
     """
     check_factors(factors)
     source = Path(base)
@@ -58,9 +57,8 @@ def merge_adapter(
         total = 0
         for file_name in weights.files.file_names():
             tensors = _merged_file(weights, file_name, factors, trained, untie=untie)
-            total += sum(t.numel() * t.element_size() for t in tensors.values())
-            # Of a file with an unembedding alone nothing may be left.
-            if tensors:
+            total += sum(t.nbytes for t in tensors.values())
+            if tensors:  # nothing may be left of a file with an unembedding alone
                 save_tensors(target / file_name, tensors)
             if progress:
                 progress(file_name)

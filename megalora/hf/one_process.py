@@ -26,13 +26,16 @@ from torch.distributed.checkpoint.api import CheckpointException
 
 from megalora.adapters.factors import to_checkpoint
 from megalora.adapters.kinds import kind_named
+from megalora.adapters.start import draw_uniform
 from megalora.checkpoint.description import HUGGING_FACE, read_sizes
 from megalora.checkpoint.layout import RELEASE, find_directory, iteration_directory, write_tracker
 from megalora.checkpoint.read import DESCRIPTION, read_adapter_checkpoint, read_description
 from megalora.checkpoint.writers import said_of_failures
 from megalora.config import LoRAConfig
+from megalora.hf.adapters import from_hf
 from megalora.hf.base import load_hf_base
 from megalora.hf.directories import whole_directory
+from megalora.hf.factors import LoRAFactors
 from megalora.model.config_json import family_of, model_shape, read_config
 from megalora.model.megatron import megatron_args
 from megalora.model.shape import ModelShape, refuse_hybrid
@@ -66,6 +69,25 @@ def read_adapter(directory: str | Path) -> tuple[dict[str, Tensor], LoRAConfig, 
 def stored_sizes(directory: str | Path) -> dict[str, Any]:
     """Return what an adapter checkpoint, which has been read, says of its base."""
     return read_sizes(read_description(find_directory(Path(directory))) or {})
+
+
+def import_factors(
+    directory: str | Path,
+    factors: Mapping[str, LoRAFactors],
+    config: LoRAConfig,
+    shape: ModelShape,
+    *,
+    padded_vocab_size: int | None,
+    overwrite: bool = False,
+) -> None:
+    """Write Hugging Face factors as an adapter checkpoint, with start values beside them.
+
+    padded_vocab_size: rows of the unembedding's adapter; None for those that it has.
+    """
+    tensors = from_hf(
+        factors, config, shape, padded_vocab_size=padded_vocab_size, fresh_a=draw_uniform
+    )
+    write_adapter_checkpoint(directory, tensors, config, shape, overwrite=overwrite)
 
 
 def write_adapter_checkpoint(

@@ -95,10 +95,20 @@ def write_adapter(
     Raises ValueError for values that are not finite, and for what the format cannot say.
     """
     _check_writable(factors, format)
+    base = _base(factors, num_layers, moe_layers, is_moe=bool(num_experts))
+    tensors, config = _planned(factors, format, base, num_experts)
+    with whole_directory(directory, overwrite=overwrite) as target:
+        save_tensors(target / f"{ADAPTER}.safetensors", tensors)
+        write_json(target / CONFIG_NAME, {"base_model_name_or_path": base_model_name, **config})
+
+
+def _planned(
+    factors: Mapping[str, LoRAFactors], format: Format, base: AdaptedBase, num_experts: int | None
+) -> tuple[dict[str, Tensor | Planned], dict[str, Any]]:
+    """Return what a format has of these adapters: tensors by key, and the configuration."""
     if format == "tinker":
         factors = at_one_scale(factors)
         check_factors(factors)
-    base = _base(factors, num_layers, moe_layers, is_moe=bool(num_experts))
     experts = complete_experts(
         factors,
         moe_layers=base.moe_layers,
@@ -106,12 +116,9 @@ def write_adapter(
         must_agree=format != "uniform",
     )
     dense = {name: module for name, module in factors.items() if not split_expert(name)}
-    config = adapter_config(dense, experts, format, base)
     tensors = _tensors(dense, experts, format)
-    with whole_directory(directory, overwrite=overwrite) as target:
-        prefixed = {_PREFIX + key: tensor for key, tensor in tensors.items()}
-        save_tensors(target / f"{ADAPTER}.safetensors", prefixed)
-        write_json(target / CONFIG_NAME, {"base_model_name_or_path": base_model_name, **config})
+    config = adapter_config(dense, experts, format, base)
+    return {_PREFIX + key: tensor for key, tensor in tensors.items()}, config
 
 
 def _base(

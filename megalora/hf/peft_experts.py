@@ -158,19 +158,11 @@ def complete_experts(
     given = {name: module for name, module in factors.items() if split_expert(name)}
     if not given:
         return None
-    parts = [part for name in given if (part := split_expert(name))]
+    parts = {name: part for name in given if (part := split_expert(name))}
     if num_experts is None:
-        num_experts = max(expert for _, expert, _ in parts) + 1
-    prefixes = sorted({prefix for prefix, _, _ in parts}, key=lambda prefix: layer_of(prefix) or 0)
-    outside = [prefix for prefix in prefixes if layer_of(prefix) not in moe_layers]
-    outside += [
-        name for name, (_, expert, _) in zip(given, parts, strict=True) if expert >= num_experts
-    ]
-    if outside:
-        raise ValueError(
-            f"{outside[0]} is outside of the {len(moe_layers)} layers with {num_experts} experts: "
-            "this adapter belongs to another model"
-        )
+        num_experts = max(expert for _, expert, _ in parts.values()) + 1
+    _check_inside(parts, moe_layers, num_experts)
+    prefixes = sorted({part[0] for part in parts.values()}, key=lambda name: layer_of(name) or 0)
     one = next(iter(given.values()))
     if must_agree and not all(same_scale(m.scale, one.scale) for m in given.values()):
         raise ValueError(
@@ -187,6 +179,17 @@ def complete_experts(
         for name in [f"{prefix}.{expert}.{projection}"]
     }
     return Experts(prefixes, num_experts, rank, one.scale, full)
+
+
+def _check_inside(
+    parts: Mapping[str, tuple[str, int, str]], moe_layers: Collection[int], num_experts: int
+) -> None:
+    for name, (prefix, expert, _) in parts.items():
+        if layer_of(prefix) not in moe_layers or expert >= num_experts:
+            raise ValueError(
+                f"{name} is outside of the {len(moe_layers)} layers with {num_experts} experts: "
+                "this adapter belongs to another model"
+            )
 
 
 def _blank_factors(

@@ -17,7 +17,7 @@ from torch import Tensor
 from megalora.hf.factors import summarise
 from megalora.hf.files import TensorFiles
 from megalora.hf.foreign import cause_of
-from megalora.hf.stacked_experts import from_tinker_name
+from megalora.hf.stacked_experts import from_tinker_name, is_stacked, to_tinker_name
 from megalora.hf.whole_layers import ZERO_3
 from megalora.printable import printable
 
@@ -131,7 +131,8 @@ def _say_renamed(found: AdapterKeys) -> None:
     """Warn where keys are not those that PEFT writes, which it would not load or elsewhere."""
     for name, pair in found.pairs.items():
         wanted = f"base_model.model.{name}.lora_A.weight"
-        if pair.get("A", wanted) != wanted:
+        tinkers = f"base_model.model.{to_tinker_name(name)}.lora_A.weight"
+        if pair.get("A", wanted) not in (wanted, tinkers):
             warnings.warn(
                 f"adapter has keys such as {printable(pair['A'], 200)}, read as {wanted}",
                 stacklevel=5,
@@ -188,7 +189,7 @@ def read_pairs(files: TensorFiles, keys: AdapterKeys) -> dict[str, tuple[Tensor,
         name: (files.tensor(pair["A"]), files.tensor(pair["B"]))
         for name, pair in keys.pairs.items()
     }
-    _check_whole(pairs)
+    _check_whole({name: pair for name, pair in pairs.items() if not is_stacked(name)})
     return pairs
 
 

@@ -8,12 +8,14 @@ A of gate and of up and B of down, which is what `--lora-expert-mode shared_oute
 
 import re
 from collections.abc import Iterable, Mapping
+from functools import partial, reduce
 
 import torch
 from torch import Tensor
 
 from megalora.config import LoRAConfig
 from megalora.hf.factors import LoRAFactors, check_tensors
+from megalora.hf.files import Planned
 from megalora.hf.peft_config import PeftRules, split_expert
 from megalora.hf.peft_experts import DOWN, PROJECTIONS, Experts, Pair, split_experts
 from megalora.model.shape import MAX_SIZES
@@ -88,21 +90,29 @@ def check_shared(names: Iterable[str], config: LoRAConfig) -> None:
         )
 
 
-def join_tinker(experts: Experts) -> dict[str, Tensor]:
-    """Return Tinker's tensors by key; ValueError where experts do not share the outer factors."""
-    tensors: dict[str, Tensor] = {}
+def join_tinker(experts: Experts) -> dict[str, Tensor | Planned]:
+    """Return Tinker's tensors by key; ValueError where experts do not share the outer factors.
+
+    What experts do not share is put together when it is written.
+    """
+    tensors: dict[str, Tensor | Planned] = {}
     for prefix in experts.prefixes:
         for projection in PROJECTIONS:
             names = [f"{prefix}.{expert}.{projection}" for expert in range(experts.num_experts)]
             modules = [experts.factors[name] for name in names]
             a, b = [m.lora_A for m in modules], [m.lora_B for m in modules]
             if projection == DOWN:
-                factors = torch.stack(a), _shared(names, modules, "lora_B")
+                factors = _stacked(a), _shared(names, modules, "lora_B")
             else:
-                factors = _shared(names, modules, "lora_A"), torch.stack(b)
+                factors = _shared(names, modules, "lora_A"), _stacked(b)
             key = f"{prefix}.{_TINKER[projection]}"
             tensors[f"{key}.lora_A.weight"], tensors[f"{key}.lora_B.weight"] = factors
     return tensors
+
+
+def _stacked(factors: list[Tensor]) -> Planned:
+    dtype = reduce(torch.promote_types, {factor.dtype for factor in factors})
+    return Planned((len(factors), *factors[0].shape), dtype, partial(torch.stack, factors))
 
 
 def _shared(names: list[str], modules: list[LoRAFactors], factor: str) -> Tensor:

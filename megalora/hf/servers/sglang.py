@@ -110,7 +110,7 @@ def _judge_targets(outline: Outline, verdict: Verdict) -> None:
         leaves = {target.rpartition(".")[2] for target in targets}
         shown = ["all"] if leaves - _CHOICES else sorted(leaves)
         verdict.flags += ["--lora-target-modules", *shown]
-        fused = {_FUSED.get(leaf, leaf) for leaf in leaves}
+        fused = frozenset(_FUSED.get(leaf, leaf) for leaf in leaves)
     else:
         verdict.problems.append(
             f"{TITLE} takes target_modules as a list of names or 'all-linear', not "
