@@ -107,10 +107,10 @@ def _judge_targets(outline: Outline, verdict: Verdict) -> None:
         verdict.flags += ["--lora-target-modules", "all"]
         fused = _KNOWN
     elif isinstance(targets, list) and all(isinstance(target, str) for target in targets):
-        leaves = {target.rpartition(".")[2] for target in targets}
+        leaves = {str(target).rpartition(".")[2] for target in targets}
         shown = ["all"] if leaves - _CHOICES else sorted(leaves)
         verdict.flags += ["--lora-target-modules", *shown]
-        fused = frozenset(_FUSED.get(leaf, leaf) for leaf in leaves)
+        fused = {_FUSED.get(leaf, leaf) for leaf in leaves}
     else:
         verdict.problems.append(
             f"{TITLE} takes target_modules as a list of names or 'all-linear', not "
