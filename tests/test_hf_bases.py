@@ -92,6 +92,19 @@ def test_a_copy_of_the_embedding_is_untied_by_an_adapter_and_leaves_no_empty_fil
 # === Which files ===
 
 
+def test_no_weights_from_before_are_copied_beside_merged_ones(tmp_path):
+    base = tmp_path / "base"
+    model = save("qwen3", base)
+    stale = ("model-00001-of-00002.safetensors", "pytorch_model.bin", "x.gguf", "tf_model.h5")
+    for name in (*stale, "pytorch_model.bin.index.json", "model.safetensors.index.json", "a.json"):
+        (base / name).write_text("{}")
+    merge_adapter(base, random_factors(model, RANKS), tmp_path / "out")
+    found = {path.name for path in (tmp_path / "out").iterdir()}
+    assert found == {
+        *("model.safetensors", "config.json", "generation_config.json", "a.json", "megalora.json")
+    }
+
+
 def test_a_whole_file_comes_before_an_index(tmp_path):
     base = tmp_path / "base"
     save("qwen3", base, max_shard_size="20KB")

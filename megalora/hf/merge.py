@@ -14,7 +14,7 @@ from megalora.hf.block_scaled import PlainFiles
 from megalora.hf.copies import copy_files, other_files
 from megalora.hf.directories import whole_directory
 from megalora.hf.factors import LoRAFactors, check_factors, summarise
-from megalora.hf.files import MODEL, read_json, save_tensors, write_json
+from megalora.hf.files import read_json, save_tensors, write_json
 from megalora.hf.head_rows import HEAD, check_head_rows
 from megalora.hf.misfits import why_not
 from megalora.hf.safetensors_files import HFWeights
@@ -23,6 +23,7 @@ from megalora.model.config_json import checked_config, load_config
 from megalora.model.fields import switch
 from megalora.model.loaded import without_quantisation
 
+_WEIGHTS = (".safetensors", ".index.json", ".bin", ".pth", ".pt", ".gguf", ".h5", ".msgpack")
 _EMBEDDING, _UNEMBEDDING = "model.embed_tokens.weight", "lm_head.weight"
 _FUSED = re.compile(r"(.+\.experts)\.(gate_up_proj|down_proj)")
 
@@ -75,11 +76,8 @@ def _unties(config: Mapping[str, Any], changed: set[str]) -> bool:
 
 
 def _is_rewritten(name: str) -> bool:
-    return name.endswith((".safetensors", ".bin", ".pth", ".pt")) or name in (
-        "config.json",
-        f"{MODEL}.safetensors.index.json",
-        MANIFEST,
-    )
+    # Also the same weights in whatever other form: they would be those from before.
+    return name.endswith(_WEIGHTS) or name in ("config.json", MANIFEST)
 
 
 def _check_fits(weights: HFWeights, factors: Mapping[str, LoRAFactors], *, untie: bool) -> None:

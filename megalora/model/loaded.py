@@ -28,7 +28,7 @@ _MARKS = {
 # Buffers that old checkpoints carry along and every implementation computes itself.
 _HARMLESS = re.compile(
     r"(^|\.)(rotary_emb\.(inv_freq|cos_cached|sin_cached)|position_ids|masked_bias"
-    r"|self_attn\.bias|_extra_state)$"
+    r"|(self_attn|attn|attention)\.bias|_extra_state)$"
 )
 
 

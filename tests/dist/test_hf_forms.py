@@ -41,8 +41,9 @@ LLAMA3 = {
 def with_buffers(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     prefixes = ("model.", "model.layers.1.self_attn.")
     buffers = {f"{prefix}rotary_emb.inv_freq": torch.ones(8) for prefix in prefixes}
-    mask = {"model.layers.0.self_attn.masked_bias": torch.tensor(-1e9)}
-    return {**tensors, **buffers, **mask}
+    others = ("self_attn.masked_bias", "self_attn.bias", "attention.bias", "mlp._extra_state")
+    buffers |= {f"model.layers.0.{name}": torch.zeros(1, 1) for name in others}
+    return {**tensors, **buffers, "model.embeddings.position_ids": torch.arange(4)}
 
 
 def with_equal_head(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
