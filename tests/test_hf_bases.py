@@ -9,10 +9,13 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from megalora.config import LoRAConfig
+from megalora.hf.adapters import from_hf
 from megalora.hf.block_scaled import PlainFiles
 from megalora.hf.factors import LoRAFactors
 from megalora.hf.merge import merge_adapter
 from megalora.hf.safetensors_files import HFWeights
+from megalora.hf.weights import Placement, Shard, Weights
 from megalora.model.config_json import model_shape, read_config
 from megalora.model.megatron import megatron_args
 from megalora.model.presets import named_shape
@@ -70,8 +73,6 @@ def test_an_untied_base_without_a_head_is_refused_with_what_to_do(tmp_path):
     save("qwen3", tmp_path, tied=True)
     fp8.change(tmp_path, tie_word_embeddings=False)
     config = read_config(tmp_path)
-    from megalora.hf.weights import Placement, Shard, Weights
-
     expected = Weights(config, Placement(Shard(), Shard(), Shard())).expected()
     with pytest.raises(ValueError, match=r"missing lm_head\.weight.* set tie_word_embeddings true"):
         HFWeights(tmp_path).check(expected, tied=False)
@@ -87,6 +88,27 @@ def test_a_copy_of_the_embedding_is_untied_by_an_adapter_and_leaves_no_empty_fil
     assert [path.name for path in (tmp_path / "out").glob("*.safetensors")] == ["rest.safetensors"]
     found = hf_bases.loaded_logits(tmp_path / "out")
     torch.testing.assert_close(found, logits(merged(model, factors)), atol=5e-6, rtol=1e-5)
+
+
+def test_a_tied_base_with_a_head_alone_is_merged_but_not_untied(tmp_path):
+    model = save("qwen3", tmp_path / "base", tied=True)
+    fp8.change(tmp_path / "base", lambda t: {HEAD if n == TABLE else n: t[n] for n in t})
+    factors = random_factors(model, RANKS)
+    with pytest.raises(ValueError, match=r"is tied and has no model\.embed_tokens\.weight"):
+        merge_adapter(tmp_path / "base", factors, tmp_path / "out")
+    del factors["lm_head"]
+    assert not merge_adapter(tmp_path / "base", factors, tmp_path / "out")
+    found = hf_bases.loaded_logits(tmp_path / "out")
+    torch.testing.assert_close(found, logits(merged(model, factors)), atol=5e-6, rtol=1e-5)
+
+
+@MALFORMED
+def test_an_untied_base_without_an_embedding_is_refused(tmp_path):
+    save("qwen3", tmp_path)
+    fp8.change(tmp_path, lambda t: {n: tensor for n, tensor in t.items() if n != TABLE})
+    weights = Weights(read_config(tmp_path), Placement(Shard(), Shard(), Shard()))
+    with pytest.raises(ValueError, match=r"missing model\.embed_tokens\.weight"):
+        HFWeights(tmp_path).check(weights.expected(), tied=False)
 
 
 # === Which files ===
@@ -412,9 +434,6 @@ def test_another_embedding_or_attention_is_refused_by_name(fields, sentence):
 @NUMBERS
 @pytest.mark.parametrize("rows", [60, 72])
 def test_an_adapter_of_another_vocabulary_is_refused_by_merge_and_import(rows, tmp_path):
-    from megalora.config import LoRAConfig
-    from megalora.hf.adapters import from_hf
-
     save("qwen3", tmp_path / "base")
     factors = {"lm_head": LoRAFactors(torch.ones(2, 32), torch.ones(rows, 2), 1.0)}
     sentence = rf"adapter has {rows} rows of lm_head, its base's vocabulary 66: .*resized"

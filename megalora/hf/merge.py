@@ -81,6 +81,11 @@ def _is_rewritten(name: str) -> bool:
 
 
 def _check_fits(weights: HFWeights, factors: Mapping[str, LoRAFactors], *, untie: bool) -> None:
+    if untie and _EMBEDDING not in weights.shapes:
+        raise ValueError(
+            f"{weights.files.directory} is tied and has no {_EMBEDDING}, of which the adapter's "
+            "lm_head unties it: load the base and save it by transformers once"
+        )
     missing, wrong = [], []
     for name, module in factors.items():
         key = _EMBEDDING if untie and name == "lm_head" else f"{name}.weight"

@@ -29,6 +29,10 @@ class HFWeights:
                 self._unstack(name, [part.format(*numbers, "{}") for part in parts])
             else:
                 self.shapes[name] = self.files.shape(name)
+        table, head = f"{names.embedding}.weight", f"{names.unembedding}.weight"
+        # Of a tied model the one or the other may be stored.
+        is_alone = head in self.shapes and table not in self.shapes
+        self._stored_as = {table: head} if is_alone else {}
 
     def _unstack(self, name: str, parts: list[str]) -> None:
         """Take down where each expert's parts are; `{}` in a part's name is its number."""
@@ -51,6 +55,8 @@ class HFWeights:
         """Raise ValueError for missing, unexpected and misshapen tensors, by name."""
         # A tied model may carry its unembedding along as a copy.
         given = {n: s for n, s in self.shapes.items() if not (tied and n == "lm_head.weight")}
+        if tied:
+            given |= {name: self.shapes[head] for name, head in self._stored_as.items()}
         missing = sorted(expected.keys() - given.keys())
         unexpected = sorted(given.keys() - expected.keys())
         wrong = [
@@ -73,6 +79,7 @@ class HFWeights:
 
     def path(self, name: str) -> Path:
         """Return the file that holds a tensor."""
+        name = self._stored_as.get(name, name)
         stored, _, _ = self._stacked.get(name, (name, 0, 0))
         return self.files.directory / self.files.files[stored]
 
@@ -80,6 +87,7 @@ class HFWeights:
         self, name: str, first: int, count: int, columns: tuple[int, int] | None = None
     ) -> Tensor:
         """Read rows first:first + count, and of them `columns`, of one tensor."""
+        name = self._stored_as.get(name, name)
         rest = () if columns is None else (slice(*columns),)
         if name not in self._stacked:
             return self.files.part(name, (slice(first, first + count), *rest))

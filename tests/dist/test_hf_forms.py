@@ -50,6 +50,11 @@ def with_equal_head(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     return {**tensors, "lm_head.weight": tensors["model.embed_tokens.weight"].clone()}
 
 
+def with_head_alone(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    table = "model.embed_tokens.weight"
+    return {"lm_head.weight" if name == table else name: t for name, t in tensors.items()}
+
+
 FP8: dict[str, Any] = {
     "tensors": fp8.in_fp8(BLOCK),
     "quantization_config": fp8.fp8_config(BLOCK, modules_to_not_convert=["lm_head"]),
@@ -57,6 +62,7 @@ FP8: dict[str, Any] = {
 FORMS: dict[str, tuple[str, bool, dict[str, Any]]] = {
     "own head": ("llama", True, {"tensors": hf_bases.own_head}),
     "equal head": ("llama", True, {"tensors": with_equal_head}),
+    "head alone": ("llama", True, {"tensors": with_head_alone}),
     "llama3 in rope_scaling": ("qwen3", False, {"rope_scaling": LLAMA3}),
     "buffers": ("llama", False, {"tensors": with_buffers}),
     "fp8": ("qwen3", False, FP8),
