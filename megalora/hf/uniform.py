@@ -3,6 +3,7 @@
 from collections.abc import Iterable, Mapping
 from functools import partial
 
+import torch
 from torch import Tensor
 from torch.nn import functional
 
@@ -44,7 +45,7 @@ def uniform_tensors(factors: Mapping[str, LoRAFactors]) -> dict[str, Planned]:
             (rank, a.shape[1]), a.dtype, partial(_padded_a, module, rank)
         )
         planned[f"{name}.lora_B.weight"] = Planned(
-            (b.shape[0], rank), b.dtype, partial(_padded_b, module, rank)
+            (b.shape[0], rank), b.dtype, partial(_padded_b, module, rank, b.dtype)
         )
     if beyond:
         raise ValueError(
@@ -58,5 +59,6 @@ def _padded_a(module: LoRAFactors, rank: int) -> Tensor:
     return functional.pad(module.lora_A, (0, 0, 0, rank - module.rank))
 
 
-def _padded_b(module: LoRAFactors, rank: int) -> Tensor:
-    return functional.pad(module.folded_b(), (0, rank - module.rank))
+def _padded_b(module: LoRAFactors, rank: int, dtype: torch.dtype) -> Tensor:
+    b = module.rescaled(1.0).lora_B.to(dtype)
+    return functional.pad(b, (0, rank - module.rank))
