@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from megalora.training.flags import check_output_args, check_save
+from megalora.training.flags import check_load, check_output_args, check_save
 from tests.support.forked import call
 
 NOT_OURS = pytest.mark.bad_input("a directory that is not ours")
@@ -75,6 +75,19 @@ def test_a_save_that_would_harm_something_is_refused(place: Path, flags: str) ->
 )
 def test_ordinary_saves_are_not(place: Path, flags: str) -> None:
     check_save(given(flags))
+
+
+@pytest.mark.parametrize(
+    ("file", "flag"), [("adapter_config.json", "--lora-load"), ("config.json", "--hf-model")]
+)
+@NOT_OURS
+def test_a_directory_of_hugging_face_is_no_empty_load(place: Path, file: str, flag: str) -> None:
+    for directory in ("empty", "run"):
+        (place / directory / file).touch()
+    with pytest.raises(ValueError, match=f"load 'empty' has {file} .*: give it by {flag}"):
+        check_load(given("load=empty"))
+    check_load(given("load=run"))
+    check_load(given("load=new"))
 
 
 OUTPUTS = {

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from megalora.arguments import add_lora_args, lora_config_from_args
+from megalora.arguments import add_lora_args, flags_of, lora_config_from_args
 from megalora.config import LoRAConfig
 
 
@@ -106,6 +106,22 @@ def test_flags_that_are_no_numbers_are_refused_by_name(flag: str, value: str) ->
     args = parser.parse_args(["--lora-rank", "8", f"{flag}={value}"])
     with pytest.raises(ValueError, match=f"{flag[2:].replace('-', '_')} is .*: it must be "):
         lora_config_from_args(args)
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {},
+        {"alpha": 27.712812921102042, "rslora": True, "targets": ("attn", "*.1.mlp.linear_fc1")},
+        {"alpha": 1e30, "expert_rank": 2, "expert_mode": "shared_outer", "dropout": 0.5},
+        {"shared_a": True, "seed": 7, "lr_ratio": 16.0, "eps_b": 1e-12, "ops": "reference"},
+        {"init": "pissa", "eps_a": 0.0, "kind": "other"},
+    ],
+)
+def test_the_flags_of_a_configuration_give_it_again(fields: dict[str, Any]) -> None:
+    config = LoRAConfig(rank=8, **fields)
+    parser = add_lora_args(argparse.ArgumentParser())
+    assert lora_config_from_args(parser.parse_args(flags_of(config))) == config
 
 
 @pytest.mark.parametrize("fields", [{"rank": 1 << 16}, {"alpha": 1e-30}, {"alpha": 10**30}])

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from megalora.__main__ import main
 from tests.support.forked import SCRIPT, Ranks, free_port, with_root
 from tests.support.tiny import LORA, MODEL, TRAIN, flags, train
 from tests.support.watchdog import run_watched
@@ -63,6 +64,44 @@ def test_help_of_a_script_shows_the_lora_flags(tmp_path: Path) -> None:
     assert "--lora-rank" in text
     assert "--lora-on-corrupt" in text
     assert "--num-layers" in text
+
+
+@pytest.mark.parametrize(
+    "given", ["run SCRIPT --cpu --seed 1", "run --cpu SCRIPT --seed 1", "--cpu run SCRIPT --seed 1"]
+)
+def test_cpu_may_stand_before_the_script(given: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    called = []
+    monkeypatch.setattr("megalora.run.run_script", lambda *words: called.append(words))
+    assert main(given.split()) == 0
+    [(script, words)] = called
+    assert (script, sorted(words)) == ("SCRIPT", ["--cpu", "--seed", "1"])
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ("run --lora-rank 8 pretrain.py", "--lora-rank stands before the script: give the script"),
+        ("run --cpu --lora-rank 8 pretrain.py", "run SCRIPT.py --lora-rank ..."),
+        ("run", "the following arguments are required: SCRIPT.py"),
+        ("run --cpu", "the following arguments are required: SCRIPT.py"),
+    ],
+)
+def test_a_command_line_without_a_script_says_the_order(
+    given: str, message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit, match="2"):
+        main(given.split())
+    assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("script", "problem"), [("gone.py", "does not exist"), (".", "is no file")]
+)
+def test_a_script_that_cannot_be_run_is_named(
+    script: str, problem: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["run", script, "--lora-rank", "8"]) == 2
+    assert f"error: script {script!r} {problem}" in capsys.readouterr().err
 
 
 def test_a_script_with_a_model_provider_trains_the_same(base: Path, tmp_path: Path) -> None:

@@ -73,7 +73,7 @@ def _add_export(subparsers: Subparsers) -> None:
     parser.add_argument(
         "--vocab-size",
         type=int,
-        help="rows of the base's vocabulary, where --hf-model is not given",
+        help="rows of the base's vocabulary, for a checkpoint that does not say it",
     )
 
 
@@ -82,8 +82,8 @@ def _add_import(subparsers: Subparsers) -> None:
         subparsers,
         "import",
         "Turn a PEFT directory into an adapter checkpoint",
-        "Training continues from it with --load, on any parallel layout. (--lora-load reads a PEFT "
-        "directory as it is.)",
+        "Training continues from it with the flags that this prints, on any parallel layout. "
+        "(--lora-load reads a PEFT directory as it is.)",
     )
     parser.add_argument("adapter", help="PEFT directory, of megalora or of anybody else")
     parser.add_argument("--hf-model", required=True, metavar="DIR", help=_HF_MODEL)

@@ -44,6 +44,11 @@ def export(args: argparse.Namespace) -> None:
     from megalora.hf import one_process
 
     tensors, config, facts = one_process.read_adapter(args.checkpoint)
+    if config.init == "pissa":
+        raise ValueError(
+            f"checkpoint {args.checkpoint} started from `pissa`, whose start values only the base "
+            "gives: start its run again with --export-hf, which goes on from it"
+        )
     stored = one_process.stored_sizes(args.checkpoint)
     if args.hf_model:
         shape = model_shape(read_config(args.hf_model))

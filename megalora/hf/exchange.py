@@ -2,6 +2,7 @@
 
 import functools
 import os
+import shlex
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -10,6 +11,8 @@ import torch
 
 from megalora.adapters.pissa import at_start
 from megalora.adapters.start import draw_uniform
+from megalora.arguments import flags_of
+from megalora.checkpoint.description import read_sizes
 from megalora.checkpoint.gather import gather_adapters, load_adapters, whole_shapes
 from megalora.checkpoint.layout import find_directory, verify
 from megalora.checkpoint.ranks import on_all_ranks
@@ -65,6 +68,9 @@ def _load_peft(
     factors = read_adapter(directory, hidden_size=shape.hidden_size, base=hf_model)
     known = _vocab_size(hf_model) if hf_model else 0
     check_head_rows(factors, known or vocab_size, known or padded)
+    if not shape.model_type:
+        # The rows are what the run's tokenizer made of them: the adapter may know better.
+        shape = replace(shape, vocab_size=0)
     tensors = from_hf(
         factors,
         config,
@@ -90,7 +96,13 @@ def _load_checkpoint(
             f"this run has {config.scale(config.rank):g}: set --lora-alpha {stored.alpha:g} and "
             f"--lora-rank {stored.rank}"
         )
-    load_adapters(model_chunks, tensors)
+    try:
+        load_adapters(model_chunks, tensors)
+    except ValueError as error:
+        raise ValueError(
+            f"lora_load {str(directory)!r} has other adapters than this run: {error}. It was made "
+            f"with {shlex.join(flags_of(stored))}"
+        ) from error
 
 
 def export_adapter(
@@ -106,7 +118,8 @@ def export_adapter(
     """Write a model's adapters as a PEFT directory, from rank 0. All ranks must call it.
 
     Raises ValueError, on all ranks, where the adapters are not finite or cannot be written.
-    vocab_size: rows of the Hugging Face vocabulary; None keeps Megatron's padded ones.
+    vocab_size: rows of the Hugging Face vocabulary; None for those that `apply_lora` was told,
+    which was told none for Megatron's padded ones.
     hf_model: directory of the base, whose family names the modules.
     """
     shape = model_shape(model_chunks, hf_model)
@@ -118,7 +131,7 @@ def export_adapter(
 
     def write() -> None:
         rows = tensors[OUTPUT_B].shape[0] if OUTPUT_B in tensors else 0
-        sizes = replace(shape, vocab_size=vocab_size or rows)
+        sizes = replace(shape, vocab_size=vocab_size or shape.vocab_size or rows)
         write_adapter(
             directory,
             without_untrained(to_hf(tensors, config, sizes, initial=initial)),
@@ -167,12 +180,15 @@ def check_export(
 def model_shape(model_chunks: Sequence[torch.nn.Module], hf_model: str | None = None) -> ModelShape:
     """Return the sizes of a model that Hugging Face names depend on; ValueError for a hybrid.
 
-    hf_model: directory of its base; where it is None, the names are those of most families.
+    vocab_size: 0 where a model with adapters was not told it (`apply_lora`). hf_model: directory of
+    its base; where it is None, the names are those of the family that the run found, or of most.
     """
     refuse_hybrid(getattr(model_chunks[0], "hybrid_layer_pattern", None))
-    sizes = vars(model_chunks[0].config)
-    model_type = _model_type(hf_model) if hf_model else ""
-    return ModelShape.from_mapping({**sizes, "vocab_size": 0, "model_type": model_type})
+    described = read_sizes(getattr(model_chunks[0], "megalora_description", {}))
+    known = {"vocab_size": 0, **described}
+    if hf_model:
+        known["model_type"] = _model_type(hf_model)
+    return ModelShape.from_mapping({**vars(model_chunks[0].config), **known})
 
 
 # Read when training starts: an export at its end must not fail because the base has gone.

@@ -110,6 +110,7 @@ def _check_bases(args: argparse.Namespace) -> None:
         path = getattr(args, flag)
         if path and not Path(path).exists():
             raise ValueError(f"{flag} {path!r} does not exist: give an existing directory")
+    check_load(args)
     for flag in ("hf_model", "export_hf"):
         if getattr(args, flag):
             refuse_hybrid(getattr(args, "hybrid_layer_pattern", None))
@@ -118,6 +119,17 @@ def _check_bases(args: argparse.Namespace) -> None:
             f"hf_model {args.hf_model!r} and pretrained_checkpoint "
             f"{args.pretrained_checkpoint!r} are two bases: leave one of them out"
         )
+
+
+def check_load(args: argparse.Namespace) -> None:
+    """Raise ValueError for a directory of Hugging Face's, in which Megatron would find nothing."""
+    if not args.load or read_tracker(Path(args.load)).newest is not None:
+        return
+    for file, flag in (("adapter_config.json", "--lora-load"), ("config.json", "--hf-model")):
+        if (Path(args.load) / file).is_file():
+            raise ValueError(
+                f"load {args.load!r} has {file} and no checkpoint of Megatron's: give it by {flag}"
+            )
 
 
 def check_output_args(args: argparse.Namespace) -> None:

@@ -125,9 +125,8 @@ def say_how_to_write(args: argparse.Namespace, config: LoRAConfig) -> None:
         command = ["megalora", "export", args.save, "--output", args.export_hf]
         command += ["--export-for", args.export_for] if args.export_for else []
         command += ["--format", args.export_format] if args.export_format else []
-        sizes = ["--hf-model", args.hf_model] if args.hf_model else []
-        sizes = sizes or ["--vocab-size", str(args.vocab_size)]
-        print(f"> LoRA: or: {shlex.join([*command, *sizes])}", flush=True)
+        command += ["--hf-model", args.hf_model] if args.hf_model else []
+        print(f"> LoRA: or: {shlex.join(command)}", flush=True)
 
 
 def _check_writable(flag: str, directory: str) -> None:
