@@ -49,6 +49,8 @@ _VLLM_WITHOUT_LORA = _names("""
 _VLLM_EXPERTS_IN_ONE = _names("""
     GptOssForCausalLM Qwen3VLMoeForConditionalGeneration Qwen3_5MoeForConditionalGeneration
 """)
+# Their experts have no gate.
+_VLLM_WITHOUT_GATE = _names("NemotronHForCausalLM NemotronHPuzzleForCausalLM")
 # Of these PEFT turns keys of single experts into its own; of those it loads none, or raises.
 _PEFT_SINGLE_EXPERTS = _names("""
     DeepseekV3ForCausalLM Ernie4_5_MoeForCausalLM Glm4MoeForCausalLM Glm4MoeLiteForCausalLM
@@ -108,11 +110,22 @@ class ServedModel:
         return self.architecture in _VLLM_EXPERTS_IN_ONE
 
     @property
+    def vllm_gated_experts(self) -> bool:
+        """Say whether vLLM stacks gate, up and down of each expert, not up and down alone."""
+        return self.architecture not in _VLLM_WITHOUT_GATE
+
+    @property
     def peft_experts_in_one(self) -> bool | None:
         """Say whether PEFT needs a layer's experts in one tensor; None where it is not known."""
         if self.architecture in _PEFT_EXPERTS_IN_ONE:
             return True
         return False if self.architecture in _PEFT_SINGLE_EXPERTS else None
+
+
+def architectures_in_vllm() -> frozenset[str]:
+    """Return the classes of which the table says something of vLLM."""
+    known = _VLLM_WITH_UNEMBEDDING | _VLLM_WITHOUT_UNEMBEDDING
+    return known | _VLLM_WITHOUT_LORA | _VLLM_EXPERTS_IN_ONE
 
 
 def _count(config: Mapping[str, Any], names: tuple[str, ...]) -> int:

@@ -325,8 +325,33 @@ def declared(architecture: str, mapper: type) -> dict[str, Any]:
         if value is not None:
             scope = {"WeightsMapper": mapper, "re": regex}
             found[attribute] = eval(compile(ast.Expression(value), name, "eval"), scope)
+    if takes_unembedding(name):
+        found["embedding_modules"] = {"embed_tokens": "", "lm_head": ""}
     # Qwen3-MoE adds it in its __init__, which does not run here.
     found.setdefault("packed_modules_mapping", {}).setdefault(
         "gate_up_proj", ["gate_proj", "up_proj"]
     )
     return found
+
+
+def takes_unembedding(name: str) -> bool:
+    """Say whether a class, or the language model that it holds, declares modules of embeddings."""
+    value = declaration(name, "embedding_modules")
+    own = value is not None and bool(ast.literal_eval(value))
+    return own or any(takes_unembedding(held) for held in _language_models(name))
+
+
+def _language_models(name: str) -> set[str]:
+    """Return the classes that a multimodal one calls for its `language_model`."""
+    nodes = (
+        node for base in bases_of(name) if base in _classes() for node in ast.walk(_classes()[base])
+    )
+    calls = (
+        node for node in nodes if isinstance(node, ast.Assign) and isinstance(node.value, ast.Call)
+    )
+    return {
+        ast.unparse(call.value.func)
+        for call in calls
+        if ast.unparse(call.targets[0]) == "self.language_model"
+        and isinstance(call.value, ast.Call)
+    }

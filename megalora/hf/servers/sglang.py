@@ -2,7 +2,7 @@
 
 import re
 from collections import defaultdict
-from collections.abc import Collection
+from collections.abc import Collection, Iterable
 
 from megalora.hf.factors import same_scale, summarise
 from megalora.hf.peft import Format
@@ -103,11 +103,11 @@ def _judge_scales(outline: Outline, verdict: Verdict) -> None:
 
 def _judge_targets(outline: Outline, verdict: Verdict) -> None:
     targets = outline.config.get("target_modules")
+    fused: Collection[str] = _KNOWN
     if isinstance(targets, str) and targets in _ALL:
         verdict.flags += ["--lora-target-modules", "all"]
-        fused = _KNOWN
     elif isinstance(targets, list) and all(isinstance(target, str) for target in targets):
-        leaves = {str(target).rpartition(".")[2] for target in targets}
+        leaves = _leaves(targets)
         shown = ["all"] if leaves - _CHOICES else sorted(leaves)
         verdict.flags += ["--lora-target-modules", *shown]
         fused = {_FUSED.get(leaf, leaf) for leaf in leaves}
@@ -117,13 +117,17 @@ def _judge_targets(outline: Outline, verdict: Verdict) -> None:
             f"{str(targets)!r:.100}: write the modules' names there"
         )
         return
-    unknown = sorted(fused - _KNOWN)
+    unknown = sorted(set(fused) - _KNOWN)
     if unknown:
         verdict.problems.append(
             f"{TITLE} has no LoRA for {summarise(unknown)}: leave them out of --lora-targets, or "
             "merge the adapter into its base (megalora merge)"
         )
     _judge_named(outline, fused, verdict)
+
+
+def _leaves(names: Iterable[str]) -> set[str]:
+    return {name.rpartition(".")[2] for name in names}
 
 
 def _judge_named(outline: Outline, fused: Collection[str], verdict: Verdict) -> None:

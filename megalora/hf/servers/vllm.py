@@ -32,7 +32,8 @@ _UNUSED = {
 # Those that leave the base as it is.
 _STARTS = ("gaussian", "eva", "orthogonal", "mica", "lora_ga")
 _EMBEDDINGS = ("lm_head", "embed_tokens", "unembed_tokens")
-_PROJECTIONS = {"gate_proj", "up_proj", "down_proj"}, {"w1", "w2", "w3"}, {"up_proj", "down_proj"}
+_GATED = {"gate_proj", "up_proj", "down_proj"}, {"w1", "w2", "w3"}
+_NOT_GATED = ({"up_proj", "down_proj"},)
 
 
 def max_lora_rank(rank: int) -> int | None:
@@ -138,10 +139,11 @@ def _judge_experts(outline: Outline, model: ServedModel, verdict: Verdict) -> No
     layers: dict[str, dict[str, dict[int, int]]] = defaultdict(lambda: defaultdict(dict))
     for prefix, number, projection, rank in outline.experts():
         layers[prefix][projection][number] = rank
+    complete_sets = _GATED if model.vllm_gated_experts else _NOT_GATED
     for prefix, projections in sorted(layers.items()):
         wanted = set(range(model.num_experts)) or {n for of in projections.values() for n in of}
         complete = all(of.keys() == wanted for of in projections.values())
-        if not complete or set(projections) not in _PROJECTIONS:
+        if not complete or set(projections) not in complete_sets:
             problem = f"{prefix} lacks adapters of some of {len(wanted)} experts or projections"
         elif any(len(set(of.values())) > 1 for of in projections.values()):
             problem = f"{prefix} has experts of several ranks"
