@@ -1,7 +1,7 @@
 """What servers take of which model: one table, by transformers' class, which they choose theirs by.
 
 Read in the wheels of vLLM 0.33.0 and PEFT 0.21.2 with transformers 5.24 on 2026-11-27. What a class
-of vLLM declares is held against this table by tests/test_servers_parsers.py, where the wheel is.
+of vLLM declares is held against this table by tests/test_vllm_reader.py, where the wheel is.
 """
 
 from collections.abc import Mapping

@@ -1,7 +1,7 @@
 """Who reads adapters, what each of them takes and refuses, known without running it.
 
 A server is a file here with one row, SERVER: its version, the formats it may be given, and `judge`.
-tests/test_servers_parsers.py holds the verdicts against the servers' own code.
+tests/test_{vllm,sglang}_reader.py hold the verdicts against the servers' own code.
 """
 
 import functools

@@ -104,8 +104,7 @@ def _judge_unembedding(outline: Outline, model: ServedModel, verdict: Verdict) -
         verdict.problems.append(without_unembedding(leaves, who))
     elif leaves and model.vllm_unembedding is None:
         verdict.warnings.append(
-            f"{TITLE} takes adapters of {', '.join(leaves)} for some models only (not Qwen2.5, "
-            "DeepSeek, GLM, Mistral or Gemma)"
+            f"{TITLE} takes adapters of {', '.join(leaves)} for some models only: give --hf-model"
         )
     if model.vllm_unembedding is not False and model.vocab_size > MAX_VOCABULARY:
         if leaves:

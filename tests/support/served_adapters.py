@@ -1,0 +1,122 @@
+"""Adapters as megalora and others write them, for the readers of servers."""
+
+import dataclasses
+import json
+import re
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+
+from megalora.hf.factors import LoRAFactors
+from megalora.hf.peft import write_adapter
+from megalora.hf.servers import SERVERS
+from megalora.hf.servers.outline import outline_of_directory
+from megalora.hf.servers.verdict import Verdict
+from megalora.model.served import ServedModel
+
+HIDDEN, ROWS, LAYERS, EXPERTS, FFN = 16, 40, 2, 12, 8
+FAMILIES = {
+    "llama": "LlamaForCausalLM",
+    "qwen2": "Qwen2ForCausalLM",
+    "qwen3": "Qwen3ForCausalLM",
+    "mistral": "MistralForCausalLM",
+    "gemma": "GemmaForCausalLM",
+    "qwen3_moe": "Qwen3MoeForCausalLM",
+    "qwen3_vl_moe": "Qwen3VLMoeForConditionalGeneration",
+}
+
+
+def config_of(family: str) -> SimpleNamespace:
+    """Return a configuration as transformers has it."""
+    moe = {"num_experts": EXPERTS, "moe_intermediate_size": FFN} if "moe" in family else {}
+    return SimpleNamespace(
+        model_type=family,
+        architectures=[FAMILIES[family]],
+        hidden_size=HIDDEN,
+        intermediate_size=2 * FFN,
+        num_hidden_layers=LAYERS,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=4,
+        vocab_size=ROWS,
+        **moe,
+    )
+
+
+def factors_of(family: str, ranks: tuple[int, int], *, head: bool) -> dict[str, LoRAFactors]:
+    """Return adapters of all modules; ranks: of the experts, and of everything else.
+
+    Experts share what shared-outer ones share.
+    """
+    attention = {"q_proj": (16, 16), "k_proj": (16, 8), "v_proj": (16, 8), "o_proj": (16, 16)}
+    wide = {"gate_proj": (16, 16), "up_proj": (16, 16), "down_proj": (16, 16)}
+    narrow = {"gate_proj": (16, 8), "up_proj": (16, 8), "down_proj": (8, 16)}
+    found: dict[str, LoRAFactors] = {}
+    for layer in range(LAYERS):
+        prefix = f"model.layers.{layer}"
+        found |= {f"{prefix}.self_attn.{n}": made(ranks[1], s) for n, s in attention.items()}
+        if "moe" not in family:
+            found |= {f"{prefix}.mlp.{n}": made(ranks[1], s) for n, s in wide.items()}
+            continue
+        for name, size in narrow.items():
+            first = made(ranks[0], size)
+            for expert in range(EXPERTS):
+                new = made(ranks[0], size)
+                shared = (
+                    {"lora_B": first.lora_B} if name == "down_proj" else {"lora_A": first.lora_A}
+                )
+                found[f"{prefix}.mlp.experts.{expert}.{name}"] = dataclasses.replace(new, **shared)
+    return found | ({"lm_head": made(ranks[1], (HIDDEN, ROWS))} if head else {})
+
+
+def made(rank: int, size: tuple[int, int]) -> LoRAFactors:
+    return LoRAFactors(torch.randn(rank, size[0]), torch.randn(size[1], rank), 2.0)
+
+
+def written(place: Path, factors: dict[str, LoRAFactors], format: Any, family: str) -> Path:
+    count = EXPERTS if "moe" in family else None
+    directory = place / "adapter"
+    write_adapter(directory, factors, base_model_name="b", format=format, num_experts=count)
+    return directory
+
+
+def verdict(server: str, directory: Path, config: SimpleNamespace) -> Verdict:
+    model = ServedModel.of(vars(config))
+    return SERVERS[server].judge(outline_of_directory(directory), model)
+
+
+def rewrite(directory: Path, **fields: Any) -> None:
+    path = directory / "adapter_config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **fields}))
+
+
+# What others leave out of, or put into, an adapter: names that are dropped, and added.
+TENSORS = {
+    "nothing": ("^$", None),
+    "k": (r"k_proj", None),
+    "q": (r"q_proj", None),
+    "v": (r"v_proj", None),
+    "up": (r"up_proj", None),
+    "gate": (r"gate_proj", None),
+    "down": (r"down_proj", None),
+    "one expert": (r"experts\.3\.", None),
+    "down of one expert": (r"experts\.3\.down_proj", None),
+    "a magnitude": ("^$", "model.layers.0.self_attn.q_proj.lora_magnitude_vector"),
+    "a whole layer": ("^$", "model.layers.0.input_layernorm.weight"),
+    "an embedding's copy": ("^$", "model.embed_tokens.base_layer.weight"),
+}
+
+
+def change_tensors(directory: Path, change: str) -> None:
+    """Drop and add tensors, and name in target_modules what is left."""
+    dropped, added = TENSORS[change]
+    path = directory / "adapter_model.safetensors"
+    tensors = {n: t for n, t in load_file(path).items() if not re.search(dropped, n)}
+    leaves = {name.split(".lora_")[0].rpartition(".")[2] for name in tensors}
+    if added:
+        tensors[f"base_model.model.{added}"] = torch.ones(2)
+    save_file(tensors, path)
+    rewrite(directory, target_modules=sorted(leaves))
