@@ -35,6 +35,8 @@ COMMANDS = {
     "export of other rows": "export imported --vocab-size 60 --output never",
     "export of another base": "export imported --hf-model dense --output never",
     "export uniform": "export imported --hf-model base --format uniform --output uniform",
+    "export for sglang": "export imported --hf-model base --export-for sglang --output for-sglang",
+    "export for two": "export imported --hf-model base --export-for peft --format tinker --output never",
     "import higher": "import peft --hf-model base --output higher --rank 16 --expert-rank 6",
     "export higher": "export higher --hf-model base --output exported-higher",
     "merge": "merge peft --hf-model base --output merged",
@@ -106,6 +108,7 @@ def test_the_command_succeeds(name, said):
         ("export of other rows", "vocab_size is 60 but checkpoint imported has 66"),
         ("export of another base", "num_moe_experts is 0 but checkpoint imported has 16"),
         ("export a base", "no adapters"),
+        ("export for two", "format 'tinker' and export_for 'peft' contradict each other"),
         ("merge again", "is not empty"),
         ("merge truncated", "not a whole safetensors file"),
         ("merge other", "model.layers.9.mlp.up_proj"),
@@ -134,6 +137,13 @@ def test_export_needs_no_base(place):
     config = json.loads((alone / "adapter_config.json").read_text())
     expected = json.loads((place / "peft" / "adapter_config.json").read_text())
     assert config == {**expected, "base_model_name_or_path": ""}
+
+
+def test_an_export_for_a_server_has_its_format_and_says_what_it_needs(place, said):
+    file = "adapter_model.safetensors"
+    assert (place / "uniform" / file).read_bytes() == (place / "for-sglang" / file).read_bytes()
+    out = said["export for sglang"][1]
+    assert "SGLang 0.5.23 takes it; the largest rank is 8; start it with --enable-lora" in out
 
 
 def test_a_higher_rank_keeps_the_update(place, factors):

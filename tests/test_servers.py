@@ -204,8 +204,8 @@ def test_the_outline_of_an_export_is_that_of_what_is_written(
         (("vllm", None, "dir"), ""),
         (("vllm", "uniform", "dir"), ""),
         ((None, "peft-3d", "dir"), ""),
-        (("sglang", "peft-3d", "dir"), "export_format is 'peft-3d' and export_for is 'sglang'"),
-        (("peft", "tinker", "dir"), "export_format is 'tinker' and export_for is 'peft'"),
+        (("sglang", "peft-3d", "dir"), "format 'peft-3d' and export_for 'sglang' contradict"),
+        (("peft", "tinker", "dir"), "format 'tinker' and export_for 'peft' contradict"),
         (("vllm", None, None), "export_for is 'vllm' and nothing is exported"),
     ],
 )

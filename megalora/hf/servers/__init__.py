@@ -47,7 +47,7 @@ def choose_format(
         return server.choose(model, shares_outer)
     if format not in server.formats:
         raise ValueError(
-            f"export_format is {format!r} and export_for is {name!r}, which reads "
+            f"format {format!r} and export_for {name!r} contradict each other: {name} reads "
             f"{' or '.join(server.formats)}: leave one of the two out"
         )
     return format

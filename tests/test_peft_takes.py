@@ -1,0 +1,59 @@
+"""The verdicts on PEFT are those of the library itself, on real models of transformers."""
+
+import dataclasses
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from megalora.hf.factors import LoRAFactors
+from megalora.hf.peft import FORMATS, write_adapter
+from megalora.hf.servers import SERVERS
+from megalora.hf.servers.outline import outline_of_directory
+from megalora.model.served import ServedModel
+from tests.support.hf_models import (
+    NUM_EXPERTS,
+    hf_model,
+    logits,
+    merged,
+    peft_model,
+    random_factors,
+)
+
+RANKS = {"experts": (2, 4.0), "": (4, 2.0)}
+
+
+def shared_outer(factors: Mapping[str, LoRAFactors]) -> dict[str, LoRAFactors]:
+    """Let all experts of a layer have the A of gate and up, and the B of down, of the first."""
+    found = dict(factors)
+    for name, module in factors.items():
+        if ".experts." not in name:
+            continue
+        prefix, _, projection = name.rsplit(".", 2)
+        first = factors[f"{prefix}.0.{projection}"]
+        one = {"lora_B": first.lora_B} if projection == "down_proj" else {"lora_A": first.lora_A}
+        found[name] = dataclasses.replace(module, **one)
+    return found
+
+
+@pytest.mark.parametrize("format", FORMATS)
+@pytest.mark.parametrize("family", ["qwen2", "qwen3_moe"])
+def test_peft_agrees(family: str, format: Any, tmp_path: Path) -> None:
+    model = hf_model(family)
+    factors = shared_outer(random_factors(model, RANKS))
+    count = NUM_EXPERTS if "moe" in family else None
+    write_adapter(tmp_path / "a", factors, base_model_name="b", format=format, num_experts=count)
+    served = ServedModel.of(model.config.to_dict() | {"architectures": [type(model).__name__]})
+    found = SERVERS["peft"].judge(outline_of_directory(tmp_path / "a"), served)
+    assert found.accepted == serves(model, tmp_path / "a", factors), found
+
+
+def serves(model: Any, directory: Path, factors: dict[str, LoRAFactors]) -> bool:
+    """Say whether PEFT loads all of an adapter, and its logits are those of the merged model."""
+    try:
+        loaded = logits(peft_model(model, directory))
+    except (AssertionError, RuntimeError, ValueError):
+        return False
+    expected = logits(merged(model, factors))
+    return bool((loaded - expected).norm() < 1e-4 * expected.norm())
