@@ -2,6 +2,7 @@
 
 import json
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -120,22 +121,19 @@ def experts(rank: int, dtype: torch.dtype = torch.bfloat16) -> dict[str, LoRAFac
     return found
 
 
-def sharing_outer(factors: dict[str, LoRAFactors]) -> dict[str, LoRAFactors]:
-    """Return experts of which all in a layer have one A of gate and of up, and one B of down."""
-    found = {}
-    for name, module in factors.items():
-        if ".experts." in name:
-            one = factors[re.sub(r"experts\.\d+", "experts.0", name)]
-            a, b = (module.lora_A, one.lora_B) if "down" in name else (one.lora_A, module.lora_B)
-            found[name] = LoRAFactors(a, b, module.scale)
-    return found
+def shared_outer(factors: dict[str, LoRAFactors]) -> dict[str, LoRAFactors]:
+    """Return experts that share A of gate and up and B of down, all that is of their rank."""
+    shared = {}
+    for name in filter(lambda name: "experts" in name, factors):
+        outer = "lora_B" if name.endswith("down_proj") else "lora_A"
+        first = factors[re.sub(r"(?<=experts\.)\d+", "0", name)]
+        shared[name] = replace(factors[name], **{outer: getattr(first, outer)})
+    return shared
 
 
 @pytest.mark.parametrize("format", FORMATS)
 def test_an_export_makes_a_layer_at_a_time(format, tmp_path):
-    factors = experts(rank=2)
-    if format == "tinker":
-        factors = sharing_outer(factors)
+    factors = shared_outer(experts(rank=2)) if format == "tinker" else experts(rank=2)
     with Held() as held:
         write_adapter(tmp_path / "a", factors, base_model_name="x", format=format)
     header = json.loads(read_header(tmp_path / "a" / FILE))

@@ -97,7 +97,8 @@ def peft_logits(moe: torch.nn.Module, directory: Path, tensors: dict[str, Tensor
 @pytest.mark.parametrize("unembedding", ["model.unembed_tokens", "unembed_tokens"])
 def test_an_adapter_of_tinker_is_what_peft_computes_expert_by_expert(unembedding, moe, tmp_path):
     tensors, single = of_tinker(unembedding)
-    factors = read_adapter(save(tmp_path / "tinker", tensors, target_modules="all-linear"))
+    targets = [*ATTENTION, "experts", "unembed_tokens"] if "model" in unembedding else "all-linear"
+    factors = read_adapter(save(tmp_path / "tinker", tensors, target_modules=targets))
     expected = peft_logits(moe, tmp_path / "peft", single)
     assert (logits(moe) - expected).abs().max() > 0.05
     assert (logits(merged(moe, factors)) - expected).abs().max() < TOLERANCE

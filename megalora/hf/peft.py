@@ -109,12 +109,8 @@ def _planned(
     if format == "tinker":
         factors = at_one_scale(factors)
         check_factors(factors)
-    experts = complete_experts(
-        factors,
-        moe_layers=base.moe_layers,
-        num_experts=num_experts,
-        must_agree=format != "uniform",
-    )
+    agree = format != "uniform"
+    experts = complete_experts(factors, base.moe_layers, num_experts, must_agree=agree)
     dense = {name: module for name, module in factors.items() if not split_expert(name)}
     tensors = _tensors(dense, experts, format)
     config = adapter_config(dense, experts, format, base)

@@ -9,7 +9,7 @@ lora_A [E r, in] is expert-major, lora_B [out, r E] is expert-fastest; Megatron-
 """
 
 from collections import defaultdict
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 from functools import partial, reduce
 from typing import Any
@@ -144,9 +144,9 @@ class Experts:
 
 def complete_experts(
     factors: Mapping[str, LoRAFactors],
-    *,
     moe_layers: Collection[int],
     num_experts: int | None,
+    *,
     must_agree: bool = True,
 ) -> Experts | None:
     """Fill the experts' adapters to what PEFT loads: all experts of a layer, all projections.
@@ -158,19 +158,19 @@ def complete_experts(
     given = {name: module for name, module in factors.items() if split_expert(name)}
     if not given:
         return None
-    parts = {name: part for name in given if (part := split_expert(name))}
+    parts = [part for name in given if (part := split_expert(name))]
     if num_experts is None:
-        num_experts = max(expert for _, expert, _ in parts.values()) + 1
-    _check_inside(parts, moe_layers, num_experts)
-    prefixes = sorted({part[0] for part in parts.values()}, key=lambda name: layer_of(name) or 0)
-    one = next(iter(given.values()))
-    if must_agree and not all(same_scale(m.scale, one.scale) for m in given.values()):
+        num_experts = max(expert for _, expert, _ in parts) + 1
+    _check_inside(given, moe_layers, num_experts)
+    scale = next(iter(given.values())).scale
+    if must_agree and not all(same_scale(module.scale, scale) for module in given.values()):
         raise ValueError(
             "experts differ in scale, which PEFT cannot load as `peft` or `peft-3d`: use the "
             "format `uniform`"
         )
     rank = max(module.rank for module in given.values())
-    blank = _blank_factors(given, rank, one.scale)
+    blank = _blank_factors(given, rank, scale)
+    prefixes = sorted({prefix for prefix, _, _ in parts}, key=lambda prefix: layer_of(prefix) or 0)
     full = {
         name: given[name].resized(rank) if name in given else blank[projection]
         for prefix in prefixes
@@ -178,14 +178,13 @@ def complete_experts(
         for projection in PROJECTIONS
         for name in [f"{prefix}.{expert}.{projection}"]
     }
-    return Experts(prefixes, num_experts, rank, one.scale, full)
+    return Experts(prefixes, num_experts, rank, scale, full)
 
 
-def _check_inside(
-    parts: Mapping[str, tuple[str, int, str]], moe_layers: Collection[int], num_experts: int
-) -> None:
-    for name, (prefix, expert, _) in parts.items():
-        if layer_of(prefix) not in moe_layers or expert >= num_experts:
+def _check_inside(names: Iterable[str], moe_layers: Collection[int], num_experts: int) -> None:
+    for name in names:
+        part = split_expert(name)
+        if part and (layer_of(name) not in moe_layers or part[1] >= num_experts):
             raise ValueError(
                 f"{name} is outside of the {len(moe_layers)} layers with {num_experts} experts: "
                 "this adapter belongs to another model"

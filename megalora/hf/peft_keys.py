@@ -131,8 +131,8 @@ def _say_renamed(found: AdapterKeys) -> None:
     """Warn where keys are not those that PEFT writes, which it would not load or elsewhere."""
     for name, pair in found.pairs.items():
         wanted = f"base_model.model.{name}.lora_A.weight"
-        tinkers = f"base_model.model.{to_tinker_name(name)}.lora_A.weight"
-        if pair.get("A", wanted) not in (wanted, tinkers):
+        tinker = f"base_model.model.{to_tinker_name(name)}.lora_A.weight"
+        if pair.get("A", wanted) not in (wanted, tinker):
             warnings.warn(
                 f"adapter has keys such as {printable(pair['A'], 200)}, read as {wanted}",
                 stacklevel=5,
@@ -189,7 +189,7 @@ def read_pairs(files: TensorFiles, keys: AdapterKeys) -> dict[str, tuple[Tensor,
         name: (files.tensor(pair["A"]), files.tensor(pair["B"]))
         for name, pair in keys.pairs.items()
     }
-    _check_whole({name: pair for name, pair in pairs.items() if not is_stacked(name)})
+    _check_whole(pairs)
     return pairs
 
 
@@ -199,7 +199,7 @@ def _check_whole(pairs: Mapping[str, tuple[Tensor, Tensor]]) -> None:
         f"{name}.lora_{end} {list(factor.shape)}"
         for name, pair in pairs.items()
         for end, factor in zip("AB", pair, strict=True)
-        if factor.numel() == 0 or factor.dim() == 1
+        if (factor.numel() == 0 or factor.dim() == 1) and not is_stacked(name)
     }
     if parts:
         raise ValueError(

@@ -9,6 +9,7 @@ import re2
 from megalora.hf.factors import summarise
 from megalora.hf.peft_config import layer_of
 from megalora.hf.peft_keys import without_wrappers
+from megalora.hf.stacked_experts import to_tinker_name
 
 _MAX_PATTERN = 4000
 type _Selects = Callable[[Iterable[str]], bool]
@@ -28,12 +29,12 @@ def check_targets(
     targeted, layers = _targets(config), _layers(config.get("layers_to_transform"))
     left_out: dict[str, list[str]] = {}
     for name, stored in names.items():
-        both = (name, stored)
+        all_names = (name, stored, to_tinker_name(name))
         if ".experts" in name:
             continue
-        if not targeted(both):
+        if not targeted(all_names):
             left_out.setdefault("target_modules", []).append(name)
-        elif excluded(both):
+        elif excluded(all_names):
             left_out.setdefault("exclude_modules", []).append(name)
         elif layers and layer_of(name) not in layers:
             left_out.setdefault("layers_to_transform", []).append(name)

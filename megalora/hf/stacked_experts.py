@@ -17,12 +17,11 @@ from megalora.config import LoRAConfig
 from megalora.hf.factors import LoRAFactors, check_tensors
 from megalora.hf.files import Planned
 from megalora.hf.peft_config import PeftRules, split_expert
-from megalora.hf.peft_experts import DOWN, PROJECTIONS, Experts, Pair, split_experts
+from megalora.hf.peft_experts import DOWN, Experts, Pair, split_experts
 from megalora.model.shape import MAX_SIZES
 
 _UNEMBEDDING, _UNEMBED_TOKENS = "lm_head", "model.unembed_tokens"
 _PROJECTION = {"w1": "gate_proj", "w3": "up_proj", "w2": "down_proj"}
-_TINKER = {projection: name for name, projection in _PROJECTION.items()}
 _STACKED = re.compile(r"(.+\.experts)\.(w[123]|gate_proj|up_proj|down_proj|gate_up_proj)")
 
 
@@ -90,33 +89,34 @@ def check_shared(names: Iterable[str], config: LoRAConfig) -> None:
         )
 
 
-def join_tinker(experts: Experts) -> dict[str, Tensor | Planned]:
-    """Return Tinker's tensors by key; ValueError where experts do not share the outer factors.
+def join_tinker(experts: Experts) -> dict[str, Planned]:
+    """Return Tinker's tensors by key, each made when it is written.
 
-    What experts do not share is put together when it is written.
+    Raises ValueError where experts do not share the outer factors.
     """
-    tensors: dict[str, Tensor | Planned] = {}
+    planned: dict[str, Planned] = {}
     for prefix in experts.prefixes:
-        for projection in PROJECTIONS:
+        for leaf, projection in _PROJECTION.items():
             names = [f"{prefix}.{expert}.{projection}" for expert in range(experts.num_experts)]
             modules = [experts.factors[name] for name in names]
-            a, b = [m.lora_A for m in modules], [m.lora_B for m in modules]
-            if projection == DOWN:
-                factors = _stacked(a), _shared(names, modules, "lora_B")
-            else:
-                factors = _shared(names, modules, "lora_A"), _stacked(b)
-            key = f"{prefix}.{_TINKER[projection]}"
-            tensors[f"{key}.lora_A.weight"], tensors[f"{key}.lora_B.weight"] = factors
-    return tensors
+            outer = "lora_B" if projection == DOWN else "lora_A"
+            for factor in ("lora_A", "lora_B"):
+                tensors = [getattr(module, factor) for module in modules]
+                stacked = [_shared(names, modules, factor)] if factor == outer else tensors
+                # Mixed precisions join at the highest.
+                dtype = reduce(torch.promote_types, {tensor.dtype for tensor in stacked})
+                planned[f"{prefix}.{leaf}.{factor}.weight"] = Planned(
+                    (len(stacked), *stacked[0].shape), dtype, partial(_stack, stacked, dtype)
+                )
+    return planned
 
 
-def _stacked(factors: list[Tensor]) -> Planned:
-    dtype = reduce(torch.promote_types, {factor.dtype for factor in factors})
-    return Planned((len(factors), *factors[0].shape), dtype, partial(torch.stack, factors))
+def _stack(tensors: list[Tensor], dtype: torch.dtype) -> Tensor:
+    return torch.stack([tensor.to(dtype) for tensor in tensors])
 
 
 def _shared(names: list[str], modules: list[LoRAFactors], factor: str) -> Tensor:
-    """Return the factor that all experts have, of those that are more than a blank [1, ...]."""
+    """Return the factor that all experts have, of those that are more than a blank."""
     used = {
         name: getattr(module, factor)
         for name, module in zip(names, modules, strict=True)
@@ -130,7 +130,7 @@ def _shared(names: list[str], modules: list[LoRAFactors], factor: str) -> Tensor
             "`tinker` has one for all experts: train with --lora-expert-mode shared_outer, or "
             "export as `peft`"
         )
-    return one.unsqueeze(0)
+    return one
 
 
 def is_one(one: Tensor, other: Tensor) -> bool:
