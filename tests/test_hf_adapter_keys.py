@@ -1,5 +1,6 @@
 """Keys of adapters as PEFT, wrappers and other savers leave them: read as PEFT's, or refused."""
 
+import copy
 import json
 import shutil
 import warnings
@@ -8,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from peft import LoraConfig
+from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 
 from megalora.hf.factors import LoRAFactors
@@ -249,3 +250,68 @@ SELECTED = {
 def test_target_modules_of_every_form_are_read(case, saved, tmp_path):
     directory = renamed(saved, tmp_path / "a", str, target_modules=SELECTED[case])
     assert same(read_adapter(directory), read_adapter(saved))
+
+
+# === As PEFT leaves them behind ===
+
+
+def _of_auto_model(model: torch.nn.Module, directory: Path) -> torch.Tensor:
+    whole = copy.deepcopy(model)
+    fields = {"rank_pattern": {"^layers.1.self_attn.q_proj": 2}}
+    whole.model = get_peft_model(whole.model, LoraConfig(**START, **fields))
+    whole.model.save_pretrained(str(directory))
+    return logits(whole.eval())
+
+
+def _of_compiled_model(model: torch.nn.Module, directory: Path) -> torch.Tensor:
+    compiled = torch.compile(copy.deepcopy(model), backend="eager")
+    adapted = get_peft_model(compiled, LoraConfig(**START))
+    adapted.save_pretrained(str(directory))
+    # Compiling takes seconds, and what is in there computes the same.
+    return logits(adapted.get_base_model()._orig_mod.eval())
+
+
+def _of_state_dict(model: torch.nn.Module, directory: Path) -> torch.Tensor:
+    config = LoraConfig(**START)
+    adapted = get_peft_model(copy.deepcopy(model), config)
+    config.save_pretrained(str(directory))
+    tensors = {f"module.{name}": tensor for name, tensor in adapted.state_dict().items()}
+    save_file(tensors, directory / "adapter_model.safetensors")
+    return logits(adapted.eval())
+
+
+def _of_pissa(model: torch.nn.Module, directory: Path) -> torch.Tensor:
+    """Train from principal components, and make plain LoRA of that, as a refusal advises."""
+    config = LoraConfig(r=4, lora_alpha=8, target_modules=["q_proj"], init_lora_weights="pissa")
+    adapted = get_peft_model(copy.deepcopy(model), config)
+    config.init_lora_weights = True
+    adapted.save_pretrained(str(directory / "start"))
+    config.init_lora_weights = "pissa"
+    with torch.no_grad():
+        for name, param in adapted.named_parameters():
+            if "lora_" in name:
+                param.mul_(1.1)
+    expected = logits(adapted.eval())
+    start = {"path_initial_model_for_weight_conversion": str(directory / "start")}
+    adapted.save_pretrained(str(directory), **start)
+    return expected
+
+
+START = {"r": 4, "lora_alpha": 8, "target_modules": ["q_proj"], "init_lora_weights": False}
+LEFT = {
+    "AutoModel": _of_auto_model,
+    "torch.compile": _of_compiled_model,
+    "a state_dict": _of_state_dict,
+    "PiSSA": _of_pissa,
+}
+
+
+@pytest.mark.parametrize("case", LEFT)
+def test_what_peft_leaves_behind_has_its_logits_here(case, model, tmp_path):
+    model.save_pretrained(str(tmp_path / "base"))
+    expected = LEFT[case](model, tmp_path / "a")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        factors = read_adapter(tmp_path / "a", base=tmp_path / "base")
+    assert (logits(model) - expected).abs().max() > 1e-3
+    torch.testing.assert_close(logits(merged(model, factors)), expected, atol=5e-6, rtol=0)
