@@ -128,6 +128,8 @@ def test_a_router_takes_the_adapter_of_its_gate_and_says_by_which_flag():
     given = third_party(name, 4, 12, 12)
     with pytest.raises(ValueError, match=r"gate: add .* --lora-targets all mlp\.router$"):
         from_hf(given, LoRAConfig(rank=4), MOE)
+    imported = infer_config(given, MOE)
+    assert to_hf(from_hf(given, imported, MOE), imported, MOE).keys() == given.keys()
     config = LoRAConfig(rank=4, targets=("all", "router"))
     back = to_hf(from_hf(given, config, MOE), config, MOE)
     assert torch.equal(back[name].lora_A, given[name].lora_A)
