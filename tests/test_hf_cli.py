@@ -36,7 +36,8 @@ COMMANDS = {
     "export of another base": "export imported --hf-model dense --output never",
     "export uniform": "export imported --hf-model base --format uniform --output uniform",
     "export for sglang": "export imported --hf-model base --export-for sglang --output for-sglang",
-    "export for two": "export imported --hf-model base --export-for peft --format tinker --output never",
+    "export for two": "export imported --hf-model base --export-for peft --format tinker "
+    "--output never",
     "import higher": "import peft --hf-model base --output higher --rank 16 --expert-rank 6",
     "export higher": "export higher --hf-model base --output exported-higher",
     "merge": "merge peft --hf-model base --output merged",
