@@ -31,7 +31,7 @@ from megalora.__main__ import main as megalora
 from megalora.config import LoRAConfig
 from megalora.hf.factors import LoRAFactors
 from megalora.hf.linears import locate
-from megalora.hf.peft import FORMATS, write_adapter
+from megalora.hf.peft import write_adapter
 from megalora.hf.weights import Placement, Shard, Weights
 from megalora.model.presets import PRESETS
 
@@ -46,6 +46,8 @@ TOY = {
 }
 TOY_EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16}
 
+# Those that take experts of any kind.
+FORMATS = ("peft", "uniform", "peft-3d")
 PEFT_IMPORTS = "import megalora.hf.commands"
 ALL_IMPORTS = (
     "from megalora.hf import commands, offline; offline.prepare(); "

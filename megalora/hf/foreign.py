@@ -78,7 +78,7 @@ def _of_file(path: Path) -> str:
         return f"is a file of an adapter: give its directory, {path.parent}"
     kinds = {
         ".nemo": f"is NeMo's archive: {_BRIDGE}",
-        ".gguf": f"is llama.cpp's: give the adapter that it was made of, or {_MERGE}",
+        ".gguf": f"is a GGUF file: give the adapter that it was made of, or {_MERGE}",
         ".safetensors": f"is one file: give a directory with {CONFIG_NAME}, as PEFT writes it",
     }
     pickle = "is a pickle, which can run code and is never loaded: " + _SAVE
