@@ -17,7 +17,11 @@ from megalora.hf.factors import PRECISIONS, summarise
 from megalora.hf.files import TensorFiles
 
 _EMBEDDINGS = ("embed_tokens.weight", "lm_head.weight")
-_UNEMBEDDING, _EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
+# Of tied embeddings one may be stored alone.
+_TIED = {
+    "lm_head.weight": "model.embed_tokens.weight",
+    "model.embed_tokens.weight": "lm_head.weight",
+}
 
 
 def trained_layers(
@@ -32,8 +36,7 @@ def trained_layers(
     files = _weights(base, whole) if whole else None
     for name, key in whole.items():
         assert files is not None
-        tied = name == _UNEMBEDDING and name not in files
-        stored = _EMBEDDING if tied else name
+        stored = name if name in files else _TIED.get(name, name)
         if stored not in files:
             raise ValueError(
                 f"adapter has the whole layer {key}, which its base does not have: it was trained "
