@@ -43,6 +43,7 @@ bench: .venv/built
 	$(BIN)/python benchmarks/bench_model.py
 	$(BIN)/python benchmarks/bench_host.py
 	$(BIN)/python benchmarks/bench_padding.py
+	$(BIN)/python benchmarks/bench_exchange.py
 
 parity: .venv/built
 	$(BIN)/python benchmarks/parity.py

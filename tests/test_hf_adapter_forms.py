@@ -203,7 +203,7 @@ def test_checkpoints_of_megatron_and_what_is_not_known_are_left_to_their_readers
         ("adapter_config.json", "give its directory"),
         ("lora.safetensors", "is one file"),
         ("model.nemo", "NeMo"),
-        ("lora.gguf", "llama.cpp"),
+        ("lora.gguf", "GGUF"),
         ("adapter.bin", "pickle"),
         ("nothing", "does not exist"),
     ],
