@@ -75,7 +75,8 @@ def make(place: Path, config: dict[str, Any], rank: int, dtype: torch.dtype) -> 
     for weight, size in weights.expected().items():
         name = weight.removesuffix(".weight")
         found = locate(name, weights.shape)
-        if found is not None:
+        # As trained by default, without routers.
+        if found is not None and found[1].megatron != "mlp.router":
             own = found[1].rank(lora, weights.shape)
             a, b = torch.randn(own, size[1], dtype=dtype), torch.randn(size[0], own, dtype=dtype)
             factors[name] = LoRAFactors(a, b.mul_(1e-3), lora.scale(own))

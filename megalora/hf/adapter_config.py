@@ -99,7 +99,8 @@ def _wrapped_by_weight(names: Collection[str], *, is_moe: bool) -> list[str]:
     linear. The names in the file are the same.
     """
     ends = (*PROJECTIONS, _ROUTER) if is_moe else (_ROUTER,)
-    return [name for name in names if name.endswith(ends)]
+    wrapped = [name for name in names if name.endswith(ends)]
+    return sorted(wrapped, key=lambda name: (layer_of(name) or 0, name))
 
 
 def _of_weights(patterns: Mapping[str, Any], names: list[str]) -> dict[str, Any]:
