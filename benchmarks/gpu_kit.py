@@ -9,7 +9,6 @@ transformer_engine_torch for that torch, which exists as source only.
 """
 
 import argparse
-import compileall
 import hashlib
 import json
 import os
@@ -67,7 +66,8 @@ class Kit:
             with zipfile.ZipFile(wheel) as archive:
                 archive.extractall(folders[wheel.name.startswith("transformer_engine")])
         for folder in folders:
-            compileall.compile_dir(folder, quiet=2, workers=0)
+            # By a process of its own: workers of this one would need its script, which may be none.
+            subprocess.run([sys.executable, "-m", "compileall", "-qq", "-j", "0", folder])
         return folders
 
 
