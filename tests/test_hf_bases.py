@@ -21,6 +21,7 @@ from megalora.model.megatron import megatron_args
 from megalora.model.presets import named_shape
 from megalora.model.rope import rope
 from tests.support import fp8, hf_bases
+from tests.support.hf_bases import LLAMA3
 from tests.support.hf_models import hf_model, logits, merged, random_factors, transformers
 
 NUMBERS = pytest.mark.bad_input("a number that is not one")
@@ -370,13 +371,6 @@ def test_a_field_without_a_number_means_what_it_means_to_transformers(family, fi
     assert rope(given).theta == (theirs.rope_parameters["rope_theta"] or 10000.0)
 
 
-LLAMA3 = {
-    "rope_type": "llama3",
-    "factor": 8.0,
-    "low_freq_factor": 1.0,
-    "high_freq_factor": 4.0,
-    "original_max_position_embeddings": 8192,
-}
 YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 16}
 PLAIN = {"rope_type": "default", "rope_theta": 7e5}
 

@@ -1,7 +1,5 @@
 """The verdicts on PEFT are those of the library itself, on real models of transformers."""
 
-import dataclasses
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -19,22 +17,10 @@ from tests.support.hf_models import (
     merged,
     peft_model,
     random_factors,
+    shared_outer,
 )
 
 RANKS = {"experts": (2, 4.0), "": (4, 2.0)}
-
-
-def shared_outer(factors: Mapping[str, LoRAFactors]) -> dict[str, LoRAFactors]:
-    """Let all experts of a layer have the A of gate and up, and the B of down, of the first."""
-    found = dict(factors)
-    for name, module in factors.items():
-        if ".experts." not in name:
-            continue
-        prefix, _, projection = name.rsplit(".", 2)
-        first = factors[f"{prefix}.0.{projection}"]
-        one = {"lora_B": first.lora_B} if projection == "down_proj" else {"lora_A": first.lora_A}
-        found[name] = dataclasses.replace(module, **one)
-    return found
 
 
 @pytest.mark.parametrize("format", FORMATS)

@@ -24,18 +24,12 @@ from megalora.model.config_json import read_config
 from tests.dist.support import hf
 from tests.dist.support.layouts import Layout, model_parallel, over
 from tests.support import fp8, hf_bases, hf_models
+from tests.support.hf_bases import LLAMA3
 
 TOLERANCE = 1e-4
 ONE, TP = Layout(), Layout(tp=2)
 # Blocks that end within the heads, the experts and a rank's rows and columns.
 BLOCK = (16, 24)
-LLAMA3 = {
-    "rope_type": "llama3",
-    "factor": 8.0,
-    "low_freq_factor": 1.0,
-    "high_freq_factor": 4.0,
-    "original_max_position_embeddings": 8192,
-}
 
 
 def with_buffers(tensors: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -7,6 +7,15 @@ from torch import Tensor
 
 from tests.support.hf_models import IDS, logits, transformers
 
+# A rope_scaling.
+LLAMA3 = {
+    "rope_type": "llama3",
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 8192,
+}
+
 
 def own_head(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     """Give a tied model an unembedding of its own."""

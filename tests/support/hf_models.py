@@ -1,8 +1,10 @@
 """Tiny real Hugging Face models, adapters for them, and the merged reference made without PEFT."""
 
 import copy
+import dataclasses
 import os
 import warnings
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor
@@ -184,3 +186,16 @@ def trained_by_peft(
         optimizer.zero_grad()
     model.save_pretrained(str(directory))
     return logits(model.eval())
+
+
+def shared_outer(factors: Mapping[str, LoRAFactors]) -> dict[str, LoRAFactors]:
+    """Let all experts of a layer have the A of gate and up, and the B of down, of the first."""
+    found = dict(factors)
+    for name, module in factors.items():
+        if ".experts." not in name:
+            continue
+        prefix, _, projection = name.rsplit(".", 2)
+        first = factors[f"{prefix}.0.{projection}"]
+        one = {"lora_B": first.lora_B} if projection == "down_proj" else {"lora_A": first.lora_A}
+        found[name] = dataclasses.replace(module, **one)
+    return found
