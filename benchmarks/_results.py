@@ -9,6 +9,7 @@ import platform
 import re
 from collections.abc import Iterable, Sequence
 from datetime import UTC, datetime
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -109,11 +110,12 @@ def overhead_table(rows: Sequence[Row]) -> list[str]:
 
 
 def plain_table(rows: Sequence[Row]) -> list[str]:
-    """Return Markdown with a column for each key that all rows have."""
-    keys = [key for key in rows[0] if key != "bench" and all(key in row for row in rows)]
+    """Return Markdown with a column for each key, whose cell is empty in a row without it."""
+    keys = [key for key in dict.fromkeys(chain.from_iterable(rows)) if key != "bench"]
     lines = [line(keys), line(["---"] * len(keys))]
     for row in rows:
-        lines.append(line([f"{v:.5g}" if isinstance(v := row[k], float) else v for k in keys]))
+        values = [row.get(key, "") for key in keys]
+        lines.append(line([f"{v:.5g}" if isinstance(v, float) else v for v in values]))
     return lines
 
 

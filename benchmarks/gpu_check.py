@@ -34,6 +34,7 @@ ROOT = Path(__file__).parents[1]
 # What the stages need of a checkout.
 TREE = ("megalora", "tests", "benchmarks", "examples", "csrc", "pyproject.toml")
 LOG_LINES = 150
+LAST_WORDS_S = 3
 
 
 @dataclass(frozen=True)
@@ -133,7 +134,7 @@ class Check:
 
     def _start(self, stage: Stage) -> tuple[Stage, subprocess.Popen | None, Path, float]:
         log = Path(self.environment["TMPDIR"]) / f"{stage.name}.log"
-        environment = dict(self.environment)
+        environment = {**self.environment, "PYTHONFAULTHANDLER": "1"}
         if stage.sanitizer:
             # Else an access beyond a tensor stays inside a block of torch's allocator, unseen.
             environment["PYTORCH_NO_CUDA_MEMORY_CACHING"] = "1"
@@ -186,10 +187,16 @@ class Check:
 
 
 def wait(process: subprocess.Popen, deadline: float) -> int | None:
-    """Return the exit status, None where the process and all it started had to be killed."""
+    """Return the exit status, None where the process and all it started had to be killed.
+
+    Python writes where each of its threads is before it is killed: faulthandler answers SIGABRT.
+    """
     try:
         return process.wait(max(0.1, deadline - time.monotonic()))
     except subprocess.TimeoutExpired:
+        process.send_signal(signal.SIGABRT)
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            process.wait(LAST_WORDS_S)
         return None
     finally:
         with contextlib.suppress(ProcessLookupError):

@@ -110,7 +110,9 @@ def test_a_stage_that_hangs_or_fails_ends_no_other(tmp_path: Path) -> None:
     assert outcomes["fails"] == "failed: exit status 3"
     assert outcomes["passes"] == "passed"
     assert subprocess.run(["pgrep", "-f", "sleep 98765"], capture_output=True).returncode == 1
-    assert "well" in (tmp_path / "log.txt").read_text()
+    log = (tmp_path / "log.txt").read_text()
+    assert "well" in log
+    assert 'File "<string>", line 1 in <module>' in log, "where it hung"
 
 
 def test_a_command_that_is_missing_is_a_failure(tmp_path: Path) -> None:

@@ -39,10 +39,8 @@ class GroupedAdapter(LoRAAdapter):
         """
         if not self.enabled:
             return base_forward(x, m_splits)
-        # From pageable memory, too, a copy that blocks nothing is staged before it returns.
-        splits = torch.as_tensor(m_splits, dtype=torch.int64).to(x.device, non_blocking=True)
         a, b = self.pair()
-        ends = splits.cumsum(0)
+        ends = _on_device(m_splits, x.device).cumsum(0)
         weights = self._weights_to_open(x, a)
         if weights:
             call = self._opened_call(a, b)
@@ -68,6 +66,18 @@ class GroupedAdapter(LoRAAdapter):
             return []
         is_fused = self.ops.experts_linear_is_fused(weights[0], len(weights), a.shape[1])
         return weights if is_fused else []
+
+
+def _on_device(m_splits: Sequence[int] | Tensor, device: torch.device) -> Tensor:
+    """Return the experts' numbers of tokens on the device, without a wait of the host.
+
+    NOTE: a GPU that reads pageable memory itself may do so after the copy's call has returned, and
+    after the list's memory is another's. torch keeps pinned memory until the copy is done.
+    """
+    splits = torch.as_tensor(m_splits, dtype=torch.int64)
+    if splits.device != device and device.type == "cuda":
+        splits = splits.pin_memory()
+    return splits.to(device, non_blocking=True)
 
 
 class SequentialAdapter(LoRAAdapter):
