@@ -14,7 +14,7 @@ from torch.utils._pytree import tree_leaves
 
 from megalora.hf.directories import whole_directory
 from megalora.hf.factors import LoRAFactors
-from megalora.hf.files import Planned, save_tensors
+from megalora.hf.files import ADAPTER, Planned, TensorFiles, read_tensors, save_tensors
 from megalora.hf.peft import FORMATS, read_adapter, write_adapter
 from tests.support.hf_models import shared_outer
 
@@ -54,6 +54,43 @@ def test_tensors_in_any_memory_are_read_back_by_safetensors(tmp_path):
     assert torch.equal(found["planned"], whole[2])
     with safe_open(tmp_path / "a", framework="pt") as file:
         assert file.metadata() == {"format": "pt"}
+
+
+def is_same(a: Tensor, b: Tensor) -> bool:
+    """Say whether two tensors agree in sizes, precision and bytes."""
+    if (a.shape, a.dtype) != (b.shape, b.dtype):
+        return False
+    return bytes(a.reshape(-1).view(torch.uint8)) == bytes(b.reshape(-1).view(torch.uint8))
+
+
+def test_all_tensors_of_all_shards_are_those_that_safetensors_reads(tmp_path):
+    kinds = every_kind()
+    shards = {"adapter_model-1-of-2": kinds, "adapter_model-2-of-2": {"more": torch.rand(5, 3)}}
+    for stem, tensors in shards.items():
+        save_tensors(tmp_path / f"{stem}.safetensors", tensors)
+    weight_map = {n: f"{stem}.safetensors" for stem, tensors in shards.items() for n in tensors}
+    (tmp_path / f"{FILE}.index.json").write_text(json.dumps({"weight_map": weight_map}))
+    files = TensorFiles(tmp_path, ADAPTER)
+    found = read_tensors(files, list(files))
+    assert found.keys() == weight_map.keys()
+    assert all(is_same(found[name], files.tensor(name)) for name in files)
+    assert not is_same(found["more"], kinds["scalar"])
+
+
+def test_a_tensor_at_an_odd_byte_is_read_too(tmp_path):
+    odd, wide = torch.tensor([7], dtype=torch.uint8), torch.arange(3.0).bfloat16()
+    offsets = {"odd": ("U8", odd, [0, 1]), "wide": ("BF16", wide, [1, 7])}
+    header = {
+        name: {"dtype": letters, "shape": list(tensor.shape), "data_offsets": place}
+        for name, (letters, tensor, place) in offsets.items()
+    }
+    text = json.dumps(header).encode()
+    text += b" " * (len(text) % 2)
+    data = odd.numpy().tobytes() + wide.view(torch.uint8).numpy().tobytes()
+    (tmp_path / FILE).write_bytes(len(text).to_bytes(8, "little") + text + data)
+    found = read_tensors(TensorFiles(tmp_path, ADAPTER), ["wide", "odd"])
+    assert torch.equal(found["wide"], wide)
+    assert torch.equal(found["odd"], odd)
 
 
 @pytest.mark.parametrize("error", [OSError(28, "No space left on device"), KeyboardInterrupt()])

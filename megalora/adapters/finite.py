@@ -20,9 +20,9 @@ def largest(tensor: Tensor) -> float:
     if not tensor.numel():
         return 0.0
     # What has eight bits cannot be compared.
-    tensor = tensor.detach().float() if tensor.element_size() < 2 else tensor.detach()
-    low, high = torch.stack(torch.aminmax(tensor)).tolist()
-    return max(abs(low), abs(high))
+    tensor = tensor.float() if tensor.element_size() < 2 else tensor
+    low, high = torch.aminmax(tensor.detach())
+    return max(abs(float(low)), abs(float(high)))
 
 
 def all_finite(tensor: Tensor) -> bool:

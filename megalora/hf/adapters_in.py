@@ -147,12 +147,14 @@ class _Join:
             if is_full
             else self._start_a(name, linear, rank, like)
         )
-        rows = [one.lora_B.new_zeros(out, rank) for out in outs]
-        for index, projection in enumerate(linear.projections):
+        rows = []
+        for index, (projection, out) in enumerate(zip(linear.projections, outs, strict=True)):
             if projection in fitted:
                 module = fitted[projection]
                 a[index, : module.rank] = module.lora_A
-                rows[index] = module.resized(rank).lora_B
+                rows.append(module.resized(rank).lora_B)
+            else:
+                rows.append(one.lora_B.new_zeros(out, rank))
         # Mixed precisions join at the highest.
         b = join_qkv(rows[0], rows[1], rows[2], self.shape) if linear.is_qkv else torch.cat(rows)
         if not self.config.shared_a:

@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from megalora.adapters.finite import largest
 from megalora.hf.factors import LoRAFactors, same_scale
 from megalora.hf.files import Planned
 from megalora.hf.peft_config import PeftRules, layer_of, split_expert
@@ -213,7 +214,7 @@ def without_blanks(factors: Mapping[str, LoRAFactors]) -> dict[str, LoRAFactors]
 
     They stand where PEFT insists on one. All are kept where there are no others.
     """
-    used = {name: m for name, m in factors.items() if m.lora_A.any() or m.lora_B.any()}
+    used = {name: m for name, m in factors.items() if largest(m.lora_A) or largest(m.lora_B)}
     return used or dict(factors)
 
 

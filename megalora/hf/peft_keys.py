@@ -15,7 +15,7 @@ from typing import Any
 from torch import Tensor
 
 from megalora.hf.factors import summarise
-from megalora.hf.files import TensorFiles
+from megalora.hf.files import TensorFiles, read_tensors
 from megalora.hf.foreign import cause_of
 from megalora.hf.stacked_experts import from_tinker_name, is_stacked, to_tinker_name
 from megalora.hf.whole_layers import ZERO_3
@@ -185,10 +185,8 @@ def read_pairs(files: TensorFiles, keys: AdapterKeys) -> dict[str, tuple[Tensor,
         )
     if not keys.pairs:
         raise ValueError(f"{files.directory} has no LoRA factors")
-    pairs = {
-        name: (files.tensor(pair["A"]), files.tensor(pair["B"]))
-        for name, pair in keys.pairs.items()
-    }
+    tensors = read_tensors(files, (key for pair in keys.pairs.values() for key in pair.values()))
+    pairs = {name: (tensors[pair["A"]], tensors[pair["B"]]) for name, pair in keys.pairs.items()}
     _check_whole(pairs)
     return pairs
 
