@@ -152,7 +152,10 @@ def test_both_spellings_of_the_number_of_experts_are_read():
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"model_type": "gpt2"}, "model_type is 'gpt2': supported are llama, qwen2, qwen3"),
+        (
+            {"model_type": "gpt2"},
+            "model_type is 'gpt2': supported are llama, mistral, qwen2, qwen3",
+        ),
         ({"model_type": None}, "model_type is None"),
         ({"hidden_size": None}, "hidden_size is None"),
         ({"vocab_size": "many"}, "vocab_size is 'many'"),
@@ -248,6 +251,7 @@ def test_an_unknown_parameter_is_refused_by_name():
 def test_every_mapped_family_is_named_by_its_architecture():
     assert {FAMILIES[name].architecture for name in mapped_families()} == {
         "LlamaForCausalLM",
+        "MistralForCausalLM",
         "Qwen2ForCausalLM",
         "Qwen3ForCausalLM",
         "Qwen3MoeForCausalLM",

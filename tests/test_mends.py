@@ -43,9 +43,9 @@ def attention_of(fields: dict[str, Any]) -> str:
     return type(attention).__name__
 
 
-def test_windows_and_softmax_offsets_stay_with_megatron() -> None:
+def test_softmax_offsets_stay_with_megatron() -> None:
     assert call(attention_of, {}) == "CoreAttention"
-    assert call(attention_of, {"window_size": (4, 0)}) == "DotProductAttention"
+    assert call(attention_of, {"window_size": (4, 0)}) == "CoreAttention"
     assert call(attention_of, {"softmax_type": "off-by-one"}) == "DotProductAttention"
 
 

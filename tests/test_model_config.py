@@ -27,12 +27,13 @@ MAPPED = [
     {**QWEN3, "num_key_value_heads": None},
     {**TINY_LLAMA, "model_type": "qwen2", "attention_bias": True},
     {**QWEN3, "head_dim": 24},
+    {**TINY_LLAMA, "model_type": "mistral", "sliding_window": None},
+    {**TINY_LLAMA, "model_type": "mistral", "sliding_window": 5},
     TINY_MOE,
     {**TINY_MOE, "num_experts": None, "num_local_experts": 8, "decoder_sparse_step": 2},
 ]
 SIZES_ALONE = [
-    ({**TINY_LLAMA, "model_type": "mistral"}, "'mistral', of which recommendations know the sizes"),
-    ({**TINY_MOE, "model_type": "mixtral"}, "'mixtral', of which"),
+    ({**TINY_MOE, "model_type": "mixtral"}, "'mixtral', of which recommendations know the sizes"),
     (TINY_QWEN2_MOE, "'qwen2_moe', of which"),
     ({**TINY_LLAMA, "attention_bias": True}, "attention_bias is True"),
     ({**QWEN3, "attention_bias": True}, "attention_bias is True"),
@@ -54,6 +55,14 @@ IMPOSSIBLE = [
         "hidden_size 30 is not divisible by num_attention_heads 4, and no size of a head is given",
     ),
     ({**TINY_LLAMA, "head_dim": 0}, "head_dim is 0"),
+    (
+        {**TINY_LLAMA, "model_type": "mistral", "sliding_window": 0},
+        "sliding_window is 0: must be an integer >= 1",
+    ),
+    (
+        {**TINY_LLAMA, "model_type": "mistral", "sliding_window": "4096"},
+        "sliding_window is '4096'",
+    ),
     ({**TINY_LLAMA, "num_hidden_layers": 2.0}, "num_hidden_layers is 2.0"),
     ({**TINY_LLAMA, "vocab_size": True}, "vocab_size is True"),
     ({**TINY_MOE, "num_experts": 0}, "num_experts is 0"),
@@ -61,7 +70,10 @@ IMPOSSIBLE = [
     ({**TINY_MOE, "num_experts_per_tok": 9}, "moe_router_topk 9 exceeds num_moe_experts 4"),
     ({**TINY_MOE, "decoder_sparse_step": 0}, "decoder_sparse_step is 0"),
     ({**TINY_MOE, "mlp_only_layers": 3}, "mlp_only_layers is 3: must be a list"),
-    ({**TINY_LLAMA, "model_type": "gpt2"}, "model_type is 'gpt2': supported are llama, qwen2"),
+    (
+        {**TINY_LLAMA, "model_type": "gpt2"},
+        "model_type is 'gpt2': supported are llama, mistral, qwen2",
+    ),
     ({**TINY_LLAMA, "model_type": ["llama"]}, r"model_type is ['llama']"),
     ([TINY_LLAMA], "holds a JSON list, expected an object"),
     (None, "config.json does not exist"),

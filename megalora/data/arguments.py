@@ -155,8 +155,7 @@ def _takes_boundaries(args: argparse.Namespace) -> bool:
         args.context_parallel_size == 1
         and not _joins_for_stages(args)
         and not args.multi_latent_attention
-        # Megatron's own attention, which takes a mask only, stays for these.
-        and args.window_size is None
+        # Megatron's own attention, which takes a mask only, stays for others.
         and args.softmax_type == "vanilla"
     )
 
@@ -169,7 +168,8 @@ def check_data_args(args: argparse.Namespace) -> None:
     Only global rank 0 reads the dataset; its exit makes torchrun end the others.
     """
     is_masked = attention_format(args) == "mask"
-    if is_masked or (args.context_parallel_size > 1 and _has_local_layers(args)):
+    is_cut = args.context_parallel_size > 1 or args.window_size is not None
+    if is_masked or (is_cut and _has_local_layers(args)):
         _check_mask(args)
     if args.dataset is None:
         _check_megatron_data(args)
@@ -245,10 +245,11 @@ def _check_mask(args: argparse.Namespace) -> None:
     need = entries * (1 + 4 * num_copies // args.pipeline_model_parallel_size)
     total = psutil.virtual_memory().total
     if need > total:
+        without = ", or set --context-parallel-size 1 and --no-packing, which need none"
         raise ValueError(
             f"seq_length {args.seq_length} needs {need / 2**30:.0f} GiB of attention masks in the "
-            f"local layers, this machine has {total / 2**30:.0f}: lower --seq-length, or set "
-            "--context-parallel-size 1 and --no-packing, which need none"
+            f"local layers, this machine has {total / 2**30:.0f}: lower --seq-length"
+            + (without if args.window_size is None else "")
         )
 
 

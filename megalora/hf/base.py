@@ -158,6 +158,9 @@ def check_built_for(chunk: "GPTModel", config: Mapping[str, Any]) -> None:
     got["add_qkv_bias"] = bool(built.add_qkv_bias or built.add_bias_linear)
     got["num_moe_experts"] = built.num_moe_experts or 0
     wanted.setdefault("num_moe_experts", 0)
+    for name in ("window_size", "window_attn_skip_freq"):
+        wanted.setdefault(name, None)
+        got[name] = getattr(built, name)
     if wanted["num_moe_experts"]:
         wanted["moe_layers"] = args["moe_layer_freq"]
         got["moe_layers"] = ModelShape.from_mapping(vars(built)).moe_pattern

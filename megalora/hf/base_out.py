@@ -101,6 +101,9 @@ def hf_config(
         "tie_word_embeddings": chunk.share_embeddings_and_output_weights,
         "attention_bias": False,
     }
+    if family.window_field:
+        window = built.window_size
+        config[family.window_field] = window and window[0] + 1
     if family.experts:
         config |= _expert_fields(built, family.experts)
     mapped_family(config)

@@ -14,6 +14,7 @@ from megatron.core.transformer.dot_product_attention import DotProductAttention
 from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.transformer_config import TransformerConfig
+from megatron.core.transformer.utils import is_layer_window_attention
 from torch.nn.functional import scaled_dot_product_attention
 
 from megalora.replace import Patch, instead
@@ -24,13 +25,14 @@ _CAUSAL = (AttnMaskType.causal, AttnMaskType.padding_causal)
 class CoreAttention(MegatronModule):
     """Stand where Megatron's DotProductAttention stands.
 
-    That one takes no multi-latent attention, context parallelism or packed sequences, and holds all
-    scores of a layer in memory. It stays where this one is less: windows and softmax offsets.
+    That one takes no multi-latent attention, context parallelism or packed sequences, forgets the
+    mask that it is given where it has a window, and holds all scores of a layer in memory. It stays
+    where this one is less: softmax offsets.
     """
 
     def __new__(cls, config: TransformerConfig, *args: Any, **kwargs: Any) -> MegatronModule:
         """Build Megatron's own for what torch's attention has not."""
-        if config.window_size is None and config.softmax_type == "vanilla":
+        if config.softmax_type == "vanilla":
             return super().__new__(cls)
         return DotProductAttention(config, *args, **kwargs)
 
@@ -52,6 +54,10 @@ class CoreAttention(MegatronModule):
             pg_collection = ProcessGroupCollection.use_mpu_process_groups(required_pgs=["tp", "cp"])
         self.cp_group = pg_collection.cp
         self.attn_mask_type = attn_mask_type
+        # Megatron takes None here, whatever it says.
+        skipped: Any = config.window_attn_skip_freq
+        has_window = is_layer_window_attention(config.window_size, skipped, layer_number)
+        self.window = config.window_size if has_window else None
         self.dropout = config.attention_dropout if attention_dropout is None else attention_dropout
         k_channels = k_channels or config.kv_channels
         assert k_channels is not None
@@ -80,22 +86,25 @@ class CoreAttention(MegatronModule):
             query, key, value = (x.unsqueeze(1) for x in (query, key, value))
         causal = (attn_mask_type or self.attn_mask_type) in _CAUSAL
         allowed: torch.Tensor | None = None
-        if packed and causal and attention_bias is None and self.cp_group.size() == 1:
+        is_cut = self.cp_group.size() > 1 or self.window is not None
+        if packed and causal and attention_bias is None and not is_cut:
             # Memory grows with the tokens; a mask of who may look at whom grows with their square.
             sizes = _boundaries(packed_seq_params, query.shape[0]).diff().tolist()
             parts = zip(*(x.split(sizes) for x in (query, key, value)), strict=True)
             out = torch.cat([self._attend(q, k, v, None, True, None) for q, k, v in parts])
             return out.flatten(2).squeeze(1)
-        if packed or self.cp_group.size() > 1:
+        if packed or is_cut:
             if not causal:
                 raise ValueError(
-                    "packed sequences and context parallelism need a causal attention mask in the "
-                    f"local layers, got {attn_mask_type or self.attn_mask_type}"
+                    "packed sequences, context parallelism and windows need a causal attention "
+                    f"mask in the local layers, got {attn_mask_type or self.attn_mask_type}"
                 )
             boundaries = _boundaries(packed_seq_params, query.shape[0] * self.cp_group.size())
             key, value, allowed = self._gather_context(key, value, boundaries)
         if attention_mask is not None and not packed:
-            allowed = ~attention_mask
+            unmasked = ~attention_mask
+            in_window = allowed if self.window is not None else None
+            allowed = unmasked if in_window is None else unmasked & in_window
         out = self._attend(query, key, value, allowed, causal and allowed is None, attention_bias)
         out = out.flatten(2)
         return out.squeeze(1) if packed else out
@@ -121,6 +130,8 @@ class CoreAttention(MegatronModule):
         queries, keys = positions[cp_rank], torch.arange(order.numel(), device=key.device)
         sequence = torch.bucketize(keys, boundaries[1:-1].to(key.device), right=True)
         allowed = (queries[:, None] >= keys) & (sequence[queries][:, None] == sequence)
+        if self.window is not None and self.window[0] >= 0:
+            allowed &= queries[:, None] - keys <= self.window[0]
         return key, value, allowed
 
     def _attend(
@@ -168,7 +179,7 @@ PATCHES = (
         ("self",),
         instead(core_attention),
         "Megatron's own attention takes no latent attention, context parallelism or packed "
-        "sequences, and holds all scores",
+        "sequences, and no mask beside a window, and holds all scores",
     ),
 )
 

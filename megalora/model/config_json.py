@@ -91,6 +91,13 @@ def mapping_problem(config: Mapping[str, Any], family: Family) -> str:
     return ""
 
 
+def attention_window(config: Mapping[str, Any], family: Family) -> int | None:
+    """Return the tokens that one attends to, itself and those before it; None for all of these."""
+    if not family.window_field or config.get(family.window_field) is None:
+        return None
+    return whole_number(config, family.window_field, size="max_position_embeddings")
+
+
 def with_defaults(config: Mapping[str, Any]) -> dict[str, Any]:
     """Return a configuration with the numbers that transformers takes for fields it has not."""
     return {**family_of(config).defaults, **config}
@@ -104,6 +111,7 @@ def model_shape(config: Mapping[str, Any], *, name: str = "") -> ModelShape:
     """
     family = family_of(config)
     try:
+        attention_window(config, family)
         return _shape(with_defaults(config), family, name)
     except ValueError as error:
         sentence = str(error).removeprefix("config.json ")

@@ -101,6 +101,8 @@ class Family:
     megatron: arguments of Megatron beside those that follow from the sizes.
     qkv_bias: q, k and v have a bias; qkv_bias_field: of config.json, which says otherwise.
     qk_norm: q and k are normalised per head.
+    window_field: of config.json: the tokens that one attends to, itself and those before it; null
+        for all before it. Empty where all do.
     experts: None where all MLPs are dense.
     tied: whether embeddings are tied where config.json does not say.
     defaults: transformers' numbers for fields that config.json has not (null is another thing).
@@ -115,6 +117,7 @@ class Family:
     qkv_bias: bool = False
     qkv_bias_field: str = ""
     qk_norm: bool = False
+    window_field: str = ""
     experts: Experts | None = None
     tied: bool = False
     defaults: Mapping[str, int] = field(default_factory=dict)

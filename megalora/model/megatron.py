@@ -5,7 +5,12 @@ import json
 from collections.abc import Mapping
 from typing import Any
 
-from megalora.model.config_json import mapped_family, model_shape, with_defaults
+from megalora.model.config_json import (
+    attention_window,
+    mapped_family,
+    model_shape,
+    with_defaults,
+)
 from megalora.model.fields import real_number, switch, whole_number
 from megalora.model.presets import as_preset
 from megalora.model.rope import rope
@@ -43,6 +48,9 @@ def megatron_args(config: Mapping[str, Any]) -> dict[str, Any]:
     }
     if rotary.factor != 1.0:
         args["rope_scaling_factor"] = rotary.factor
+    if window := attention_window(config, family):
+        # Megatron counts the tokens beside one itself: those before it, those behind it.
+        args["window_size"] = (window - 1, 0)
     if shape.num_moe_experts:
         args |= _expert_args(config, shape)
     return args
@@ -81,6 +89,8 @@ def megatron_flags(config: Mapping[str, Any]) -> list[str]:
             flags += [_flag(name)] if value else []
         elif isinstance(value, list):
             flags += [_flag(name), json.dumps(value).replace(" ", "")]
+        elif isinstance(value, tuple):
+            flags += [_flag(name), ",".join(map(str, value))]
         else:
             flags += [_flag(name), str(value)]
     return flags

@@ -110,10 +110,13 @@ def _logits(
     return model(tokens[None], positions, None, packed_seq_params=packed(cu_seqlens))
 
 
+@pytest.mark.parametrize("window", [None, (3, 0)])
 @over(Layout())
-def test_packed_sequences_do_not_see_each_other(layout: Layout) -> None:
+def test_packed_sequences_do_not_see_each_other(
+    layout: Layout, window: tuple[int, int] | None
+) -> None:
     with model_parallel(layout):
-        (model,) = build_model(layout)
+        (model,) = build_model(layout, window_size=window)
         packed = _logits(model, torch.arange(SEQ_LENGTH), PACKED.cu_seqlens)
         alone = _logits(model, torch.arange(4, 12))
         mixed = _logits(model, torch.arange(SEQ_LENGTH))

@@ -24,7 +24,11 @@ VOCAB_SIZE = 264
 NUM_SAMPLES = 8
 # Balancing makes the routers look at the padding mask.
 BALANCED = {**MOE, "moe_router_load_balancing_type": "aux_loss", "moe_aux_loss_coeff": 0.01}
-KINDS: dict[str, dict[str, Any]] = {"dense": {}, "moe": BALANCED}
+KINDS: dict[str, dict[str, Any]] = {
+    "dense": {},
+    "sliding window": {"window_size": (5, 0)},
+    "moe": BALANCED,
+}
 
 
 @pytest.fixture(scope="session")

@@ -81,7 +81,9 @@ def test_the_attention_format_follows_what_the_attention_can(
         attention_format(args)
     args.hybrid_layer_pattern = None
     assert attention_format(args) == "thd"
-    for name, value in (("window_size", (8, 0)), ("multi_latent_attention", True)):
+    args.window_size = (8, 0)
+    assert attention_format(args) == "thd"
+    for name, value in (("softmax_type", "off-by-one"), ("multi_latent_attention", True)):
         before = getattr(args, name)
         setattr(args, name, value)
         assert attention_format(args) == "mask"
@@ -112,6 +114,10 @@ def test_masks_that_no_memory_holds_are_refused() -> None:
         check_data_args(args)
     args.packing = False
     check_data_args(args)
+    args.window_size = (8, 0)
+    with pytest.raises(ValueError, match=r"needs 4657 GiB .*: lower --seq-length$"):
+        check_data_args(args)
+    args.window_size = None
     args.context_parallel_size = 2
     with pytest.raises(
         ValueError, match=r"needs 2328 GiB .*--context-parallel-size 1 and --no-pack"

@@ -75,7 +75,7 @@ def assert_exchanges(layout: Layout, case: str) -> None:
             assert exported[name].scale == module.scale
 
 
-@pytest.mark.parametrize("case", ["llama", "qwen2", "qwen3_moe", "qwen3_moe-mixed"])
+@pytest.mark.parametrize("case", ["llama", "mistral", "qwen2", "qwen3_moe", "qwen3_moe-mixed"])
 @over(Layout())
 def test_imported_adapters_give_the_logits_of_the_merged_model(layout: Layout, case: str) -> None:
     assert_exchanges(layout, case)
@@ -211,7 +211,13 @@ def test_training_goes_on_from_an_adapter_that_peft_trained(layout: Layout, tmp_
     torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=1e-5)
 
 
-MODEL_TYPES = {"llama-tied": "llama", "qwen2": "qwen2", "qwen3_moe-mixed": "qwen3_moe"}
+MODEL_TYPES = {
+    "llama-tied": "llama",
+    "mistral": "mistral",
+    "mistral-without-window": "mistral",
+    "qwen2": "qwen2",
+    "qwen3_moe-mixed": "qwen3_moe",
+}
 
 
 def assert_saves_base(layout: Layout, case: str, **options: Any) -> None:

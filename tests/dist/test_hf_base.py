@@ -23,6 +23,8 @@ ONE = Layout()
 CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "llama": ("llama", {}),
     "llama-tied": ("llama", {"tied": True}),
+    "mistral": ("mistral", {}),
+    "mistral-without-window": ("mistral", {"sliding_window": None}),
     "qwen2": ("qwen2", {}),
     "qwen3": ("qwen3", {"tied": True}),
     "qwen3_moe": ("qwen3_moe", {}),
@@ -80,7 +82,7 @@ def test_a_wrong_base_weight_shows_in_the_logits(layout: Layout) -> None:
     assert (found[..., : hf_models.VOCAB] - expected).abs().max() > 10 * TOLERANCE
 
 
-@pytest.mark.parametrize("case", ["llama", "llama-tied", "qwen2", "qwen3_moe"])
+@pytest.mark.parametrize("case", ["llama", "llama-tied", "mistral", "qwen2", "qwen3_moe"])
 @over(Layout(tp=2), Layout(pp=2), Layout(tp=2, sp=True))
 def test_dense_sharding_keeps_the_logits(layout: Layout, case: str) -> None:
     assert_same_logits(layout, case)
@@ -134,6 +136,10 @@ def broken_copy(case: str, tmp_path: Path, **config: Any) -> Path:
     [
         ("qwen2", {"add_qkv_bias": False}, "add_qkv_bias is False, must be True"),
         ("qwen3", {"qk_layernorm": False}, "qk_layernorm is False"),
+        ("mistral", {"window_size": None}, r"window_size is None, must be \(2, 0\)"),
+        ("mistral", {"window_size": (3, 0)}, r"window_size is \(3, 0\), must be \(2, 0\)"),
+        ("mistral", {"window_attn_skip_freq": 2}, "window_attn_skip_freq is 2, must be None"),
+        ("llama", {"window_size": (2, 0)}, r"window_size is \(2, 0\), must be None"),
         ("qwen3", {"layernorm_epsilon": 1e-3}, "layernorm_epsilon is 0.001"),
         ("qwen3_moe", {"moe_router_topk": 3}, "moe_router_topk is 3, must be 2"),
         ("qwen3_moe", {"moe_router_pre_softmax": True}, "moe_router_pre_softmax"),

@@ -19,7 +19,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 HIDDEN, MOE_FFN, FFN, VOCAB, LAYERS, HEADS, GROUPS, HEAD_DIM = 32, 24, 40, 66, 2, 4, 2, 16
 NUM_EXPERTS = 16  # at least 11, so that sorting "10" before "2" shows; 2 * MOE_FFN != HIDDEN
 TOPK = 2
-FAMILIES = ("llama", "qwen2", "qwen3", "qwen3_moe")
+FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "qwen3_moe")
 _COMMON = {
     "hidden_size": HIDDEN,
     "intermediate_size": FFN,
@@ -50,6 +50,9 @@ def hf_config(
         }
         long = {"max_position_embeddings": 131072, "rope_parameters": scaling}
         return transformers.LlamaConfig(**{**common, **long, **changes})
+    if family == "mistral":
+        # Of 16 tokens, so that it decides most of the logits.
+        return transformers.MistralConfig(**{**common, "sliding_window": 3, **changes})
     if family == "qwen2":
         return transformers.Qwen2Config(**{**common, "head_dim": HIDDEN // HEADS, **changes})
     if family == "qwen3":

@@ -1,4 +1,4 @@
-"""Mistral and Mixtral, of which only the sizes are known."""
+"""Mistral, and Mixtral, of which only the sizes are known."""
 
 from megalora.model.family import Experts, Family, Rate
 
@@ -7,7 +7,12 @@ FAMILIES = (
         model_type="mistral",
         architecture="MistralForCausalLM",
         rate=Rate("mistral"),
-        names=None,
+        window_field="sliding_window",
+        defaults={
+            "num_key_value_heads": 8,
+            "max_position_embeddings": 131072,
+            "sliding_window": 4096,
+        },
     ),
     Family(
         model_type="mixtral",

@@ -70,6 +70,7 @@ KINDS = {
     # Its gradient is rounded to bf16, in the oracle too.
     "fused cross entropy": _kind(cross_entropy_loss_fusion=True),
     "dense of 4 layers": _kind(layers=4),
+    "sliding window": _kind(layers=2, window_size=(3, 0), window_attn_skip_freq=2),
     "tied embeddings": _kind(layers=2, tied=True),
     "ungated with biases": _kind(**UNGATED, add_bias_linear=True),
     "unembedding alone": _kind(layers=2, lora={"targets": ("unembed",)}),
@@ -247,6 +248,7 @@ ANSWERS = [
         for layout, kind in (
             (CP2, "dense"),
             (DP2, "dense"),
+            (CP2, "sliding window"),
             (CP2, "2 predicted tokens more"),
             (PP2, "2 predicted tokens more"),
             (CP2, "balanced experts"),
@@ -257,8 +259,8 @@ ANSWERS = [
     _answers(Layout(cp=2, dp=2), "2 predicted tokens more", BY_TOKEN),
     _answers(Layout(tp=2, sp=True, cp=2), "balanced experts", BY_MICROBATCH),
     *(
-        _answers(CP2, "dense", Answers(per_token=per_token, attention="mask", micro_batch_size=2))
-        for per_token in (True, False)
+        _answers(CP2, kind, Answers(per_token=per_token, attention="mask", micro_batch_size=2))
+        for kind, per_token in (("dense", True), ("dense", False), ("sliding window", False))
     ),
     _answers(TP2_SP, "2 predicted tokens more", BY_MICROBATCH),
     _answers(Layout(pp=2, vpp=2), "dense of 4 layers", BY_MICROBATCH),
