@@ -182,7 +182,7 @@ def test_two_tokenizers_are_refused() -> None:
 def test_rank_0_alone_checks_the_dataset() -> None:
     args = parser().parse_args(["--dataset", "/gone", "--byte-tokenizer"])
     args.packing, args.seq_length, args.max_position_embeddings, args.rank = False, 8, 8, 1
-    args.dataloader_type, args.context_parallel_size = "single", 1
+    args.dataloader_type, args.context_parallel_size, args.window_size = "single", 1, None
     args.full_validation, args.eval_iters = False, 0
     check_data_args(args)
     args.rank = 0
@@ -192,7 +192,7 @@ def test_rank_0_alone_checks_the_dataset() -> None:
 
 def test_a_loader_that_shuffles_by_the_layout_is_refused() -> None:
     args = parser().parse_args(["--dataset", "any", "--no-packing"])
-    args.dataloader_type, args.context_parallel_size = "cyclic", 1
+    args.dataloader_type, args.context_parallel_size, args.window_size = "cyclic", 1, None
     with pytest.raises(
         ValueError, match=r"dataloader_type is 'cyclic'.*leave --dataloader-type out"
     ):
@@ -217,7 +217,7 @@ def test_no_data_at_all_is_refused() -> None:
     for name in ("data_path", "data_args_path", "train_data_path", "per_split_data_args_path"):
         setattr(args, name, None)
     args.mock_data = args.reset_attention_mask = False
-    args.context_parallel_size = 1
+    args.context_parallel_size, args.window_size = 1, None
     with pytest.raises(ValueError, match=r"dataset is not given: set --dataset, or .*--data-path"):
         check_data_args(args)
 
