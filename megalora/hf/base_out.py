@@ -100,10 +100,8 @@ def hf_config(
         "rope_theta": float(chunk.rotary_base),
         "tie_word_embeddings": chunk.share_embeddings_and_output_weights,
         "attention_bias": False,
+        **_window_fields(built, family),
     }
-    if family.window_field:
-        window = built.window_size
-        config[family.window_field] = window and window[0] + 1
     if family.experts:
         config |= _expert_fields(built, family.experts)
     mapped_family(config)
@@ -116,6 +114,11 @@ def _named_family(model_type: str) -> Family:
         known = ", ".join(mapped_families())
         raise ValueError(f"model_type is {model_type!r}: must be one of {known}")
     return FAMILIES[model_type]
+
+
+def _window_fields(built: "TransformerConfig", family: Family) -> dict[str, Any]:
+    window = built.window_size
+    return {family.window_field: window and window[0] + 1} if family.window_field else {}
 
 
 def _expert_fields(built: "TransformerConfig", experts: Experts) -> dict[str, Any]:

@@ -58,6 +58,8 @@ class CoreAttention(MegatronModule):
         skipped: Any = config.window_attn_skip_freq
         has_window = is_layer_window_attention(config.window_size, skipped, layer_number)
         self.window = config.window_size if has_window else None
+        # So that a query may not look at all keys here before it.
+        self.is_cut = pg_collection.cp.size() > 1 or self.window is not None
         self.dropout = config.attention_dropout if attention_dropout is None else attention_dropout
         k_channels = k_channels or config.kv_channels
         assert k_channels is not None
@@ -86,14 +88,13 @@ class CoreAttention(MegatronModule):
             query, key, value = (x.unsqueeze(1) for x in (query, key, value))
         causal = (attn_mask_type or self.attn_mask_type) in _CAUSAL
         allowed: torch.Tensor | None = None
-        is_cut = self.cp_group.size() > 1 or self.window is not None
-        if packed and causal and attention_bias is None and not is_cut:
+        if packed and causal and attention_bias is None and not self.is_cut:
             # Memory grows with the tokens; a mask of who may look at whom grows with their square.
             sizes = _boundaries(packed_seq_params, query.shape[0]).diff().tolist()
             parts = zip(*(x.split(sizes) for x in (query, key, value)), strict=True)
             out = torch.cat([self._attend(q, k, v, None, True, None) for q, k, v in parts])
             return out.flatten(2).squeeze(1)
-        if packed or is_cut:
+        if packed or self.is_cut:
             if not causal:
                 raise ValueError(
                     "packed sequences, context parallelism and windows need a causal attention "
@@ -102,12 +103,15 @@ class CoreAttention(MegatronModule):
             boundaries = _boundaries(packed_seq_params, query.shape[0] * self.cp_group.size())
             key, value, allowed = self._gather_context(key, value, boundaries)
         if attention_mask is not None and not packed:
-            unmasked = ~attention_mask
-            in_window = allowed if self.window is not None else None
-            allowed = unmasked if in_window is None else unmasked & in_window
+            allowed = self._unmasked(attention_mask, allowed)
         out = self._attend(query, key, value, allowed, causal and allowed is None, attention_bias)
         out = out.flatten(2)
         return out.squeeze(1) if packed else out
+
+    def _unmasked(self, attention_mask: torch.Tensor, allowed: torch.Tensor | None) -> torch.Tensor:
+        """Return what a mask, and the window where there is one, let queries look at."""
+        in_window = None if self.window is None else allowed
+        return ~attention_mask if in_window is None else ~attention_mask & in_window
 
     def _gather_context(
         self, key: torch.Tensor, value: torch.Tensor, boundaries: torch.Tensor
