@@ -11,6 +11,11 @@ MAX_SIZES: Mapping[str, int] = {
     "num_attention_heads": 2**16,
     "num_query_groups": 2**16,
     "kv_channels": 2**16,
+    "q_lora_rank": 2**16,
+    "kv_lora_rank": 2**16,
+    "qk_head_dim": 2**16,
+    "qk_pos_emb_head_dim": 2**16,
+    "v_head_dim": 2**16,
     "vocab_size": 2**26,
     "ffn_hidden_size": 2**24,
     "num_moe_experts": 2**16,
@@ -46,6 +51,9 @@ class ModelShape:
 
     vocab_size: rows of the unembedding, padded where the source says so; 0 where unknown.
     ffn_hidden_size: of a dense MLP; moe_ffn_hidden_size: of one expert.
+    multi_latent_attention: keys and values pass through kv_lora_rank numbers, queries through
+        q_lora_rank (0 where they do not). A head has qk_head_dim features without a position,
+        qk_pos_emb_head_dim with one, and v_head_dim of values; kv_channels says nothing then.
     num_moe_experts: 0 for a dense model. moe_layer_freq: 1 for experts in all layers, or as
         Megatron takes it: every so many layers, or 0 or 1 for each layer.
     tied_embeddings: the unembedding's weight is the embedding's.
@@ -62,6 +70,12 @@ class ModelShape:
     kv_channels: int
     vocab_size: int = 0
     ffn_hidden_size: int = 0
+    multi_latent_attention: bool = False
+    q_lora_rank: int = 0
+    kv_lora_rank: int = 0
+    qk_head_dim: int = 0
+    qk_pos_emb_head_dim: int = 0
+    v_head_dim: int = 0
     num_moe_experts: int = 0
     moe_router_topk: int = 1
     moe_ffn_hidden_size: int = 0
