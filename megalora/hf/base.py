@@ -37,11 +37,26 @@ _FREE = {
     "untie_embeddings_and_output_weights",
     "position_embedding_type",
     "rotary_base",
+    "rotary_percent",
     "use_rope_scaling",
     "rope_scaling_factor",
     "moe_layer_freq",
     "moe_router_load_balancing_type",
     "moe_token_dispatcher_type",
+    "moe_router_dtype",
+}
+# What a model has where its arguments say nothing, of options that change the computation.
+_OTHERWISE = {
+    "num_moe_experts": 0,
+    "window_size": None,
+    "window_attn_skip_freq": None,
+    "moe_router_score_function": "softmax",
+    "moe_router_enable_expert_bias": False,
+    "moe_router_topk_scaling_factor": 1.0,
+    "moe_router_num_groups": None,
+    "moe_router_group_topk": None,
+    "moe_shared_expert_intermediate_size": 0,
+    "moe_shared_expert_gate": False,
 }
 
 
@@ -125,12 +140,17 @@ def parameters(
         for name, module in chunk.named_modules()
         if _LAYER.fullmatch(name)
     }
-    for name, param in chunk.named_parameters():
+    tensors = [*chunk.named_parameters(), *_expert_biases(chunk)]
+    for name, param in tensors:
         if is_adapter_key(name):
             continue
         found = _LAYER.match(name)
         layer = numbers[found.group(0)] if found else None
         yield name, param, layer, weights.pieces(name, layer, param.shape[0])
+
+
+def _expert_biases(chunk: "GPTModel") -> list[tuple[str, Tensor]]:
+    return [(n, buffer) for n, buffer in chunk.named_buffers() if n.endswith("router.expert_bias")]
 
 
 def _check_covered(name: str, param: Tensor, pieces: list[Piece]) -> None:
@@ -156,11 +176,9 @@ def check_built_for(chunk: "GPTModel", config: Mapping[str, Any]) -> None:
     # Without a number of groups, Megatron gives each query head its own.
     got["num_query_groups"] = got["num_query_groups"] or built.num_attention_heads
     got["add_qkv_bias"] = bool(built.add_qkv_bias or built.add_bias_linear)
-    got["num_moe_experts"] = built.num_moe_experts or 0
-    wanted.setdefault("num_moe_experts", 0)
-    for name in ("window_size", "window_attn_skip_freq"):
-        wanted.setdefault(name, None)
-        got[name] = getattr(built, name)
+    for name, nothing in _OTHERWISE.items():
+        wanted.setdefault(name, nothing)
+        got[name] = getattr(built, name) or nothing
     if wanted["num_moe_experts"]:
         wanted["moe_layers"] = args["moe_layer_freq"]
         got["moe_layers"] = ModelShape.from_mapping(vars(built)).moe_pattern
@@ -168,6 +186,9 @@ def check_built_for(chunk: "GPTModel", config: Mapping[str, Any]) -> None:
         got[name] = getattr(chunk, name)
     wanted["position_embedding_type"] = args["position_embedding_type"]
     wanted["share_embeddings_and_output_weights"] = not args["untie_embeddings_and_output_weights"]
+    if (embedding := getattr(chunk, "rotary_pos_emb", None)) is not None:
+        wanted["rotary_percent"] = args["rotary_percent"]
+        got["rotary_percent"] = 2 * len(embedding.inv_freq) / built.kv_channels
     wrong = [
         f"{name} is {got[name]!r}, must be {value!r}"
         for name, value in wanted.items()

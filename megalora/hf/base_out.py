@@ -14,15 +14,15 @@ from megalora.hf.base import check_built_for, parameters, placement
 from megalora.hf.directories import whole_directory
 from megalora.hf.factors import summarise
 from megalora.hf.files import MODEL, save_tensors, write_json
-from megalora.hf.weights import Piece, Weights
+from megalora.hf.weights import EXPERT_BIAS, Piece, Weights
 from megalora.model.config_json import mapped_family
+from megalora.model.experts import expert_fields
 from megalora.model.families import FAMILIES, mapped_families
-from megalora.model.family import Experts, Family
+from megalora.model.family import Family
 from megalora.model.loaded import without_quantisation
 
 if TYPE_CHECKING:
     from megatron.core.models.gpt.gpt_model import GPTModel
-    from megatron.core.transformer import TransformerConfig
 
 MAX_SHARD_BYTES = 5_000_000_000
 Part = tuple[str, int, tuple[int, int] | None, Tensor]
@@ -40,7 +40,8 @@ def save_hf_base(
     """Write the base weights of a model as config.json and safetensors; all ranks must call it.
 
     config: of a supported family, such as `hf_config` makes; it must describe this model.
-    dtype: of the files, None for the parameters' own.
+    dtype: of the files, None for the parameters' own; experts' bias stays in fp32, as transformers
+        keeps it.
     Rank 0 receives the model layer by layer and holds no more than one shard beside it.
     Raises ValueError where config does not describe the model, and, with nothing written, where a
     weight is not finite in that precision.
@@ -58,7 +59,8 @@ def save_hf_base(
         writer = ShardWriter(target, max_shard_bytes)
         for tensors in layers:
             for name, tensor in tensors.items():
-                writer.add(name, tensor if dtype is None else tensor.to(dtype))
+                keeps_own = dtype is None or name.endswith(EXPERT_BIAS)
+                writer.add(name, tensor if keeps_own else tensor.to(dtype))
         on_all_ranks(writer.check, only=0)
         writer.finish()
         torch_dtype = str(next(iter(writer.dtypes))).removeprefix("torch.")
@@ -99,11 +101,10 @@ def hf_config(
         "rms_norm_eps": built.layernorm_epsilon,
         "rope_theta": float(chunk.rotary_base),
         "tie_word_embeddings": chunk.share_embeddings_and_output_weights,
-        "attention_bias": False,
-        **_window_fields(built, family),
+        **_family_fields(chunk, family),
     }
     if family.experts:
-        config |= _expert_fields(built, family.experts)
+        config |= expert_fields(built, family.experts)
     mapped_family(config)
     check_built_for(chunk, config)
     return config
@@ -116,22 +117,18 @@ def _named_family(model_type: str) -> Family:
     return FAMILIES[model_type]
 
 
-def _window_fields(built: "TransformerConfig", family: Family) -> dict[str, Any]:
-    window = built.window_size
-    return {family.window_field: window and window[0] + 1} if family.window_field else {}
-
-
-def _expert_fields(built: "TransformerConfig", experts: Experts) -> dict[str, Any]:
-    frequency = built.moe_layer_freq
-    pattern = [] if isinstance(frequency, int) else list(frequency)
-    return {
-        experts.count[0]: built.num_moe_experts,
-        "num_experts_per_tok": built.moe_router_topk,
-        experts.size: built.moe_ffn_hidden_size,
-        "norm_topk_prob": not built.moe_router_pre_softmax,
-        "decoder_sparse_step": frequency if isinstance(frequency, int) else 1,
-        "mlp_only_layers": [layer for layer, moe in enumerate(pattern) if not moe],
-    }
+def _family_fields(chunk: "GPTModel", family: Family) -> dict[str, Any]:
+    """Return the fields that some families have and others do not."""
+    built, fields = chunk.config, {"attention_bias": False}
+    if family.qkv_bias_field:
+        fields[family.qkv_bias_field] = bool(built.add_qkv_bias)
+    if family.qk_norm_field:
+        fields[family.qk_norm_field] = built.qk_layernorm
+    if family.window_field:
+        fields[family.window_field] = built.window_size and built.window_size[0] + 1
+    if family.partial_rotary:
+        fields["partial_rotary_factor"] = chunk.rotary_percent
+    return fields
 
 
 class ShardWriter:

@@ -199,5 +199,6 @@ def build_base(config: Mapping[str, Any], dtype: torch.dtype) -> GPTModel:
         max_sequence_length=args["max_position_embeddings"],
         position_embedding_type="rope",
         rotary_base=args["rotary_base"],
+        rotary_percent=args["rotary_percent"],
         share_embeddings_and_output_weights=not args["untie_embeddings_and_output_weights"],
     )

@@ -17,12 +17,17 @@ from megalora.model.shape import ModelShape
 _NORMS_IN_LINEARS = {
     "self_attention.linear_qkv.layer_norm_weight": "input_layernorm.weight",
     "mlp.linear_fc1.layer_norm_weight": "pre_mlp_layernorm.weight",
+    "mlp.shared_experts.gate_weight": "mlp.shared_experts.gate.weight",
 }
+# DeepSeek-V3's bias of the choice of experts, a buffer of Megatron's router.
+EXPERT_BIAS = "e_score_correction_bias"
 # SequentialMLP has a module for each local expert, TransformerEngine's grouped linear a parameter.
 _EXPERT_NAMES = (
     re.compile(r"mlp\.experts\.local_experts\.(?P<expert>\d+)\.(?P<linear>linear_fc[12])\.weight"),
     re.compile(r"mlp\.experts\.(?P<linear>linear_fc[12])\.weight(?P<expert>\d+)"),
 )
+# Every rank has all of them.
+_WHOLE = ("mlp.router", "mlp.shared_experts.gate")
 _LAYER = re.compile(r"decoder\.layers\.(\d+)\.(.+)")
 Sizes = dict[str, tuple[tuple[int, ...], ...]]
 
@@ -72,6 +77,7 @@ class Weights:
         self.family = mapped_family(config)
         self.names = names_of(self.family.model_type)
         self.shape: ModelShape = model_shape(config)
+        self.has_expert_bias = self.family.experts is not None and self.family.experts.sigmoid
         self.placement = placement
         dense, moe = self._sizes(is_moe=False), self._sizes(is_moe=True)
         self._layers = [moe if is_moe else dense for is_moe in self.shape.moe_pattern]
@@ -129,6 +135,11 @@ class Weights:
         if is_moe:
             mlp, ffn = "mlp.experts", shape.moe_ffn_hidden_size
             sizes["mlp.router"] = ((shape.num_moe_experts, h),)
+            if shared := shape.moe_shared_expert_intermediate_size:
+                sizes["mlp.shared_experts.linear_fc1"] = ((shared, h), (shared, h))
+                sizes["mlp.shared_experts.linear_fc2"] = ((h, shared),)
+            if shape.moe_shared_expert_gate:
+                sizes["mlp.shared_experts.gate"] = ((1, h),)
         return {
             **sizes,
             f"{mlp}.linear_fc1": ((ffn, h), (ffn, h)),
@@ -141,6 +152,8 @@ class Weights:
             for expert in range(count):
                 for name, size in zip(self._hf_names(module, layer, expert), sizes, strict=True):
                     yield f"{name}.weight", size
+                    if module == "mlp.router" and self.has_expert_bias:
+                        yield f"{name}.{EXPERT_BIAS}", size[:1]
                     if module.endswith("linear_qkv") and self.shape.add_qkv_bias:
                         yield f"{name}.bias", size[:1]
 
@@ -152,6 +165,9 @@ class Weights:
         if found:
             return self._expert(f"mlp.experts.{found['linear']}", int(found["expert"]), layer)
         module, _, kind = _NORMS_IN_LINEARS.get(name, name).rpartition(".")
+        if name == "mlp.router.expert_bias" and self.has_expert_bias:
+            router, size = self._hf_names(module, layer)[0], self.shape.num_moe_experts
+            return [Piece(f"{router}.{EXPERT_BIAS}", 0, size, 0)]
         biased = module.endswith("linear_qkv") and self.shape.add_qkv_bias
         kinds = ("weight", "bias") if biased else ("weight",)
         sizes = self._layers[layer].get(module)
@@ -160,7 +176,7 @@ class Weights:
         hf_names = [f"{hf_name}.{kind}" for hf_name in self._hf_names(module, layer)]
         if module.endswith("linear_qkv"):
             return self._qkv(hf_names)
-        if len(sizes[0]) == 1 or module.endswith("router"):
+        if len(sizes[0]) == 1 or module in _WHOLE:
             return [Piece(hf_names[0], 0, sizes[0][0], 0)]
         return self._mlp(module, hf_names, sizes, self.placement.tp)
 

@@ -4,8 +4,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from megalora.model.experts import expert_sizes, router_problem
 from megalora.model.families import FAMILIES, mapped_families
-from megalora.model.family import Experts, Family
+from megalora.model.family import Family
 from megalora.model.fields import switch, whole_number
 from megalora.model.loaded import check_readable, with_own_head
 from megalora.model.rope import rope_problem
@@ -85,6 +86,8 @@ def mapping_problem(config: Mapping[str, Any], family: Family) -> str:
                 f"config.json {name} is {config[name]!r:.100}, {family.model_type} is supported "
                 f"with {supported!r} only"
             )
+    if family.experts and (problem := router_problem(with_defaults(config), family.experts)):
+        return problem
     kinds = config.get("layer_types") or []
     if not isinstance(kinds, list) or any(kind != "full_attention" for kind in kinds):
         return f"config.json layer_types is {kinds!r:.100}: full_attention alone is supported"
@@ -122,7 +125,7 @@ def _shape(config: Mapping[str, Any], family: Family, name: str) -> ModelShape:
     heads, hidden = whole_number(config, "num_attention_heads"), whole_number(config, "hidden_size")
     has_head_dim = config.get("head_dim") is not None
     return ModelShape(
-        num_layers=_num_layers(config),
+        num_layers=whole_number(config, "num_hidden_layers", size="num_layers"),
         hidden_size=hidden,
         num_attention_heads=heads,
         num_query_groups=whole_number(
@@ -133,40 +136,12 @@ def _shape(config: Mapping[str, Any], family: Family, name: str) -> ModelShape:
         else head_size(hidden, heads),
         vocab_size=whole_number(config, "vocab_size"),
         ffn_hidden_size=whole_number(config, "intermediate_size", size="ffn_hidden_size"),
-        qk_layernorm=family.qk_norm,
+        qk_layernorm=switch(config, family.qk_norm_field, default=family.qk_norm),
         add_qkv_bias=switch(config, family.qkv_bias_field, default=family.qkv_bias),
         tied_embeddings=switch(config, "tie_word_embeddings", default=family.tied),
         family=family.rate.name,
         name=name or str(config.get("_name_or_path") or family.model_type),
         model_type=family.model_type,
         unmapped=mapping_problem(config, family) or rope_problem(config),
-        **(_experts(config, family.experts) if family.experts else {}),
+        **(expert_sizes(config, family.experts) if family.experts else {}),
     )
-
-
-def _num_layers(config: Mapping[str, Any]) -> int:
-    return whole_number(config, "num_hidden_layers", size="num_layers")
-
-
-def _experts(config: Mapping[str, Any], experts: Experts) -> dict[str, Any]:
-    sizes = {
-        "num_moe_experts": whole_number(config, *experts.count, size="num_moe_experts"),
-        "moe_router_topk": whole_number(config, "num_experts_per_tok", size="moe_router_topk"),
-        "moe_ffn_hidden_size": whole_number(config, experts.size, size="moe_ffn_hidden_size"),
-        "moe_layer_freq": _moe_layer_freq(config),
-    }
-    if experts.shared_size:
-        name = "moe_shared_expert_intermediate_size"
-        sizes[name] = whole_number(config, experts.shared_size, size=name)
-        sizes["moe_shared_expert_gate"] = True
-    return sizes
-
-
-def _moe_layer_freq(config: Mapping[str, Any]) -> int | list[int]:
-    step = whole_number(config, "decoder_sparse_step", size="num_layers", default=1)
-    dense = config.get("mlp_only_layers") or []
-    if not isinstance(dense, list) or not all(type(layer) is int for layer in dense):
-        raise ValueError(f"config.json mlp_only_layers is {dense!r:.100}: must be a list of layers")
-    without, layers = set(dense), range(_num_layers(config))
-    frequency = [int(layer not in without and (layer + 1) % step == 0) for layer in layers]
-    return 1 if all(frequency) else frequency

@@ -19,8 +19,8 @@ DECODER: Mapping[str, tuple[str, ...]] = {
     "mlp.router": ("mlp.gate",),
     "mlp.experts.linear_fc1": ("mlp.experts.{}.gate_proj", "mlp.experts.{}.up_proj"),
     "mlp.experts.linear_fc2": ("mlp.experts.{}.down_proj",),
-    "mlp.shared_experts.linear_fc1": ("mlp.shared_expert.gate_proj", "mlp.shared_expert.up_proj"),
-    "mlp.shared_experts.linear_fc2": ("mlp.shared_expert.down_proj",),
+    "mlp.shared_experts.linear_fc1": ("mlp.shared_experts.gate_proj", "mlp.shared_experts.up_proj"),
+    "mlp.shared_experts.linear_fc2": ("mlp.shared_experts.down_proj",),
 }
 # transformers 5 may store all experts of a layer in one tensor [E, rows, columns].
 STACKED: Mapping[str, str] = {
@@ -73,12 +73,26 @@ class Experts:
     """config.json's fields of a mixture of experts, where families differ.
 
     count: the first of these that is there. size: FFN size of an expert.
-    shared_size: FFN size of a shared expert, which then has a gate; empty where there is none.
+    shared_size: FFN size of a shared expert; shared_count: number of shared experts, which are one
+        of so many times `size`. Empty where there is none.
+    shared_gate: a sigmoid of the hidden state weighs a shared expert's output.
+    dense_first: number of layers before the first that has experts; empty where a step and a list
+        say which have some.
+    in_all_layers: no field says which, all have.
+    always_normalised: the weights of the chosen experts sum to one; else norm_topk_prob says.
+    sigmoid: experts have sigmoid scores and are chosen, perhaps in groups, with a bias
+        (DeepSeek-V3); else a softmax of all.
     """
 
     count: tuple[str, ...] = ("num_experts", "num_local_experts")
     size: str = "moe_intermediate_size"
     shared_size: str = ""
+    shared_count: str = ""
+    shared_gate: bool = False
+    dense_first: str = ""
+    in_all_layers: bool = False
+    always_normalised: bool = False
+    sigmoid: bool = False
 
 
 # Arguments of Megatron that decide the computation beside sizes: attention with rotary embeddings,
@@ -100,7 +114,8 @@ class Family:
     names: of the weights; None where only the sizes are known, for recommendations.
     megatron: arguments of Megatron beside those that follow from the sizes.
     qkv_bias: q, k and v have a bias; qkv_bias_field: of config.json, which says otherwise.
-    qk_norm: q and k are normalised per head.
+    qk_norm: q and k are normalised per head; qk_norm_field: of config.json, which says otherwise.
+    partial_rotary: partial_rotary_factor may say that only a part of a head's features is rotated.
     window_field: of config.json: the tokens that one attends to, itself and those before it; null
         for all before it. Empty where all do.
     experts: None where all MLPs are dense.
@@ -117,8 +132,10 @@ class Family:
     qkv_bias: bool = False
     qkv_bias_field: str = ""
     qk_norm: bool = False
+    qk_norm_field: str = ""
+    partial_rotary: bool = False
     window_field: str = ""
     experts: Experts | None = None
     tied: bool = False
-    defaults: Mapping[str, int] = field(default_factory=dict)
+    defaults: Mapping[str, float] = field(default_factory=dict)
     refused: Mapping[str, object] = field(default_factory=dict)

@@ -11,7 +11,8 @@ from megalora.model.config_json import (
     model_shape,
     with_defaults,
 )
-from megalora.model.fields import real_number, switch, whole_number
+from megalora.model.experts import router_args
+from megalora.model.fields import real_number, whole_number
 from megalora.model.presets import as_preset
 from megalora.model.rope import rope
 from megalora.model.shape import MAX_SIZES, ModelShape, head_size
@@ -41,6 +42,7 @@ def megatron_args(config: Mapping[str, Any]) -> dict[str, Any]:
         "untie_embeddings_and_output_weights": not shape.tied_embeddings,
         **family.megatron,
         "rotary_base": int(rotary.theta),
+        "rotary_percent": rotary.part,
         "use_rope_scaling": rotary.factor != 1.0,
         "layernorm_epsilon": _epsilon(config),
         "add_qkv_bias": shape.add_qkv_bias,
@@ -52,21 +54,23 @@ def megatron_args(config: Mapping[str, Any]) -> dict[str, Any]:
         # Megatron counts the tokens beside one itself: those before it, those behind it.
         args["window_size"] = (window - 1, 0)
     if shape.num_moe_experts:
-        args |= _expert_args(config, shape)
+        args |= _expert_args(shape)
+    if family.experts:
+        args |= router_args(config, family.experts)
     return args
 
 
-def _expert_args(config: Mapping[str, Any], shape: ModelShape) -> dict[str, Any]:
-    return {
+def _expert_args(shape: ModelShape) -> dict[str, Any]:
+    sizes = {
         "num_experts": shape.num_moe_experts,
         "moe_router_topk": shape.moe_router_topk,
         "moe_ffn_hidden_size": shape.moe_ffn_hidden_size,
         "moe_layer_freq": shape.moe_pattern,
-        # Normalising the top k of a softmax over all is the softmax over the top k.
-        "moe_router_pre_softmax": not switch(config, "norm_topk_prob", default=False),
-        "moe_router_load_balancing_type": "none",
-        "moe_token_dispatcher_type": "alltoall",
     }
+    if shape.moe_shared_expert_intermediate_size:
+        for name in ("moe_shared_expert_intermediate_size", "moe_shared_expert_gate"):
+            sizes[name] = getattr(shape, name)
+    return sizes
 
 
 def _epsilon(config: Mapping[str, Any]) -> float:

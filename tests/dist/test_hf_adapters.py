@@ -215,7 +215,12 @@ MODEL_TYPES = {
     "llama-tied": "llama",
     "mistral": "mistral",
     "mistral-without-window": "mistral",
+    "mixtral": "mixtral",
+    "mixtral-window": "mixtral",
     "qwen2": "qwen2",
+    "qwen2_moe": "qwen2_moe",
+    "glm4_moe": "glm4_moe",
+    "glm4_moe-plain": "glm4_moe",
     "qwen3_moe-mixed": "qwen3_moe",
 }
 
@@ -244,9 +249,10 @@ def test_a_saved_base_is_the_model_that_was_loaded(layout: Layout, case: str) ->
     assert_saves_base(layout, case, max_shard_bytes=20_000)
 
 
+@pytest.mark.parametrize("case", ["qwen3_moe-mixed", "glm4_moe"])
 @over(Layout(tp=2, sp=True, ep=2), Layout(pp=2))
-def test_a_sharded_base_is_saved_whole(layout: Layout) -> None:
-    assert_saves_base(layout, "qwen3_moe-mixed")
+def test_a_sharded_base_is_saved_whole(layout: Layout, case: str) -> None:
+    assert_saves_base(layout, case)
 
 
 @over(Layout())

@@ -25,10 +25,24 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "llama-tied": ("llama", {"tied": True}),
     "mistral": ("mistral", {}),
     "mistral-without-window": ("mistral", {"sliding_window": None}),
+    "mixtral": ("mixtral", {}),
+    "mixtral-window": ("mixtral", {"sliding_window": 3}),
     "qwen2": ("qwen2", {}),
+    "qwen2_moe": ("qwen2_moe", {"norm_topk_prob": False}),
     "qwen3": ("qwen3", {"tied": True}),
     "qwen3_moe": ("qwen3_moe", {}),
     "qwen3_moe-mixed": ("qwen3_moe", {"mlp_only_layers": [0], "norm_topk_prob": False}),
+    "glm4_moe": ("glm4_moe", {}),
+    "glm4_moe-plain": (
+        "glm4_moe",
+        {
+            "n_group": 1,
+            "topk_group": 1,
+            "use_qk_norm": False,
+            "attention_bias": False,
+            "n_shared_experts": 1,
+        },
+    ),
 }
 
 
@@ -70,6 +84,32 @@ def test_rotary_frequencies_are_those_of_the_configuration(layout: Layout) -> No
     torch.testing.assert_close(chunk.rotary_pos_emb.inv_freq, model.model.rotary_emb.inv_freq)
 
 
+@pytest.mark.parametrize(
+    ("case", "what", "number"),
+    [
+        ("glm4_moe", "moe_router_topk_scaling_factor", 1.0),
+        ("glm4_moe", "moe_router_num_groups", 8),
+        ("glm4_moe", "moe_router_enable_expert_bias", False),
+        ("qwen2_moe", "moe_shared_expert_gate", False),
+    ],
+)
+@over(ONE)
+def test_each_part_of_a_router_shows_in_the_logits(
+    layout: Layout, case: str, what: str, number: float
+) -> None:
+    directory, expected = reference(case)
+    with model_parallel(layout):
+        chunks = hf.load(layout, directory)
+        for module in chunks[0].modules():
+            if what == "moe_router_enable_expert_bias" and hasattr(module, "expert_bias"):
+                module.expert_bias = None
+            if what == "moe_shared_expert_gate" and hasattr(module, "use_shared_expert_gate"):
+                module.use_shared_expert_gate = False
+        setattr(chunks[0].config, what, number)
+        found = hf.logits(chunks, hf_models.IDS)
+    assert (found[..., : hf_models.VOCAB] - expected).abs().max() > 10 * TOLERANCE
+
+
 @over(ONE)
 def test_a_wrong_base_weight_shows_in_the_logits(layout: Layout) -> None:
     directory, expected = reference("qwen3_moe")
@@ -82,15 +122,19 @@ def test_a_wrong_base_weight_shows_in_the_logits(layout: Layout) -> None:
     assert (found[..., : hf_models.VOCAB] - expected).abs().max() > 10 * TOLERANCE
 
 
-@pytest.mark.parametrize("case", ["llama", "llama-tied", "mistral", "qwen2", "qwen3_moe"])
+@pytest.mark.parametrize(
+    "case",
+    ["llama", "llama-tied", "mistral", "mixtral", "qwen2", "qwen2_moe", "qwen3_moe", "glm4_moe"],
+)
 @over(Layout(tp=2), Layout(pp=2), Layout(tp=2, sp=True))
 def test_dense_sharding_keeps_the_logits(layout: Layout, case: str) -> None:
     assert_same_logits(layout, case)
 
 
+@pytest.mark.parametrize("case", ["mixtral", "qwen2_moe", "qwen3_moe", "glm4_moe"])
 @over(Layout(dp=2, ep=2), Layout(tp=2, sp=True, ep=2), Layout(tp=2, sp=True, etp=2))
-def test_expert_sharding_keeps_the_logits(layout: Layout) -> None:
-    assert_same_logits(layout, "qwen3_moe")
+def test_expert_sharding_keeps_the_logits(layout: Layout, case: str) -> None:
+    assert_same_logits(layout, case)
 
 
 @over(Layout(pp=2, vpp=2))
@@ -144,6 +188,17 @@ def broken_copy(case: str, tmp_path: Path, **config: Any) -> Path:
         ("qwen3_moe", {"moe_router_topk": 3}, "moe_router_topk is 3, must be 2"),
         ("qwen3_moe", {"moe_router_pre_softmax": True}, "moe_router_pre_softmax"),
         ("qwen3_moe", {"moe_layer_freq": [1, 0]}, r"moe_layers is \[1, 0\]"),
+        ("qwen2_moe", {"moe_shared_expert_gate": False}, "moe_shared_expert_gate is False"),
+        ("glm4_moe", {"moe_router_topk_scaling_factor": 1.0}, "topk_scaling_factor is 1.0"),
+        ("glm4_moe", {"moe_router_enable_expert_bias": False}, "enable_expert_bias is False"),
+        ("glm4_moe", {"moe_router_num_groups": 8}, "num_groups is 8, must be 4"),
+        ("glm4_moe", {"rotary_percent": 1.0}, "rotary_percent is 1.0, must be 0.5"),
+        (
+            "glm4_moe",
+            {"moe_router_score_function": "softmax", "moe_router_enable_expert_bias": False},
+            "moe_router_score_function is 'softmax', must be 'sigmoid'",
+        ),
+        ("qwen3_moe", {"moe_router_topk_scaling_factor": 2.0}, "topk_scaling_factor is 2.0"),
         ("llama", {"num_moe_experts": 4, "moe_ffn_hidden_size": 40}, "num_moe_experts is 4"),
     ],
 )

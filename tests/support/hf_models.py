@@ -19,7 +19,16 @@ from peft import LoraConfig, PeftModel, get_peft_model
 HIDDEN, MOE_FFN, FFN, VOCAB, LAYERS, HEADS, GROUPS, HEAD_DIM = 32, 24, 40, 66, 2, 4, 2, 16
 NUM_EXPERTS = 16  # at least 11, so that sorting "10" before "2" shows; 2 * MOE_FFN != HIDDEN
 TOPK = 2
-FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "qwen3_moe")
+FAMILIES = (
+    "llama",
+    "mistral",
+    "mixtral",
+    "qwen2",
+    "qwen2_moe",
+    "qwen3",
+    "qwen3_moe",
+    "glm4_moe",
+)
 _COMMON = {
     "hidden_size": HIDDEN,
     "intermediate_size": FFN,
@@ -57,13 +66,25 @@ def hf_config(
         return transformers.Qwen2Config(**{**common, "head_dim": HIDDEN // HEADS, **changes})
     if family == "qwen3":
         return transformers.Qwen3Config(**{**common, **changes})
-    moe = {
-        "moe_intermediate_size": MOE_FFN,
-        "num_experts": NUM_EXPERTS,
-        "num_experts_per_tok": TOPK,
-        "norm_topk_prob": True,
-    }
-    return transformers.Qwen3MoeConfig(**{**common, **moe, **changes})
+    return _experts_config(family, {**common, "num_experts_per_tok": TOPK, **changes})
+
+
+def _experts_config(family: str, fields: dict[str, object]) -> transformers.PretrainedConfig:
+    if family == "mixtral":
+        experts = {"num_local_experts": NUM_EXPERTS, "intermediate_size": MOE_FFN}
+        return transformers.MixtralConfig(**{**fields, **experts})
+    if family == "glm4_moe":
+        # Groups, of which half are chosen; experts in all layers but the first.
+        experts = {"n_routed_experts": NUM_EXPERTS, "num_experts_per_tok": 4}
+        groups = {"n_group": 4, "topk_group": 2, "routed_scaling_factor": 2.5}
+        kinds = {"attention_bias": True, "use_qk_norm": True, "n_shared_experts": 2}
+        own = {"moe_intermediate_size": MOE_FFN, **experts, **groups, **kinds}
+        return transformers.Glm4MoeConfig(**{**own, **fields, "num_experts_per_tok": 4})
+    own = {"moe_intermediate_size": MOE_FFN, "num_experts": NUM_EXPERTS, "norm_topk_prob": True}
+    if family == "qwen2_moe":
+        shared = {"shared_expert_intermediate_size": 20, "head_dim": HIDDEN // HEADS}
+        return transformers.Qwen2MoeConfig(**{**own, **fields, **shared})
+    return transformers.Qwen3MoeConfig(**{**own, **fields})
 
 
 def hf_model(family: str, *, tied: bool = False, **changes: object) -> torch.nn.Module:
@@ -76,6 +97,9 @@ def hf_model(family: str, *, tied: bool = False, **changes: object) -> torch.nn.
                 param.add_(torch.randn_like(param) * 0.3)
             if name.endswith("mlp.gate.weight"):
                 torch.nn.init.normal_(param, std=0.5)
+        for name, buffer in model.named_buffers():
+            if name.endswith("e_score_correction_bias"):
+                buffer.copy_(torch.rand(buffer.shape) * 0.3)
     return model.float().eval()
 
 

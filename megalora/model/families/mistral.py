@@ -1,6 +1,14 @@
-"""Mistral, and Mixtral, of which only the sizes are known."""
+"""Mistral and Mixtral."""
 
-from megalora.model.family import Experts, Family, Rate
+from megalora.model.family import DECODER, Experts, Family, Names, Rate
+
+EXPERTS = "block_sparse_moe.experts.{}."
+MIXTRAL = {
+    **DECODER,
+    "mlp.router": ("block_sparse_moe.gate",),
+    "mlp.experts.linear_fc1": (EXPERTS + "w1", EXPERTS + "w3"),
+    "mlp.experts.linear_fc2": (EXPERTS + "w2",),
+}
 
 FAMILIES = (
     Family(
@@ -18,7 +26,19 @@ FAMILIES = (
         model_type="mixtral",
         architecture="MixtralForCausalLM",
         rate=Rate("mixtral"),
-        names=None,
-        experts=Experts(size="intermediate_size"),
+        names=Names(modules=MIXTRAL),
+        window_field="sliding_window",
+        experts=Experts(
+            count=("num_local_experts", "num_experts"),
+            size="intermediate_size",
+            in_all_layers=True,
+            always_normalised=True,
+        ),
+        defaults={
+            "num_key_value_heads": 8,
+            "max_position_embeddings": 131072,
+            "rms_norm_eps": 1e-5,
+            "rope_theta": 1000000,
+        },
     ),
 )

@@ -1,8 +1,14 @@
-"""Qwen2, Qwen2.5 and Qwen3, dense and with experts; of Qwen2-MoE only the sizes are known."""
+"""Qwen2, Qwen2.5 and Qwen3, dense and with experts."""
 
-from megalora.model.family import Experts, Family, Rate
+from megalora.model.family import DECODER, Experts, Family, Names, Rate
 
 RATE = Rate("qwen", 0.0775)
+ONE_SHARED = {
+    **DECODER,
+    "mlp.shared_experts.linear_fc1": ("mlp.shared_expert.gate_proj", "mlp.shared_expert.up_proj"),
+    "mlp.shared_experts.linear_fc2": ("mlp.shared_expert.down_proj",),
+    "mlp.shared_experts.gate": ("mlp.shared_expert_gate",),
+}
 
 FAMILIES = (
     Family(
@@ -17,10 +23,12 @@ FAMILIES = (
         model_type="qwen2_moe",
         architecture="Qwen2MoeForCausalLM",
         rate=RATE,
-        names=None,
+        names=Names(modules=ONE_SHARED),
         qkv_bias=True,
         qkv_bias_field="qkv_bias",
-        experts=Experts(shared_size="shared_expert_intermediate_size"),
+        experts=Experts(shared_size="shared_expert_intermediate_size", shared_gate=True),
+        defaults={"num_key_value_heads": 16, "max_position_embeddings": 32768},
+        refused={"use_sliding_window": False},
     ),
     Family(
         model_type="qwen3",

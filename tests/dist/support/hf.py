@@ -32,7 +32,7 @@ def build(
         layout,
         vocab_size=padded_vocab,
         tied=not args["untie_embeddings_and_output_weights"],
-        **{**fields, **changes},
+        **{"rotary_percent": args["rotary_percent"], **fields, **changes},
     )
 
 

@@ -99,6 +99,7 @@ def build_model(
     seq_length: int = SEQ_LENGTH,
     tied: bool = False,
     pattern: str | None = None,
+    rotary_percent: float = 1.0,
     **overrides: Any,
 ) -> list[Any]:
     """Build this rank's model chunks, one per virtual pipeline stage, with topology-free weights.
@@ -125,6 +126,7 @@ def build_model(
             "post_process": parallel_state.is_pipeline_last_stage(False, stage),
             "share_embeddings_and_output_weights": tied,
             "position_embedding_type": "rope",
+            "rotary_percent": rotary_percent,
             "vp_stage": stage,
         }
         if pattern is None:
