@@ -2,12 +2,16 @@
 
 import json
 from dataclasses import replace
+from math import prod
+from typing import Any
 
 import pytest
+import torch
+import transformers
 
-from megalora.hf.weights import Piece, Placement, Shard, Weights
+from megalora.hf.weights import EXPERT_BIAS, Piece, Placement, Shard, Weights
 from megalora.model.config_json import model_shape, read_config
-from megalora.model.families import FAMILIES, mapped_families
+from megalora.model.families import FAMILIES
 from megalora.model.megatron import megatron_args, megatron_flags
 from megalora.model.rope import rope
 
@@ -100,6 +104,40 @@ def test_a_tied_model_with_rope_scaling_has_the_published_size():
     assert count == 1_235_814_400
 
 
+MIXTRAL_8X7B = {"model_type": "mixtral", "vocab_size": 32000, "hidden_size": 4096}
+GLM_45_AIR = {
+    "model_type": "glm4_moe",
+    "attention_bias": True,
+    "head_dim": 128,
+    "hidden_size": 4096,
+    "intermediate_size": 10944,
+    "moe_intermediate_size": 1408,
+    "n_routed_experts": 128,
+    "num_attention_heads": 96,
+    "num_experts_per_tok": 8,
+    "num_hidden_layers": 46,
+    "num_key_value_heads": 8,
+    "vocab_size": 151552,
+}
+QWEN15_MOE = {"model_type": "qwen2_moe", "vocab_size": 151936, "hidden_size": 2048}
+
+
+def model_type(config: dict[str, object]) -> str:
+    return str(config["model_type"])
+
+
+@pytest.mark.parametrize("given", [MIXTRAL_8X7B, QWEN15_MOE, GLM_45_AIR], ids=model_type)
+def test_a_family_has_the_tensors_of_transformers_own_model(given: dict[str, Any]) -> None:
+    own = transformers.AutoConfig.for_model(**given)
+    with torch.device("meta"):
+        model = transformers.AutoModelForCausalLM.from_config(own)
+    # As transformers writes it, with all of its defaults.
+    shapes = weights(own.to_dict()).expected()
+    # An expert's bias is a buffer there.
+    own = [*model.parameters(), *(b for n, b in model.named_buffers() if n.endswith(EXPERT_BIAS))]
+    assert sum(prod(shape) for shape in shapes.values()) == sum(each.numel() for each in own)
+
+
 def test_arguments_of_a_mixture_of_experts():
     args = megatron_args(QWEN3_30B_A3B)
     assert args["num_experts"] == 128
@@ -154,7 +192,7 @@ def test_both_spellings_of_the_number_of_experts_are_read():
     [
         (
             {"model_type": "gpt2"},
-            "model_type is 'gpt2': supported are llama, mistral, qwen2, qwen3",
+            "model_type is 'gpt2': supported are .*glm4_moe, llama, mistral, mixtral, qwen2",
         ),
         ({"model_type": None}, "model_type is None"),
         ({"hidden_size": None}, "hidden_size is None"),
@@ -249,9 +287,12 @@ def test_an_unknown_parameter_is_refused_by_name():
 
 
 def test_every_mapped_family_is_named_by_its_architecture():
-    assert {FAMILIES[name].architecture for name in mapped_families()} == {
+    assert {FAMILIES[name].architecture for name in FAMILIES} == {
+        "Glm4MoeForCausalLM",
         "LlamaForCausalLM",
         "MistralForCausalLM",
+        "MixtralForCausalLM",
+        "Qwen2MoeForCausalLM",
         "Qwen2ForCausalLM",
         "Qwen3ForCausalLM",
         "Qwen3MoeForCausalLM",

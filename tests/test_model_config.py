@@ -15,7 +15,7 @@ from megalora.model.megatron import args_shape, megatron_args
 from megalora.model.shape import ModelShape
 from megalora.recommend import add_parser, recommend_for_args
 from megalora.training.flags import with_hf_flags
-from tests.support.sizes import RUN, TINY_LLAMA, TINY_MOE, TINY_QWEN2_MOE
+from tests.support.sizes import RUN, TINY_GLM, TINY_LLAMA, TINY_MOE, TINY_QWEN2_MOE
 
 QWEN3 = {**TINY_LLAMA, "model_type": "qwen3"}
 YARN = {"rope_type": "yarn", "factor": 4.0}
@@ -30,15 +30,23 @@ MAPPED = [
     {**TINY_LLAMA, "model_type": "mistral", "sliding_window": None},
     {**TINY_LLAMA, "model_type": "mistral", "sliding_window": 5},
     TINY_MOE,
+    TINY_QWEN2_MOE,
+    TINY_GLM,
+    {**TINY_GLM, "first_k_dense_replace": 0, "n_shared_experts": 0, "n_group": 1},
+    {**TINY_MOE, "model_type": "mixtral"},
     {**TINY_MOE, "num_experts": None, "num_local_experts": 8, "decoder_sparse_step": 2},
 ]
 SIZES_ALONE = [
-    ({**TINY_MOE, "model_type": "mixtral"}, "'mixtral', of which recommendations know the sizes"),
-    (TINY_QWEN2_MOE, "'qwen2_moe', of which"),
     ({**TINY_LLAMA, "attention_bias": True}, "attention_bias is True"),
     ({**QWEN3, "attention_bias": True}, "attention_bias is True"),
     ({**QWEN3, "use_sliding_window": True}, "use_sliding_window is True"),
     ({**TINY_LLAMA, "hidden_act": "gelu"}, "hidden_act is 'gelu'"),
+    ({**TINY_LLAMA, "partial_rotary_factor": 0.5}, "partial_rotary_factor is 0.5: 1 is"),
+    ({**TINY_GLM, "norm_topk_prob": False}, "norm_topk_prob is False with num_experts_per_tok 4"),
+    ({**TINY_GLM, "num_experts_per_tok": 1}, "norm_topk_prob is True with num_experts_per_tok 1"),
+    ({**TINY_GLM, "topk_group": 1}, "topk_group is 1 of 4 with num_experts_per_tok 4"),
+    ({**TINY_GLM, "n_group": "4"}, "n_group is '4'"),
+    ({**TINY_GLM, "routed_scaling_factor": -1}, "routed_scaling_factor is -1"),
     ({**TINY_LLAMA, "rope_scaling": YARN}, "rope_type is 'yarn'"),
     ({**TINY_LLAMA, "rope_scaling": "yarn"}, "rope_scaling is 'yarn': must be an object"),
 ]
@@ -72,7 +80,7 @@ IMPOSSIBLE = [
     ({**TINY_MOE, "mlp_only_layers": 3}, "mlp_only_layers is 3: must be a list"),
     (
         {**TINY_LLAMA, "model_type": "gpt2"},
-        "model_type is 'gpt2': supported are llama, mistral, qwen2",
+        "model_type is 'gpt2': supported are glm4_moe, llama, mistral",
     ),
     ({**TINY_LLAMA, "model_type": ["llama"]}, r"model_type is ['llama']"),
     ([TINY_LLAMA], "holds a JSON list, expected an object"),

@@ -102,7 +102,7 @@ def test_megatron_defaults_fill_in_what_flags_leave_out() -> None:
     ("make", "message"),
     [
         (lambda: preset_shape("llama-9"), r"'llama-9' is neither .* llama-3.1-8b"),
-        (lambda: model_shape({"model_type": "deepseek_v3"}), "MLA"),
+        (lambda: model_shape({"model_type": "gemma4"}), "multimodal"),
         (lambda: model_shape({"model_type": "llama"}), "num_attention_heads is None"),
         (lambda: load_config("/nonexistent"), "/nonexistent/config.json does not exist"),
         (

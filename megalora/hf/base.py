@@ -188,7 +188,7 @@ def check_built_for(chunk: "GPTModel", config: Mapping[str, Any]) -> None:
     wanted["share_embeddings_and_output_weights"] = not args["untie_embeddings_and_output_weights"]
     if (embedding := getattr(chunk, "rotary_pos_emb", None)) is not None:
         wanted["rotary_percent"] = args["rotary_percent"]
-        got["rotary_percent"] = 2 * len(embedding.inv_freq) / built.kv_channels
+        got["rotary_percent"] = 2 * len(embedding.inv_freq) / wanted["kv_channels"]
     wrong = [
         f"{name} is {got[name]!r}, must be {value!r}"
         for name, value in wanted.items()
@@ -219,5 +219,7 @@ def _set_rotary_frequencies(chunk: "GPTModel", config: Mapping[str, Any]) -> Non
     if wanted.factor != 1.0:
         fresh = embedding._apply_scaling(fresh, factor=wanted.factor)
     embedding.inv_freq = fresh.to(frequencies)
+    # What `hf_config` writes.
+    chunk.rotary_base = wanted.theta
     # The embedding of a length is cached over calls, with the frequencies that it was made of.
     type(embedding).forward.cache_clear()

@@ -17,7 +17,7 @@ from megalora.hf.files import MODEL, save_tensors, write_json
 from megalora.hf.weights import EXPERT_BIAS, Piece, Weights
 from megalora.model.config_json import mapped_family
 from megalora.model.experts import expert_fields
-from megalora.model.families import FAMILIES, mapped_families
+from megalora.model.families import FAMILIES
 from megalora.model.family import Family
 from megalora.model.loaded import without_quantisation
 
@@ -111,15 +111,16 @@ def hf_config(
 
 
 def _named_family(model_type: str) -> Family:
-    if model_type not in mapped_families():
-        known = ", ".join(mapped_families())
+    if model_type not in FAMILIES:
+        known = ", ".join(sorted(FAMILIES))
         raise ValueError(f"model_type is {model_type!r}: must be one of {known}")
     return FAMILIES[model_type]
 
 
 def _family_fields(chunk: "GPTModel", family: Family) -> dict[str, Any]:
     """Return the fields that some families have and others do not."""
-    built, fields = chunk.config, {"attention_bias": False}
+    built = chunk.config
+    fields: dict[str, Any] = {"attention_bias": False}
     if family.qkv_bias_field:
         fields[family.qkv_bias_field] = bool(built.add_qkv_bias)
     if family.qk_norm_field:

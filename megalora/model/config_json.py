@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from megalora.model.experts import expert_sizes, router_problem
-from megalora.model.families import FAMILIES, mapped_families
+from megalora.model.families import FAMILIES
 from megalora.model.family import Family
 from megalora.model.fields import switch, whole_number
 from megalora.model.loaded import check_readable, with_own_head
@@ -55,12 +55,10 @@ def family_of(config: Mapping[str, Any]) -> Family:
     """Return the row of a configuration; ValueError for a family that is not in the table."""
     model_type = config.get("model_type")
     if not isinstance(model_type, str) or model_type not in FAMILIES:
-        mapped = mapped_families()
-        sizes_alone = ", ".join(name for name in FAMILIES if name not in mapped)
         raise ValueError(
-            f"config.json model_type is {model_type!r:.100}: supported are {', '.join(mapped)}; "
-            f"for recommendations also {sizes_alone}; or the sizes as Megatron's flags (not MLA, "
-            "linear attention or multimodal models)"
+            f"config.json model_type is {model_type!r:.100}: supported are "
+            f"{', '.join(sorted(FAMILIES))}; or, for recommendations, the sizes as "
+            "Megatron's flags (not linear attention or multimodal models)"
         )
     return FAMILIES[model_type]
 
@@ -75,11 +73,6 @@ def mapped_family(config: Mapping[str, Any]) -> Family:
 
 def mapping_problem(config: Mapping[str, Any], family: Family) -> str:
     """Say why a configuration's weights cannot be exchanged; empty where they can."""
-    if family.names is None:
-        return (
-            f"config.json model_type is {family.model_type!r}, of which recommendations know the "
-            f"sizes and nothing else: supported are {', '.join(mapped_families())}"
-        )
     for name, supported in {"hidden_act": "silu", **family.refused}.items():
         if config.get(name, supported) not in (supported, None):
             return (

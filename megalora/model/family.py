@@ -111,7 +111,7 @@ class Family:
 
     architecture: transformers' class.
     rate: the family of the learning rate rule.
-    names: of the weights; None where only the sizes are known, for recommendations.
+    names: of the weights.
     megatron: arguments of Megatron beside those that follow from the sizes.
     qkv_bias: q, k and v have a bias; qkv_bias_field: of config.json, which says otherwise.
     qk_norm: q and k are normalised per head; qk_norm_field: of config.json, which says otherwise.
@@ -127,7 +127,7 @@ class Family:
     model_type: str
     architecture: str
     rate: Rate
-    names: Names | None = DEFAULT_NAMES
+    names: Names = DEFAULT_NAMES
     megatron: Mapping[str, str | bool] = field(default_factory=lambda: LLAMA_LIKE)
     qkv_bias: bool = False
     qkv_bias_field: str = ""

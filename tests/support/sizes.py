@@ -33,7 +33,15 @@ TINY_QWEN2_MOE = {
     "model_type": "qwen2_moe",
     "shared_expert_intermediate_size": 40,
 }
-
+TINY_GLM = {
+    **TINY_LLAMA,
+    "model_type": "glm4_moe",
+    "n_routed_experts": 8,
+    "num_experts_per_tok": 4,
+    "n_group": 4,
+    "topk_group": 2,
+    "moe_intermediate_size": 24,
+}
 
 MEGATRON_LLAMA = {
     "num_layers": 32,

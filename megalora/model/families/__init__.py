@@ -18,15 +18,10 @@ def find_families() -> dict[str, Family]:
 FAMILIES = find_families()
 
 
-def mapped_families() -> list[str]:
-    """Return the model types whose weights can be exchanged with Hugging Face."""
-    return [name for name, family in FAMILIES.items() if family.names is not None]
-
-
 def names_of(model_type: str) -> Names:
     """Return Hugging Face's names in a family, those of most families where it is not known."""
     family = FAMILIES.get(model_type)
-    return (family and family.names) or DEFAULT_NAMES
+    return family.names if family else DEFAULT_NAMES
 
 
 def rate_exponents() -> dict[str, float]:
