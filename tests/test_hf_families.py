@@ -147,6 +147,8 @@ def test_arguments_of_a_mixture_of_experts():
     assert args["untie_embeddings_and_output_weights"] is True
     assert (args["qk_layernorm"], args["add_qkv_bias"]) == (True, False)
     assert args["rotary_base"] == 1_000_000
+    assert (args["hidden_dropout"], args["attention_dropout"]) == (0, 0)
+    assert megatron_args({**QWEN3_30B_A3B, "attention_dropout": 0.1})["attention_dropout"] == 0.1
     assert args["use_rope_scaling"] is False
 
 

@@ -44,6 +44,8 @@ _FREE = {
     "moe_router_load_balancing_type",
     "moe_token_dispatcher_type",
     "moe_router_dtype",
+    "hidden_dropout",
+    "attention_dropout",
 }
 # What a model has where its arguments say nothing, of options that change the computation.
 _OTHERWISE = {

@@ -45,6 +45,9 @@ def megatron_args(config: Mapping[str, Any]) -> dict[str, Any]:
         "rotary_percent": rotary.part,
         "use_rope_scaling": rotary.factor != 1.0,
         "layernorm_epsilon": _epsilon(config),
+        # Megatron's defaults are 0.1; transformers has none of the hidden state.
+        "hidden_dropout": 0.0,
+        "attention_dropout": float(real_number(config, "attention_dropout", low=0, high=1) or 0),
         "add_qkv_bias": shape.add_qkv_bias,
         "qk_layernorm": shape.qk_layernorm,
     }
