@@ -1,4 +1,4 @@
-"""The count of tokens for an expert bias, which Megatron's routers take without padding only."""
+"""The bias by which routers choose experts: its count of tokens, and its precision."""
 
 from collections.abc import Callable
 
@@ -24,7 +24,32 @@ def apply_expert_bias(
     count(self, routing_map)
 
 
+def keep_precision(
+    apply: Callable[..., TopKRouter],
+    self: TopKRouter,
+    fn: Callable[[torch.Tensor], torch.Tensor],
+    recurse: bool = True,
+) -> TopKRouter:
+    """Keep the expert bias in fp32 where a module is converted to another precision.
+
+    Float16Module rounds the bias of a loaded model, and Megatron only makes fp32 of what is left:
+    a rounded bias chooses other experts.
+    """
+    bias: torch.Tensor | None = self.expert_bias
+    apply(self, fn, recurse)
+    if bias is not None and self.expert_bias.dtype != bias.dtype:
+        self.expert_bias = bias.to(self.expert_bias.device)
+    return self
+
+
 PATCHES = (
+    Patch(
+        TopKRouter,
+        "_apply",
+        ("fn", "recurse"),
+        around(keep_precision),
+        "the expert bias of a loaded model is rounded to the precision of its weights",
+    ),
     Patch(
         TopKRouter,
         "_apply_expert_bias",

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
+from megatron.core.transformer.module import Float16Module
 from safetensors.torch import load_file, save_file
 
 from megalora.hf.base import load_hf_base
@@ -108,6 +109,20 @@ def test_each_part_of_a_router_shows_in_the_logits(
         setattr(chunks[0].config, what, number)
         found = hf.logits(chunks, hf_models.IDS)
     assert (found[..., : hf_models.VOCAB] - expected).abs().max() > 10 * TOLERANCE
+
+
+@over(ONE)
+def test_the_bias_of_experts_keeps_its_precision_in_a_model_of_bf16(layout: Layout) -> None:
+    directory, _ = reference("glm4_moe")
+    name = "model.layers.1.mlp.gate.e_score_correction_bias"
+    bias = load_file(directory / "model.safetensors")[name]
+    with model_parallel(layout):
+        options = {"bf16": True, "params_dtype": torch.bfloat16}
+        [chunk] = hf.load(layout, directory, **options)
+        wrapped = Float16Module(chunk.config, chunk)
+    router = wrapped.module.decoder.layers[1].mlp.router
+    assert router.weight.dtype == torch.bfloat16
+    assert torch.equal(router.expert_bias, bias)
 
 
 @over(ONE)
