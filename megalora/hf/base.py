@@ -13,19 +13,20 @@ from torch import Tensor
 from megalora.adapters.finite import all_finite
 from megalora.checkpoint.ranks import on_all_ranks
 from megalora.hf.factors import summarise
+from megalora.hf.latent_norms import set_latent_norms
+from megalora.hf.rotary import set_rotary
 from megalora.hf.safetensors_files import HFWeights
 from megalora.hf.weights import Piece, Placement, Shard, Weights
-from megalora.model.config_json import read_config
+from megalora.model.config_json import read_config, stored_predictions
 from megalora.model.families import names_of
 from megalora.model.megatron import megatron_args
-from megalora.model.rope import rope
 from megalora.model.shape import ModelShape
 from megalora.targets import is_adapter_key
 
 if TYPE_CHECKING:
     from megatron.core.models.gpt.gpt_model import GPTModel
 
-_LAYER = re.compile(r"decoder\.layers\.\d+")
+_LAYER = re.compile(r"(decoder|mtp)\.layers\.\d+")
 
 # Megatron's argument -> field of TransformerConfig, where the names differ.
 _FIELDS = {"num_experts": "num_moe_experts", "swiglu": "gated_linear_unit"}
@@ -47,6 +48,8 @@ _FREE = {
     "hidden_dropout",
     "attention_dropout",
 }
+# A parameter with its name and its pieces.
+Job = tuple[str, Tensor, list[Piece]]
 # What a model has where its arguments say nothing, of options that change the computation.
 _OTHERWISE = {
     "num_moe_experts": 0,
@@ -59,6 +62,8 @@ _OTHERWISE = {
     "moe_router_group_topk": None,
     "moe_shared_expert_intermediate_size": 0,
     "moe_shared_expert_gate": False,
+    "multi_latent_attention": False,
+    "mtp_use_repeated_layer": False,
 }
 
 
@@ -72,7 +77,8 @@ def load_hf_base(
     """Load a Hugging Face directory into model chunks, on any parallel layout.
 
     Each rank reads its own slices only, straight into its parameters. Adapters are left alone.
-    Rotary frequencies are set from config.json, since Megatron's builder drops the scaling factor.
+    Rotary embeddings are set from config.json, since Megatron's builder drops scaling factors, and
+    so are the norms of latents. A layer that predicts one token more is loaded where it was built.
     progress: called with every parameter's name.
     Raises ValueError, before anything is changed, where the directory is broken or incomplete, or
     where the model was built with other sizes or options than its config.json has; and on all
@@ -80,15 +86,19 @@ def load_hf_base(
     """
     config = read_config(directory)
     files = HFWeights(directory, names_of(config["model_type"]))
-    jobs = []
+    jobs: list[Job] = []
+    others: list[str] = []
     chunks = cast("Sequence[GPTModel]", model_chunks)
     for chunk in chunks:
         check_built_for(chunk, config)
-        weights = Weights(config, placement(chunk))
-        files.check(weights.expected(), tied=weights.shape.tied_embeddings)
+        weights = weights_of(chunk, config)
+        tied = weights.shape.tied_embeddings
+        files.check(weights.expected(), tied=tied, may_have=weights.may_be_stored)
         for name, param, _, pieces in parameters(chunk, weights):
             _check_covered(name, param, pieces)
             jobs.append((name, param, pieces))
+        others += _other_copies(weights, jobs, files)
+    on_all_ranks(functools.partial(_refuse_others, others))
     problems: list[str] = []
     for name, param, pieces in jobs:
         filled = sum(piece.count for piece in pieces)
@@ -101,7 +111,8 @@ def load_hf_base(
             progress(name)
     on_all_ranks(functools.partial(_refuse, problems))
     for chunk in chunks:
-        _set_rotary_frequencies(chunk, config)
+        set_rotary(chunk, config)
+        set_latent_norms(chunk)
 
 
 def _not_finite(param: Tensor, pieces: list[Piece], files: HFWeights) -> list[str]:
@@ -115,12 +126,43 @@ def _not_finite(param: Tensor, pieces: list[Piece], files: HFWeights) -> list[st
     return [f"{files.path(piece.name)}: {piece.name} as {param.dtype}" for piece in bad]
 
 
+def _other_copies(weights: Weights, jobs: list[Job], files: HFWeights) -> list[str]:
+    """Return the tables of layers that predict one token more that are not the model's own."""
+    return [
+        f"{copy} differs from {original}"
+        for copy, original in weights.copies().items()
+        if copy in files.shapes
+        and not all(
+            files.shapes[copy] == files.shapes[original]
+            and files.read(copy, p.hf_first, p.count).equal(
+                files.read(original, p.hf_first, p.count)
+            )
+            for _, _, pieces in jobs
+            for p in pieces
+            if p.name == original
+        )
+    ]
+
+
+def _refuse_others(others: list[str]) -> None:
+    if others:
+        raise ValueError(
+            f"base has tables of its own where one token more is predicted: {summarise(others)}: "
+            "Megatron has one for all: leave --mtp-num-layers out"
+        )
+
+
 def _refuse(problems: list[str]) -> None:
     if problems:
         raise ValueError(
             f"base has NaN or infinite values in {summarise(problems)}: download it again; or its "
             "values are beyond this precision, and need --bf16"
         )
+
+
+def weights_of(chunk: "GPTModel", config: Mapping[str, Any]) -> Weights:
+    """Return the pieces of this rank's parameters of a model."""
+    return Weights(config, placement(chunk), num_predictions=chunk.config.mtp_num_layers or 0)
 
 
 def placement(chunk: "GPTModel") -> Placement:
@@ -137,10 +179,12 @@ def parameters(
     chunk: "GPTModel", weights: Weights
 ) -> Iterator[tuple[str, Tensor, int | None, list[Piece]]]:
     """Yield every base parameter of a chunk with its global layer from 0 and its pieces."""
+    # What predicts one token more is counted on behind the decoder's.
+    behind = {"decoder": 0, "mtp": chunk.config.num_layers}
     numbers = {
-        name: cast(int, module.layer_number) - 1
+        name: cast(int, module.layer_number) - 1 + behind[found[1]]
         for name, module in chunk.named_modules()
-        if _LAYER.fullmatch(name)
+        if (found := _LAYER.fullmatch(name))
     }
     tensors = [*chunk.named_parameters(), *_expert_biases(chunk)]
     for name, param in tensors:
@@ -176,7 +220,7 @@ def check_built_for(chunk: "GPTModel", config: Mapping[str, Any]) -> None:
     built = chunk.config
     got = {name: getattr(built, name, None) for name in wanted}
     # Without a number of groups, Megatron gives each query head its own.
-    got["num_query_groups"] = got["num_query_groups"] or built.num_attention_heads
+    got["num_query_groups"] = built.num_query_groups or built.num_attention_heads
     got["add_qkv_bias"] = bool(built.add_qkv_bias or built.add_bias_linear)
     for name, nothing in _OTHERWISE.items():
         wanted.setdefault(name, nothing)
@@ -184,6 +228,9 @@ def check_built_for(chunk: "GPTModel", config: Mapping[str, Any]) -> None:
     if wanted["num_moe_experts"]:
         wanted["moe_layers"] = args["moe_layer_freq"]
         got["moe_layers"] = ModelShape.from_mapping(vars(built)).moe_pattern
+    # As many as a user asks for, as far as there are weights.
+    got["mtp_num_layers"] = built.mtp_num_layers or 0
+    wanted["mtp_num_layers"] = min(got["mtp_num_layers"], stored_predictions(config))
     for name in ("position_embedding_type", "share_embeddings_and_output_weights"):
         got[name] = getattr(chunk, name)
     wanted["position_embedding_type"] = args["position_embedding_type"]
@@ -207,21 +254,3 @@ def _equal(got: object, wanted: object) -> bool:
     if isinstance(wanted, float) and isinstance(got, float):
         return math.isclose(got, wanted, rel_tol=1e-9)
     return got == wanted
-
-
-def _set_rotary_frequencies(chunk: "GPTModel", config: Mapping[str, Any]) -> None:
-    embedding = getattr(chunk, "rotary_pos_emb", None)
-    if embedding is None:
-        return
-    wanted, frequencies = rope(config), embedding.inv_freq
-    exponents = torch.arange(0, 2 * len(frequencies), 2, dtype=torch.float32) / (
-        2 * len(frequencies)
-    )
-    fresh = 1.0 / wanted.theta**exponents
-    if wanted.factor != 1.0:
-        fresh = embedding._apply_scaling(fresh, factor=wanted.factor)
-    embedding.inv_freq = fresh.to(frequencies)
-    # What `hf_config` writes.
-    chunk.rotary_base = wanted.theta
-    # The embedding of a length is cached over calls, with the frequencies that it was made of.
-    type(embedding).forward.cache_clear()

@@ -10,15 +10,17 @@ from torch import Tensor
 
 from megalora.adapters.finite import all_finite
 from megalora.checkpoint.ranks import on_all_ranks
-from megalora.hf.base import check_built_for, parameters, placement
+from megalora.hf.base import check_built_for, parameters, weights_of
 from megalora.hf.directories import whole_directory
 from megalora.hf.factors import summarise
 from megalora.hf.files import MODEL, save_tensors, write_json
-from megalora.hf.weights import EXPERT_BIAS, Piece, Weights
+from megalora.hf.rotary import latent_attentions, yarn_of
+from megalora.hf.weights import EXPERT_BIAS, Piece
 from megalora.model.config_json import mapped_family
 from megalora.model.experts import expert_fields
 from megalora.model.families import FAMILIES
 from megalora.model.family import Family
+from megalora.model.latent import latent_fields
 from megalora.model.loaded import without_quantisation
 
 if TYPE_CHECKING:
@@ -67,6 +69,8 @@ def save_hf_base(
         plain = without_quantisation(config)
         # transformers 5 prefers its new spelling, earlier ones know the old one alone.
         plain.pop("dtype", None)
+        if field := mapped_family(config).prediction_field:
+            plain[field] = model_chunks[0].config.mtp_num_layers or 0
         write_json(target / "config.json", {**plain, "torch_dtype": torch_dtype})
 
 
@@ -95,7 +99,6 @@ def hf_config(
         "num_hidden_layers": built.num_layers,
         "num_attention_heads": built.num_attention_heads,
         "num_key_value_heads": built.num_query_groups or built.num_attention_heads,
-        "head_dim": built.kv_channels,
         "hidden_act": "silu",
         "max_position_embeddings": max_position_embeddings or chunk.max_sequence_length,
         "rms_norm_eps": built.layernorm_epsilon,
@@ -121,6 +124,14 @@ def _family_fields(chunk: "GPTModel", family: Family) -> dict[str, Any]:
     """Return the fields that some families have and others do not."""
     built = chunk.config
     fields: dict[str, Any] = {"attention_bias": False}
+    if family.latent:
+        yarns = (attention.rotary_pos_emb for attention in latent_attentions(chunk))
+        yarn = next(yarns, None) if built.rope_type == "yarn" else None
+        fields |= latent_fields(built, yarn and yarn_of(yarn))
+    else:
+        fields["head_dim"] = built.kv_channels
+    if family.prediction_field:
+        fields[family.prediction_field] = built.mtp_num_layers or 0
     if family.qkv_bias_field:
         fields[family.qkv_bias_field] = bool(built.add_qkv_bias)
     if family.qk_norm_field:
@@ -193,18 +204,22 @@ def _gather_layers(
     """Yield the whole tensors of the embeddings, then of each layer, on rank 0; {} elsewhere."""
     own: dict[int | None, list[Part]] = {}
     for chunk in model_chunks:
-        weights = Weights(config, placement(chunk))
-        for name, param, layer, pieces in parameters(chunk, weights):
+        for name, param, layer, pieces in parameters(chunk, weights_of(chunk, config)):
             if _is_sender(chunk, name):
                 own.setdefault(layer, []).extend(_parts(param, pieces))
-    sizes = Weights(config, placement(model_chunks[0])).expected()
-    num_layers = Weights(config, placement(model_chunks[0])).shape.num_layers
-    for layer in (None, *range(num_layers)):
+    weights = weights_of(model_chunks[0], config)
+    sizes = weights.expected()
+    for layer in (None, *range(weights.num_layers)):
         received: list[Any] | None = None
         if dist.get_rank() == 0:
             received = [None] * dist.get_world_size()
         dist.gather_object(own.get(layer, []), received, dst=0)
-        yield _assemble(received or [], sizes)
+        tensors = _assemble(received or [], sizes)
+        if layer is None:
+            # A copy of the embedding is one in the files too.
+            copies = weights.copies().items()
+            tensors |= {copy: tensors[name] for copy, name in copies if name in tensors}
+        yield tensors
 
 
 def _is_sender(chunk: "GPTModel", name: str) -> bool:

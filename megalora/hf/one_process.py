@@ -19,7 +19,7 @@ from megatron.core.dist_checkpointing.mapping import ShardedTensor
 from megatron.core.dist_checkpointing.strategies import filesystem_async
 from megatron.core.models.gpt.gpt_layer_specs import get_gpt_decoder_block_spec
 from megatron.core.models.gpt.gpt_model import GPTModel
-from megatron.core.transformer.transformer_config import TransformerConfig
+from megatron.core.transformer.transformer_config import MLATransformerConfig, TransformerConfig
 from torch import Tensor
 from torch._C._distributed_c10d import HashStore
 from torch.distributed.checkpoint.api import CheckpointException
@@ -111,6 +111,7 @@ def write_adapter_checkpoint(
         moe_router_topk=shape.moe_router_topk,
         num_moe_experts=shape.num_moe_experts,
         moe_layer_freq=shape.moe_layer_freq,
+        q_lora_rank=shape.q_lora_rank,
     )
     with whole_directory(directory, overwrite=overwrite) as target, one_process():
         stored = to_checkpoint(tensors, kind_named(config.kind).factors, facts)
@@ -178,10 +179,10 @@ def import_base(
 def build_base(config: Mapping[str, Any], dtype: torch.dtype) -> GPTModel:
     """Build the unsharded Megatron model that a config.json describes, weights undefined."""
     args = megatron_args(config)
-    fields = TransformerConfig.__dataclass_fields__
-    sizes = {name: value for name, value in args.items() if name in fields}
-    built = TransformerConfig(
-        **sizes,
+    kind = MLATransformerConfig if "multi_latent_attention" in args else TransformerConfig
+    known = kind.__dataclass_fields__
+    built = kind(
+        **{name: value for name, value in args.items() if name in known},
         num_moe_experts=args.get("num_experts"),
         gated_linear_unit=True,
         activation_func=torch.nn.functional.silu,

@@ -1,5 +1,6 @@
 """The tensors of a Hugging Face model directory, experts always under their own names."""
 
+from collections.abc import Callable
 from pathlib import Path
 
 from torch import Tensor
@@ -51,14 +52,23 @@ class HFWeights:
                 self.shapes[weight] = (rows, shape[2])
                 self._stacked[weight] = (name, expert, number * rows)
 
-    def check(self, expected: dict[str, tuple[int, ...]], *, tied: bool) -> None:
-        """Raise ValueError for missing, unexpected and misshapen tensors, by name."""
+    def check(
+        self,
+        expected: dict[str, tuple[int, ...]],
+        *,
+        tied: bool,
+        may_have: Callable[[str], bool] = lambda name: False,
+    ) -> None:
+        """Raise ValueError for missing, unexpected and misshapen tensors, by name.
+
+        may_have: says of a tensor that is not expected whether it may be there.
+        """
         # A tied model may carry its unembedding along as a copy.
         given = {n: s for n, s in self.shapes.items() if not (tied and n == "lm_head.weight")}
         if tied:
             given |= {name: self.shapes[head] for name, head in self._stored_as.items()}
         missing = sorted(expected.keys() - given.keys())
-        unexpected = sorted(given.keys() - expected.keys())
+        unexpected = sorted(n for n in given.keys() - expected.keys() if not may_have(n))
         wrong = [
             f"{name} {list(given[name])} (expected {list(shape)})"
             for name, shape in expected.items()

@@ -9,8 +9,9 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from megalora.model.config_json import mapped_family, model_shape
+from megalora.model.config_json import mapped_family, model_shape, stored_predictions
 from megalora.model.families import names_of
+from megalora.model.family import without_numbers
 from megalora.model.shape import ModelShape
 
 # TransformerEngine keeps a norm in the linear that follows it, under another name.
@@ -18,6 +19,9 @@ _NORMS_IN_LINEARS = {
     "self_attention.linear_qkv.layer_norm_weight": "input_layernorm.weight",
     "mlp.linear_fc1.layer_norm_weight": "pre_mlp_layernorm.weight",
     "mlp.shared_experts.gate_weight": "mlp.shared_experts.gate.weight",
+    "self_attention.linear_q_up_proj.layer_norm_weight": "self_attention.q_layernorm.weight",
+    "self_attention.linear_kv_up_proj.layer_norm_weight": "self_attention.kv_layernorm.weight",
+    "self_attention.linear_qkv_down_proj.layer_norm_weight": "input_layernorm.weight",
 }
 # DeepSeek-V3's bias of the choice of experts, a buffer of Megatron's router.
 EXPERT_BIAS = "e_score_correction_bias"
@@ -26,9 +30,13 @@ _EXPERT_NAMES = (
     re.compile(r"mlp\.experts\.local_experts\.(?P<expert>\d+)\.(?P<linear>linear_fc[12])\.weight"),
     re.compile(r"mlp\.experts\.(?P<linear>linear_fc[12])\.weight(?P<expert>\d+)"),
 )
+# Split along their input; all other linears are along their output.
+_ROW_PARALLEL = ("linear_proj", "linear_fc2")
+# Fuses what another build of the same model has apart.
+_OTHERWISE_BUILT = ("self_attention.linear_qkv_down_proj",)
 # Every rank has all of them.
 _WHOLE = ("mlp.router", "mlp.shared_experts.gate")
-_LAYER = re.compile(r"decoder\.layers\.(\d+)\.(.+)")
+_LAYER = re.compile(r"(?:decoder\.layers\.\d+|mtp\.layers\.\d+(?:\.mtp_model_layer)?)\.(.+)")
 Sizes = dict[str, tuple[tuple[int, ...], ...]]
 
 
@@ -70,10 +78,46 @@ class Piece:
     columns: tuple[int, int] | None = None
 
 
-class Weights:
-    """The pieces of every parameter of a model, from its configuration."""
+def _attention(shape: ModelShape) -> Sizes:
+    h, d = shape.hidden_size, shape.kv_channels
+    q, kv = shape.query_size, shape.num_query_groups * d
+    norms: Sizes = {f"{p}_layernorm": ((d,),) for p in "qk"} if shape.qk_layernorm else {}
+    return {"linear_qkv": ((q, h), (kv, h), (kv, h)), **norms, "linear_proj": ((h, q),)}
 
-    def __init__(self, config: Mapping[str, Any], placement: Placement) -> None:
+
+def latent_attention(shape: ModelShape) -> Sizes:
+    """Return, by Megatron's module of attention through latents, the shapes of its weights."""
+    h, q, heads = shape.hidden_size, shape.q_lora_rank, shape.num_attention_heads
+    query = heads * (shape.qk_head_dim + shape.qk_pos_emb_head_dim)
+    down = (shape.kv_lora_rank + shape.qk_pos_emb_head_dim, h)
+    sizes: Sizes = {
+        "linear_kv_down_proj": (down,),
+        "kv_layernorm": ((shape.kv_lora_rank,),),
+        "linear_kv_up_proj": (
+            (heads * (shape.qk_head_dim + shape.v_head_dim), shape.kv_lora_rank),
+        ),
+        "linear_proj": ((h, heads * shape.v_head_dim),),
+    }
+    if not q:
+        return {**sizes, "linear_q_proj": ((query, h),)}
+    return {
+        **sizes,
+        "linear_q_down_proj": ((q, h),),
+        "linear_qkv_down_proj": ((q, h), down),
+        "q_layernorm": ((q,),),
+        "linear_q_up_proj": ((query, q),),
+    }
+
+
+class Weights:
+    """The pieces of every parameter of a model, from its configuration.
+
+    num_predictions: layers that the model has behind its decoder's (`mtp_num_layers`).
+    """
+
+    def __init__(
+        self, config: Mapping[str, Any], placement: Placement, *, num_predictions: int = 0
+    ) -> None:
         self.family = mapped_family(config)
         self.names = names_of(self.family.model_type)
         self.shape: ModelShape = model_shape(config)
@@ -81,12 +125,24 @@ class Weights:
         self.placement = placement
         dense, moe = self._sizes(is_moe=False), self._sizes(is_moe=True)
         self._layers = [moe if is_moe else dense for is_moe in self.shape.moe_pattern]
+        self._num_stored = self.shape.num_layers + stored_predictions(config)
+        h = self.shape.hidden_size
+        prediction = dict.fromkeys(("enorm", "hnorm", "final_layernorm"), ((h,),))
+        self._layers += [
+            {**self._layers[-1], **prediction, "eh_proj": ((h, 2 * h),)}
+        ] * num_predictions
+
+    @property
+    def num_layers(self) -> int:
+        """Number of layers that the model was built with, those behind the decoder's included."""
+        return len(self._layers)
 
     def pieces(self, name: str, layer: int | None, num_rows: int) -> list[Piece]:
         """Return the pieces of a local parameter of num_rows rows.
 
         name: in its model chunk, such as `decoder.layers.0.mlp.linear_fc1.weight`.
-        layer: its global layer number from 0, None outside of layers.
+        layer: its global layer number from 0, None outside of layers; those that predict one token
+            more are counted on behind the decoder's.
         Rows without a piece are padding of the vocabulary.
         """
         names = self.names
@@ -98,7 +154,7 @@ class Weights:
         if name == "decoder.final_layernorm.weight":
             return [Piece(f"{names.final_norm}.weight", 0, self.shape.hidden_size, 0)]
         found = _LAYER.fullmatch(name)
-        pieces = self._in_layer(found.group(2), layer) if found and layer is not None else None
+        pieces = self._in_layer(found[1], layer, num_rows) if found and layer is not None else None
         if pieces is None:
             raise ValueError(
                 f"Megatron parameter {name} has no counterpart in {self.family.architecture}: the "
@@ -115,22 +171,38 @@ class Weights:
         if not shape.tied_embeddings:
             found[names.unembedding] = table
         found = {f"{name}.weight": size for name, size in found.items()}
-        for layer in range(shape.num_layers):
+        for layer in range(self.num_layers):
             found |= dict(self._layer_shapes(layer))
         return found
 
+    def may_be_stored(self, name: str) -> bool:
+        """Say whether a tensor that is not expected is of a layer that predicts one token more.
+
+        Of one that the model was built without, or a copy there.
+        """
+        pattern, numbers = without_numbers(name)
+        if not pattern.startswith(self.names.layer):
+            return False
+        return self.num_layers <= numbers[0] < self._num_stored or name in self.copies()
+
+    def copies(self) -> dict[str, str]:
+        """Return, by name, of which tensor each is a copy in a layer that predicts a token more."""
+        names = self.names
+        originals = (names.embedding, names.unembedding)
+        if self.shape.tied_embeddings:
+            originals = (names.embedding, names.embedding)
+        return {
+            f"{names.layer.format(layer)}{copy}.weight": f"{original}.weight"
+            for layer in range(self.shape.num_layers, self.num_layers)
+            for copy, original in zip(names.copies, originals, strict=True)
+        }
+
     def _sizes(self, *, is_moe: bool) -> Sizes:
         """Return, by Megatron's module of a layer, the shapes of the weights that it stacks."""
-        shape, h, d = self.shape, self.shape.hidden_size, self.shape.kv_channels
-        q, kv = shape.query_size, shape.num_query_groups * d
-        sizes: Sizes = {
-            "input_layernorm": ((h,),),
-            "self_attention.linear_qkv": ((q, h), (kv, h), (kv, h)),
-            "self_attention.linear_proj": ((h, q),),
-            "pre_mlp_layernorm": ((h,),),
-        }
-        if shape.qk_layernorm:
-            sizes |= {f"self_attention.{p}_layernorm": ((d,),) for p in "qk"}
+        shape, h = self.shape, self.shape.hidden_size
+        sizes: Sizes = dict.fromkeys(("input_layernorm", "pre_mlp_layernorm"), ((h,),))
+        attention = latent_attention if shape.multi_latent_attention else _attention
+        sizes |= {f"self_attention.{name}": size for name, size in attention(shape).items()}
         mlp, ffn = "mlp", shape.ffn_hidden_size
         if is_moe:
             mlp, ffn = "mlp.experts", shape.moe_ffn_hidden_size
@@ -148,6 +220,8 @@ class Weights:
 
     def _layer_shapes(self, layer: int) -> Iterator[tuple[str, tuple[int, ...]]]:
         for module, sizes in self._layers[layer].items():
+            if module in _OTHERWISE_BUILT:
+                continue
             count = self.shape.num_moe_experts if ".experts." in module else 1
             for expert in range(count):
                 for name, size in zip(self._hf_names(module, layer, expert), sizes, strict=True):
@@ -160,7 +234,7 @@ class Weights:
     def _hf_names(self, module: str, layer: int, expert: int = 0) -> list[str]:
         return [name.format(layer, expert) for name in self.names.in_layer(module)]
 
-    def _in_layer(self, name: str, layer: int) -> list[Piece] | None:
+    def _in_layer(self, name: str, layer: int, num_rows: int) -> list[Piece] | None:
         found = next(filter(None, (pattern.fullmatch(name) for pattern in _EXPERT_NAMES)), None)
         if found:
             return self._expert(f"mlp.experts.{found['linear']}", int(found["expert"]), layer)
@@ -178,7 +252,9 @@ class Weights:
             return self._qkv(hf_names)
         if len(sizes[0]) == 1 or module in _WHOLE:
             return [Piece(hf_names[0], 0, sizes[0][0], 0)]
-        return self._mlp(module, hf_names, sizes, self.placement.tp)
+        # TransformerEngine's down projections are whole on every rank.
+        is_whole = num_rows == sum(rows for rows, *_ in sizes) and module.endswith("down_proj")
+        return self._linear(module, hf_names, sizes, Shard() if is_whole else self.placement.tp)
 
     def _expert(self, module: str, local: int, layer: int) -> list[Piece] | None:
         sizes = self._layers[layer].get(module)
@@ -186,21 +262,26 @@ class Weights:
             return None
         first, _ = self.placement.ep.of(self.shape.num_moe_experts, "num_experts")
         hf_names = [f"{name}.weight" for name in self._hf_names(module, layer, first + local)]
-        return self._mlp(module, hf_names, sizes, self.placement.expert_tp)
+        return self._linear(module, hf_names, sizes, self.placement.expert_tp)
 
-    def _mlp(
+    def _linear(
         self, module: str, hf_names: list[str], sizes: tuple[tuple[int, ...], ...], shard: Shard
     ) -> list[Piece]:
-        """Cut an MLP's linear, or linear_proj, which is split as linear_fc2 is.
+        """Cut a linear along its input where it reads what ranks share out, else along its output.
 
-        Of linear_fc1 a rank holds [gate_k; up_k], not a slice of [gate; up].
+        Of one that fuses several a rank holds a part of each, as [gate_k; up_k], and not a slice of
+        the whole.
         """
-        if module.endswith("linear_fc1"):
-            first, last = shard.of(sizes[0][0], "ffn_hidden_size")
-            count = last - first
-            return [Piece(name, n * count, count, first) for n, name in enumerate(hf_names)]
-        columns = shard.of(sizes[0][1], hf_names[0])
-        return [Piece(hf_names[0], 0, sizes[0][0], 0, columns)]
+        if module.endswith(_ROW_PARALLEL):
+            columns = shard.of(sizes[0][1], hf_names[0])
+            return [Piece(hf_names[0], 0, sizes[0][0], 0, columns)]
+        pieces: list[Piece] = []
+        row = 0
+        for name, (rows, *_) in zip(hf_names, sizes, strict=True):
+            first, last = shard.of(rows, f"rows of {name}")
+            pieces.append(Piece(name, row, last - first, first))
+            row += last - first
+        return pieces
 
     def _vocabulary(self, hf_name: str, num_rows: int) -> list[Piece]:
         size, tp = self.shape.vocab_size, self.placement.tp

@@ -1,14 +1,18 @@
-"""A gradient that Megatron loses in multi-latent attention."""
+"""A gradient that Megatron loses in multi-latent attention, and a norm that it adds there."""
 
 from collections.abc import Callable
 
 import torch
 from megatron.core.tensor_parallel import mappings
+from megatron.core.transformer.mla_qk_norm_config import QKNormConfigResolver
 from megatron.core.transformer.multi_latent_attention import MLASelfAttention
 
 from megalora.replace import Patch, around
 
 QueryAndKeyValue = tuple[torch.Tensor, torch.Tensor]
+# By name: the classes of an attention's norms and projections.
+Classes = dict[str, object]
+Resolve = Callable[[QKNormConfigResolver], Classes]
 
 
 def down_project(
@@ -35,6 +39,22 @@ def down_project(
     return query, torch.cat([latent, rotary], dim=-1)
 
 
+def resolve_local(resolve: Resolve, self: QKNormConfigResolver) -> Classes:
+    """Leave queries that pass through no latent without a norm of theirs, in the local layers."""
+    return resolve_plain(resolve, self) if self.fused_norm_linear_impl is None else resolve(self)
+
+
+def resolve_plain(resolve: Resolve, self: QKNormConfigResolver) -> Classes:
+    """Leave queries that pass through no latent without a norm of theirs.
+
+    The layer's own is before them; `qk_layernorm` is for the latent of keys and values then.
+    """
+    if self.has_q_lora or self.is_dsa or not self.config.qk_layernorm:
+        return resolve(self)
+    self.has_q_lora = True
+    return {**resolve(self), "linear_q_proj": self.submodules.linear_q_proj or self.linear_impl}
+
+
 PATCHES = (
     Patch(
         MLASelfAttention,
@@ -42,5 +62,23 @@ PATCHES = (
         ("hidden_states",),
         around(down_project),
         "the gradient of the shared rotary key is lost over tensor-parallel ranks",
+    ),
+    Patch(
+        QKNormConfigResolver,
+        "resolve",
+        ("self",),
+        around(resolve_local),
+        "a norm of the latent of keys and values asks for one more before queries without a "
+        "latent, which the local layers have not",
+    ),
+)
+# Where a model is Hugging Face's, whose models have no such norm.
+HUGGING_FACE = (
+    Patch(
+        QKNormConfigResolver,
+        "resolve",
+        ("self",),
+        around(resolve_plain),
+        "TransformerEngine's layers norm what queries without a latent are projected from twice",
     ),
 )

@@ -8,6 +8,7 @@ from megalora.model.experts import expert_sizes, router_problem
 from megalora.model.families import FAMILIES
 from megalora.model.family import Family
 from megalora.model.fields import switch, whole_number
+from megalora.model.latent import latent_sizes
 from megalora.model.loaded import check_readable, with_own_head
 from megalora.model.rope import rope_problem
 from megalora.model.shape import ModelShape, head_size
@@ -116,17 +117,11 @@ def model_shape(config: Mapping[str, Any], *, name: str = "") -> ModelShape:
 
 def _shape(config: Mapping[str, Any], family: Family, name: str) -> ModelShape:
     heads, hidden = whole_number(config, "num_attention_heads"), whole_number(config, "hidden_size")
-    has_head_dim = config.get("head_dim") is not None
+    attention = latent_sizes if family.latent else _attention_sizes
     return ModelShape(
         num_layers=whole_number(config, "num_hidden_layers", size="num_layers"),
         hidden_size=hidden,
         num_attention_heads=heads,
-        num_query_groups=whole_number(
-            config, "num_key_value_heads", size="num_query_groups", default=heads
-        ),
-        kv_channels=whole_number(config, "head_dim", size="kv_channels")
-        if has_head_dim
-        else head_size(hidden, heads),
         vocab_size=whole_number(config, "vocab_size"),
         ffn_hidden_size=whole_number(config, "intermediate_size", size="ffn_hidden_size"),
         qk_layernorm=switch(config, family.qk_norm_field, default=family.qk_norm),
@@ -136,5 +131,30 @@ def _shape(config: Mapping[str, Any], family: Family, name: str) -> ModelShape:
         name=name or str(config.get("_name_or_path") or family.model_type),
         model_type=family.model_type,
         unmapped=mapping_problem(config, family) or rope_problem(config),
+        **attention(config, heads, hidden),
         **(expert_sizes(config, family.experts) if family.experts else {}),
+    )
+
+
+def _attention_sizes(config: Mapping[str, Any], heads: int, hidden_size: int) -> dict[str, int]:
+    groups = whole_number(config, "num_key_value_heads", size="num_query_groups", default=heads)
+    has_head_dim = config.get("head_dim") is not None
+    return {
+        "num_query_groups": groups,
+        "kv_channels": whole_number(config, "head_dim", size="kv_channels")
+        if has_head_dim
+        else head_size(hidden_size, heads),
+    }
+
+
+def stored_predictions(config: Mapping[str, Any]) -> int:
+    """Return how many layers behind the decoder's predict one token more, as its files have them.
+
+    Raises ValueError where the number is none.
+    """
+    field = family_of(config).prediction_field
+    return (
+        whole_number(with_defaults(config), field, size="num_layers", low=0, default=0)
+        if field
+        else 0
     )

@@ -21,11 +21,37 @@ DECODER: Mapping[str, tuple[str, ...]] = {
     "mlp.experts.linear_fc2": ("mlp.experts.{}.down_proj",),
     "mlp.shared_experts.linear_fc1": ("mlp.shared_experts.gate_proj", "mlp.shared_experts.up_proj"),
     "mlp.shared_experts.linear_fc2": ("mlp.shared_experts.down_proj",),
+    # Of a layer behind the decoder's that predicts one token more.
+    "enorm": ("enorm",),
+    "hnorm": ("hnorm",),
+    "eh_proj": ("eh_proj",),
+    "final_layernorm": ("shared_head.norm",),
 }
+# Only a layer that predicts one token more has it.
+PREDICTING = ".eh_proj.weight"
 # transformers 5 may store all experts of a layer in one tensor [E, rows, columns].
 STACKED: Mapping[str, str] = {
     "mlp.experts.gate_up_proj": "mlp.experts.linear_fc1",
     "mlp.experts.down_proj": "mlp.experts.linear_fc2",
+}
+
+
+# The other way to attend: keys and values, and perhaps queries, pass through a few numbers, their
+# latent (DeepSeek-V2). A model has either the fused down projection or the two that it fuses.
+LATENT_ATTENTION: Mapping[str, tuple[str, ...]] = {
+    "self_attention.linear_q_proj": ("self_attn.q_proj",),
+    "self_attention.linear_q_down_proj": ("self_attn.q_a_proj",),
+    "self_attention.q_layernorm": ("self_attn.q_a_layernorm",),
+    "self_attention.linear_q_up_proj": ("self_attn.q_b_proj",),
+    "self_attention.linear_kv_down_proj": ("self_attn.kv_a_proj_with_mqa",),
+    "self_attention.kv_layernorm": ("self_attn.kv_a_layernorm",),
+    "self_attention.linear_kv_up_proj": ("self_attn.kv_b_proj",),
+    "self_attention.linear_qkv_down_proj": ("self_attn.q_a_proj", "self_attn.kv_a_proj_with_mqa"),
+}
+_HEADS = tuple(f"self_attention.{name}" for name in ("linear_qkv", "q_layernorm", "k_layernorm"))
+LATENT_DECODER: Mapping[str, tuple[str, ...]] = {
+    **{module: names for module, names in DECODER.items() if module not in _HEADS},
+    **LATENT_ATTENTION,
 }
 
 
@@ -43,6 +69,7 @@ class Names:
     modules: Megatron module of a layer -> the Hugging Face modules whose rows it stacks, in order,
         `{}` being an expert's number. linear_qkv stacks them once for each query group.
     stacked: tensor of all experts of a layer -> the Megatron module whose modules it stacks.
+    copies: of the embedding and the unembedding, in a layer that predicts one token more.
     """
 
     embedding: str = "model.embed_tokens"
@@ -51,6 +78,7 @@ class Names:
     layer: str = "model.layers.{}."
     modules: Mapping[str, tuple[str, ...]] = field(default_factory=lambda: DECODER)
     stacked: Mapping[str, str] = field(default_factory=lambda: STACKED)
+    copies: tuple[str, str] = ("embed_tokens", "shared_head.head")
 
     def in_layer(self, module: str) -> tuple[str, ...]:
         """Return the whole names for a Megatron module, `{}` for the layer and for the expert."""
@@ -116,6 +144,10 @@ class Family:
     qkv_bias: q, k and v have a bias; qkv_bias_field: of config.json, which says otherwise.
     qk_norm: q and k are normalised per head; qk_norm_field: of config.json, which says otherwise.
     partial_rotary: partial_rotary_factor may say that only a part of a head's features is rotated.
+    latent: attention is multi-latent.
+    rope_scalings: kinds of scaled rotary embeddings that Megatron has for it.
+    prediction_field: of config.json: number of layers that predict one token more each, behind the
+        decoder's in the files (multi-token prediction). Empty where there are none.
     window_field: of config.json: the tokens that one attends to, itself and those before it; null
         for all before it. Empty where all do.
     experts: None where all MLPs are dense.
@@ -134,6 +166,9 @@ class Family:
     qk_norm: bool = False
     qk_norm_field: str = ""
     partial_rotary: bool = False
+    latent: bool = False
+    rope_scalings: tuple[str, ...] = ("llama3",)
+    prediction_field: str = ""
     window_field: str = ""
     experts: Experts | None = None
     tied: bool = False

@@ -13,6 +13,7 @@ from megalora.model.config_json import (
 )
 from megalora.model.experts import router_args
 from megalora.model.fields import real_number, whole_number
+from megalora.model.latent import latent_args
 from megalora.model.presets import as_preset
 from megalora.model.rope import rope
 from megalora.model.shape import MAX_SIZES, ModelShape, head_size
@@ -53,6 +54,11 @@ def megatron_args(config: Mapping[str, Any]) -> dict[str, Any]:
     }
     if rotary.factor != 1.0:
         args["rope_scaling_factor"] = rotary.factor
+    if shape.multi_latent_attention:
+        # Megatron refuses groups there, and counts heads' features by the latent sizes.
+        for name in ("group_query_attention", "num_query_groups", "kv_channels"):
+            del args[name]
+        args |= latent_args(shape, rotary)
     if window := attention_window(config, family):
         # Megatron counts the tokens beside one itself: those before it, those behind it.
         args["window_size"] = (window - 1, 0)
@@ -83,13 +89,17 @@ def _epsilon(config: Mapping[str, Any]) -> float:
 
 # Names in the namespace whose flag is not the name with dashes.
 _FLAGS = {"layernorm_epsilon": "--norm-epsilon"}
-_SWITCHES_OFF = {"add_bias_linear": "--disable-bias-linear"}
+_SWITCHES_OFF = {
+    "add_bias_linear": "--disable-bias-linear",
+    "apply_rope_fusion": "--no-rope-fusion",
+}
 
 
 def megatron_flags(config: Mapping[str, Any]) -> list[str]:
     """Return `megatron_args` as command-line flags; flags that follow them override them."""
     flags: list[str] = []
-    for name, value in megatron_args(config).items():
+    given = {name: value for name, value in megatron_args(config).items() if value is not None}
+    for name, value in given.items():
         if name in _SWITCHES_OFF:
             flags += [] if value else [_SWITCHES_OFF[name]]
         elif isinstance(value, bool):

@@ -1,12 +1,13 @@
 """The rotary embedding of a config.json."""
 
+import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from megalora.model.families import FAMILIES
 from megalora.model.family import Family
-from megalora.model.fields import real_number
+from megalora.model.fields import real_number, whole_number
 
 # Megatron hard-codes these parameters of Llama 3's rope scaling.
 _LLAMA3_ROPE = {
@@ -16,23 +17,37 @@ _LLAMA3_ROPE = {
 }
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Yarn:
+    """YaRN's numbers by config.json's names; attention's scores are scaled by mscale_all_dim."""
+
+    factor: float = 1.0
+    original_max_position_embeddings: int = 4096
+    beta_fast: float = 32.0
+    beta_slow: float = 1.0
+    mscale: float = 1.0
+    mscale_all_dim: float = 0.0
+
+
 @dataclass(frozen=True, slots=True)
 class Rope:
     """Rotary embedding.
 
     theta: its base. factor: of Llama 3's scaling, 1 where there is none. part: of a head's
-    features, the first of which are rotated.
+    features, the first of which are rotated. yarn: None where it is not scaled so.
     """
 
     theta: float
     factor: float
     part: float = 1.0
+    yarn: Yarn | None = None
 
 
 def rope(config: Mapping[str, Any]) -> Rope:
     """Return the rotary embedding of a configuration, old and new spelling.
 
-    Raises ValueError for scalings other than Llama 3's, and for other parameters of it.
+    Raises ValueError for scalings that Megatron has not for the family, and for parameters of
+    theirs that it has not.
     """
     family = FAMILIES.get(str(config.get("model_type")))
     config = {**(family.defaults if family else {}), **config}
@@ -49,12 +64,15 @@ def rope(config: Mapping[str, Any]) -> Rope:
     kind = values.get("rope_type") or values.get("type") or "default"
     if kind == "default":
         return Rope(theta, 1.0, part)
-    if kind != "llama3":
+    scalings = family.rope_scalings if family else ("llama3",)
+    if kind not in scalings:
+        known = " and ".join(repr(name) for name in ("default", *scalings))
         raise ValueError(
-            f"config.json rope_type is {kind!r:.100} in {field}: supported are 'default' and "
-            "'llama3'; remove the scaling where sequences are no longer than the model was trained "
-            "with"
+            f"config.json rope_type is {kind!r:.100} in {field}: supported are {known}; remove the "
+            "scaling where sequences are no longer than the model was trained with"
         )
+    if kind == "yarn":
+        return Rope(theta, 1.0, part, _yarn(values, config))
     return Rope(theta, _llama3_factor(values, config), part)
 
 
@@ -75,6 +93,48 @@ def _rotated_part(
     if part != 1 and not (family and family.partial_rotary):
         raise ValueError(f"config.json {name} is {part:g}: 1 is supported only")
     return float(part)
+
+
+def _yarn(values: Mapping[str, Any], config: Mapping[str, Any]) -> Yarn:
+    """Return YaRN's numbers as transformers takes them, for one that Megatron has.
+
+    Its cosines and sines are multiplied with mscale's factor over mscale_all_dim's.
+    """
+    for name, supported in {"attention_factor": None, "truncate": True}.items():
+        if values.get(name, supported) != supported:
+            raise ValueError(
+                f"config.json {name} of the yarn rope is {values[name]!r:.100}: Megatron computes "
+                f"it as where it is {json.dumps(supported)}"
+            )
+    factor = _number(values, "factor", low=1)
+    if not factor:
+        raise ValueError("config.json factor of the yarn rope is missing")
+    mscale, all_dim = _number(values, "mscale"), _number(values, "mscale_all_dim")
+    if all_dim and not mscale:
+        raise ValueError(
+            f"config.json mscale of the yarn rope is missing beside mscale_all_dim {all_dim:g}: "
+            "Megatron has the one with the other only"
+        )
+    return Yarn(
+        factor=factor,
+        original_max_position_embeddings=_original_length(values, config),
+        beta_fast=_number(values, "beta_fast") or 32.0,
+        beta_slow=_number(values, "beta_slow") or 1.0,
+        # One alone is not looked at.
+        mscale=mscale if mscale and all_dim else 1.0,
+        mscale_all_dim=all_dim,
+    )
+
+
+def _number(values: Mapping[str, Any], name: str, *, low: float = 0) -> float:
+    return float(real_number(values, name, low=low, high=1e6) or 0)
+
+
+def _original_length(values: Mapping[str, Any], config: Mapping[str, Any]) -> int:
+    name, size = "original_max_position_embeddings", "max_position_embeddings"
+    if config.get(name) is None and values.get(name) is not None:
+        return whole_number(values, name, size=size)
+    return whole_number(config, name, size, size=size)
 
 
 def _llama3_factor(values: Mapping[str, Any], config: Mapping[str, Any]) -> float:

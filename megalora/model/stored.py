@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 from safetensors import SafetensorError, safe_open
 
 from megalora.model.families import names_of
-from megalora.model.family import without_numbers
+from megalora.model.family import PREDICTING, without_numbers
 from megalora.model.shape import ModelShape
 from megalora.reading import open_plain, read_json
 
@@ -192,11 +192,46 @@ def _said(shape: ModelShape) -> dict[str, int]:
         "vocab_size as rows of lm_head": shape.vocab_size,
         "hidden_size": shape.hidden_size,
         "num_experts": shape.num_moe_experts,
-        "num_attention_heads x head_dim": shape.query_size,
-        "num_key_value_heads x head_dim": shape.num_query_groups * shape.kv_channels,
         "intermediate_size": shape.ffn_hidden_size,
         "moe_intermediate_size": shape.moe_ffn_hidden_size,
+        **(_said_of_latents(shape) if shape.multi_latent_attention else _said_of_heads(shape)),
     }
+
+
+def _said_of_heads(shape: ModelShape) -> dict[str, int]:
+    return {
+        _QUERIES: shape.query_size,
+        _KEYS: shape.num_query_groups * shape.kv_channels,
+    }
+
+
+def _said_of_latents(shape: ModelShape) -> dict[str, int]:
+    heads, rotary = shape.num_attention_heads, shape.qk_pos_emb_head_dim
+    return {
+        _LATENT_QUERIES: heads * (shape.qk_head_dim + rotary),
+        "q_lora_rank": shape.q_lora_rank,
+        "kv_lora_rank + qk_rope_head_dim": shape.kv_lora_rank + rotary,
+        _LATENT_KEYS: heads * (shape.qk_head_dim + shape.v_head_dim),
+        "kv_lora_rank": shape.kv_lora_rank,
+    }
+
+
+_QUERIES, _KEYS = "num_attention_heads x head_dim", "num_key_value_heads x head_dim"
+_LATENT_QUERIES = "num_attention_heads x (qk_nope_head_dim + qk_rope_head_dim)"
+_LATENT_KEYS = "num_attention_heads x (qk_nope_head_dim + v_head_dim)"
+# Each size with a Megatron module of a layer, the number of its tensor there, and the dimension.
+_IN_LAYERS = (
+    ("intermediate_size", "mlp.linear_fc1", 0, 0),
+    ("moe_intermediate_size", "mlp.experts.linear_fc1", 0, 0),
+    (_QUERIES, "self_attention.linear_qkv", 0, 0),
+    (_KEYS, "self_attention.linear_qkv", 1, 0),
+    (_LATENT_QUERIES, "self_attention.linear_q_proj", 0, 0),
+    (_LATENT_QUERIES, "self_attention.linear_q_up_proj", 0, 0),
+    ("q_lora_rank", "self_attention.linear_q_down_proj", 0, 0),
+    ("kv_lora_rank + qk_rope_head_dim", "self_attention.linear_kv_down_proj", 0, 0),
+    (_LATENT_KEYS, "self_attention.linear_kv_up_proj", 0, 0),
+    ("kv_lora_rank", "self_attention.linear_kv_up_proj", 0, 1),
+)
 
 
 def _stored_sizes(files: TensorFiles, shape: ModelShape) -> dict[str, int]:
@@ -204,29 +239,31 @@ def _stored_sizes(files: TensorFiles, shape: ModelShape) -> dict[str, int]:
     names = names_of(shape.model_type)
     one: dict[str, str] = {}
     layers, experts = {-1}, {-1}
+    predicting: set[int] = set()
     for name in files:
         pattern, numbers = without_numbers(name)
         one.setdefault(pattern, name)
         if pattern.startswith(names.layer):
             layers.add(numbers[0])
+            if pattern.endswith(PREDICTING):
+                predicting.add(numbers[0])
             if ".experts.{}." in pattern and len(numbers) > 1:
                 experts.add(numbers[1])
             elif pattern.removeprefix(names.layer) in names.stacked:
                 experts.add(([*files.shape(name), 0])[0] - 1)
-    found = {"num_hidden_layers": max(layers) + 1}
+    # Behind the decoder's there may be some that predict one token more.
+    found = {"num_hidden_layers": max(layers - predicting) + 1}
     if shape.num_moe_experts:
         found["num_experts"] = max(experts) + 1
-    qkv = names.in_layer("self_attention.linear_qkv")
-    places = {
-        "vocab_size": (names.embedding, 0),
-        "vocab_size as rows of lm_head": (names.unembedding, 0),
-        "hidden_size": (names.embedding, 1),
-        "num_attention_heads x head_dim": (qkv[0], 0),
-        "num_key_value_heads x head_dim": (qkv[1], 0),
-        "intermediate_size": (names.in_layer("mlp.linear_fc1")[0], 0),
-        "moe_intermediate_size": (names.in_layer("mlp.experts.linear_fc1")[0], 0),
-    }
-    for size, (module, dimension) in places.items():
+    places = [
+        ("vocab_size", names.embedding, 0),
+        ("vocab_size as rows of lm_head", names.unembedding, 0),
+        ("hidden_size", names.embedding, 1),
+    ]
+    for size, module, number, dimension in _IN_LAYERS:
+        if module in names.modules:
+            places.append((size, names.in_layer(module)[number], dimension))
+    for size, module, dimension in places:
         name = one.get(f"{module}.weight")
         if name and len(files.shape(name)) == 2:
             found[size] = files.shape(name)[dimension]

@@ -44,6 +44,19 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
             "n_shared_experts": 1,
         },
     ),
+    "deepseek_v3": ("deepseek_v3", {}),
+    "deepseek_v3-plain": (
+        "deepseek_v3",
+        {
+            "q_lora_rank": None,
+            "rope_parameters": {"rope_type": "default", "rope_theta": 100.0},
+            # Norms of latents have transformers' own, which differs by all of this.
+            "rms_norm_eps": 0.01,
+            "n_group": 1,
+            "topk_group": 1,
+            "n_shared_experts": 2,
+        },
+    ),
 }
 
 
@@ -139,14 +152,15 @@ def test_a_wrong_base_weight_shows_in_the_logits(layout: Layout) -> None:
 
 @pytest.mark.parametrize(
     "case",
-    ["llama", "llama-tied", "mistral", "mixtral", "qwen2", "qwen2_moe", "qwen3_moe", "glm4_moe"],
+    ["llama", "llama-tied", "mistral", "mixtral", "qwen2", "qwen2_moe", "qwen3_moe", "glm4_moe"]
+    + ["deepseek_v3", "deepseek_v3-plain"],
 )
 @over(Layout(tp=2), Layout(pp=2), Layout(tp=2, sp=True))
 def test_dense_sharding_keeps_the_logits(layout: Layout, case: str) -> None:
     assert_same_logits(layout, case)
 
 
-@pytest.mark.parametrize("case", ["mixtral", "qwen2_moe", "qwen3_moe", "glm4_moe"])
+@pytest.mark.parametrize("case", ["mixtral", "qwen2_moe", "qwen3_moe", "glm4_moe", "deepseek_v3"])
 @over(Layout(dp=2, ep=2), Layout(tp=2, sp=True, ep=2), Layout(tp=2, sp=True, etp=2))
 def test_expert_sharding_keeps_the_logits(layout: Layout, case: str) -> None:
     assert_same_logits(layout, case)

@@ -17,6 +17,8 @@ import transformers
 from peft import LoraConfig, PeftModel, get_peft_model
 
 HIDDEN, MOE_FFN, FFN, VOCAB, LAYERS, HEADS, GROUPS, HEAD_DIM = 32, 24, 40, 66, 2, 4, 2, 16
+# Attention through latents has others.
+_OF_HEADS = ("head_dim", "num_key_value_heads")
 NUM_EXPERTS = 16  # at least 11, so that sorting "10" before "2" shows; 2 * MOE_FFN != HIDDEN
 TOPK = 2
 FAMILIES = (
@@ -28,6 +30,7 @@ FAMILIES = (
     "qwen3",
     "qwen3_moe",
     "glm4_moe",
+    "deepseek_v3",
 )
 _COMMON = {
     "hidden_size": HIDDEN,
@@ -80,11 +83,46 @@ def _experts_config(family: str, fields: dict[str, object]) -> transformers.Pret
         kinds = {"attention_bias": True, "use_qk_norm": True, "n_shared_experts": 2}
         own = {"moe_intermediate_size": MOE_FFN, **experts, **groups, **kinds}
         return transformers.Glm4MoeConfig(**{**own, **fields, "num_experts_per_tok": 4})
+    if family == "deepseek_v3":
+        own = _deepseek_v3()
+        others = {name: value for name, value in fields.items() if name not in _OF_HEADS}
+        return transformers.DeepseekV3Config(**{**own, **others, "num_experts_per_tok": 4})
     own = {"moe_intermediate_size": MOE_FFN, "num_experts": NUM_EXPERTS, "norm_topk_prob": True}
     if family == "qwen2_moe":
         shared = {"shared_expert_intermediate_size": 20, "head_dim": HIDDEN // HEADS}
         return transformers.Qwen2MoeConfig(**{**own, **fields, **shared})
     return transformers.Qwen3MoeConfig(**{**own, **fields})
+
+
+def _deepseek_v3() -> dict[str, object]:
+    """Return fields by which each part of the model shows, at 16 tokens, in its logits."""
+    # Of three frequencies the first is kept, the second mixed and the third divided.
+    yarn = {
+        "rope_type": "yarn",
+        "rope_theta": 100.0,
+        "factor": 8.0,
+        "original_max_position_embeddings": 8,
+        "beta_fast": 1.0,
+        "beta_slow": 0.1,
+        "mscale": 1.0,
+        "mscale_all_dim": 0.6,
+    }
+    latents = {
+        "num_key_value_heads": HEADS,
+        "q_lora_rank": 20,
+        "kv_lora_rank": 12,
+        "qk_nope_head_dim": 10,
+        "qk_rope_head_dim": 6,
+        "v_head_dim": 14,
+    }
+    experts = {
+        "moe_intermediate_size": MOE_FFN,
+        "n_routed_experts": NUM_EXPERTS,
+        "n_group": 4,
+        "topk_group": 2,
+        "first_k_dense_replace": 1,
+    }
+    return {**latents, **experts, "rope_parameters": yarn}
 
 
 def hf_model(family: str, *, tied: bool = False, **changes: object) -> torch.nn.Module:

@@ -10,6 +10,7 @@ FAMILIES = (
         qkv_bias_field="attention_bias",
         qk_norm_field="use_qk_norm",
         partial_rotary=True,
+        prediction_field="num_nextn_predict_layers",
         experts=Experts(
             count=("n_routed_experts", "num_local_experts"),
             shared_count="n_shared_experts",

@@ -8,7 +8,7 @@ import torch.distributed as dist
 from megatron.core import parallel_state
 from megatron.core.models.gpt.gpt_model import GPTModel
 from megatron.core.pipeline_parallel import get_forward_backward_func
-from megatron.core.transformer.transformer_config import TransformerConfig
+from megatron.core.transformer.transformer_config import MLATransformerConfig, TransformerConfig
 
 from megalora.hf.base import load_hf_base
 from megalora.model.config_json import read_config
@@ -24,7 +24,8 @@ def build(
 ) -> list[GPTModel]:
     """Build the model that a directory's config.json describes, with other weights."""
     args = megatron_args(read_config(directory))
-    known = TransformerConfig.__dataclass_fields__
+    kind = MLATransformerConfig if "kv_lora_rank" in args else TransformerConfig
+    known = kind.__dataclass_fields__
     fields = {name: value for name, value in args.items() if name in known}
     if "num_experts" in args:
         fields["num_moe_experts"] = args["num_experts"]

@@ -1,0 +1,68 @@
+"""The rotary embedding of a Megatron model as config.json has it: not all of it has flags."""
+
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from megalora.model.rope import Rope, Yarn, rope
+
+if TYPE_CHECKING:
+    from megatron.core.models.common.embeddings import YarnRotaryEmbedding
+    from megatron.core.models.gpt.gpt_model import GPTModel
+    from megatron.core.transformer.multi_latent_attention import MultiLatentAttention
+
+
+def set_rotary(chunk: "GPTModel", config: Mapping[str, Any]) -> None:
+    """Set the frequencies of a model chunk, of all its layers or of each, from config.json."""
+    wanted = rope(config)
+    embedding = getattr(chunk, "rotary_pos_emb", None)
+    if embedding is not None:
+        _set_frequencies(embedding, wanted)
+    for attention in latent_attentions(chunk):
+        if wanted.yarn:
+            _set_yarn(attention, wanted.theta, wanted.yarn)
+        else:
+            _set_frequencies(attention.rotary_pos_emb, wanted)
+
+
+def latent_attentions(chunk: torch.nn.Module) -> "Iterator[MultiLatentAttention]":
+    """Yield the attention through latents of each layer, which has an embedding of its own."""
+    for module in chunk.modules():
+        if hasattr(module, "rotary_pos_emb") and hasattr(module, "kv_layernorm"):
+            yield module
+
+
+def yarn_of(embedding: "YarnRotaryEmbedding") -> Yarn:
+    """Return the numbers of an embedding."""
+    names = [name for name in asdict(Yarn()) if name != "factor"]
+    return Yarn(
+        factor=embedding.scaling_factor, **{name: getattr(embedding, name) for name in names}
+    )
+
+
+def _set_frequencies(embedding: Any, wanted: Rope) -> None:
+    frequencies = embedding.inv_freq
+    exponents = torch.arange(0, 2 * len(frequencies), 2, dtype=torch.float32) / (
+        2 * len(frequencies)
+    )
+    fresh = 1.0 / wanted.theta**exponents
+    if wanted.factor != 1.0:
+        fresh = embedding._apply_scaling(fresh, factor=wanted.factor)
+    embedding.inv_freq = fresh.to(frequencies)
+    # The embedding of a length is cached over calls, with the frequencies that it was made of.
+    type(embedding).forward.cache_clear()
+
+
+def _set_yarn(attention: "MultiLatentAttention", theta: float, yarn: Yarn) -> None:
+    """Make the embedding anew: what Megatron computes of its numbers is kept in several places."""
+    own = attention.rotary_pos_emb
+    fields = asdict(yarn)
+    attention.rotary_pos_emb = type(own)(
+        own.dim,
+        rotary_base=theta,
+        scaling_factor=fields.pop("factor"),
+        cp_group=own.cp_group,
+        **fields,
+    )
