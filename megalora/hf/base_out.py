@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 import torch.distributed as dist
@@ -25,6 +25,7 @@ from megalora.model.loaded import without_quantisation
 
 if TYPE_CHECKING:
     from megatron.core.models.gpt.gpt_model import GPTModel
+    from megatron.core.transformer import MLATransformerConfig
 
 MAX_SHARD_BYTES = 5_000_000_000
 Part = tuple[str, int, tuple[int, int] | None, Tensor]
@@ -125,9 +126,8 @@ def _family_fields(chunk: "GPTModel", family: Family) -> dict[str, Any]:
     built = chunk.config
     fields: dict[str, Any] = {"attention_bias": False}
     if family.latent:
-        yarns = (attention.rotary_pos_emb for attention in latent_attentions(chunk))
-        yarn = next(yarns, None) if built.rope_type == "yarn" else None
-        fields |= latent_fields(built, yarn and yarn_of(yarn))
+        yarns = (yarn_of(attention) for attention in latent_attentions(chunk))
+        fields |= latent_fields(cast("MLATransformerConfig", built), next(yarns, None))
     else:
         fields["head_dim"] = built.kv_channels
     if family.prediction_field:

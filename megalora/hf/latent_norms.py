@@ -15,5 +15,5 @@ def set_latent_norms(chunk: torch.nn.Module) -> None:
     for attention in latent_attentions(chunk):
         for place in _PLACES:
             norm = getattr(attention, place, None)
-            if hasattr(norm, "eps"):
+            if norm is not None and hasattr(norm, "eps"):
                 norm.eps = EPSILON

@@ -1,8 +1,8 @@
 """The rotary embedding of a Megatron model as config.json has it: not all of it has flags."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import asdict
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 
@@ -27,15 +27,19 @@ def set_rotary(chunk: "GPTModel", config: Mapping[str, Any]) -> None:
             _set_frequencies(attention.rotary_pos_emb, wanted)
 
 
-def latent_attentions(chunk: torch.nn.Module) -> "Iterator[MultiLatentAttention]":
-    """Yield the attention through latents of each layer, which has an embedding of its own."""
-    for module in chunk.modules():
-        if hasattr(module, "rotary_pos_emb") and hasattr(module, "kv_layernorm"):
-            yield module
+def latent_attentions(chunk: torch.nn.Module) -> "list[MultiLatentAttention]":
+    """Return the attention through latents of each layer, which has an embedding of its own."""
+    found = [
+        m for m in chunk.modules() if hasattr(m, "rotary_pos_emb") and hasattr(m, "kv_layernorm")
+    ]
+    return cast("list[MultiLatentAttention]", found)
 
 
-def yarn_of(embedding: "YarnRotaryEmbedding") -> Yarn:
-    """Return the numbers of an embedding."""
+def yarn_of(attention: "MultiLatentAttention") -> Yarn | None:
+    """Return the numbers of an attention's embedding, None where it is not scaled so."""
+    if attention.config.rope_type != "yarn":
+        return None
+    embedding = cast("YarnRotaryEmbedding", attention.rotary_pos_emb)
     names = [name for name in asdict(Yarn()) if name != "factor"]
     return Yarn(
         factor=embedding.scaling_factor, **{name: getattr(embedding, name) for name in names}
@@ -57,12 +61,12 @@ def _set_frequencies(embedding: Any, wanted: Rope) -> None:
 
 def _set_yarn(attention: "MultiLatentAttention", theta: float, yarn: Yarn) -> None:
     """Make the embedding anew: what Megatron computes of its numbers is kept in several places."""
-    own = attention.rotary_pos_emb
+    own = cast("YarnRotaryEmbedding", attention.rotary_pos_emb)
     fields = asdict(yarn)
     attention.rotary_pos_emb = type(own)(
-        own.dim,
+        attention.config.qk_pos_emb_head_dim,
         rotary_base=theta,
         scaling_factor=fields.pop("factor"),
-        cp_group=own.cp_group,
+        cp_group=attention.pg_collection.cp,
         **fields,
     )

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from megatron.training import print_rank_0
 
+from megalora import replace
 from megalora.arguments import given_lora_fields, lora_config_from_args
 from megalora.builder import apply_lora
 from megalora.checkpoint import lock
@@ -23,6 +24,7 @@ from megalora.checkpoint.unpickle import check_readable
 from megalora.config import LoRAConfig
 from megalora.hf.base import load_hf_base
 from megalora.hf.exchange import load_adapter
+from megalora.mends import latent_attention
 from megalora.training import agree, fingerprints, patches
 from megalora.training.changes import before_building, before_loading, change_args
 from megalora.training.flags import check_flags, check_same_optimizer
@@ -50,6 +52,8 @@ def start(args: argparse.Namespace) -> LoRAConfig | None:
     if config is not None:
         check_trust(args)
     check_flags(args, config)
+    if args.hf_model:
+        replace.install(latent_attention.HUGGING_FACE)
     change_args(args, before_building(args, config))
     if config is not None:
         patches.install(patches.TRAINING)
