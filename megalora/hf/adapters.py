@@ -132,6 +132,8 @@ def _split(
         rows = split_qkv(b, shape)
     elif linear.is_unembedding:
         rows = [_trim_vocabulary(b, shape)]
+    elif linear.is_joint_down:
+        rows = list(b.split(shape.latent_rows))
     else:
         rows = list(b.chunk(count))
     factors_a = list(a.chunk(count)) if a.shape[0] == count * rank else [a] * count

@@ -191,6 +191,8 @@ class _Join:
             if linear.is_qkv
             else [one.lora_B.shape[0]] * len(linear.projections)
         )
+        if linear.is_joint_down:
+            outs = list(self.shape.latent_rows)
         if linear.is_unembedding and self.shape.vocab_size:
             outs = [self.shape.vocab_size]
         if linear.is_router:

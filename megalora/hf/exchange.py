@@ -186,6 +186,9 @@ def model_shape(model_chunks: Sequence[torch.nn.Module], hf_model: str | None = 
     refuse_hybrid(getattr(model_chunks[0], "hybrid_layer_pattern", None))
     described = read_sizes(getattr(model_chunks[0], "megalora_description", {}))
     known = {"vocab_size": 0, **described}
+    modules = (name for chunk in model_chunks for name, _ in chunk.named_modules())
+    # What a configuration asks for, TransformerEngine's layers alone have.
+    known["mla_down_proj_fusion"] = any(name.endswith("linear_qkv_down_proj") for name in modules)
     if hf_model:
         known["model_type"] = _model_type(hf_model)
     return ModelShape.from_mapping({**vars(model_chunks[0].config), **known})

@@ -2,6 +2,7 @@
 
 import functools
 import re
+from collections import defaultdict
 from dataclasses import dataclass
 
 from megalora.config import LoRAConfig
@@ -33,9 +34,19 @@ class Linear:
         return ".experts." in self.megatron
 
     @property
+    def is_shared(self) -> bool:
+        """Say whether it is of the shared experts."""
+        return ".shared_experts." in self.megatron
+
+    @property
     def is_qkv(self) -> bool:
         """Say whether rows are interleaved per query group."""
         return self.megatron.endswith("linear_qkv")
+
+    @property
+    def is_joint_down(self) -> bool:
+        """Say whether it projects queries, and keys and values, to the latent of each."""
+        return self.megatron == _JOINT_DOWN
 
     @property
     def is_fc1(self) -> bool:
@@ -53,9 +64,13 @@ class Linear:
         return self.megatron == _UNEMBEDDING
 
     def fits(self, layer: int, shape: ModelShape) -> bool:
-        """Say whether a layer has this linear: it has either a dense MLP or experts."""
+        """Say whether a layer has this linear: either a dense MLP or experts, and so on."""
+        if self.megatron in _LATENT_QUERIES:
+            return self.megatron in _latent_queries(shape)
         if not self.megatron.startswith("mlp."):
             return True
+        if self.is_shared and not shape.moe_shared_expert_intermediate_size:
+            return False
         is_dense = self.megatron in ("mlp.linear_fc1", "mlp.linear_fc2")
         return is_dense != shape.has_experts(layer)
 
@@ -75,6 +90,20 @@ class Linear:
 _UNEMBEDDING, _ROUTER = "output_layer", "mlp.router"
 
 
+_DIRECT, _DOWN, _UP, _KV_DOWN, _JOINT_DOWN = (
+    f"self_attention.linear_{name}"
+    for name in ("q_proj", "q_down_proj", "q_up_proj", "kv_down_proj", "qkv_down_proj")
+)
+# Of attention through latents, those that not every build of it has.
+_LATENT_QUERIES = (_DIRECT, _DOWN, _UP, _KV_DOWN, _JOINT_DOWN)
+
+
+def _latent_queries(shape: ModelShape) -> tuple[str, ...]:
+    if not shape.q_lora_rank:
+        return _DIRECT, _KV_DOWN
+    return (_JOINT_DOWN, _UP) if shape.mla_down_proj_fusion else (_DOWN, _UP, _KV_DOWN)
+
+
 @functools.cache
 def linears(names: Names) -> dict[str, Linear]:
     """Return the linears that can have adapters by their Megatron names in a layer."""
@@ -86,12 +115,13 @@ def linears(names: Names) -> dict[str, Linear]:
 
 
 @functools.cache
-def _by_hf_name(names: Names) -> dict[str, tuple[Linear, str]]:
-    return {
-        name: (linear, projection)
-        for linear in linears(names).values()
-        for name, projection in zip(linear.modules, linear.projections, strict=True)
-    }
+def _by_hf_name(names: Names) -> dict[str, list[tuple[Linear, str]]]:
+    """Return the linears that a module may be a projection of; a model has one of them."""
+    found: dict[str, list[tuple[Linear, str]]] = defaultdict(list)
+    for linear in linears(names).values():
+        for name, projection in zip(linear.modules, linear.projections, strict=True):
+            found[name].append((linear, projection))
+    return found
 
 
 def find_linear(name: str, shape: ModelShape) -> tuple[int | None, Linear]:
@@ -113,16 +143,12 @@ def find_linear(name: str, shape: ModelShape) -> tuple[int | None, Linear]:
 def locate(name: str, shape: ModelShape) -> tuple[int | None, Linear, int, str] | None:
     """Return (layer, linear, expert, projection) of a Hugging Face name, None where none is."""
     pattern, numbers = without_numbers(name)
-    found = _by_hf_name(names_of(shape.model_type)).get(pattern)
-    if found is None:
-        return None
-    linear, projection = found
-    if linear.is_unembedding:
-        return None, linear, 0, projection
-    layer, *experts = numbers
-    expert = experts[0] if experts else 0
-    if layer >= shape.num_layers or not linear.fits(layer, shape):
-        return None
-    if linear.is_expert and expert >= shape.num_moe_experts:
-        return None
-    return layer, linear, expert, projection
+    layer, *experts = numbers or [0]
+    for linear, projection in _by_hf_name(names_of(shape.model_type)).get(pattern, []):
+        if linear.is_unembedding:
+            return None, linear, 0, projection
+        expert = experts[0] if experts else 0
+        is_there = layer < shape.num_layers and linear.fits(layer, shape)
+        if is_there and (not linear.is_expert or expert < shape.num_moe_experts):
+            return layer, linear, expert, projection
+    return None

@@ -4,7 +4,7 @@ import re
 from collections.abc import Collection, Iterable
 
 from megalora.hf.linears import linears
-from megalora.model.families import names_of
+from megalora.model.families import FAMILIES, names_of
 from megalora.model.family import without_numbers
 from megalora.model.shape import ModelShape
 from megalora.printable import printable
@@ -15,10 +15,16 @@ _FUSED = re.compile(r"\b(qkv_proj|gate_up_proj|query_key_value|c_attn|W_pack)$")
 
 def why_not_in_model(names: Iterable[str], shape: ModelShape) -> str:
     """Return `why_not` of a base whose sizes alone are known."""
-    known = [
-        name for linear in linears(names_of(shape.model_type)).values() for name in linear.modules
-    ]
-    return _why(list(names), set(known), shape.num_layers)
+    own, names = names_of(shape.model_type), list(names)
+    known = [name for linear in linears(own).values() for name in linear.modules]
+    family = FAMILIES.get(shape.model_type)
+    behind = own.layer.format(shape.num_layers)
+    if family and family.prediction_field and any(name.startswith(behind) for name in names):
+        return (
+            f"{behind}* predicts one token more, a layer that transformers and PEFT leave out, and "
+            "that has no adapter here"
+        )
+    return _why(names, set(known), shape.num_layers)
 
 
 def why_not(names: Iterable[str], known: Iterable[str]) -> str:

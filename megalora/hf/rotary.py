@@ -20,6 +20,8 @@ def set_rotary(chunk: "GPTModel", config: Mapping[str, Any]) -> None:
     embedding = getattr(chunk, "rotary_pos_emb", None)
     if embedding is not None:
         _set_frequencies(embedding, wanted)
+        # What `hf_config` writes.
+        chunk.rotary_base = wanted.theta
     for attention in latent_attentions(chunk):
         if wanted.yarn:
             _set_yarn(attention, wanted.theta, wanted.yarn)

@@ -39,13 +39,7 @@ def _places(linear: Linear, shape: ModelShape) -> set[Place]:
     """Return where a model has a linear."""
     if linear.is_unembedding:
         return {(None, linear)}
-    layers, (place, _, part) = range(shape.num_layers), linear.megatron.partition(".")
-    if place == "mlp":
-        has_experts = not part.startswith("linear_")
-        layers = [layer for layer in layers if shape.moe_pattern[layer] == has_experts]
-    if part.startswith("shared_experts.") and not shape.moe_shared_expert_intermediate_size:
-        layers = []
-    return {(layer, linear) for layer in layers}
+    return {(layer, linear) for layer in range(shape.num_layers) if linear.fits(layer, shape)}
 
 
 def how_to_go_on(

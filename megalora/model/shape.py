@@ -54,6 +54,8 @@ class ModelShape:
     multi_latent_attention: keys and values pass through kv_lora_rank numbers, queries through
         q_lora_rank (0 where they do not). A head has qk_head_dim features without a position,
         qk_pos_emb_head_dim with one, and v_head_dim of values; kv_channels says nothing then.
+    mla_down_proj_fusion: both are projected to their latents by one linear, as only
+        TransformerEngine's layers may.
     num_moe_experts: 0 for a dense model. moe_layer_freq: 1 for experts in all layers, or as
         Megatron takes it: every so many layers, or 0 or 1 for each layer.
     tied_embeddings: the unembedding's weight is the embedding's.
@@ -76,6 +78,7 @@ class ModelShape:
     qk_head_dim: int = 0
     qk_pos_emb_head_dim: int = 0
     v_head_dim: int = 0
+    mla_down_proj_fusion: bool = False
     num_moe_experts: int = 0
     moe_router_topk: int = 1
     moe_ffn_hidden_size: int = 0
@@ -121,6 +124,11 @@ class ModelShape:
     def query_size(self) -> int:
         """Features of all query heads, which linear_proj reads."""
         return self.num_attention_heads * self.kv_channels
+
+    @property
+    def latent_rows(self) -> tuple[int, int]:
+        """Rows of the down projections: of queries, and of keys and values with a position's."""
+        return self.q_lora_rank, self.kv_lora_rank + self.qk_pos_emb_head_dim
 
     @property
     def qkv_rows(self) -> int:

@@ -27,7 +27,7 @@ from tests.support import hf_models
 
 TOLERANCE = 1e-4
 CONFIG = LoRAConfig(rank=8, alpha=16.0, expert_rank=4)
-RANKS = {"experts": (4, 4.0), "": (8, 2.0)}
+RANKS = {".experts.": (4, 4.0), "": (8, 2.0)}
 
 
 @functools.cache
@@ -75,21 +75,33 @@ def assert_exchanges(layout: Layout, case: str) -> None:
             assert exported[name].scale == module.scale
 
 
-@pytest.mark.parametrize("case", ["llama", "mistral", "qwen2", "qwen3_moe", "qwen3_moe-mixed"])
+@pytest.mark.parametrize(
+    "case",
+    [
+        "llama",
+        "mistral",
+        "qwen2",
+        "qwen3_moe",
+        "qwen3_moe-mixed",
+        "deepseek_v3",
+        "deepseek_v3-plain",
+    ],
+)
 @over(Layout())
 def test_imported_adapters_give_the_logits_of_the_merged_model(layout: Layout, case: str) -> None:
     assert_exchanges(layout, case)
 
 
-@pytest.mark.parametrize("case", ["qwen2", "qwen3_moe"])
+@pytest.mark.parametrize("case", ["qwen2", "qwen3_moe", "deepseek_v3", "deepseek_v3-plain"])
 @over(Layout(tp=2, sp=True), Layout(pp=2))
 def test_dense_sharding_exchanges_the_same_adapters(layout: Layout, case: str) -> None:
     assert_exchanges(layout, case)
 
 
+@pytest.mark.parametrize("case", ["qwen3_moe", "deepseek_v3"])
 @over(Layout(dp=2, ep=2), Layout(tp=2, sp=True, ep=2), Layout(tp=2, sp=True, etp=2))
-def test_expert_sharding_exchanges_the_same_adapters(layout: Layout) -> None:
-    assert_exchanges(layout, "qwen3_moe")
+def test_expert_sharding_exchanges_the_same_adapters(layout: Layout, case: str) -> None:
+    assert_exchanges(layout, case)
 
 
 @over(Layout(tp=2, sp=True, pp=2, ep=2))
@@ -221,6 +233,8 @@ MODEL_TYPES = {
     "qwen2_moe": "qwen2_moe",
     "glm4_moe": "glm4_moe",
     "glm4_moe-plain": "glm4_moe",
+    "deepseek_v3": "deepseek_v3",
+    "deepseek_v3-plain": "deepseek_v3",
     "qwen3_moe-mixed": "qwen3_moe",
 }
 
@@ -249,7 +263,7 @@ def test_a_saved_base_is_the_model_that_was_loaded(layout: Layout, case: str) ->
     assert_saves_base(layout, case, max_shard_bytes=20_000)
 
 
-@pytest.mark.parametrize("case", ["qwen3_moe-mixed", "glm4_moe"])
+@pytest.mark.parametrize("case", ["qwen3_moe-mixed", "glm4_moe", "deepseek_v3"])
 @over(Layout(tp=2, sp=True, ep=2), Layout(pp=2))
 def test_a_sharded_base_is_saved_whole(layout: Layout, case: str) -> None:
     assert_saves_base(layout, case)

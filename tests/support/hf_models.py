@@ -169,7 +169,7 @@ def module_sizes(model: torch.nn.Module, *, lm_head: bool = True) -> dict[str, t
         elif name.endswith("experts.down_proj"):
             prefix, (num, out, num_in) = name.rpartition(".")[0], param.shape
             sizes |= {f"{prefix}.{e}.down_proj": (num_in, out) for e in range(num)}
-        elif name.endswith("_proj.weight"):
+        elif name.endswith(("_proj.weight", "_proj_with_mqa.weight")):
             sizes[name.removesuffix(".weight")] = (param.shape[1], param.shape[0])
     if lm_head:
         sizes["lm_head"] = (HIDDEN, model.config.vocab_size)
