@@ -126,7 +126,12 @@ def model_type(config: dict[str, object]) -> str:
     return str(config["model_type"])
 
 
-@pytest.mark.parametrize("given", [MIXTRAL_8X7B, QWEN15_MOE, GLM_45_AIR], ids=model_type)
+# transformers' own defaults.
+DEEPSEEK_V3 = {"model_type": "deepseek_v3", "n_routed_experts": 256}
+GIVEN = [MIXTRAL_8X7B, QWEN15_MOE, GLM_45_AIR, DEEPSEEK_V3]
+
+
+@pytest.mark.parametrize("given", GIVEN, ids=model_type)
 def test_a_family_has_the_tensors_of_transformers_own_model(given: dict[str, Any]) -> None:
     own = transformers.AutoConfig.for_model(**given)
     with torch.device("meta"):
@@ -194,7 +199,7 @@ def test_both_spellings_of_the_number_of_experts_are_read():
     [
         (
             {"model_type": "gpt2"},
-            "model_type is 'gpt2': supported are .*glm4_moe, llama, mistral, mixtral, qwen2",
+            "model_type is 'gpt2': supported are .*, kimi_k2, llama, mistral, mixtral, qwen2",
         ),
         ({"model_type": None}, "model_type is None"),
         ({"hidden_size": None}, "hidden_size is None"),
@@ -290,6 +295,7 @@ def test_an_unknown_parameter_is_refused_by_name():
 
 def test_every_mapped_family_is_named_by_its_architecture():
     assert {FAMILIES[name].architecture for name in FAMILIES} == {
+        "DeepseekV3ForCausalLM",
         "Glm4MoeForCausalLM",
         "LlamaForCausalLM",
         "MistralForCausalLM",

@@ -28,6 +28,7 @@ def install_everything() -> list[Patch]:
     """Install all tables, in a process that `megalora.cpu` is installed in; return their rows."""
     from megalora import mends
     from megalora.cpu import gloo, kernels, megatron_devices
+    from megalora.mends import latent_attention
     from megalora.run import Launcher
     from megalora.training import patches
 
@@ -35,9 +36,11 @@ def install_everything() -> list[Patch]:
     patches.install(patches.PARSING)
     launcher.install()
     patches.install(patches.TRAINING)
+    patches.install(latent_attention.HUGGING_FACE)
     return [
         *(*mends.patches(), *gloo.PATCHES, *megatron_devices.PATCHES, *kernels.PATCHES),
         *(*patches.PARSING, *patches.TRAINING, *launcher.patches()),
+        *latent_attention.HUGGING_FACE,
     ]
 
 

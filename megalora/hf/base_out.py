@@ -218,7 +218,7 @@ def _gather_layers(
         if layer is None:
             # A copy of the embedding is one in the files too.
             copies = weights.copies().items()
-            tensors |= {copy: tensors[name] for copy, name in copies if name in tensors}
+            tensors |= {copy: tensors[name].clone() for copy, name in copies if name in tensors}
         yield tensors
 
 

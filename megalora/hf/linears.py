@@ -132,6 +132,12 @@ def find_linear(name: str, shape: ModelShape) -> tuple[int | None, Linear]:
     found = _LAYER.fullmatch(name)
     layer, rest = (int(found.group(1)), found.group(2)) if found else (None, name)
     linear = linears(names_of(shape.model_type)).get(rest)
+    if name.startswith("mtp."):
+        raise ValueError(
+            f"{name} is in a layer that predicts one token more, which Hugging Face's adapters leave "
+            "out: train with --lora-targets 'decoder.*linear_*' output_layer, or merge the adapter "
+            "into its base"
+        )
     if linear is None or linear.is_unembedding != (layer is None):
         raise ValueError(
             f"{name} has no adapter in Hugging Face's models: train with --lora-targets that leave "

@@ -5,7 +5,10 @@ from collections.abc import Callable
 import torch
 from megatron.core.tensor_parallel import mappings
 from megatron.core.transformer.mla_qk_norm_config import QKNormConfigResolver
-from megatron.core.transformer.multi_latent_attention import MLASelfAttention
+from megatron.core.transformer.multi_latent_attention import (
+    FusedMLASelfAttention,
+    MLASelfAttention,
+)
 
 from megalora.replace import Patch, around
 
@@ -22,8 +25,9 @@ def down_project(
 ) -> QueryAndKeyValue:
     """Sum the gradient of the shared rotary key over tensor-parallel ranks.
 
-    Every rank's heads use it, but where the down projection is column parallel, as only the local
-    layers have it, Megatron gathers it by an operation whose dgrad keeps each rank's own part.
+    Every rank's heads use it, but where the down projection is column parallel, as the local layers
+    and the joint one (`mla_down_proj_fusion`) have it, Megatron gathers it by an operation whose
+    dgrad keeps each rank's own part.
     """
     query, key_value = project(self, hidden_states)
     sizes = [self.config.kv_lora_rank, self.config.qk_pos_emb_head_dim]
@@ -55,30 +59,29 @@ def resolve_plain(resolve: Resolve, self: QKNormConfigResolver) -> Classes:
     return {**resolve(self), "linear_q_proj": self.submodules.linear_q_proj or self.linear_impl}
 
 
+_LOST = "the gradient of the shared rotary key is lost over tensor-parallel ranks"
 PATCHES = (
-    Patch(
-        MLASelfAttention,
-        "_qkv_down_projection",
-        ("hidden_states",),
-        around(down_project),
-        "the gradient of the shared rotary key is lost over tensor-parallel ranks",
+    *(
+        Patch(kind, "_qkv_down_projection", ("hidden_states",), around(down_project), _LOST)
+        for kind in (MLASelfAttention, FusedMLASelfAttention)
     ),
     Patch(
         QKNormConfigResolver,
         "resolve",
         ("self",),
         around(resolve_local),
-        "a norm of the latent of keys and values asks for one more before queries without a "
-        "latent, which the local layers have not",
+        "a norm of the latent of keys and values asks for one more, of queries without a latent, "
+        "which the local layers have not",
     ),
 )
-# Where a model is Hugging Face's, whose models have no such norm.
+# Where the model is Hugging Face's, whose models have no such norm.
 HUGGING_FACE = (
     Patch(
         QKNormConfigResolver,
         "resolve",
         ("self",),
         around(resolve_plain),
-        "TransformerEngine's layers norm what queries without a latent are projected from twice",
+        "with `--hf-model`: TransformerEngine's layers norm twice what queries without a latent "
+        "are projected from",
     ),
 )
