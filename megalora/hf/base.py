@@ -213,7 +213,9 @@ def _check_covered(name: str, param: Tensor, pieces: list[Piece]) -> None:
 def check_built_for(chunk: "GPTModel", config: Mapping[str, Any]) -> None:
     """Raise ValueError where a model chunk would compute something else than config.json says."""
     args = megatron_args(config)
-    wanted = {_FIELDS.get(name, name): v for name, v in args.items() if name not in _FREE}
+    # Attention through latents has its embedding of the configuration, all others of the model.
+    free = _FREE - {"rotary_base"} if "multi_latent_attention" in args else _FREE
+    wanted = {_FIELDS.get(name, name): v for name, v in args.items() if name not in free}
     has_dense = 0 in args.get("moe_layer_freq", [0])
     if not has_dense:
         del wanted["ffn_hidden_size"]

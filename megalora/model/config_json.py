@@ -109,6 +109,7 @@ def model_shape(config: Mapping[str, Any], *, name: str = "") -> ModelShape:
     family = family_of(config)
     try:
         attention_window(config, family)
+        stored_predictions(config)
         return _shape(with_defaults(config), family, name)
     except ValueError as error:
         sentence = str(error).removeprefix("config.json ")

@@ -13,6 +13,7 @@ from megatron.core.transformer.module import Float16Module
 from safetensors.torch import load_file, save_file
 
 from megalora.hf.base import load_hf_base
+from megalora.hf.rotary import latent_attentions, set_rotary
 from megalora.model.config_json import read_config
 from megalora.model.megatron import megatron_args, megatron_flags
 from tests.dist.support import hf
@@ -124,6 +125,93 @@ def test_each_part_of_a_router_shows_in_the_logits(
     assert (found[..., : hf_models.VOCAB] - expected).abs().max() > 10 * TOLERANCE
 
 
+def yarn(chunk: Any, **changes: float) -> None:
+    """Give all layers' rotary embeddings other numbers."""
+    for attention in latent_attentions(chunk):
+        for name, value in changes.items():
+            assert hasattr(attention.rotary_pos_emb, name)
+            setattr(attention.rotary_pos_emb, name, value)
+    attention.rotary_pos_emb.forward.cache_clear()
+
+
+def scores(chunk: Any, factor: float) -> None:
+    for attention in latent_attentions(chunk):
+        attention.core_attention.softmax_scale *= factor
+
+
+def norms_of_latents(chunk: Any, eps: float) -> None:
+    for attention in latent_attentions(chunk):
+        attention.q_layernorm.eps = attention.kv_layernorm.eps = eps
+
+
+def norms_of_keys(chunk: Any, eps: float) -> None:
+    for attention in latent_attentions(chunk):
+        attention.kv_layernorm.eps = eps
+
+
+LATENT_PARTS = {
+    "the scaling": ("deepseek_v3", functools.partial(yarn, scaling_factor=1.0)),
+    "where it begins": ("deepseek_v3", functools.partial(yarn, beta_fast=0.2)),
+    "where it ends": ("deepseek_v3", functools.partial(yarn, beta_slow=0.01)),
+    "the length before": (
+        "deepseek_v3",
+        functools.partial(yarn, original_max_position_embeddings=64),
+    ),
+    "the size of cosines": ("deepseek_v3", functools.partial(yarn, mscale=0.6)),
+    "the size of scores": ("deepseek_v3", functools.partial(scores, factor=1 / 1.125**2)),
+    "norms of latents": ("deepseek_v3", functools.partial(norms_of_latents, eps=0.01)),
+    "without a latent of queries": (
+        "deepseek_v3-plain",
+        functools.partial(norms_of_keys, eps=0.01),
+    ),
+}
+
+
+@pytest.mark.parametrize("part", LATENT_PARTS)
+@over(ONE)
+def test_each_part_of_attention_through_latents_shows_in_the_logits(
+    layout: Layout, part: str
+) -> None:
+    case, change = LATENT_PARTS[part]
+    directory, expected = reference(case)
+    with model_parallel(layout):
+        chunks = hf.load(layout, directory)
+        found = hf.logits(chunks, hf_models.IDS)[..., : hf_models.VOCAB]
+        change(chunks[0])
+        changed = hf.logits(chunks, hf_models.IDS)[..., : hf_models.VOCAB]
+    torch.testing.assert_close(found, expected, atol=TOLERANCE, rtol=TOLERANCE)
+    assert (changed - expected).abs().max() > 10 * TOLERANCE
+
+
+# Kimi-K2's, and others by which transformers takes another path.
+SCALINGS: list[dict[str, Any]] = [
+    {"beta_fast": 1.0, "beta_slow": 1.0, "mscale": 1.0, "mscale_all_dim": 1.0},
+    {"beta_fast": None, "beta_slow": None, "mscale": None, "mscale_all_dim": None},
+    {"mscale": 0.7, "mscale_all_dim": None},
+    {"mscale": 0.7, "mscale_all_dim": 1.0, "factor": 3.0},
+]
+
+
+@pytest.mark.parametrize("changes", SCALINGS, ids=str)
+@over(ONE)
+def test_yarn_scales_as_that_of_transformers(layout: Layout, changes: dict[str, Any]) -> None:
+    config = hf_models.hf_config("deepseek_v3")
+    config.rope_parameters = {**config.rope_parameters, **changes}
+    theirs = hf_models.hf_model_of(config)
+    args = megatron_args({**config.to_dict(), "rope_parameters": config.rope_parameters})
+    with model_parallel(layout):
+        directory, _ = reference("deepseek_v3")
+        scaled = ("rotary_scaling_factor", "mscale", "mscale_all_dim")
+        chunk = hf.build(layout, directory, **{name: args[name] for name in scaled})[0]
+        set_rotary(chunk, config.to_dict())
+    attention, own = latent_attentions(chunk)[0], theirs.model.layers[0].self_attn
+    angles, factor = attention.rotary_pos_emb(16)
+    expected = theirs.model.rotary_emb
+    torch.testing.assert_close(angles[1, 0, 0, :3], expected.inv_freq)
+    assert factor == pytest.approx(expected.attention_scaling)
+    assert attention.softmax_scale == pytest.approx(own.scaling)
+
+
 @over(ONE)
 def test_the_bias_of_experts_keeps_its_precision_in_a_model_of_bf16(layout: Layout) -> None:
     directory, _ = reference("glm4_moe")
@@ -229,6 +317,19 @@ def broken_copy(case: str, tmp_path: Path, **config: Any) -> Path:
         ),
         ("qwen3_moe", {"moe_router_topk_scaling_factor": 2.0}, "topk_scaling_factor is 2.0"),
         ("llama", {"num_moe_experts": 4, "moe_ffn_hidden_size": 40}, "num_moe_experts is 4"),
+        ("llama", {"mtp_num_layers": 1}, "mtp_num_layers is 1, must be 0"),
+        ("deepseek_v3", {"q_lora_rank": 16}, "q_lora_rank is 16, must be 20"),
+        ("deepseek_v3-plain", {"q_lora_rank": 16}, "q_lora_rank is 16, must be None"),
+        ("deepseek_v3", {"kv_lora_rank": 14}, "kv_lora_rank is 14, must be 12"),
+        ("deepseek_v3", {"qk_head_dim": 12}, "qk_head_dim is 12, must be 10"),
+        ("deepseek_v3", {"qk_pos_emb_head_dim": 8}, "qk_pos_emb_head_dim is 8, must be 6"),
+        ("deepseek_v3", {"v_head_dim": 12}, "v_head_dim is 12, must be 14"),
+        ("deepseek_v3", {"rope_type": "rope"}, "rope_type is 'rope', must be 'yarn'"),
+        ("deepseek_v3", {"rotary_scaling_factor": 4.0}, "rotary_scaling_factor is 4.0, must be 8"),
+        ("deepseek_v3", {"mscale": 0.5}, "mscale is 0.5, must be 1.0"),
+        ("deepseek_v3", {"mscale_all_dim": 0.5}, "mscale_all_dim is 0.5, must be 0.6"),
+        ("deepseek_v3", {"rotary_base": 10}, "rotary_base is 10, must be 100"),
+        ("deepseek_v3", {"mtp_num_layers": 2}, "mtp_num_layers is 2, must be 1"),
     ],
 )
 @over(ONE)

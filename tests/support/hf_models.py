@@ -127,8 +127,13 @@ def _deepseek_v3() -> dict[str, object]:
 
 def hf_model(family: str, *, tied: bool = False, **changes: object) -> torch.nn.Module:
     """Return a tiny model with values everywhere, biases and norms included."""
+    return hf_model_of(hf_config(family, tied=tied, **changes))
+
+
+def hf_model_of(config: transformers.PretrainedConfig) -> torch.nn.Module:
+    """Return the model of a configuration, with values everywhere."""
     torch.manual_seed(1)
-    model = transformers.AutoModelForCausalLM.from_config(hf_config(family, tied=tied, **changes))
+    model = transformers.AutoModelForCausalLM.from_config(config)
     with torch.no_grad():
         for name, param in model.named_parameters():
             if param.dim() == 1:
