@@ -64,6 +64,15 @@ BALANCED = {
     "moe_aux_loss_coeff": [0.5, 0.5],
     "moe_z_loss_coeff": 0.05,
 }
+# As DeepSeek-V3 chooses experts, and what GLM-4.5 has beside.
+CHOSEN_BY_SIGMOID = {
+    "moe_router_score_function": "sigmoid",
+    "moe_router_enable_expert_bias": True,
+    "moe_router_topk_scaling_factor": 2.5,
+    "moe_router_num_groups": 2,
+    "moe_router_group_topk": 1,
+}
+GLM = {"rotary_percent": 0.5, "qk_layernorm": True, "add_qkv_bias": True}
 WITH_ROUTER = {"targets": ("all", "router")}
 KINDS = {
     "dense": _kind(layers=2),
@@ -92,6 +101,12 @@ KINDS = {
     "ungated experts": _kind(**MOE, **UNGATED, lora={"expert_rank": 3}),
     "shared-outer experts": _kind(**MOE, lora={"expert_mode": "shared_outer"}),
     "shared experts": _kind(**MOE, **SHARED_EXPERTS),
+    "GLM-4.5's layers": _kind(
+        layers=2,
+        moe_layer_freq=[0, 1],
+        **{**MOE, **SHARED_EXPERTS, **CHOSEN_BY_SIGMOID, **GLM},
+        lora=WITH_ROUTER,
+    ),
     "hybrid": _hybrid("M*|-M"),
     "hybrid with experts": _hybrid("ME*", **MOE, lora=WITH_ROUTER),
     "hybrid in 4 stages": _hybrid("M|*|-|M"),
@@ -195,6 +210,10 @@ EXPERTS = [
         Case(layout=layout, kind=kind)
         for layout in (EP2, ETP2, TP2_EP2)
         for kind in ("experts", "shared-outer experts", "shared experts")
+    ),
+    *(
+        Case(layout=layout, kind="GLM-4.5's layers")
+        for layout in (Layout(), EP2, ETP2, TP2_EP2, PP2, CP2)
     ),
     Case(layout=TP2_SP, kind="experts"),
     Case(layout=ETP2, kind="ungated experts"),

@@ -152,7 +152,7 @@ def _build_gpt(config: Any, stage: int | None, common: dict[str, Any]) -> GPTMod
 
 @torch.no_grad()
 def draw_weights(chunk: Any) -> None:
-    """Overwrite every parameter with its shard of a full tensor drawn by global name.
+    """Overwrite every weight with its shard of a full tensor drawn by global name.
 
     Megatron's sharded checkpoint entries say which part of which global tensor a rank holds, and
     their data are views of the parameters.
@@ -168,12 +168,19 @@ def draw_weights(chunk: Any) -> None:
         assert shard.data is not None
         shard.data.copy_(full[where].reshape(shard.data.shape))
         filled += shard.data.numel()
-    expected = sum(parameter.numel() for parameter in chunk.parameters())
+    expected = sum(weight.numel() for weight in _weights(chunk))
     assert filled == expected, f"filled {filled} of {expected} numbers"
 
 
+def _weights(chunk: Any) -> list[torch.Tensor]:
+    """Return what a trained model is: its parameters, and by which bias it chooses experts."""
+    buffers = dict(chunk.named_buffers())
+    biases = [buffer for name, buffer in buffers.items() if name.endswith("router.expert_bias")]
+    return [*chunk.parameters(), *biases]
+
+
 def _parameter_shards(chunk: Any) -> Iterator[ShardedTensor]:
-    storages = {parameter.untyped_storage().data_ptr() for parameter in chunk.parameters()}
+    storages = {weight.untyped_storage().data_ptr() for weight in _weights(chunk)}
     dp_cp_group = parallel_state.get_data_parallel_group(with_context_parallel=True)
     entries = chunk.sharded_state_dict(metadata={"dp_cp_group": dp_cp_group})
     apply_factories(entries)
