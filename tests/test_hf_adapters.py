@@ -61,7 +61,7 @@ def test_every_expert_gets_its_own_factors_at_the_expert_rank():
     assert torch.equal(up.lora_A, a[11, 3:])
     assert torch.equal(up.lora_B, b[11, 5:])
     assert (up.rank, up.scale) == (3, 32 / 3)
-    assert factors["model.layers.1.mlp.shared_expert.up_proj"].rank == 6
+    assert factors["model.layers.1.mlp.shared_experts.up_proj"].rank == 6
     assert len(factors) == 2 * (4 + 3 + 12 * 3) + 1
 
 

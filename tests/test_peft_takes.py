@@ -9,9 +9,10 @@ from megalora.hf.factors import LoRAFactors
 from megalora.hf.peft import FORMATS, write_adapter
 from megalora.hf.servers import SERVERS
 from megalora.hf.servers.outline import outline_of_directory
+from megalora.model.config_json import model_shape
+from megalora.model.families import names_of
 from megalora.model.served import ServedModel
 from tests.support.hf_models import (
-    NUM_EXPERTS,
     hf_model,
     logits,
     merged,
@@ -24,12 +25,20 @@ RANKS = {"experts": (2, 4.0), "": (4, 2.0)}
 
 
 @pytest.mark.parametrize("format", FORMATS)
-@pytest.mark.parametrize("family", ["qwen2", "qwen3_moe"])
+@pytest.mark.parametrize("family", ["qwen2", "qwen3_moe", "mixtral", "qwen2_moe", "glm4_moe"])
 def test_peft_agrees(family: str, format: Any, tmp_path: Path) -> None:
     model = hf_model(family)
     factors = shared_outer(random_factors(model, RANKS))
-    count = NUM_EXPERTS if "moe" in family else None
-    write_adapter(tmp_path / "a", factors, base_model_name="b", format=format, num_experts=count)
+    shape = model_shape(model.config.to_dict())
+    write_adapter(
+        tmp_path / "a",
+        factors,
+        base_model_name="b",
+        format=format,
+        names=names_of(family),
+        num_experts=shape.num_moe_experts or None,
+        moe_layers=shape.moe_layers or None,
+    )
     served = ServedModel.of(model.config.to_dict() | {"architectures": [type(model).__name__]})
     found = SERVERS["peft"].judge(outline_of_directory(tmp_path / "a"), served)
     assert found.accepted == serves(model, tmp_path / "a", factors), found

@@ -39,7 +39,9 @@ def sglang() -> Iterator[sglang_reader.Reader]:
 
 @pytest.mark.parametrize("head", [True, False], ids=["lm_head", "no lm_head"])
 @pytest.mark.parametrize("format", FORMATS)
-@pytest.mark.parametrize("family", ["llama", "qwen2", "qwen3", "qwen3_moe"])
+@pytest.mark.parametrize(
+    "family", ["llama", "qwen2", "qwen3", "qwen3_moe", "mixtral", "qwen2_moe", "glm4_moe"]
+)
 @has_sglang
 def test_sglang_agrees(
     family: str, format: str, head: bool, sglang: sglang_reader.Reader, tmp_path: Path

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from safetensors.torch import load_file, save_file
 
 from megalora.hf.peft import FORMATS
 from megalora.hf.servers.verdict import Verdict
@@ -66,6 +67,21 @@ def test_vllm_agrees(
     found = verdict("vllm", directory, config)
     refusal = vllm.refusal(directory, config, **vllm_flags(found))
     assert found.accepted == (not refusal), (found, refusal)
+
+
+@pytest.mark.parametrize("format", ["peft", "peft-3d"])
+@has_vllm
+def test_vllm_serves_without_experts_that_are_named_as_transformers_5_loads_them(
+    format: str, vllm: vllm_reader.Reader, tmp_path: Path
+) -> None:
+    config = config_of("mixtral")
+    directory = written(tmp_path, factors_of("mixtral", (2, 4), head=True), format, "mixtral")
+    path = directory / "adapter_model.safetensors"
+    tensors = {n.replace("block_sparse_moe", "mlp"): t for n, t in load_file(path).items()}
+    save_file(tensors, path)
+    found = verdict("vllm", directory, config)
+    assert "block_sparse_moe.experts" in "".join(found.problems)
+    assert "serves without" in vllm.refusal(directory, config, **vllm_flags(found))
 
 
 @pytest.mark.parametrize(

@@ -1,5 +1,6 @@
 """The adapter_config.json that makes PEFT load what is written, and servers too."""
 
+import re
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -7,8 +8,10 @@ from typing import Any
 from megalora.hf.factors import LoRAFactors
 from megalora.hf.patterns import matches
 from megalora.hf.peft_config import choose_patterns, layer_of, most_common, target_modules
-from megalora.hf.peft_experts import DOWN, GATE_UP, PROJECTIONS, Experts
+from megalora.hf.peft_experts import DOWN, GATE_UP, Experts
+from megalora.hf.stacked_experts import from_tinker_projection
 from megalora.hf.uniform import largest_rank
+from megalora.model.family import Names, without_numbers
 
 _CONSTANT_FIELDS: dict[str, Any] = {
     "peft_type": "LORA",
@@ -22,7 +25,6 @@ _CONSTANT_FIELDS: dict[str, Any] = {
     "use_rslora": False,
     "use_dora": False,
 }
-_ROUTER = ".mlp.gate"
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,46 +34,58 @@ class AdaptedBase:
     num_layers: int
     moe_layers: list[int]
     is_moe: bool
+    names: Names
 
 
 def adapter_config(
     dense: Mapping[str, LoRAFactors], experts: Experts | None, format: str, base: AdaptedBase
 ) -> dict[str, Any]:
     """Return what a format's configuration says of these adapters, but for the base's name."""
-    wanted = {name: (module.rank, _alpha(module)) for name, module in dense.items()}
-    of_experts = experts.factors if experts else {}
-    if format == "uniform":
-        rank = largest_rank([*dense.values(), *of_experts.values()])
-        wanted, default = dict.fromkeys(dense, (rank, rank)), (rank, rank)
-    elif experts:
-        # NOTE: PEFT takes the rank of stacked experts from `r` and ignores patterns there, so `r`
-        # is the expert rank wherever there are experts.
-        default = (experts.rank, _alpha(next(iter(of_experts.values()))))
-    else:
-        default = most_common(wanted.values())
+    wanted, default = _ranks(dense, experts, format)
     if format == "tinker":
         return _fields(*default, target_modules="all-linear")
     rank_pattern, alpha_pattern = choose_patterns(wanted, default)
-    by_weight = _wrapped_by_weight(dense, is_moe=base.is_moe)
+    by_weight = _wrapped_by_weight(dense, base)
     rank_pattern, alpha_pattern = (_of_weights(p, by_weight) for p in (rank_pattern, alpha_pattern))
     targets = target_modules([name for name in dense if name not in by_weight], base.num_layers)
-    parameters = [f"{name}.weight" for name in by_weight]
+    parameters = [f"{base.names.as_loaded(name)}.weight" for name in by_weight]
     if experts:
         infix = experts.prefixes[0].split(".", 3)[3]
         places = _places_of_parameters(experts, infix, format, base)
         parameters += [f"{place}.{name}" for place in places for name in (GATE_UP, DOWN)]
         if places:
-            pattern = f"{infix}.{GATE_UP}".replace(".", "\\.")
+            pattern = re.escape(f"{infix}.{GATE_UP}")
             rank_pattern[pattern], alpha_pattern[pattern] = 2 * default[0], _whole(2 * default[1])
         else:
-            targets += [name for name in PROJECTIONS if name not in targets]
+            targets += experts.projections
+    if format == "uniform":
+        # SGLang serves no module that is not named here, and knows w1, w3 and w2 as keys alone.
+        targets += [name.rpartition(".")[2] for name in by_weight if not _is_router(name, base)]
+        targets = [from_tinker_projection(name) for name in targets]
+    rank_pattern, alpha_pattern = (_both(p, base.names) for p in (rank_pattern, alpha_pattern))
     return _fields(
         *default,
         rank_pattern=rank_pattern,
         alpha_pattern=alpha_pattern,
-        target_modules=sorted(targets),
+        target_modules=sorted(set(targets)),
         target_parameters=parameters or None,
     )
+
+
+def _ranks(
+    dense: Mapping[str, LoRAFactors], experts: Experts | None, format: str
+) -> tuple[dict[str, tuple[int, float]], tuple[int, float]]:
+    """Return (rank, alpha) of each module outside of the experts, and of all that are not named."""
+    wanted = {name: (module.rank, _alpha(module)) for name, module in dense.items()}
+    of_experts = experts.factors if experts else {}
+    if format == "uniform":
+        rank = largest_rank([*dense.values(), *of_experts.values()])
+        return dict.fromkeys(dense, (rank, rank)), (rank, rank)
+    if experts:
+        # NOTE: PEFT takes the rank of stacked experts from `r` and ignores patterns there, so `r`
+        # is the expert rank wherever there are experts.
+        return wanted, (experts.rank, _alpha(next(iter(of_experts.values()))))
+    return wanted, most_common(wanted.values())
 
 
 def _places_of_parameters(
@@ -79,28 +93,35 @@ def _places_of_parameters(
 ) -> list[str]:
     """Return what holds the experts' parameters that are named; empty where modules are.
 
-    Names of modules are those of all layers with experts. SGLang, which `uniform` is for, serves no
-    module that target_modules does not name.
+    Names of modules are those of all layers with experts.
     """
     whole = {layer_of(prefix) for prefix in experts.prefixes} == set(base.moe_layers)
-    if format == "uniform" or (format == "peft" and whole):
+    if format == "uniform":
         return []
-    return [infix] if whole else experts.prefixes
+    if format == "peft" and whole and not base.names.experts_by_parameters:
+        return []
+    places = [f".{infix}"] if whole else experts.prefixes
+    return [base.names.as_loaded(place).removeprefix(".") for place in places]
 
 
 def _fields(rank: int, alpha: float, **others: object) -> dict[str, Any]:
     return {**_CONSTANT_FIELDS, "r": rank, "lora_alpha": alpha, **others}
 
 
-def _wrapped_by_weight(names: Collection[str], *, is_moe: bool) -> list[str]:
+def _wrapped_by_weight(modules: Collection[str], base: AdaptedBase) -> list[str]:
     """Return the modules that PEFT with transformers 5 reaches by their weights only.
 
-    Beside experts it takes the names of a dense MLP for theirs and drops them, and a router is no
-    linear. The names in the file are the same.
+    Beside experts it takes the names of a dense MLP, and of shared experts, for theirs and drops
+    them, and a router is no linear. The names in the file are the same.
     """
-    ends = (*PROJECTIONS, _ROUTER) if is_moe else (_ROUTER,)
-    wrapped = [name for name in names if name.endswith(ends)]
+    taken = base.is_moe and not base.names.experts_by_parameters
+    ends = tuple(f".{name}" for name in base.names.projections) if taken else ()
+    wrapped = [name for name in modules if _is_router(name, base) or name.endswith(ends)]
     return sorted(wrapped, key=lambda name: (layer_of(name) or 0, name))
+
+
+def _is_router(name: str, base: AdaptedBase) -> bool:
+    return without_numbers(name)[0] in base.names.in_layer("mlp.router")
 
 
 def _of_weights(patterns: Mapping[str, Any], names: list[str]) -> dict[str, Any]:
@@ -111,6 +132,15 @@ def _of_weights(patterns: Mapping[str, Any], names: list[str]) -> dict[str, Any]
         else pattern: value
         for pattern, value in patterns.items()
     }
+
+
+def _both(patterns: Mapping[str, Any], names: Names) -> dict[str, Any]:
+    """Let patterns match what files call a module, and what transformers' class does."""
+    found = dict(patterns)
+    for stored, loaded in names.loaded_as.items():
+        one, other = re.escape(stored), re.escape(loaded)
+        found = {p.replace(one, f"({one}|{other})"): value for p, value in found.items()}
+    return found
 
 
 def _alpha(module: LoRAFactors) -> float:

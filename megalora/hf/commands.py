@@ -27,9 +27,10 @@ from megalora.hf.foreign import refuse_foreign
 from megalora.hf.inspect import AdapterReport, describe, inspect_peft, is_peft
 from megalora.hf.merge import merge_adapter
 from megalora.hf.peft import read_adapter, read_adapter_directory, write_adapter
-from megalora.hf.peft_experts import without_untrained
 from megalora.hf.run_flags import how_to_go_on
+from megalora.hf.untrained import without_untrained
 from megalora.model.config_json import hidden_size_of, load_config, model_shape, read_config
+from megalora.model.families import names_of
 from megalora.model.megatron import megatron_flags
 from megalora.model.shape import ModelShape
 from megalora.printable import printable
@@ -67,6 +68,7 @@ def export(args: argparse.Namespace) -> None:
         factors,
         base_model_name=args.base_name or args.hf_model or "",
         format=format_of_export(args, factors, config, shape),
+        names=names_of(shape.model_type),
         num_layers=shape.num_layers,
         num_experts=shape.num_moe_experts or None,
         moe_layers=shape.moe_layers or None,
@@ -111,7 +113,12 @@ def import_adapter(args: argparse.Namespace) -> None:
     start = time.monotonic()
     shape = model_shape(read_config(args.hf_model))
     with _warning_in_lines():
-        factors = read_adapter(args.adapter, hidden_size=shape.hidden_size, base=args.hf_model)
+        factors = read_adapter(
+            args.adapter,
+            names=names_of(shape.model_type),
+            hidden_size=shape.hidden_size,
+            base=args.hf_model,
+        )
     config = offline.infer_config(factors, shape)
     rank = args.rank or config.rank
     config = replace(
@@ -140,9 +147,10 @@ def merge(args: argparse.Namespace) -> None:
     """Add a PEFT adapter to the weights of its base."""
     start = time.monotonic()
     base = Path(args.hf_model)
-    hidden_size = hidden_size_of(load_config(args.hf_model))
+    config = load_config(args.hf_model)
+    names, hidden_size = names_of(str(config.get("model_type"))), hidden_size_of(config)
     with _warning_in_lines():
-        adapter = read_adapter_directory(args.adapter, hidden_size=hidden_size)
+        adapter = read_adapter_directory(args.adapter, names=names, hidden_size=hidden_size)
     factors, trained = adapter.factors, adapter.trained_layers(base)
     total = len(TensorFiles(base).file_names())
     with tqdm(total=total, unit="file", desc="merging", disable=None) as bar:

@@ -23,11 +23,12 @@ from megalora.hf.foreign import refuse_foreign
 from megalora.hf.head_rows import check_head_rows
 from megalora.hf.inspect import is_peft
 from megalora.hf.peft import Format, read_adapter, write_adapter
-from megalora.hf.peft_experts import without_untrained
 from megalora.hf.servers import choose_format, judge_export, served_model
 from megalora.hf.stacked_experts import check_shared
+from megalora.hf.untrained import without_untrained
 from megalora.model.config_json import load_config, mapped_family
 from megalora.model.config_json import model_shape as config_shape
+from megalora.model.families import names_of
 from megalora.model.shape import ModelShape, refuse_hybrid
 
 OUTPUT_B = "output_layer_lora.lora_B"
@@ -65,7 +66,8 @@ def _load_peft(
     vocab_size: int,
 ) -> None:
     shape, padded = model_shape(model_chunks, hf_model), _padded_vocab_size(model_chunks)
-    factors = read_adapter(directory, hidden_size=shape.hidden_size, base=hf_model)
+    names = names_of(shape.model_type)
+    factors = read_adapter(directory, names=names, hidden_size=shape.hidden_size, base=hf_model)
     known = _vocab_size(hf_model) if hf_model else 0
     check_head_rows(factors, known or vocab_size, known or padded)
     if not shape.model_type:
@@ -124,10 +126,7 @@ def export_adapter(
     """
     shape = model_shape(model_chunks, hf_model)
     tensors = gather_adapters(model_chunks)
-    initial = None
-    if config.init == "pissa":
-        with at_start(model_chunks):
-            initial = gather_adapters(model_chunks)
+    initial = _start_values(model_chunks) if config.init == "pissa" else None
 
     def write() -> None:
         rows = tensors[OUTPUT_B].shape[0] if OUTPUT_B in tensors else 0
@@ -137,6 +136,7 @@ def export_adapter(
             without_untrained(to_hf(tensors, config, sizes, initial=initial)),
             base_model_name=base_model_name,
             format=format,
+            names=names_of(sizes.model_type),
             num_layers=sizes.num_layers,
             num_experts=sizes.num_moe_experts or None,
             moe_layers=sizes.moe_layers or None,
@@ -145,6 +145,11 @@ def export_adapter(
         print(f"> LoRA: exported the adapter to {directory}", flush=True)
 
     on_all_ranks(write, only=0)
+
+
+def _start_values(model_chunks: Sequence[torch.nn.Module]) -> dict[str, torch.Tensor]:
+    with at_start(model_chunks):
+        return gather_adapters(model_chunks)
 
 
 def check_export(

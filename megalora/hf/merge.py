@@ -2,7 +2,7 @@
 
 import os
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -17,9 +17,11 @@ from megalora.hf.factors import LoRAFactors, check_factors, summarise
 from megalora.hf.files import read_json, save_tensors, write_json
 from megalora.hf.head_rows import HEAD, check_head_rows
 from megalora.hf.misfits import why_not
+from megalora.hf.peft_experts import DOWN
 from megalora.hf.safetensors_files import HFWeights
 from megalora.hf.written import MANIFEST
 from megalora.model.config_json import checked_config, load_config
+from megalora.model.families import names_of
 from megalora.model.fields import switch
 from megalora.model.loaded import without_quantisation
 
@@ -49,7 +51,7 @@ def merge_adapter(
     check_factors(factors)
     source = Path(base)
     config = without_quantisation(checked_config(load_config(source), source))
-    weights, trained = HFWeights(source), trained or {}
+    weights, trained = HFWeights(source, names_of(str(config.get("model_type")))), trained or {}
     untie = _unties(config, {*factors, *trained})
     config |= {"tie_word_embeddings": False} if untie else {}
     _check_fits(weights, factors, untie=untie)
@@ -119,11 +121,14 @@ def _merged_file(
     tensors: dict[str, Tensor] = {}
     for name in names:
         own = weights.files.tensor(name)
-        tensor = trained[name].to(own.dtype) if name in trained else own
-        fused = _FUSED.fullmatch(name)
-        module = factors.get(name.removesuffix(".weight"))
+        known = weights.names.as_stored(name)
+        tensor = trained[known].to(own.dtype) if known in trained else own
+        fused = _FUSED.fullmatch(known)
+        module = factors.get(known.removesuffix(".weight"))
         if fused:
-            _add_experts(tensor, fused.group(1), fused.group(2), factors)
+            parts = weights.names.projections
+            parts = parts[2:] if fused.group(2) == DOWN else parts[:2]
+            _add_experts(tensor, fused.group(1), parts, factors)
         elif module is not None and not (untie and name == _UNEMBEDDING):
             add_update(tensor, module)
         if untie and name == _UNEMBEDDING:
@@ -153,10 +158,9 @@ def _refuse(weights: HFWeights, file_name: str, name: str, dtype: torch.dtype) -
 
 
 def _add_experts(
-    tensor: Tensor, prefix: str, kind: str, factors: Mapping[str, LoRAFactors]
+    tensor: Tensor, prefix: str, parts: Sequence[str], factors: Mapping[str, LoRAFactors]
 ) -> None:
-    """Add the updates of all experts into one stacked tensor [E, out, in]."""
-    parts = ("down_proj",) if kind == "down_proj" else ("gate_proj", "up_proj")
+    """Add the updates of all experts into one tensor of them [E, out, in] that stacks parts."""
     for expert, stacked in enumerate(tensor):
         for part, rows in zip(parts, stacked.chunk(len(parts)), strict=True):
             module = factors.get(f"{prefix}.{expert}.{part}")

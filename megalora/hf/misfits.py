@@ -10,6 +10,8 @@ from megalora.model.shape import ModelShape
 from megalora.printable import printable
 
 _OTHER_TOWER = re.compile(r"\b(visual|vision\w*|image\w*|audio\w*|multi_modal\w*|mm_\w+)\b")
+# Qwen2-MoE's, which PEFT's `all-linear` takes for one more linear.
+_GATE = re.compile(r"\.shared_expert_gate$")
 _FUSED = re.compile(r"\b(qkv_proj|gate_up_proj|query_key_value|c_attn|W_pack)$")
 
 
@@ -48,6 +50,12 @@ def _why(names: list[str], known: Collection[str], num_layers: int) -> str:
         return (
             f"{printable(fused, 200)} is several projections in one, which the base has apart: it "
             "was trained on another implementation of the model"
+        )
+    if gate := next((name for name in names if _GATE.search(name)), None):
+        return (
+            f"{printable(gate, 200)} is a shared expert's gate, a vector in Megatron, which has no "
+            "adapter: merge the adapter into its base (megalora merge) and give the result as the "
+            "base, or train one without it (exclude_modules of PEFT)"
         )
     return _prefix(names, known) or _size(names, known, num_layers) or "it belongs to another model"
 

@@ -1,7 +1,6 @@
 """PEFT adapter directories, written and read."""
 
 import os
-import re
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -29,12 +28,11 @@ from megalora.hf.peft_config import (
     split_expert,
 )
 from megalora.hf.peft_experts import (
-    PROJECTIONS,
     Experts,
+    Pair,
     complete_experts,
     join_3d,
     split_3d,
-    without_blanks,
 )
 from megalora.hf.peft_keys import check_keys, read_keys, read_pairs
 from megalora.hf.peft_targets import check_targets
@@ -45,12 +43,13 @@ from megalora.hf.stacked_experts import (
     to_tinker_name,
 )
 from megalora.hf.uniform import at_one_scale, uniform_tensors
+from megalora.hf.untrained import without_blanks
 from megalora.hf.whole_layers import check_without_base, refuse_trained, trained_layers
+from megalora.model.family import DEFAULT_NAMES, Names, without_numbers
 
 Format = Literal["peft", "uniform", "peft-3d", "tinker"]
 FORMATS: tuple[str, ...] = get_args(Format)
 _PREFIX = "base_model.model."
-_DENSE = re.compile(rf"model\.layers\.\d+\.mlp\.({'|'.join(PROJECTIONS)})")
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,6 +76,7 @@ def write_adapter(
     *,
     base_model_name: str,
     format: Format = "peft",
+    names: Names = DEFAULT_NAMES,
     num_layers: int | None = None,
     num_experts: int | None = None,
     moe_layers: Collection[int] | None = None,
@@ -90,12 +90,13 @@ def write_adapter(
         patterns; `peft-3d` has the experts of a layer in one tensor; `tinker` is `uniform` but
         for the scale, has the experts of a layer in one tensor with what they share once, and is
         for Tinker and SGLang, not for PEFT.
+    names: of the base's family.
     num_layers, num_experts: of the base; where left out, the highest numbers in `factors` count.
     moe_layers: those with experts; where left out, all that have no adapter of a dense MLP.
     Raises ValueError for values that are not finite, and for what the format cannot say.
     """
     _check_writable(factors, format)
-    base = _base(factors, num_layers, moe_layers, is_moe=bool(num_experts))
+    base = _base(factors, names, num_layers, moe_layers, is_moe=bool(num_experts))
     tensors, config = _planned(factors, format, base, num_experts)
     with whole_directory(directory, overwrite=overwrite) as target:
         save_tensors(target / f"{ADAPTER}.safetensors", tensors)
@@ -110,7 +111,13 @@ def _planned(
         factors = at_one_scale(factors)
         check_factors(factors)
     agree = format != "uniform"
-    experts = complete_experts(factors, base.moe_layers, num_experts, must_agree=agree)
+    experts = complete_experts(
+        factors,
+        base.moe_layers,
+        num_experts,
+        projections=base.names.projections,
+        must_agree=agree,
+    )
     dense = {name: module for name, module in factors.items() if not split_expert(name)}
     tensors = _tensors(dense, experts, format)
     config = adapter_config(dense, experts, format, base)
@@ -118,18 +125,23 @@ def _planned(
 
 
 def _base(
-    names: Collection[str],
+    modules: Collection[str],
+    names: Names,
     num_layers: int | None,
     moe_layers: Collection[int] | None,
     *,
     is_moe: bool,
 ) -> AdaptedBase:
-    layers = [layer for name in names if (layer := layer_of(name)) is not None]
+    layers = [layer for name in modules if (layer := layer_of(name)) is not None]
     num_layers = num_layers or max(layers, default=-1) + 1
     if moe_layers is None:
-        moe_layers = set(range(num_layers)) - {layer_of(n) for n in names if _DENSE.fullmatch(n)}
-    is_moe = is_moe or any(split_expert(name) for name in names)
-    return AdaptedBase(num_layers, sorted(moe_layers), is_moe)
+        mlp = {*names.in_layer("mlp.linear_fc1"), *names.in_layer("mlp.linear_fc2")}
+        dense = {layer_of(name) for name in modules if without_numbers(name)[0] in mlp}
+        moe_layers = set(range(num_layers)) - dense
+    beside = {*names.in_layer("mlp.router"), *names.in_layer("mlp.shared_experts.linear_fc1")}
+    beside |= {*names.in_layer("mlp.shared_experts.linear_fc2")}
+    is_moe |= any(split_expert(name) or without_numbers(name)[0] in beside for name in modules)
+    return AdaptedBase(num_layers, sorted(moe_layers), is_moe, names)
 
 
 def _tensors(
@@ -155,16 +167,18 @@ def _check_writable(factors: Mapping[str, LoRAFactors], format: str) -> None:
 def read_adapter(
     directory: str | os.PathLike[str],
     *,
+    names: Names = DEFAULT_NAMES,
     hidden_size: int | None = None,
     base: str | os.PathLike[str] | None = None,
 ) -> dict[str, LoRAFactors]:
     """Return the factors of a PEFT directory by Hugging Face module name.
 
+    names: of the base's family, by which the modules are named whose names PEFT has changed.
     hidden_size: of the base, only needed for 3-D adapters of one expert parameter.
     base: directory of the base, only needed where there are whole layers beside the factors.
     Raises ValueError for whatever plain LoRA factors cannot represent, and for broken files.
     """
-    found = read_adapter_directory(directory, hidden_size=hidden_size)
+    found = read_adapter_directory(directory, names=names, hidden_size=hidden_size)
     if base is None:
         check_without_base(found.whole)
     else:
@@ -175,6 +189,7 @@ def read_adapter(
 def read_adapter_directory(
     directory: str | os.PathLike[str],
     *,
+    names: Names = DEFAULT_NAMES,
     hidden_size: int | None = None,
     on_problem: Callable[[str], None] | None = None,
 ) -> AdapterDirectory:
@@ -190,7 +205,26 @@ def read_adapter_directory(
     keys = read_keys(files)
     check_keys(keys, config, on_problem)
     rules = replace(rules, prefix=keys.prefix)
-    pairs = read_pairs(files, keys)
+    factors = _factors(read_pairs(files, keys), config, rules, names, hidden_size, on_problem)
+    try:
+        check_factors(factors)
+    except ValueError as error:
+        if on_problem is None:
+            raise
+        on_problem(str(error))
+    whole = {names.as_stored(name): key for name, key in keys.whole.items()}
+    return AdapterDirectory(without_blanks(factors), config, rules, files, whole)
+
+
+def _factors(
+    pairs: dict[str, Pair],
+    config: Mapping[str, Any],
+    rules: PeftRules,
+    names: Names,
+    hidden_size: int | None,
+    on_problem: Callable[[str], None] | None,
+) -> dict[str, LoRAFactors]:
+    """Return factors of single modules, by the family's names for them."""
     stacked = {name: pairs.pop(name) for name in list(pairs) if is_stacked(name)}
     for number, end in enumerate(("lora_A", "lora_B")):
         check_tensors({f"{name}.{end}": _matrix(name, p[number]) for name, p in pairs.items()})
@@ -200,16 +234,11 @@ def read_adapter_directory(
     check_ranks(ranks, rules)
     check_targets(config, {name: rules.stored(name) for name in pairs}, on_problem)
     factors = {name: LoRAFactors(a, b, rules.scale(name)) for name, (a, b) in dense.items()}
-    factors |= split_stacked(stacked, rules)
+    factors |= split_stacked(stacked, rules, names.projections)
     if of_parameters:
-        factors |= split_3d(of_parameters, rules, config, hidden_size or _hidden_size(factors))
-    try:
-        check_factors(factors)
-    except ValueError as error:
-        if on_problem is None:
-            raise
-        on_problem(str(error))
-    return AdapterDirectory(without_blanks(factors), config, rules, files, keys.whole)
+        hidden_size = hidden_size or _hidden_size(factors)
+        factors |= split_3d(of_parameters, rules, config, hidden_size, names.projections)
+    return {names.as_stored(name): module for name, module in factors.items()}
 
 
 def _matrix(name: str, factor: Tensor) -> Tensor:

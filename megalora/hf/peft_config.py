@@ -13,7 +13,7 @@ from megalora.hf.patterns import Patterns
 from megalora.hf.peft_fields import check_fields, check_type
 
 _LAYER = re.compile(r"model\.layers\.(\d+)\.(.+)")
-_EXPERT = re.compile(r"(.+\.experts)\.(\d+)\.(gate_proj|up_proj|down_proj)")
+_EXPERT = re.compile(r"(.+\.experts)\.(\d+)\.(\w+)")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -9,7 +9,7 @@ lora_A [E r, in] is expert-major, lora_B [out, r E] is expert-fastest; Megatron-
 """
 
 from collections import defaultdict
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial, reduce
 from typing import Any
@@ -17,13 +17,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megalora.adapters.finite import largest
 from megalora.hf.factors import LoRAFactors, same_scale
 from megalora.hf.files import Planned
 from megalora.hf.peft_config import PeftRules, layer_of, split_expert
+from megalora.model.family import Projections
 from megalora.model.shape import MAX_SIZES
 
-PROJECTIONS = ("gate_proj", "up_proj", "down_proj")
 GATE_UP, DOWN = "gate_up_proj", "down_proj"
 Pair = tuple[Tensor, Tensor]
 
@@ -33,6 +32,7 @@ def split_3d(
     rules: PeftRules,
     config: Mapping[str, Any],
     hidden_size: int | None,
+    projections: Projections,
 ) -> dict[str, LoRAFactors]:
     """Turn the 3-D factors of every layer into factors of single experts.
 
@@ -49,7 +49,8 @@ def split_3d(
         for parameter, (a, b) in named.items():
             name = f"{prefix}.{parameter}"
             stacked = _unflatten(name, a, b, rules.rank(name), old=old)
-            factors |= split_experts(prefix, parameter, *stacked, rules.scale(name))
+            parts = projections[:2] if parameter == GATE_UP else projections[2:]
+            factors |= split_experts(prefix, parts, *stacked, rules.scale(name))
     return factors
 
 
@@ -107,23 +108,24 @@ def _unflatten(name: str, a: Tensor, b: Tensor, rank: int, *, old: bool) -> Pair
 
 
 def split_experts(
-    prefix: str, parameter: str, a: Tensor, b: Tensor, scale: float
+    prefix: str, parts: Sequence[str], a: Tensor, b: Tensor, scale: float
 ) -> dict[str, LoRAFactors]:
     """Split stacked factors [E, r, in] and [E, out, r] into experts, and gate_up into gate and up.
 
-    gate_up made of two adapters has a block-diagonal B, and each half takes its own block. Trained
-    as one adapter, both halves share A.
+    parts: the projections that are in them. gate_up made of two adapters has a block-diagonal B,
+    and each half takes its own block. Trained as one adapter, both halves share A.
     """
-    if parameter != GATE_UP:
-        halves = {parameter: (a, b)}
+    if len(parts) == 1:
+        halves = {parts[0]: (a, b)}
     else:
+        one, other = parts
         rank, rows = a.shape[1] // 2, b.shape[1] // 2
         gate, up = b[:, :rows], b[:, rows:]
         blocks = a.shape[1] % 2 == 0 and not (gate[..., rank:].any() or up[..., :rank].any())
         halves = (
-            {"gate_proj": (a[:, :rank], gate[..., :rank]), "up_proj": (a[:, rank:], up[..., rank:])}
+            {one: (a[:, :rank], gate[..., :rank]), other: (a[:, rank:], up[..., rank:])}
             if blocks
-            else {"gate_proj": (a, gate), "up_proj": (a, up)}
+            else {one: (a, gate), other: (a, up)}
         )
     return {
         f"{prefix}.{expert}.{projection}": LoRAFactors(half_a[expert], half_b[expert], scale)
@@ -137,6 +139,7 @@ class Experts:
     """The expert adapters of the layers that have any: complete, of one rank and one scale."""
 
     prefixes: list[str]
+    projections: Projections
     num_experts: int
     rank: int
     scale: float
@@ -148,6 +151,7 @@ def complete_experts(
     moe_layers: Collection[int],
     num_experts: int | None,
     *,
+    projections: Projections,
     must_agree: bool = True,
 ) -> Experts | None:
     """Fill the experts' adapters to what PEFT loads: all experts of a layer, all projections.
@@ -162,7 +166,7 @@ def complete_experts(
     parts = [part for name in given if (part := split_expert(name))]
     if num_experts is None:
         num_experts = max(expert for _, expert, _ in parts) + 1
-    _check_inside(given, moe_layers, num_experts)
+    _check_inside(given, moe_layers, num_experts, projections)
     scale = next(iter(given.values())).scale
     if must_agree and not all(same_scale(module.scale, scale) for module in given.values()):
         raise ValueError(
@@ -170,21 +174,31 @@ def complete_experts(
             "format `uniform`"
         )
     rank = max(module.rank for module in given.values())
-    blank = _blank_factors(given, rank, scale)
+    blank = _blank_factors(given, rank, scale, projections)
     prefixes = sorted({prefix for prefix, _, _ in parts}, key=lambda prefix: layer_of(prefix) or 0)
     full = {
         name: given[name].resized(rank) if name in given else blank[projection]
         for prefix in prefixes
         for expert in range(num_experts)
-        for projection in PROJECTIONS
+        for projection in projections
         for name in [f"{prefix}.{expert}.{projection}"]
     }
-    return Experts(prefixes, num_experts, rank, scale, full)
+    return Experts(prefixes, projections, num_experts, rank, scale, full)
 
 
-def _check_inside(names: Iterable[str], moe_layers: Collection[int], num_experts: int) -> None:
+def _check_inside(
+    names: Iterable[str],
+    moe_layers: Collection[int],
+    num_experts: int,
+    projections: Projections,
+) -> None:
     for name in names:
         part = split_expert(name)
+        if part and part[2] not in projections:
+            raise ValueError(
+                f"{name} is none of {', '.join(projections)}, which the experts of this base have: "
+                "this adapter belongs to another model"
+            )
         if part and (layer_of(name) not in moe_layers or part[1] >= num_experts):
             raise ValueError(
                 f"{name} is outside of the {len(moe_layers)} layers with {num_experts} experts: "
@@ -193,12 +207,13 @@ def _check_inside(names: Iterable[str], moe_layers: Collection[int], num_experts
 
 
 def _blank_factors(
-    given: Mapping[str, LoRAFactors], rank: int, scale: float
+    given: Mapping[str, LoRAFactors], rank: int, scale: float, projections: Projections
 ) -> dict[str, LoRAFactors]:
     """Return a zero adapter for each projection, sized like the ones that are given."""
     name, module = next(iter(given.items()))
     inner, outer = module.lora_A.shape[1], module.lora_B.shape[0]
-    hidden, ffn = (outer, inner) if name.endswith(DOWN) else (inner, outer)
+    gate, up, down = projections
+    hidden, ffn = (outer, inner) if name.endswith(f".{down}") else (inner, outer)
 
     def zero(num_in: int, num_out: int) -> LoRAFactors:
         return LoRAFactors(
@@ -206,32 +221,7 @@ def _blank_factors(
         )
 
     blank = zero(hidden, ffn)
-    return {"gate_proj": blank, "up_proj": blank, "down_proj": zero(ffn, hidden)}
-
-
-def without_blanks(factors: Mapping[str, LoRAFactors]) -> dict[str, LoRAFactors]:
-    """Leave out adapters whose A and B are zero, which no training starts from or ends in.
-
-    They stand where PEFT insists on one. All are kept where there are no others.
-    """
-    used = {name: m for name, m in factors.items() if largest(m.lora_A) or largest(m.lora_B)}
-    return used or dict(factors)
-
-
-def without_untrained(factors: Mapping[str, LoRAFactors]) -> dict[str, LoRAFactors]:
-    """Leave out projections whose B is zero, of experts those that no expert of a layer has.
-
-    They stand beside others in one linear of Megatron. All are kept where there are no others.
-    """
-    trained = {_in_layer(name) for name, module in factors.items() if module.lora_B.any()}
-    used = {name: module for name, module in factors.items() if _in_layer(name) in trained}
-    return used or dict(factors)
-
-
-def _in_layer(name: str) -> str:
-    """Return a module's name without the number of an expert."""
-    expert = split_expert(name)
-    return f"{expert[0]}.{expert[2]}" if expert else name
+    return {gate: blank, up: blank, down: zero(ffn, hidden)}
 
 
 def join_3d(experts: Experts) -> dict[str, Planned]:
@@ -239,12 +229,12 @@ def join_3d(experts: Experts) -> dict[str, Planned]:
 
     Each is made when it is written.
     """
-    down = experts.factors[f"{experts.prefixes[0]}.0.{DOWN}"]
+    down = experts.factors[f"{experts.prefixes[0]}.0.{experts.projections[2]}"]
     hidden, ffn = down.lora_B.shape[0], down.lora_A.shape[1]
     ranks = experts.num_experts * experts.rank
     planned: dict[str, Planned] = {}
     for prefix in experts.prefixes:
-        gate, up, down = (_modules(experts, prefix, projection) for projection in PROJECTIONS)
+        gate, up, down = (_modules(experts, prefix, part) for part in experts.projections)
         for end, shape, modules, make in (
             ("base_layer.lora_A", (2 * ranks, hidden), gate + up, partial(_gate_up_a, gate, up)),
             ("base_layer.lora_B", (2 * ffn, 2 * ranks), gate + up, partial(_gate_up_b, gate, up)),

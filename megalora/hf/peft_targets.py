@@ -10,6 +10,7 @@ from megalora.hf.factors import summarise
 from megalora.hf.peft_config import layer_of
 from megalora.hf.peft_keys import without_wrappers
 from megalora.hf.stacked_experts import to_tinker_name
+from megalora.model.families import spellings
 
 _MAX_PATTERN = 4000
 type _Selects = Callable[[Iterable[str]], bool]
@@ -29,9 +30,9 @@ def check_targets(
     targeted, layers = _targets(config), _layers(config.get("layers_to_transform"))
     left_out: dict[str, list[str]] = {}
     for name, stored in names.items():
-        all_names = (name, stored, to_tinker_name(name))
         if ".experts" in name:
             continue
+        all_names = (*spellings(name), stored, to_tinker_name(name))
         if not targeted(all_names):
             left_out.setdefault("target_modules", []).append(name)
         elif excluded(all_names):

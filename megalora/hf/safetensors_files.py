@@ -16,10 +16,11 @@ class HFWeights:
     """A model directory's tensors, read in slices; names: of the model's family."""
 
     def __init__(self, directory: str | Path, names: Names = DEFAULT_NAMES) -> None:
-        self.files = PlainFiles(Path(directory))
+        self.files, self.names = PlainFiles(Path(directory)), names
         self.shapes: dict[str, tuple[int, ...]] = {}
         # Of an expert's weight: the tensor of all experts, its number there, its first row.
         self._stacked: dict[str, tuple[str, int, int]] = {}
+        self._stored_as: dict[str, str] = {}
         for name in self.files:
             if is_harmless(name):
                 continue
@@ -29,11 +30,13 @@ class HFWeights:
                 parts = names.in_layer(module)
                 self._unstack(name, [part.format(*numbers, "{}") for part in parts])
             else:
-                self.shapes[name] = self.files.shape(name)
+                known = names.as_stored(name)
+                self.shapes[known] = self.files.shape(name)
+                self._stored_as[known] = name
         table, head = f"{names.embedding}.weight", f"{names.unembedding}.weight"
         # Of a tied model the one or the other may be stored.
-        is_alone = head in self.shapes and table not in self.shapes
-        self._stored_as = {table: head} if is_alone else {}
+        self._alone = {table: head} if head in self.shapes and table not in self.shapes else {}
+        self._stored_as |= self._alone
 
     def _unstack(self, name: str, parts: list[str]) -> None:
         """Take down where each expert's parts are; `{}` in a part's name is its number."""
@@ -66,7 +69,7 @@ class HFWeights:
         # A tied model may carry its unembedding along as a copy.
         given = {n: s for n, s in self.shapes.items() if not (tied and n == "lm_head.weight")}
         if tied:
-            given |= {name: self.shapes[head] for name, head in self._stored_as.items()}
+            given |= {name: self.shapes[head] for name, head in self._alone.items()}
         missing = sorted(expected.keys() - given.keys())
         unexpected = sorted(n for n in given.keys() - expected.keys() if not may_have(n))
         wrong = [

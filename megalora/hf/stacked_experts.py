@@ -1,6 +1,6 @@
 """Expert adapters as tensors with a dimension for the experts, Tinker's among them.
 
-A layer has `mlp.experts.w1`, `w3` and `w2`, which are gate, up and down, or `gate_up_proj` and
+A layer has `experts.w1`, `w3` and `w2`, which are gate, up and down, or `gate_up_proj` and
 `down_proj` as Megatron-Bridge names them: lora_A [E, r, in], lora_B [E, out, r]. A leading 1 says
 that all experts share the factor. Tinker, and SGLang and vLLM for their shared-outer experts, share
 A of gate and of up and B of down, which is what `--lora-expert-mode shared_outer` trains.
@@ -17,11 +17,14 @@ from megalora.config import LoRAConfig
 from megalora.hf.factors import LoRAFactors, check_tensors
 from megalora.hf.files import Planned
 from megalora.hf.peft_config import PeftRules, split_expert
-from megalora.hf.peft_experts import DOWN, Experts, Pair, split_experts
+from megalora.hf.peft_experts import GATE_UP, Experts, Pair, split_experts
+from megalora.model.family import Projections
 from megalora.model.shape import MAX_SIZES
 
 _UNEMBEDDING, _UNEMBED_TOKENS = "lm_head", "model.unembed_tokens"
-_PROJECTION = {"w1": "gate_proj", "w3": "up_proj", "w2": "down_proj"}
+# Gate, up and down.
+_TINKER: Projections = ("w1", "w3", "w2")
+_PROJECTIONS: Projections = ("gate_proj", "up_proj", "down_proj")
 _STACKED = re.compile(r"(.+\.experts)\.(w[123]|gate_proj|up_proj|down_proj|gate_up_proj)")
 
 
@@ -40,11 +43,23 @@ def is_stacked(name: str) -> bool:
     return _STACKED.fullmatch(name) is not None
 
 
-def split_stacked(pairs: Mapping[str, Pair], rules: PeftRules) -> dict[str, LoRAFactors]:
+def to_tinker_projection(projection: str) -> str:
+    """Return w1, w3 or w2 for an expert's gate, up or down."""
+    return dict(zip(_PROJECTIONS, _TINKER, strict=True)).get(projection, projection)
+
+
+def from_tinker_projection(projection: str) -> str:
+    """Return gate_proj, up_proj or down_proj for w1, w3 or w2."""
+    return dict(zip(_TINKER, _PROJECTIONS, strict=True)).get(projection, projection)
+
+
+def split_stacked(
+    pairs: Mapping[str, Pair], rules: PeftRules, projections: Projections
+) -> dict[str, LoRAFactors]:
     """Turn stacked factors into factors of single experts, which are views of them.
 
     pairs: `model.layers.0.mlp.experts.w1` -> (A, B). Two empty tensors stand for a projection that
-    the model does not have.
+    the model does not have. projections: the names that single experts' have.
     """
     pairs = {name: pair for name, pair in pairs.items() if any(t.numel() for t in pair)}
     for name, pair in pairs.items():
@@ -56,11 +71,13 @@ def split_stacked(pairs: Mapping[str, Pair], rules: PeftRules) -> dict[str, LoRA
             "one number of experts, and 1 where they share a factor"
         )
     factors: dict[str, LoRAFactors] = {}
+    of_tinker = dict(zip(_TINKER, projections, strict=True))
     for name, (a, b) in pairs.items():
         prefix, _, last = name.rpartition(".")
+        parts = projections[:2] if last == GATE_UP else [of_tinker[to_tinker_projection(last)]]
         every = (*numbers, -1, -1)
         whole = (a.expand(every), b.expand(every))
-        factors |= split_experts(prefix, _PROJECTION.get(last, last), *whole, rules.scale(name))
+        factors |= split_experts(prefix, parts, *whole, rules.scale(name))
     return factors
 
 
@@ -96,16 +113,16 @@ def join_tinker(experts: Experts) -> dict[str, Planned]:
     """
     planned: dict[str, Planned] = {}
     for prefix in experts.prefixes:
-        for leaf, projection in _PROJECTION.items():
+        for letter, projection in zip(_TINKER, experts.projections, strict=True):
             names = [f"{prefix}.{expert}.{projection}" for expert in range(experts.num_experts)]
             modules = [experts.factors[name] for name in names]
-            outer = "lora_B" if projection == DOWN else "lora_A"
+            outer = "lora_B" if letter == "w2" else "lora_A"
             for factor in ("lora_A", "lora_B"):
                 tensors = [getattr(module, factor) for module in modules]
                 stacked = [_shared(names, modules, factor)] if factor == outer else tensors
                 # Mixed precisions join at the highest.
                 dtype = reduce(torch.promote_types, {tensor.dtype for tensor in stacked})
-                planned[f"{prefix}.{leaf}.{factor}.weight"] = Planned(
+                planned[f"{prefix}.{letter}.{factor}.weight"] = Planned(
                     (len(stacked), *stacked[0].shape), dtype, partial(_stack, stacked, dtype)
                 )
     return planned

@@ -53,6 +53,12 @@ LATENT_DECODER: Mapping[str, tuple[str, ...]] = {
     **{module: names for module, names in DECODER.items() if module not in _HEADS},
     **LATENT_ATTENTION,
 }
+# The last parts of the names of an expert's gate, up and down.
+type Projections = tuple[str, str, str]
+
+
+def _last(name: str) -> str:
+    return name.rpartition(".")[2]
 
 
 def without_numbers(name: str) -> tuple[str, list[int]]:
@@ -70,6 +76,8 @@ class Names:
         `{}` being an expert's number. linear_qkv stacks them once for each query group.
     stacked: tensor of all experts of a layer -> the Megatron module whose modules it stacks.
     copies: of the embedding and the unembedding, in a layer that predicts one token more.
+    loaded_as: start of a layer's modules -> what transformers' class has in its place.
+    experts_by_parameters: PEFT finds experts by their parameters alone, not by their projections.
     """
 
     embedding: str = "model.embed_tokens"
@@ -79,6 +87,27 @@ class Names:
     modules: Mapping[str, tuple[str, ...]] = field(default_factory=lambda: DECODER)
     stacked: Mapping[str, str] = field(default_factory=lambda: STACKED)
     copies: tuple[str, str] = ("embed_tokens", "shared_head.head")
+    loaded_as: Mapping[str, str] = field(default_factory=dict)
+    experts_by_parameters: bool = False
+
+    @property
+    def projections(self) -> Projections:
+        """Return the last parts of the names of an expert's gate, up and down."""
+        gate, up = self.modules["mlp.experts.linear_fc1"]
+        [down] = self.modules["mlp.experts.linear_fc2"]
+        return _last(gate), _last(up), _last(down)
+
+    def as_loaded(self, name: str) -> str:
+        """Return the whole name that transformers' class has for one in files."""
+        for stored, loaded in self.loaded_as.items():
+            name = name.replace(f".{stored}", f".{loaded}", 1)
+        return name
+
+    def as_stored(self, name: str) -> str:
+        """Return the whole name that files have for one in transformers' class, or in files."""
+        for stored, loaded in self.loaded_as.items():
+            name = name.replace(f".{loaded}", f".{stored}", 1)
+        return name
 
     def in_layer(self, module: str) -> tuple[str, ...]:
         """Return the whole names for a Megatron module, `{}` for the layer and for the expert."""

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from megalora.model.families import FAMILIES
+from megalora.model.family import DEFAULT_NAMES, Names
 
 
 def _names(text: str) -> frozenset[str]:
@@ -51,16 +52,19 @@ _VLLM_EXPERTS_IN_ONE = _names("""
 """)
 # Their experts have no gate.
 _VLLM_WITHOUT_GATE = _names("NemotronHForCausalLM NemotronHPuzzleForCausalLM")
-# Of these PEFT turns keys of single experts into its own; of those it loads none, or raises.
+# Of these PEFT turns keys of single experts into its own, and the names of their projections in
+# target_modules; of Qwen2-MoE the keys alone; of the last ones it loads none, or raises.
 _PEFT_SINGLE_EXPERTS = _names("""
     DeepseekV3ForCausalLM Ernie4_5_MoeForCausalLM Glm4MoeForCausalLM Glm4MoeLiteForCausalLM
     GlmMoeDsaForCausalLM MiniMaxM2ForCausalLM MixtralForCausalLM Qwen3MoeForCausalLM
     Qwen3NextForCausalLM
 """)
+_PEFT_EXPERTS_BY_PARAMETERS = _names("Qwen2MoeForCausalLM")
 _PEFT_EXPERTS_IN_ONE = _names("""
     Gemma4ForCausalLM GptOssForCausalLM NemotronHForCausalLM Qwen3_5MoeForCausalLM
     Qwen3_5MoeForConditionalGeneration
 """)
+_SIZES = ("intermediate_size", "shared_expert_intermediate_size")
 _NUM_EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts")
 
 
@@ -68,12 +72,15 @@ _NUM_EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts")
 class ServedModel:
     """What a server finds of a base; an empty architecture, and 0, where it is not known.
 
-    vocab_size: rows of the unembedding. num_experts: routed ones of a layer.
+    vocab_size: rows of the unembedding. num_experts: routed ones of a layer. intermediate_size: of
+    a dense MLP. shared_expert_intermediate_size: of the expert that Qwen2-MoE's tokens share.
     """
 
     architecture: str = ""
     vocab_size: int = 0
     num_experts: int = 0
+    intermediate_size: int = 0
+    shared_expert_intermediate_size: int = 0
 
     @classmethod
     def of(cls, config: Mapping[str, Any]) -> "ServedModel":
@@ -88,6 +95,7 @@ class ServedModel:
             architecture=first if isinstance(first, str) else known,
             vocab_size=_count(text, ("vocab_size",)),
             num_experts=_count(text, _NUM_EXPERTS),
+            **{name: _count(text, (name,)) for name in _SIZES},
         )
 
     @property
@@ -119,7 +127,19 @@ class ServedModel:
         """Say whether PEFT needs a layer's experts in one tensor; None where it is not known."""
         if self.architecture in _PEFT_EXPERTS_IN_ONE:
             return True
-        return False if self.architecture in _PEFT_SINGLE_EXPERTS else None
+        single = _PEFT_SINGLE_EXPERTS | _PEFT_EXPERTS_BY_PARAMETERS
+        return False if self.architecture in single else None
+
+    @property
+    def peft_renames_targets(self) -> bool:
+        """Say whether PEFT takes the names of an expert's projections for those of all experts."""
+        return self.architecture in _PEFT_SINGLE_EXPERTS
+
+    @property
+    def names(self) -> Names:
+        """Return what files call its modules, those of most families where it is not known."""
+        rows = (f.names for f in FAMILIES.values() if f.architecture == self.architecture)
+        return next(filter(None, rows), DEFAULT_NAMES)
 
 
 def architectures_in_vllm() -> frozenset[str]:

@@ -25,6 +25,7 @@ MOE = ModelShape(
     num_moe_experts=12,
     moe_router_topk=2,
     moe_ffn_hidden_size=5,
+    moe_shared_expert_intermediate_size=9,
 )
 PADDED = 16
 

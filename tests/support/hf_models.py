@@ -160,7 +160,34 @@ def hf_model_from(directory: str | os.PathLike[str]) -> torch.nn.Module:
     return fresh.eval()
 
 
-def module_sizes(model: torch.nn.Module, *, lm_head: bool = True) -> dict[str, tuple[int, int]]:
+# What transformers' class calls a module -> what files do.
+_STORED = {
+    "MixtralForCausalLM": {
+        ".mlp.": ".block_sparse_moe.",
+        "gate_proj": "w1",
+        "up_proj": "w3",
+        "down_proj": "w2",
+    }
+}
+
+
+def stored(model: torch.nn.Module, name: str) -> str:
+    """Return what files call a module."""
+    for loaded, other in _STORED.get(type(model).__name__, {}).items():
+        name = name.replace(loaded, other)
+    return name
+
+
+def loaded(model: torch.nn.Module, name: str) -> str:
+    """Return what transformers' class calls a module, of one expert as others do."""
+    for other, name_in_files in _STORED.get(type(model).__name__, {}).items():
+        name = name.replace(name_in_files, other)
+    return name
+
+
+def module_sizes(
+    model: torch.nn.Module, *, lm_head: bool = True, routers: bool = False
+) -> dict[str, tuple[int, int]]:
     """Return (in, out) of everything that can have an adapter, by its name on disk."""
     sizes: dict[str, tuple[int, int]] = {}
     for name, param in model.named_parameters():
@@ -174,20 +201,27 @@ def module_sizes(model: torch.nn.Module, *, lm_head: bool = True) -> dict[str, t
         elif name.endswith("experts.down_proj"):
             prefix, (num, out, num_in) = name.rpartition(".")[0], param.shape
             sizes |= {f"{prefix}.{e}.down_proj": (num_in, out) for e in range(num)}
-        elif name.endswith(("_proj.weight", "_proj_with_mqa.weight")):
+        elif name.endswith(("_proj.weight", "_proj_with_mqa.weight")) or (
+            routers and name.endswith("mlp.gate.weight")
+        ):
             sizes[name.removesuffix(".weight")] = (param.shape[1], param.shape[0])
     if lm_head:
         sizes["lm_head"] = (HIDDEN, model.config.vocab_size)
-    return sizes
+    return {stored(model, name): size for name, size in sizes.items()}
 
 
 def random_factors(
-    model: torch.nn.Module, rank_and_scale: dict[str, tuple[int, float]], *, lm_head: bool = True
+    model: torch.nn.Module,
+    rank_and_scale: dict[str, tuple[int, float]],
+    *,
+    lm_head: bool = True,
+    routers: bool = False,
 ) -> dict[str, LoRAFactors]:
     """Return adapters of nonzero A and B; the first key that is part of a name decides its rank."""
     generator = torch.Generator().manual_seed(7)
     factors = {}
-    for name, (num_in, num_out) in module_sizes(model, lm_head=lm_head).items():
+    sizes = module_sizes(model, lm_head=lm_head, routers=routers)
+    for name, (num_in, num_out) in sizes.items():
         rank, scale = next(value for part, value in rank_and_scale.items() if part in name)
         factors[name] = LoRAFactors(
             torch.randn(rank, num_in, generator=generator) * 0.1,
@@ -207,6 +241,7 @@ def merged(model: torch.nn.Module, factors: dict[str, LoRAFactors]) -> torch.nn.
     params = dict(model.named_parameters())
     for name, module in factors.items():
         delta = module.scale * (module.lora_B.double() @ module.lora_A.double())
+        name = loaded(model, name)
         if name + ".weight" in params:
             params[name + ".weight"].add_(delta)
             continue
@@ -266,6 +301,7 @@ def shared_outer(factors: Mapping[str, LoRAFactors]) -> dict[str, LoRAFactors]:
             continue
         prefix, _, projection = name.rsplit(".", 2)
         first = factors[f"{prefix}.0.{projection}"]
-        one = {"lora_B": first.lora_B} if projection == "down_proj" else {"lora_A": first.lora_A}
+        is_down = projection in ("down_proj", "w2")
+        one = {"lora_B": first.lora_B} if is_down else {"lora_A": first.lora_A}
         found[name] = dataclasses.replace(module, **one)
     return found

@@ -15,6 +15,7 @@ from megalora.hf.peft import write_adapter
 from megalora.hf.servers import SERVERS
 from megalora.hf.servers.outline import outline_of_directory
 from megalora.hf.servers.verdict import Verdict
+from megalora.model.families import names_of
 from megalora.model.served import ServedModel
 
 HIDDEN, ROWS, LAYERS, EXPERTS, FFN = 16, 40, 2, 12, 8
@@ -26,12 +27,25 @@ FAMILIES = {
     "gemma": "GemmaForCausalLM",
     "qwen3_moe": "Qwen3MoeForCausalLM",
     "qwen3_vl_moe": "Qwen3VLMoeForConditionalGeneration",
+    "mixtral": "MixtralForCausalLM",
+    "qwen2_moe": "Qwen2MoeForCausalLM",
+    "glm4_moe": "Glm4MoeForCausalLM",
 }
+# What config.json calls the experts, and has of shared ones.
+EXPERTS_OF = {
+    "qwen3_moe": {"num_experts": EXPERTS},
+    "qwen3_vl_moe": {"num_experts": EXPERTS},
+    "mixtral": {"num_local_experts": EXPERTS},
+    "qwen2_moe": {"num_experts": EXPERTS, "shared_expert_intermediate_size": 3 * FFN},
+    "glm4_moe": {"n_routed_experts": EXPERTS, "n_shared_experts": 3, "first_k_dense_replace": 1},
+}
+SHARED = {"qwen2_moe": ("shared_expert", 3 * FFN), "glm4_moe": ("shared_experts", 3 * FFN)}
 
 
 def config_of(family: str) -> SimpleNamespace:
     """Return a configuration as transformers has it."""
-    moe = {"num_experts": EXPERTS, "moe_intermediate_size": FFN} if "moe" in family else {}
+    experts = EXPERTS_OF.get(family)
+    moe = {**experts, "moe_intermediate_size": FFN} if experts else {}
     return SimpleNamespace(
         model_type=family,
         architectures=[FAMILIES[family]],
@@ -46,30 +60,48 @@ def config_of(family: str) -> SimpleNamespace:
     )
 
 
+def experts_of(config: Any, layer: int) -> int:
+    """Return the number of experts of a layer, by whatever name; 0 where it is dense."""
+    names = ("num_experts", "num_local_experts", "n_routed_experts")
+    number = next(filter(None, (getattr(config, name, 0) for name in names)), 0)
+    return number if layer >= getattr(config, "first_k_dense_replace", 0) else 0
+
+
+def shared_of(config: Any) -> str:
+    """Return what the shared experts of a layer are called; empty where it has none."""
+    return SHARED.get(config.model_type, ("", 0))[0]
+
+
 def factors_of(family: str, ranks: tuple[int, int], *, head: bool) -> dict[str, LoRAFactors]:
     """Return adapters of all modules; ranks: of the experts, and of everything else.
 
     Experts share what shared-outer ones share.
     """
     attention = {"q_proj": (16, 16), "k_proj": (16, 8), "v_proj": (16, 8), "o_proj": (16, 16)}
-    wide = {"gate_proj": (16, 16), "up_proj": (16, 16), "down_proj": (16, 16)}
-    narrow = {"gate_proj": (16, 8), "up_proj": (16, 8), "down_proj": (8, 16)}
+    wide, narrow = mlp(2 * FFN), mlp(FFN)
     found: dict[str, LoRAFactors] = {}
     for layer in range(LAYERS):
         prefix = f"model.layers.{layer}"
         found |= {f"{prefix}.self_attn.{n}": made(ranks[1], s) for n, s in attention.items()}
-        if "moe" not in family:
+        if not experts_of(config_of(family), layer):
             found |= {f"{prefix}.mlp.{n}": made(ranks[1], s) for n, s in wide.items()}
             continue
-        for name, size in narrow.items():
+        if family in SHARED:
+            name, ffn = SHARED[family]
+            found |= {f"{prefix}.mlp.{name}.{n}": made(ranks[1], s) for n, s in mlp(ffn).items()}
+        place = "block_sparse_moe" if family == "mixtral" else "mlp"
+        for part, size in zip(names_of(family).projections, narrow.values(), strict=True):
             first = made(ranks[0], size)
             for expert in range(EXPERTS):
                 new = made(ranks[0], size)
-                shared = (
-                    {"lora_B": first.lora_B} if name == "down_proj" else {"lora_A": first.lora_A}
-                )
-                found[f"{prefix}.mlp.experts.{expert}.{name}"] = dataclasses.replace(new, **shared)
+                outer = "lora_B" if size == narrow["down_proj"] else "lora_A"
+                one = dataclasses.replace(new, **{outer: getattr(first, outer)})
+                found[f"{prefix}.{place}.experts.{expert}.{part}"] = one
     return found | ({"lm_head": made(ranks[1], (HIDDEN, ROWS))} if head else {})
+
+
+def mlp(ffn: int) -> dict[str, tuple[int, int]]:
+    return {"gate_proj": (HIDDEN, ffn), "up_proj": (HIDDEN, ffn), "down_proj": (ffn, HIDDEN)}
 
 
 def made(rank: int, size: tuple[int, int]) -> LoRAFactors:
@@ -77,9 +109,10 @@ def made(rank: int, size: tuple[int, int]) -> LoRAFactors:
 
 
 def written(place: Path, factors: dict[str, LoRAFactors], format: Any, family: str) -> Path:
-    count = EXPERTS if "moe" in family else None
-    directory = place / "adapter"
-    write_adapter(directory, factors, base_model_name="b", format=format, num_experts=count)
+    count = EXPERTS if family in EXPERTS_OF else None
+    directory, names = place / "adapter", names_of(family)
+    options = {"format": format, "names": names, "num_experts": count}
+    write_adapter(directory, factors, base_model_name="b", **options)
     return directory
 
 
@@ -103,7 +136,7 @@ TENSORS = {
     "gate": (r"gate_proj", None),
     "down": (r"down_proj", None),
     "one expert": (r"experts\.3\.", None),
-    "down of one expert": (r"experts\.3\.down_proj", None),
+    "down of one expert": (r"experts\.3\.(down_proj|w2)", None),
     "a magnitude": ("^$", "model.layers.0.self_attn.q_proj.lora_magnitude_vector"),
     "a whole layer": ("^$", "model.layers.0.input_layernorm.weight"),
     "an embedding's copy": ("^$", "model.embed_tokens.base_layer.weight"),

@@ -16,6 +16,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from tests.support.served_adapters import experts_of, shared_of
 from tests.support.server_stubs import Quiet, Stub, imported
 
 FOLDER = "sglang-0.5.23"
@@ -182,7 +183,6 @@ class Reader:
         layers = "sglang.srt.layers."
         linear = self.stubs[layers + "linear"]["LinearBase"]
         vocabulary = self.stubs[layers + "vocab_parallel_embedding"]
-        is_moe = bool(getattr(config, "num_experts", 0) or getattr(config, "num_local_experts", 0))
         model = nn.Module()
         model.config = config
         model.register_parameter("any", nn.Parameter(torch.zeros(1)))
@@ -193,10 +193,13 @@ class Reader:
         for layer in range(config.num_hidden_layers):
             prefix = f"model.layers.{layer}"
             found |= {f"{prefix}.self_attn.{leaf}": linear() for leaf in ("qkv_proj", "o_proj")}
-            if is_moe:
-                found[f"{prefix}.mlp.gate"] = linear()
+            if experts_of(config, layer):
+                place = "block_sparse_moe" if config.model_type == "mixtral" else "mlp"
+                found[f"{prefix}.{place}.gate"] = linear()
                 moe = self.stubs[layers + "moe.fused_moe_triton.layer"]
-                found[f"{prefix}.mlp.experts"] = moe["FusedMoE"]()
+                found[f"{prefix}.{place}.experts"] = moe["FusedMoE"]()
+                for leaf in ("gate_up_proj", "down_proj") if shared_of(config) else ():
+                    found[f"{prefix}.mlp.{shared_of(config)}.{leaf}"] = linear()
             else:
                 found |= {
                     f"{prefix}.mlp.{leaf}": linear() for leaf in ("gate_up_proj", "down_proj")

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from tests.support.served_adapters import experts_of, shared_of
 from tests.support.server_stubs import Quiet, Stub, imported
 from tests.support.vllm_classes import FOLDER, declared
 
@@ -205,6 +206,9 @@ class Reader:
         worker.vocab_size, worker.max_position_embeddings = config.vocab_size, 64
         loaded = worker._load_adapter(request)
         manager._create_merged_loras_inplace(loaded)
+        # Of other modules a stub model has not always the names that vLLM's class has.
+        left_out = [n for n in loaded.loras if "experts" in n and n not in manager.modules]
+        assert not left_out, f"vLLM serves without {left_out}"
         for name, module in manager.modules.items():
             weights = manager._get_lora_layer_weights(loaded, name)
             if weights is not None:
@@ -217,8 +221,7 @@ class Reader:
         for name, value in declared(architecture, mapper).items():
             setattr(model, name, value)
         model.config = config
-        is_moe = bool(getattr(config, "num_experts", 0) or getattr(config, "num_local_experts", 0))
-        for name, stub in self._layers(config, is_moe=is_moe).items():
+        for name, stub in self._layers(config).items():
             parent, _, leaf = name.rpartition(".")
             place = model
             for part in parent.split(".") if parent else ():
@@ -228,7 +231,7 @@ class Reader:
             place.add_module(leaf, stub)
         return model
 
-    def _layers(self, config: Any, *, is_moe: bool) -> dict[str, nn.Module]:
+    def _layers(self, config: Any) -> dict[str, nn.Module]:
         layers = "vllm.model_executor.layers."
         linear = self.stubs[layers + "linear"]["LinearBase"]
         vocabulary = self.stubs[layers + "vocab_parallel_embedding"]["VocabParallelEmbedding"]
@@ -237,14 +240,17 @@ class Reader:
         for layer in range(config.num_hidden_layers):
             prefix = f"model.layers.{layer}"
             found |= {f"{prefix}.{attention}.{leaf}": linear() for leaf in ("qkv_proj", "o_proj")}
-            if is_moe:
+            if num_experts := experts_of(config, layer):
                 experts = self.stubs[layers + "fused_moe"]["MoERunner"]()
-                experts.num_experts = getattr(config, "num_experts", 0) or config.num_local_experts
+                experts.num_experts = num_experts
                 names = expert_names(config.model_type)
                 experts.get_expert_mapping = lambda n=experts.num_experts, of=names: [
                     ("", f"experts.{e}.{name}.", e, "") for e in range(n) for name in of
                 ]
-                found |= {f"{prefix}.mlp.gate": linear(), f"{prefix}.mlp.experts": experts}
+                place = "block_sparse_moe" if config.model_type == "mixtral" else "mlp"
+                found |= {f"{prefix}.{place}.gate": linear(), f"{prefix}.{place}.experts": experts}
+                for leaf in ("gate_up_proj", "down_proj") if shared_of(config) else ():
+                    found[f"{prefix}.mlp.{shared_of(config)}.{leaf}"] = linear()
             else:
                 found |= {
                     f"{prefix}.mlp.{leaf}": linear() for leaf in ("gate_up_proj", "down_proj")

@@ -65,6 +65,8 @@ def served_model(hf_model: str | None, shape: ModelShape) -> ServedModel:
         "model_type": shape.model_type,
         "vocab_size": shape.vocab_size,
         "num_experts": shape.num_moe_experts,
+        "intermediate_size": shape.ffn_hidden_size,
+        "shared_expert_intermediate_size": shape.moe_shared_expert_intermediate_size,
     }
     return _model_in(hf_model) if hf_model else ServedModel.of(sizes)
 

@@ -11,7 +11,11 @@ from megalora.hf.factors import LoRAFactors, same_scale
 from megalora.hf.files import ADAPTER, TensorFiles, read_json
 from megalora.hf.peft import CONFIG_NAME
 from megalora.hf.peft_config import most_common, split_expert
-from megalora.hf.stacked_experts import to_tinker_name
+from megalora.hf.stacked_experts import (
+    from_tinker_projection,
+    to_tinker_name,
+    to_tinker_projection,
+)
 
 # How the experts of a layer lie: `experts.3.up_proj`; `experts` and `experts.base_layer`, 2-D; or
 # `experts.w1`, 3-D.
@@ -22,7 +26,6 @@ _SINGLE = re.compile(r".+\.experts\.(\d+)\.(\w+)")
 _IN_ONE = re.compile(r".+\.experts(\.base_layer)?")
 _STACKED = re.compile(r".+\.experts\.(w[123]|gate_proj|up_proj|down_proj|gate_up_proj)")
 _BASE_COPY = re.compile(r".*\.(lm_head|embed_tokens)\.base_layer\.weight")
-_TINKER = {"gate_proj": "w1", "up_proj": "w3", "down_proj": "w2"}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -131,17 +134,24 @@ def outline_of_export(factors: Mapping[str, LoRAFactors], format: str) -> Outlin
     ranks_said = {"others": max(rank for rank, _ in others)} if others else {}
     alphas_said = {"others": alphas[0][0] * alphas[0][1]} if alphas else {}
     targeted = pairs.keys()
+    # What a base with experts needs; one without does not mind.
+    parameters = [f"{name}.weight" for name in pairs if not split_expert(name)]
+    if format in ("peft", "peft-3d"):
+        parameters += ["experts.gate_up_proj", "experts.down_proj"]
     if format == "peft-3d" and of_experts:
         ranks_said["experts.gate_up_proj"] = 2 * rank
         alphas_said["experts.gate_up_proj"] = 2 * alpha
         targeted -= of_experts.keys()
-    targets = sorted({name.rpartition(".")[2] for name in targeted})
+    targets = {name.rpartition(".")[2] for name in targeted}
+    if format == "uniform":
+        targets = {from_tinker_projection(name) for name in targets}
     config = {
         "r": rank,
         "lora_alpha": alpha,
         "rank_pattern": ranks_said,
         "alpha_pattern": alphas_said,
-        "target_modules": "all-linear" if format == "tinker" else targets,
+        "target_modules": "all-linear" if format == "tinker" else sorted(targets),
+        "target_parameters": parameters,
     }
     return Outline(config=config, ranks=ranks)
 
@@ -151,7 +161,8 @@ def _written(name: str, rank: int, format: str) -> dict[str, int]:
     expert = split_expert(name)
     if format == "peft-3d" and expert:
         prefix, _, projection = expert
-        return {prefix if projection == "down_proj" else f"{prefix}.base_layer": 0}
+        is_down = to_tinker_projection(projection) == "w2"
+        return {prefix if is_down else f"{prefix}.base_layer": 0}
     if format == "tinker" and expert:
-        return {f"{expert[0]}.{_TINKER[expert[2]]}": rank}
+        return {f"{expert[0]}.{to_tinker_projection(expert[2])}": rank}
     return {to_tinker_name(name) if format == "tinker" else name: rank}

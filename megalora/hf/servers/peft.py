@@ -4,7 +4,8 @@ from collections import defaultdict
 
 from megalora.hf.factors import summarise
 from megalora.hf.peft import Format
-from megalora.hf.servers.outline import Outline
+from megalora.hf.peft_experts import DOWN, GATE_UP
+from megalora.hf.servers.outline import Outline, layout_of
 from megalora.hf.servers.verdict import Server, Verdict, convert
 from megalora.model.served import ServedModel
 
@@ -29,7 +30,47 @@ def judge(outline: Outline, model: ServedModel) -> Verdict:
         )
     if "single" in outline.layouts:
         _judge_single(outline, model, verdict)
+    if model.peft_renames_targets:
+        _judge_beside(outline, model, verdict)
     return verdict
+
+
+def _judge_beside(outline: Outline, model: ServedModel, verdict: Verdict) -> None:
+    """Find modules beside the experts whose names it takes for the experts' own."""
+    lost = [
+        name
+        for name in outline.ranks
+        if not layout_of(name)
+        and name.rpartition(".")[2] in model.names.projections
+        and not _names_parameter(outline, f"{name}.weight")
+    ]
+    if lost:
+        verdict.problems.append(
+            f"{TITLE} takes the names of {summarise(sorted(lost))} for those of the experts, and "
+            f"leaves them out: {convert('peft')}, which names their weights in target_parameters"
+        )
+
+
+def _names_experts(outline: Outline, model: ServedModel) -> bool:
+    """Say whether it finds the experts: by their parameters, or by their projections."""
+    targets = outline.config.get("target_modules")
+    if model.peft_renames_targets:
+        if isinstance(targets, str):
+            return True
+        ends = {str(target).rpartition(".")[2] for target in targets or []}
+        if ends.issuperset(model.names.projections):
+            return True
+    return all(
+        _names_parameter(outline, f"{model.names.as_loaded(prefix)}.{part}")
+        for prefix, *_ in outline.experts()
+        for part in (GATE_UP, DOWN)
+    )
+
+
+def _names_parameter(outline: Outline, name: str) -> bool:
+    given = outline.config.get("target_parameters")
+    listed = given if isinstance(given, list) else []
+    return any(f".{name}".endswith(f".{end}") for end in listed)
 
 
 def _judge_single(outline: Outline, model: ServedModel, verdict: Verdict) -> None:
@@ -43,6 +84,11 @@ def _judge_single(outline: Outline, model: ServedModel, verdict: Verdict) -> Non
         verdict.warnings.append(
             f"whether {TITLE} turns keys of single experts into those of "
             f"{model.architecture or 'this model'} is not known"
+        )
+    elif not _names_experts(outline, model):
+        verdict.problems.append(
+            f"{TITLE} loads none of the experts of {model.architecture}, which adapter_config.json "
+            f"does not name as it takes them: {convert('peft')}"
         )
     layers: dict[str, set[str]] = defaultdict(set)
     for prefix, _, projection, _ in outline.experts():

@@ -46,6 +46,8 @@ _CHOICES = _names("""
     q_proj k_proj v_proj o_proj q_a_proj kv_a_proj_with_mqa q_b_proj kv_b_proj wq_b wk
     weights_proj gate_proj up_proj down_proj qkv_proj gate_up_proj embed_tokens lm_head
 """)
+# Of keys it knows them, of target_modules it does not.
+_KEYS_ALONE = _names("w1 w2 w3")
 _ALL = ("all", "all-linear")
 _LAYER = re.compile(r".*\.layers?\.\d+\.")
 
@@ -68,7 +70,20 @@ def judge(outline: Outline, model: ServedModel) -> Verdict:
     _judge_targets(outline, verdict)
     _judge_layout(outline, verdict)
     _judge_parts(outline, verdict)
+    _judge_shared(outline, model, verdict)
     return verdict
+
+
+def _judge_shared(outline: Outline, model: ServedModel, verdict: Verdict) -> None:
+    """Find adapters of Qwen2-MoE's shared expert, which it takes for as wide as a dense MLP."""
+    shared, dense = model.shared_expert_intermediate_size, model.intermediate_size
+    if any(".shared_expert." in name for name in outline.ranks) and shared and shared != dense:
+        verdict.problems.append(
+            f"{TITLE} makes room for adapters of the shared expert by intermediate_size {dense}, "
+            f"and shared_expert_intermediate_size is {shared}: leave shared_experts.linear_fc1 and "
+            "shared_experts.linear_fc2 out of --lora-targets, or merge the adapter into its base "
+            "(megalora merge)"
+        )
 
 
 def _judge_ranks(outline: Outline, verdict: Verdict) -> None:
@@ -110,11 +125,17 @@ def _judge_targets(outline: Outline, verdict: Verdict) -> None:
         leaves = _leaves(targets)
         shown = ["all"] if leaves - _CHOICES else sorted(leaves)
         verdict.flags += ["--lora-target-modules", *shown]
-        fused = {_FUSED.get(leaf, leaf) for leaf in leaves}
+        fused = {leaf if leaf in _KEYS_ALONE else _FUSED.get(leaf, leaf) for leaf in leaves}
     else:
         verdict.problems.append(
             f"{TITLE} takes target_modules as a list of names or 'all-linear', not "
             f"{str(targets)!r:.100}: write the modules' names there"
+        )
+        return
+    if letters := sorted(_KEYS_ALONE.intersection(fused)):
+        verdict.problems.append(
+            f"{TITLE} knows {', '.join(letters)} in tensors' names and not in target_modules: "
+            f"{convert('uniform')}, which has gate_proj, up_proj and down_proj there"
         )
         return
     unknown = sorted(set(fused) - _KNOWN)

@@ -54,6 +54,7 @@ def judge(outline: Outline, model: ServedModel) -> Verdict:
     _judge_config(outline, verdict)
     _judge_rank(outline, verdict)
     _judge_unembedding(outline, model, verdict)
+    _judge_names(outline, model, verdict)
     _judge_layout(outline, model, verdict)
     _judge_experts(outline, model, verdict)
     return verdict
@@ -116,6 +117,17 @@ def _judge_unembedding(outline: Outline, model: ServedModel, verdict: Verdict) -
             # Else it makes room for an adapter of lm_head, and ends at start.
             modules = sorted(outline.leaves() | ({"experts"} if outline.layouts else set()))
             verdict.flags += ["--lora-target-modules", *modules]
+
+
+def _judge_names(outline: Outline, model: ServedModel, verdict: Verdict) -> None:
+    """Find modules under the names of transformers' class, where vLLM's has those of files."""
+    renamed = sorted(name for name in outline.ranks if model.names.as_stored(name) != name)
+    if renamed:
+        verdict.problems.append(
+            f"{TITLE}'s {model.architecture} calls {summarise(renamed)} as the base's files do "
+            f"({model.names.as_stored(renamed[0])}), and would serve without a word and without "
+            f"them: {convert('peft')}"
+        )
 
 
 def _judge_layout(outline: Outline, model: ServedModel, verdict: Verdict) -> None:

@@ -24,6 +24,12 @@ def names_of(model_type: str) -> Names:
     return family.names if family else DEFAULT_NAMES
 
 
+def spellings(name: str) -> set[str]:
+    """Return a module's name, and what a family calls it in memory or in files."""
+    families = [family.names for family in FAMILIES.values() if family.names is not None]
+    return {name, *(n.as_loaded(name) for n in families), *(n.as_stored(name) for n in families)}
+
+
 def rate_exponents() -> dict[str, float]:
     """Return the exponents of the learning rate rule by the families that it was fitted to."""
     rates = [family.rate for family in FAMILIES.values()]

@@ -26,7 +26,7 @@ FAMILIES = (
         model_type="mixtral",
         architecture="MixtralForCausalLM",
         rate=Rate("mixtral"),
-        names=Names(modules=MIXTRAL),
+        names=Names(modules=MIXTRAL, loaded_as={"block_sparse_moe.": "mlp."}),
         window_field="sliding_window",
         experts=Experts(
             count=("num_local_experts", "num_experts"),

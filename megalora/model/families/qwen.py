@@ -23,7 +23,7 @@ FAMILIES = (
         model_type="qwen2_moe",
         architecture="Qwen2MoeForCausalLM",
         rate=RATE,
-        names=Names(modules=ONE_SHARED),
+        names=Names(modules=ONE_SHARED, experts_by_parameters=True),
         qkv_bias=True,
         qkv_bias_field="qkv_bias",
         experts=Experts(shared_size="shared_expert_intermediate_size", shared_gate=True),
