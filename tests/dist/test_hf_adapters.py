@@ -20,6 +20,7 @@ from megalora.hf.base_out import hf_config, save_hf_base
 from megalora.hf.factors import LoRAFactors
 from megalora.hf.peft import read_adapter, write_adapter
 from megalora.model.config_json import model_shape, read_config
+from megalora.model.families import names_of
 from tests.dist.support import hf
 from tests.dist.support.layouts import Layout, model_parallel, over
 from tests.dist.test_hf_base import reference
@@ -28,6 +29,7 @@ from tests.support import hf_models
 TOLERANCE = 1e-4
 CONFIG = LoRAConfig(rank=8, alpha=16.0, expert_rank=4)
 RANKS = {".experts.": (4, 4.0), "": (8, 2.0)}
+WITH_EXPERTS = ["mixtral", "qwen2_moe", "qwen3_moe", "glm4_moe", "deepseek_v3"]
 
 
 @functools.cache
@@ -47,6 +49,20 @@ def build(layout: Layout, case: str, config: LoRAConfig = CONFIG) -> list[Any]:
 def put(chunks: list[Any], case: str, factors: dict[str, LoRAFactors], config: LoRAConfig) -> None:
     shape = model_shape(read_config(reference(case)[0]))
     load_adapters(chunks, from_hf(factors, config, shape, padded_vocab_size=hf.PADDED_VOCAB))
+
+
+def write(directory: Path, case: str, factors: dict[str, LoRAFactors]) -> None:
+    base = reference(case)[0]
+    shape = model_shape(read_config(base))
+    write_adapter(
+        directory,
+        factors,
+        base_model_name=str(base),
+        names=names_of(shape.model_type),
+        num_layers=shape.num_layers,
+        num_experts=shape.num_moe_experts,
+        moe_layers=shape.moe_layers,
+    )
 
 
 def shared_directory() -> Path:
@@ -77,54 +93,56 @@ def assert_exchanges(layout: Layout, case: str) -> None:
 
 @pytest.mark.parametrize(
     "case",
-    [
-        "llama",
-        "mistral",
-        "qwen2",
-        "qwen3_moe",
-        "qwen3_moe-mixed",
-        "deepseek_v3",
-        "deepseek_v3-plain",
-    ],
+    ["llama", "mistral", "qwen2", "qwen3_moe-mixed", "deepseek_v3-plain", *WITH_EXPERTS],
 )
 @over(Layout())
 def test_imported_adapters_give_the_logits_of_the_merged_model(layout: Layout, case: str) -> None:
     assert_exchanges(layout, case)
 
 
-@pytest.mark.parametrize("case", ["qwen2", "qwen3_moe", "deepseek_v3", "deepseek_v3-plain"])
+@pytest.mark.parametrize("case", ["qwen2", "deepseek_v3-plain", *WITH_EXPERTS])
 @over(Layout(tp=2, sp=True), Layout(pp=2))
 def test_dense_sharding_exchanges_the_same_adapters(layout: Layout, case: str) -> None:
     assert_exchanges(layout, case)
 
 
-@pytest.mark.parametrize("case", ["qwen3_moe", "deepseek_v3"])
+@pytest.mark.parametrize("case", WITH_EXPERTS)
 @over(Layout(dp=2, ep=2), Layout(tp=2, sp=True, ep=2), Layout(tp=2, sp=True, etp=2))
 def test_expert_sharding_exchanges_the_same_adapters(layout: Layout, case: str) -> None:
     assert_exchanges(layout, case)
 
 
+@pytest.mark.parametrize("case", ["qwen3_moe", "glm4_moe"])
 @over(Layout(tp=2, sp=True, pp=2, ep=2))
-def test_all_kinds_of_sharding_exchange_the_same_adapters(layout: Layout) -> None:
-    assert_exchanges(layout, "qwen3_moe")
+def test_all_kinds_of_sharding_exchange_the_same_adapters(layout: Layout, case: str) -> None:
+    assert_exchanges(layout, case)
 
 
-@pytest.mark.parametrize("mode", ["per_expert", "shared_outer"])
+@pytest.mark.parametrize(
+    ("case", "mode"),
+    [
+        ("qwen3_moe", "per_expert"),
+        ("qwen3_moe", "shared_outer"),
+        ("mixtral", "shared_outer"),
+        ("qwen2_moe", "per_expert"),
+        ("glm4_moe", "per_expert"),
+    ],
+)
 @over(Layout())
 def test_a_trained_megatron_adapter_gives_the_same_logits_in_peft(
-    layout: Layout, mode: Any, tmp_path: Path
+    layout: Layout, case: str, mode: Any, tmp_path: Path
 ) -> None:
-    config = LoRAConfig(rank=6, expert_mode=mode)
-    directory, _ = reference("qwen3_moe")
+    config = LoRAConfig(rank=8, expert_mode=mode)
+    directory, _ = reference(case)
     with model_parallel(layout):
-        chunks = build(layout, "qwen3_moe", config)
+        chunks = build(layout, case, config)
         for _ in range(2):
             sgd_step(chunks[0], [p for p in chunks[0].parameters() if p.requires_grad], lr=0.5)
         expected = hf.logits(chunks, hf_models.IDS)[..., : hf_models.VOCAB]
         tensors = gather_adapters(chunks)
     factors = to_hf(tensors, config, model_shape(read_config(directory)))
     assert min(m.lora_B.abs().max().item() for n, m in factors.items() if "o_proj" in n) > 1e-4
-    write_adapter(tmp_path / "a", factors, base_model_name=str(directory))
+    write(tmp_path / "a", case, factors)
     model = hf_models.hf_model_from(directory)
     plain, loaded = hf_models.logits(model), hf_models.peft_model(model, tmp_path / "a")
     assert (plain - expected).abs().max() > 1e-2
@@ -132,9 +150,9 @@ def test_a_trained_megatron_adapter_gives_the_same_logits_in_peft(
 
 
 @functools.cache
-def with_routers() -> tuple[dict[str, LoRAFactors], torch.Tensor]:
+def with_routers(case: str) -> tuple[dict[str, LoRAFactors], torch.Tensor]:
     """Return an adapter that PEFT made of all linears, routers among them, and its logits."""
-    model = hf_models.hf_model_from(reference("qwen3_moe")[0])
+    model = hf_models.hf_model_from(reference(case)[0])
     config = LoraConfig(r=6, lora_alpha=9, target_modules="all-linear", task_type="CAUSAL_LM")
     torch.manual_seed(3)
     peft = get_peft_model(model, config)
@@ -144,31 +162,33 @@ def with_routers() -> tuple[dict[str, LoRAFactors], torch.Tensor]:
                 param.normal_(std=0.1)
     with tempfile.TemporaryDirectory() as directory:
         peft.save_pretrained(directory)
-        return read_adapter(directory), hf_models.logits(peft.eval())
+        return read_adapter(directory, names=names_of(case)), hf_models.logits(peft.eval())
 
 
+@pytest.mark.parametrize("case", ["mixtral", "qwen3_moe", "glm4_moe"])
 @over(Layout(), Layout(tp=2, sp=True, ep=2))
-def test_adapters_of_routers_give_the_logits_of_peft_both_ways(layout: Layout) -> None:
-    factors, expected = with_routers()
-    directory, _ = reference("qwen3_moe")
-    targets = ("attn", "mlp", "router")
+def test_adapters_of_routers_give_the_logits_of_peft_both_ways(layout: Layout, case: str) -> None:
+    factors, expected = with_routers(case)
+    directory, _ = reference(case)
+    # Of GLM-4.5's linears PEFT leaves out those that are named like an expert's.
+    targets = ("attn", "experts.linear_fc1", "experts.linear_fc2", "router")
     config = LoRAConfig(rank=8, alpha=12.0, expert_rank=12, targets=targets)
-    routers = {name: module for name, module in factors.items() if name.endswith("mlp.gate")}
+    routers = {name: module for name, module in factors.items() if name.endswith(".gate")}
     silent = {n: replace(m, lora_B=torch.zeros_like(m.lora_B)) for n, m in routers.items()}
     with model_parallel(layout):
-        chunks = build(layout, "qwen3_moe", config)
-        put(chunks, "qwen3_moe", {**factors, **silent}, config)
+        chunks = build(layout, case, config)
+        put(chunks, case, {**factors, **silent}, config)
         without = hf.logits(chunks, hf_models.IDS)[..., : hf_models.VOCAB]
-        put(chunks, "qwen3_moe", factors, config)
+        put(chunks, case, factors, config)
         found = hf.logits(chunks, hf_models.IDS)[..., : hf_models.VOCAB]
         gathered = gather_adapters(chunks)
-    assert len(routers) == hf_models.LAYERS
+    assert len(routers) == len(model_shape(read_config(directory)).moe_layers)
     assert (without - expected).abs().max() > 0.01
     torch.testing.assert_close(found, expected, atol=TOLERANCE, rtol=TOLERANCE)
     if dist.get_rank() == 0:
         exported = to_hf(gathered, config, model_shape(read_config(directory)))
         with tempfile.TemporaryDirectory() as written:
-            write_adapter(f"{written}/a", exported, base_model_name=str(directory))
+            write(Path(written) / "a", case, exported)
             model = hf_models.hf_model_from(directory)
             again = hf_models.logits(hf_models.peft_model(model, f"{written}/a"))
         torch.testing.assert_close(again, expected, atol=TOLERANCE, rtol=TOLERANCE)
@@ -195,23 +215,46 @@ def sgd_step(model: Any, params: list[torch.nn.Parameter], lr: float) -> None:
                 param.grad = None
 
 
+ATTENTION = ["q_proj", "k_proj", "v_proj", "o_proj"]
+MLP = ["gate_proj", "up_proj", "down_proj"]
+# What PEFT adapts and what Megatron does.
+GOING_ON: dict[str, tuple[dict[str, list[str]], tuple[str, ...]]] = {
+    "qwen2": ({"target_modules": [*ATTENTION, *MLP]}, ("attn", "mlp")),
+    "mixtral": (
+        {"target_modules": ATTENTION, "target_parameters": ["experts.down_proj", "gate.weight"]},
+        ("attn", "experts.linear_fc2", "router"),
+    ),
+    "glm4_moe": (
+        {
+            "target_modules": ATTENTION,
+            "target_parameters": [f"shared_experts.{name}.weight" for name in MLP],
+        },
+        ("attn", "shared_experts.linear_fc1", "shared_experts.linear_fc2"),
+    ),
+}
+
+
+@pytest.mark.parametrize("case", GOING_ON)
 @over(Layout())
-def test_training_goes_on_from_an_adapter_that_peft_trained(layout: Layout, tmp_path: Path) -> None:
-    directory, _ = reference("qwen2")
+def test_training_goes_on_from_an_adapter_that_peft_trained(
+    layout: Layout, case: str, tmp_path: Path
+) -> None:
+    directory, _ = reference(case)
     torch.manual_seed(3)
-    targets = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+    adapted, targets = GOING_ON[case]
     peft = get_peft_model(
         copy.deepcopy(hf_models.hf_model_from(directory)),
-        LoraConfig(r=8, lora_alpha=16, target_modules=targets, task_type="CAUSAL_LM"),
+        LoraConfig(r=8, lora_alpha=16, task_type="CAUSAL_LM", **adapted),
     )
     params = [p for p in peft.parameters() if p.requires_grad]
     for _ in range(2):
         sgd_step(peft, params, lr=1.0)
     peft.save_pretrained(str(tmp_path))
-    config = LoRAConfig(rank=8, alpha=16.0, targets=("attn", "mlp"))
+    config = LoRAConfig(rank=8, alpha=16.0, expert_rank=8, targets=targets)
+    factors = read_adapter(tmp_path, names=names_of(case))
     with model_parallel(layout):
-        chunks = build(layout, "qwen2", config)
-        put(chunks, "qwen2", read_adapter(tmp_path), config)
+        chunks = build(layout, case, config)
+        put(chunks, case, factors, config)
         own = [p for p in chunks[0].parameters() if p.requires_grad]
         losses = []
         for _ in range(3):
