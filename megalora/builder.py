@@ -16,7 +16,7 @@ from torch.distributed import ProcessGroup
 from megalora import replace
 from megalora.adapters import pissa
 from megalora.adapters.adapter import LoRAAdapter, named_adapters
-from megalora.adapters.bases import Base, base_linears, refusal
+from megalora.adapters.bases import Base, base_linears, left_out, refusal
 from megalora.adapters.collectives import union
 from megalora.adapters.padding import leave_out_padding
 from megalora.adapters.rows import parts_of
@@ -27,6 +27,7 @@ from megalora.config import LoRAConfig
 from megalora.targets import (
     ADAPTER_SUFFIX,
     MAMBA,
+    PRESETS,
     ModelFacts,
     check_all_matched,
     check_targets,
@@ -89,6 +90,7 @@ def apply_lora(
         _make_embedding_require_grad(chunk)
         if vocab_size is not None:
             leave_out_padding(chunk, vocab_size)
+    _tell_left_out([c for _, candidates in found for c in candidates], config)
     _warn_of_wide_ranks(adapter for pairs in made for _, adapter in pairs)
     if config.init == "pissa":
         pissa.start_from_base(model_chunks, vocab_size=vocab_size)
@@ -107,6 +109,7 @@ class _Candidate:
     def __init__(self, name: str, base: Base, parent: torch.nn.Module) -> None:
         self.name, self.base, self.parent = name, base, parent
         self.leaf = name.rpartition(".")[2]
+        self.left_out = left_out(parent, self.leaf)
 
 
 def model_facts(chunk: MegatronModule) -> ModelFacts:
@@ -164,7 +167,8 @@ def _make_adapters(
 ) -> list[tuple[_Candidate, LoRAAdapter]]:
     """Make a chunk's adapters without touching it, so that a refusal leaves it as it was."""
     facts = model_facts(chunk)
-    chosen = [c for c in candidates if matching_target(c.name, config.targets)]
+    _refuse_left_out(candidates, config)
+    chosen = [c for c in candidates if not c.left_out and matching_target(c.name, config.targets)]
     if chosen:
         _refuse_bypasses(chunk, chosen)
     return [(c, _make_adapter(c, config, facts, chunk.config)) for c in chosen]
@@ -224,6 +228,30 @@ def _warn_of_wide_ranks(adapters: Iterable[LoRAAdapter]) -> None:
 
 def _process_group(group: object) -> ProcessGroup | None:
     return group if isinstance(group, ProcessGroup) and group.size() > 1 else None
+
+
+def _refuse_left_out(candidates: list[_Candidate], config: LoRAConfig) -> None:
+    """Raise ValueError where a name or a pattern asks for what a preset leaves out."""
+    named = [target for target in config.targets if target not in PRESETS]
+    for candidate in candidates:
+        if candidate.left_out and matching_target(candidate.name, named):
+            raise ValueError(
+                f"lora_targets select {candidate.name}: {candidate.left_out}; use --lora-targets "
+                f"attn, which leaves {candidate.leaf} out, or names of the other linears"
+            )
+
+
+def _tell_left_out(candidates: list[_Candidate], config: LoRAConfig) -> None:
+    """Say once what the targets select and no adapter could train."""
+    own = {
+        f"{c.leaf} has no adapter: {c.left_out}"
+        for c in candidates
+        if c.left_out and matching_target(c.name, config.targets)
+    }
+    world = dist.group.WORLD if dist.is_initialized() else None
+    for sentence in sorted(union(own, world)):
+        if not dist.is_initialized() or dist.get_rank() == 0:
+            print(sentence, flush=True)
 
 
 def _refuse_bypasses(chunk: torch.nn.Module, chosen: list[_Candidate]) -> None:

@@ -152,13 +152,18 @@ def refusal(module: torch.nn.Module) -> str | None:
         return "TEGroupedMLP interleaves gate and up: leave out --moe-mlp-glu-interleave-size"
     if kind == "FusedSharedExpertMLP":
         return "FusedSharedExpertMLP runs its linears as one operation: turn grouped GEMM off"
-    if kind == "AbsorbedMLASelfAttention":
-        return (
-            "AbsorbedMLASelfAttention multiplies by linear_kv_up_proj's weight without calling it: "
-            "leave this attention out, as by --lora-targets mlp mamba unembed"
-        )
     if kind.startswith("Inference"):
         return f"{kind} is for inference only: build the model with a training layer spec"
+    return None
+
+
+def left_out(parent: torch.nn.Module, leaf: str) -> str | None:
+    """Say why the linear `leaf` of a module cannot train an adapter; None where it can."""
+    kind = type(parent).__name__
+    if kind == "AbsorbedMLASelfAttention" and leaf == "linear_kv_up_proj":
+        return "AbsorbedMLASelfAttention multiplies by its weight without calling it"
+    if kind == "DSAIndexer":
+        return "DSAIndexer picks tokens, through which the loss has no gradient"
     return None
 
 

@@ -3,7 +3,10 @@
 from collections.abc import Callable
 
 import torch
-from megatron.core.tensor_parallel import mappings
+from megatron.core.tensor_parallel import ColumnParallelLinear, mappings
+from megatron.core.transformer.experimental_attention_variant.absorbed_mla import (
+    AbsorbedMLASelfAttention,
+)
 from megatron.core.transformer.mla_qk_norm_config import QKNormConfigResolver
 from megatron.core.transformer.multi_latent_attention import (
     FusedMLASelfAttention,
@@ -16,6 +19,7 @@ QueryAndKeyValue = tuple[torch.Tensor, torch.Tensor]
 # By name: the classes of an attention's norms and projections.
 Classes = dict[str, object]
 Resolve = Callable[[QKNormConfigResolver], Classes]
+Projected = tuple[torch.Tensor, torch.Tensor | None]
 
 
 def down_project(
@@ -59,11 +63,37 @@ def resolve_plain(resolve: Resolve, self: QKNormConfigResolver) -> Classes:
     return {**resolve(self), "linear_q_proj": self.submodules.linear_q_proj or self.linear_impl}
 
 
+def init_absorbed(
+    init: Callable[..., None], self: AbsorbedMLASelfAttention, *args: object, **kwargs: object
+) -> None:
+    """Let the column-parallel down projection of absorbed attention give whole rows of its tokens.
+
+    The attention requires sequence parallelism, and then gathers the rotary key over the sequence.
+    """
+    init(self, *args, **kwargs)
+    down = self.linear_kv_down_proj
+    if isinstance(down, ColumnParallelLinear) and self.config.tensor_model_parallel_size > 1:
+        down.register_forward_hook(_whole_rows)
+
+
+def _whole_rows(_module: object, _inputs: object, output: Projected) -> Projected:
+    # dgrad: all-gather of the tokens, then this rank's columns
+    key_value = mappings.gather_from_tensor_model_parallel_region(output[0])
+    return mappings.scatter_to_sequence_parallel_region(key_value), output[1]
+
+
 _LOST = "the gradient of the shared rotary key is lost over tensor-parallel ranks"
 PATCHES = (
     *(
         Patch(kind, "_qkv_down_projection", ("hidden_states",), around(down_project), _LOST)
         for kind in (MLASelfAttention, FusedMLASelfAttention)
+    ),
+    Patch(
+        AbsorbedMLASelfAttention,
+        "__init__",
+        ("config", "submodules"),
+        around(init_absorbed),
+        _LOST,
     ),
     Patch(
         QKNormConfigResolver,

@@ -118,24 +118,6 @@ def test_projections_of_other_layers_are_refused_by_name(layout: Layout) -> None
         assert f"{IN_PROJ}_lora" in dict(named_adapters(chunks))
 
 
-class AbsorbedMLASelfAttention(torch.nn.Module):
-    """Named as the attention that does not call one of its linears."""
-
-    def __init__(self, attention: Any) -> None:
-        super().__init__()
-        self.linear_proj = attention.linear_proj
-
-
-@over(Layout())
-def test_absorbed_attention_is_refused(layout: Layout) -> None:
-    with model_parallel(layout):
-        chunks = base(layout)
-        layer = chunks[0].decoder.layers[1]
-        layer.self_attention = AbsorbedMLASelfAttention(layer.self_attention)
-        with pytest.raises(ValueError, match="linear_kv_up_proj's weight without calling it"):
-            apply_lora(chunks, LoRAConfig(rank=4))
-
-
 @over(Layout())
 def test_targets_that_a_mamba_model_lacks_are_refused_with_what_it_has(layout: Layout) -> None:
     with model_parallel(layout):

@@ -4,6 +4,7 @@ from typing import Any
 
 import pytest
 import torch
+from megatron.core.tensor_parallel import ColumnParallelLinear
 from torch import Tensor
 
 from megalora.builder import apply_lora, named_adapters
@@ -72,6 +73,47 @@ def test_modules_that_bypass_their_linears_are_refused(layout: Layout) -> None:
         refused(chunks, "TEFusedMLP runs its linears as one fused operation: leave out --use-te-op")
         # Its attention can still have adapters.
         apply_lora(chunks, LoRAConfig(rank=4, targets=("attn",)))
+
+
+@over(Layout())
+def test_presets_leave_out_what_absorbed_attention_does_not_call(
+    layout: Layout, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with model_parallel(layout):
+        chunks = build_model(layout, **KINDS["sparse absorbed attention"].model)
+        apply_lora(chunks, LoRAConfig(rank=4))
+        names = {name.rpartition(".")[2] for name, _ in named_adapters(chunks)}
+    down_and_up = {f"linear_{n}_lora" for n in ("q_down_proj", "q_up_proj", "kv_down_proj")}
+    rest = {"linear_proj_lora", "linear_fc1_lora", "linear_fc2_lora", "output_layer_lora"}
+    assert names == down_and_up | rest
+    assert capsys.readouterr().out.count("linear_kv_up_proj has no adapter: AbsorbedMLA") == 1
+
+
+@pytest.mark.parametrize("target", ["linear_kv_up_proj", "decoder.layers.1.*"])
+@over(Layout())
+def test_a_linear_that_is_not_called_is_refused_where_it_is_named(
+    layout: Layout, target: str
+) -> None:
+    with model_parallel(layout):
+        chunks = build_model(layout, **KINDS["sparse absorbed attention"].model)
+        message = (
+            r"self_attention\.linear_kv_up_proj: .*without calling it; use --lora-targets attn"
+        )
+        refused(chunks, message, targets=("mlp", target))
+
+
+@over(Layout())
+def test_linears_that_the_loss_does_not_reach_are_refused(layout: Layout) -> None:
+    with model_parallel(layout):
+        chunks = build_model(layout, **KINDS["sparse absorbed attention"].model)
+        indexer = chunks[0].decoder.layers[0].self_attention.core_attention.indexer
+        sizes, init = (32, 12), torch.nn.init.zeros_
+        indexer.linear_wk = ColumnParallelLinear(
+            *sizes, config=chunks[0].config, init_method=init, bias=False
+        )
+        refused(chunks, r"indexer\.linear_wk: DSAIndexer picks tokens", targets=("*indexer*",))
+        apply_lora(chunks, LoRAConfig(rank=4))
+        assert not any("indexer" in name for name, _ in named_adapters(chunks))
 
 
 @over(Layout())

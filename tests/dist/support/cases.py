@@ -10,7 +10,7 @@ import torch
 
 from tests.dist.support.answers import Answers
 from tests.dist.support.layouts import Layout
-from tests.dist.support.models import MAMBA, MLA, MOE
+from tests.dist.support.models import DSA, MAMBA, MLA, MOE
 from tests.dist.support.training import Run
 
 
@@ -89,6 +89,7 @@ KINDS = {
     "1 query group": _kind(num_query_groups=1),
     "latent attention": _kind(**MLA),
     "latent attention, direct q": _kind(**{**MLA, "q_lora_rank": None}),
+    "sparse absorbed attention": _kind(layers=2, **DSA),
     "multi-token prediction": _kind(
         layers=2, mtp_num_layers=1, lora={"targets": ("all", "eh_proj")}
     ),
@@ -174,6 +175,8 @@ DENSE = [
         )
     ),
     Case(layout=TP2_SP, kind="latent attention, direct q"),
+    # Megatron has it at TP 2 with sequence parallelism alone.
+    *(Case(layout=layout, kind="sparse absorbed attention") for layout in (Layout(), TP2_SP, PP2)),
     Case(layout=TP2_SP, ops="reference", note="reference ops"),
     Case(layout=TP2_SP, **RECOMPUTED),
     Case(layout=TP2_SP, **_selective("core_attn", "mlp")),

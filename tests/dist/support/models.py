@@ -20,6 +20,7 @@ from megatron.core.transformer.transformer_config import MLATransformerConfig, T
 
 from tests.dist.support.layouts import Layout
 from tests.support.hybrid_spec import STACK
+from tests.support.sparse_spec import sparse_block
 
 VOCAB_SIZE = 64
 SEQ_LENGTH = 16
@@ -50,6 +51,18 @@ MLA = {
     "qk_pos_emb_head_dim": 8,
     "v_head_dim": 8,
     "rope_type": "rope",
+}
+# Each token attends to 6 of the 16 at most.
+DSA = {
+    **MLA,
+    "experimental_attention_variant": "dsa",
+    "transformer_impl": "local",
+    "qk_layernorm": True,
+    "dsa_indexer_n_heads": 4,
+    "dsa_indexer_head_dim": 12,
+    "dsa_indexer_topk": 6,
+    # The Hadamard transform turns queries and keys alike, and is a CUDA kernel.
+    "dsa_indexer_rotate_activation": False,
 }
 
 
@@ -141,7 +154,12 @@ def build_model(
 
 
 def _build_gpt(config: Any, stage: int | None, common: dict[str, Any]) -> GPTModel:
-    spec: Any = get_gpt_decoder_block_spec(config, use_transformer_engine=False, vp_stage=stage)
+    sparse = config.experimental_attention_variant == "dsa"
+    spec: Any = (
+        sparse_block(config, stage)
+        if sparse
+        else get_gpt_decoder_block_spec(config, use_transformer_engine=False, vp_stage=stage)
+    )
     mtp_spec = (
         get_gpt_mtp_block_spec(config, spec, use_transformer_engine=False, vp_stage=stage)
         if config.mtp_num_layers
