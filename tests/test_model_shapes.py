@@ -21,6 +21,16 @@ from tests.support.sizes import (
     TINY_QWEN2_MOE,
 )
 
+# 5 heads in a width of 64: where all passes through latents, no size follows from the two.
+MEGATRON_LATENT = {
+    "num_layers": 2,
+    "hidden_size": 64,
+    "num_attention_heads": 5,
+    "vocab_size": 100,
+    "multi_latent_attention": True,
+    "q_lora_rank": 24,
+}
+
 
 @pytest.mark.parametrize(
     ("preset", "published"),
@@ -98,16 +108,29 @@ def test_megatron_defaults_fill_in_what_flags_leave_out() -> None:
     assert not shape.gated_linear_unit
 
 
+def test_latent_attention_is_read_from_megatrons_flags() -> None:
+    shape = args_shape(argparse.Namespace(**MEGATRON_LATENT))
+    sizes = (shape.kv_lora_rank, shape.qk_head_dim, shape.qk_pos_emb_head_dim, shape.v_head_dim)
+    assert (shape.q_lora_rank, *sizes) == (24, 32, 128, 64, 128)
+    direct = args_shape(argparse.Namespace(**{**MEGATRON_LATENT, "q_lora_rank": None}))
+    assert direct.q_lora_rank == 0
+
+
 @pytest.mark.parametrize(
     ("make", "message"),
     [
         (lambda: preset_shape("llama-9"), r"'llama-9' is neither .* llama-3.1-8b"),
-        (lambda: model_shape({"model_type": "gemma4"}), "multimodal"),
+        (lambda: model_shape({"model_type": "gpt_oss"}), "linear attention"),
         (lambda: model_shape({"model_type": "llama"}), "num_attention_heads is None"),
         (lambda: load_config("/nonexistent"), "/nonexistent/config.json does not exist"),
+        (lambda: args_shape(argparse.Namespace(mtp_num_layers=1)), "mtp_num_layers is 1"),
         (
-            lambda: args_shape(argparse.Namespace(multi_latent_attention=True)),
-            "multi_latent_attention",
+            lambda: args_shape(argparse.Namespace(**{**MEGATRON_LATENT, "v_head_dim": -1})),
+            "v_head_dim is -1",
+        ),
+        (
+            lambda: args_shape(argparse.Namespace(**{**MEGATRON_LATENT, "q_lora_rank": -1})),
+            "q_lora_rank is -1",
         ),
         (lambda: args_shape(argparse.Namespace(num_layers=2)), "--hidden-size"),
     ],

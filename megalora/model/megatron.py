@@ -18,12 +18,7 @@ from megalora.model.presets import as_preset
 from megalora.model.rope import rope
 from megalora.model.shape import MAX_SIZES, ModelShape, head_size
 
-_UNDESCRIBED = (
-    "multi_latent_attention",
-    "mtp_num_layers",
-    "hybrid_layer_pattern",
-    "experimental_attention_variant",
-)
+_UNDESCRIBED = ("mtp_num_layers", "hybrid_layer_pattern", "experimental_attention_variant")
 
 
 def megatron_args(config: Mapping[str, Any]) -> dict[str, Any]:
@@ -121,7 +116,7 @@ def args_shape(args: argparse.Namespace, *, family: str = "") -> ModelShape:
     """Return the sizes that Megatron's parsed arguments give, or the same flags of a command.
 
     family: the learning rate rule's; where it is empty and the sizes are a preset's, the preset's.
-    Raises ValueError where a size is missing, and for MLA, MTP, hybrid and linear-attention models.
+    Raises ValueError where a size is missing, and for MTP, hybrid, linear and sparse attention.
     """
 
     def given[T](name: str, default: T) -> T:
@@ -136,13 +131,11 @@ def args_shape(args: argparse.Namespace, *, family: str = "") -> ModelShape:
     gated = given("swiglu", False) or given("quick_geglu", False)
     # Megatron's own default, arguments.py: about 4 hidden, a third less where gated.
     ffn = given("ffn_hidden_size", int(4 * hidden * 2 / 3 / 64) * 64 if gated else 4 * hidden)
-    grouped = given("group_query_attention", False)
     shape = ModelShape(
         num_layers=args.num_layers,
         hidden_size=hidden,
         num_attention_heads=heads,
-        num_query_groups=given("num_query_groups", 1) if grouped else heads,
-        kv_channels=given("kv_channels", 0) or head_size(hidden, heads),
+        **_attention_sizes(args),
         ffn_hidden_size=ffn,
         vocab_size=vocab_size,
         gated_linear_unit=gated,
@@ -155,6 +148,33 @@ def args_shape(args: argparse.Namespace, *, family: str = "") -> ModelShape:
         **(_expert_sizes(args, ffn) if given("num_experts", 0) else {}),
     )
     return shape if family else as_preset(shape)
+
+
+# Megatron's own defaults, arguments.py.
+_LATENT_SIZES = {
+    "q_lora_rank": 0,
+    "kv_lora_rank": 32,
+    "qk_head_dim": 128,
+    "qk_pos_emb_head_dim": 64,
+    "v_head_dim": 128,
+}
+
+
+def _attention_sizes(args: argparse.Namespace) -> dict[str, Any]:
+    heads = args.num_attention_heads
+    if not getattr(args, "multi_latent_attention", False):
+        grouped = getattr(args, "group_query_attention", False)
+        groups = getattr(args, "num_query_groups", None) or 1
+        size = getattr(args, "kv_channels", None) or head_size(args.hidden_size, heads)
+        return {"num_query_groups": groups if grouped else heads, "kv_channels": size}
+    given = {name: getattr(args, name, None) for name in _LATENT_SIZES}
+    return {
+        "num_query_groups": heads,
+        # It decides nothing.
+        "kv_channels": max(1, args.hidden_size // heads),
+        "multi_latent_attention": True,
+        **{name: given[name] or default for name, default in _LATENT_SIZES.items()},
+    }
 
 
 def _check_described(args: argparse.Namespace) -> None:

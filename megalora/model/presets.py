@@ -103,6 +103,7 @@ def as_preset(shape: ModelShape) -> ModelShape:
     The vocabulary is left out of the comparison: Megatron pads it.
     """
     sizes = ("num_layers", "hidden_size", "num_attention_heads", "num_query_groups", "kv_channels")
+    sizes += ("multi_latent_attention", "q_lora_rank", "kv_lora_rank")
     sizes += (
         ("moe_ffn_hidden_size", "num_moe_experts")
         if shape.num_moe_experts

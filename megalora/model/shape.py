@@ -101,6 +101,7 @@ class ModelShape:
             value = getattr(self, name)
             if value < 1:
                 raise ValueError(f"{name} is {value!r}: must be an integer >= 1")
+        self._check_latents()
         for name, limit in MAX_SIZES.items():
             if getattr(self, name, 0) > limit:
                 raise ValueError(f"{name} is {getattr(self, name)}: must be {limit:,} at most")
@@ -114,6 +115,14 @@ class ModelShape:
                 f"moe_router_topk {self.moe_router_topk} exceeds num_moe_experts "
                 f"{self.num_moe_experts}: the configuration is broken"
             )
+
+    def _check_latents(self) -> None:
+        names = ("kv_lora_rank", "qk_head_dim", "qk_pos_emb_head_dim", "v_head_dim")
+        for name in names if self.multi_latent_attention else ():
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} is {getattr(self, name)!r}: must be an integer >= 1")
+        if self.q_lora_rank < 0:
+            raise ValueError(f"q_lora_rank is {self.q_lora_rank!r}: must be an integer >= 0")
 
     @property
     def heads_per_group(self) -> int:

@@ -197,8 +197,8 @@ class _Stage:
 
     def add_base(self, linear: Linear, *, trained: bool) -> None:
         layout = self.layout
-        is_expert, is_router = linear.num_experts > 0, linear.group == "router"
-        shards = layout.ep * layout.expert_tp if is_expert else 1 if is_router else layout.tp
+        is_expert, tp = linear.num_experts > 0, 1 if linear.duplicated else layout.tp
+        shards = layout.ep * layout.expert_tp if is_expert else tp
         self.add(linear.parameters / shards, trained=trained, is_expert=is_expert)
 
     def add_adapter(self, size: AdapterSize) -> None:
@@ -257,6 +257,7 @@ def _facts(shape: ModelShape) -> ModelFacts:
         attention_output_gate=shape.attention_output_gate,
         moe_router_topk=shape.moe_router_topk,
         num_moe_experts=shape.num_moe_experts,
+        q_lora_rank=shape.q_lora_rank,
     )
 
 

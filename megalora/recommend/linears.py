@@ -15,6 +15,7 @@ class Linear:
 
     num_experts: experts that have such a weight, 0 for a dense linear.
     uses: how many of these weights a token passes through.
+    duplicated: every tensor-parallel rank has the whole weight.
     """
 
     name: str
@@ -24,6 +25,7 @@ class Linear:
     out_features: int
     num_experts: int = 0
     uses: int = 1
+    duplicated: bool = False
 
     @property
     def parameters(self) -> int:
@@ -49,7 +51,7 @@ def base_parameters(shape: ModelShape) -> int:
 
 def layer_extras(shape: ModelShape) -> list[int]:
     """Count each layer's norms, q, k, v biases and shared expert gate: replicated, and small."""
-    norms = 2 * shape.hidden_size + (2 * shape.kv_channels if shape.qk_layernorm else 0)
+    norms = 2 * shape.hidden_size + (_qk_norms(shape) if shape.qk_layernorm else 0)
     bias = shape.qkv_rows if shape.add_qkv_bias else 0
     gated = shape.moe_layers if shape.moe_shared_expert_gate else []
     extras = [norms + bias] * shape.num_layers
@@ -58,10 +60,36 @@ def layer_extras(shape: ModelShape) -> list[int]:
     return extras
 
 
+def _qk_norms(shape: ModelShape) -> int:
+    latents = shape.q_lora_rank + shape.kv_lora_rank
+    return latents if shape.multi_latent_attention else 2 * shape.kv_channels
+
+
 def _attention(shape: ModelShape, layer: int) -> Iterator[Linear]:
     prefix, hidden = f"decoder.layers.{layer}.self_attention.", shape.hidden_size
+    if shape.multi_latent_attention:
+        for name, inputs, outputs in _latent_attention(shape):
+            # TransformerEngine's down projections are whole on every rank; those of Megatron's own
+            # layers are split.
+            whole = "_down_" in name
+            yield Linear(prefix + name, "attention", layer, inputs, outputs, duplicated=whole)
+        return
     yield Linear(prefix + "linear_qkv", "attention", layer, hidden, shape.qkv_rows)
     yield Linear(prefix + "linear_proj", "attention", layer, shape.query_size, hidden)
+
+
+def _latent_attention(shape: ModelShape) -> Iterator[tuple[str, int, int]]:
+    hidden, heads = shape.hidden_size, shape.num_attention_heads
+    queries = heads * (shape.qk_head_dim + shape.qk_pos_emb_head_dim)
+    if shape.q_lora_rank:
+        yield "linear_q_down_proj", hidden, shape.q_lora_rank
+        yield "linear_q_up_proj", shape.q_lora_rank, queries
+    else:
+        yield "linear_q_proj", hidden, queries
+    yield "linear_kv_down_proj", hidden, shape.kv_lora_rank + shape.qk_pos_emb_head_dim
+    keys_and_values = heads * (shape.qk_head_dim + shape.v_head_dim)
+    yield "linear_kv_up_proj", shape.kv_lora_rank, keys_and_values
+    yield "linear_proj", heads * shape.v_head_dim, hidden
 
 
 def _mlp(shape: ModelShape, layer: int) -> Iterator[Linear]:
@@ -70,7 +98,8 @@ def _mlp(shape: ModelShape, layer: int) -> Iterator[Linear]:
 
 def _experts(shape: ModelShape, layer: int) -> Iterator[Linear]:
     prefix = f"decoder.layers.{layer}.mlp."
-    yield Linear(prefix + "router", "router", layer, shape.hidden_size, shape.num_moe_experts)
+    sizes = shape.hidden_size, shape.num_moe_experts
+    yield Linear(prefix + "router", "router", layer, *sizes, duplicated=True)
     yield from _pair(
         shape,
         prefix + "experts.",

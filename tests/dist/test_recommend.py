@@ -11,9 +11,9 @@ from megalora.builder import apply_lora, named_adapters
 from megalora.config import LoRAConfig
 from megalora.recommend import Layout as GpuLayout
 from megalora.recommend import ModelShape, adapter_parameters, gpu_memory, step_flops
-from megalora.recommend.linears import linears
+from megalora.recommend.linears import base_parameters, linears
 from tests.dist.support.layouts import Layout, model_parallel, over
-from tests.dist.support.models import DENSE, MOE, SEQ_LENGTH, VOCAB_SIZE, build_model
+from tests.dist.support.models import DENSE, MLA, MOE, SEQ_LENGTH, VOCAB_SIZE, build_model
 
 MODES: dict[str, dict[str, Any]] = {
     "all": {},
@@ -27,20 +27,15 @@ MODES: dict[str, dict[str, Any]] = {
 WITH_SHARED_EXPERT = {**MOE, "moe_shared_expert_intermediate_size": 40}
 
 
+LATENT = {**MLA, "qk_layernorm": True, "v_head_dim": 12, "kv_lora_rank": 20}
+DIRECT_QUERY = {**MLA, "q_lora_rank": None}
+LATENT_MOE = {**LATENT, **WITH_SHARED_EXPERT, "moe_layer_freq": [0, 1, 1, 1]}
+
+
 def shape_of(fields: dict[str, Any]) -> ModelShape:
     """Return the shape of `build_model(**fields)`."""
-    dense: dict[str, Any] = dict(DENSE)
-    experts = (
-        {
-            "num_moe_experts": fields["num_moe_experts"],
-            "moe_router_topk": fields["moe_router_topk"],
-            "moe_ffn_hidden_size": fields["moe_ffn_hidden_size"],
-            "moe_shared_expert_intermediate_size": fields["moe_shared_expert_intermediate_size"],
-        }
-        if fields
-        else {}
-    )
-    return ModelShape(name="tiny", family="", vocab_size=VOCAB_SIZE, **dense, **experts)
+    more = {"vocab_size": VOCAB_SIZE, "multi_latent_attention": "kv_lora_rank" in fields}
+    return ModelShape.from_mapping({**DENSE, **fields, **more})
 
 
 def group_of(name: str) -> str:
@@ -66,6 +61,9 @@ def attached(model: list[Any]) -> dict[str, int]:
     [
         *((mode, WITH_SHARED_EXPERT) for mode in MODES),
         *((mode, {}) for mode in ("all", "attn", "mlp-unembed", "shared-a")),
+        *((mode, LATENT) for mode in ("all", "attn", "shared-a")),
+        ("attn", DIRECT_QUERY),
+        *((mode, LATENT_MOE) for mode in ("all", "shared-outer")),
     ],
 )
 def test_counts_are_those_of_the_built_adapters(
@@ -75,6 +73,15 @@ def test_counts_are_those_of_the_built_adapters(
     with model_parallel(layout):
         model = apply_lora([*build_model(layout, **fields)], config)
         assert attached(model) == adapter_parameters(shape_of(fields), config)
+
+
+@over(Layout())
+@pytest.mark.parametrize("fields", [{}, WITH_SHARED_EXPERT, LATENT, DIRECT_QUERY, LATENT_MOE])
+def test_the_base_is_counted_as_megatron_builds_it(layout: Layout, fields: dict[str, Any]) -> None:
+    with model_parallel(layout):
+        (model,) = build_model(layout, **fields)
+        built = sum(parameter.numel() for parameter in model.parameters())
+    assert base_parameters(shape_of(fields)) == built
 
 
 @over(Layout(tp=2, sp=True, dp=2, ep=2, etp=2), Layout(tp=2, sp=True, dp=2, ep=4, etp=1))
@@ -91,8 +98,24 @@ def test_memory_counts_the_shards_of_a_rank(layout: Layout, mode: str) -> None:
     assert memory.weights == 2 * held
 
 
+@over(Layout(tp=2, sp=True))
+def test_memory_counts_down_projections_whole(layout: Layout) -> None:
+    config = LoRAConfig(rank=4, ops="reference")
+    with model_parallel(layout):
+        model = apply_lora([*build_model(layout, **LATENT)], config)
+        trained = sum(p.numel() for p in model[0].parameters() if p.requires_grad)
+        held = sum(p.numel() for p in model[0].parameters())
+    # Those of Megatron's own layers are split; TransformerEngine's, which are counted, are not.
+    split = sum(
+        linear.parameters for linear in linears(shape_of(LATENT)) if "_down_" in linear.name
+    )
+    memory = gpu_memory(shape_of(LATENT), config, GpuLayout(tp=2))
+    assert memory.gradients == 4 * trained
+    assert memory.weights == 2 * (held + split / 2)
+
+
 @over(Layout())
-@pytest.mark.parametrize("fields", [{}, WITH_SHARED_EXPERT], ids=["dense", "moe"])
+@pytest.mark.parametrize("fields", [{}, WITH_SHARED_EXPERT, LATENT], ids=["dense", "moe", "mla"])
 def test_flops_are_what_torch_counts_in_megatron(layout: Layout, fields: dict[str, Any]) -> None:
     # One A for each linear: the reference ops spread B over the A of several, which costs more.
     config = LoRAConfig(rank=4, ops="reference", shared_a=True)
