@@ -21,7 +21,8 @@ def add_lora_args(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
     add(
         "--lora-targets",
         nargs="+",
-        help="presets all, attn, mlp, mamba, unembed and Megatron module names (default all)",
+        help="presets all, attn, mlp, mamba, unembed, tinker (Tinker's layout, where the experts' "
+        "mode is shared_outer) and Megatron module names (default all)",
     )
     add("--lora-expert-rank", type=int, help="rank of each expert (default rank / top-k)")
     add("--lora-expert-mode", choices=get_args(ExpertMode), help="default per_expert")

@@ -24,7 +24,10 @@ class LoRAConfig:
     rank: rank r of every dense adapter.
     alpha: an adapter of rank r is scaled by alpha / r (alpha / sqrt(r) with `rslora`).
     dropout: probability of dropping an input element of an adapter.
-    targets: presets (`all`, `attn`, `mlp`, `mamba`, `unembed`), Megatron module names, patterns.
+    targets: presets (`all`, `attn`, `mlp`, `mamba`, `unembed`, `tinker`), Megatron module names,
+        patterns. `tinker` with expert_mode `shared_outer` is the layout of Thinking Machines'
+        service: all but the up projections of multi-latent attention (of Mamba's in_proj all rows,
+        where the service adapts z and x).
     expert_rank: rank of each expert's adapter; None means rank / moe_router_topk.
     expert_mode: `per_expert` gives every expert its own A and B; `shared_outer` shares A of
         linear_fc1 and B of linear_fc2 over all experts, at full rank.

@@ -22,16 +22,20 @@ ATTENTION = (
 )
 MLP = ("linear_fc1", "linear_fc2")
 MAMBA = ("in_proj", "out_proj")
+ALL = (*ATTENTION, *MLP, *MAMBA, "output_layer")
+# Thinking Machines' service leaves out what expands a latent, by the sizes that it publishes.
+EXPANDING = ("linear_q_up_proj", "linear_kv_up_proj")
 PRESETS: dict[str, tuple[str, ...]] = {
     "attn": ATTENTION,
     "mlp": MLP,
     "mamba": MAMBA,
     "unembed": ("output_layer",),
-    "all": (*ATTENTION, *MLP, *MAMBA, "output_layer"),
+    "all": ALL,
+    "tinker": tuple(name for name in ALL if name not in EXPANDING),
 }
 # Behind the name of its base in an adapter's.
 ADAPTER_SUFFIX = "_lora"
-ADAPTABLE = (*PRESETS["all"], "router", "eh_proj")
+ADAPTABLE = (*ALL, "router", "eh_proj")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -11,6 +11,7 @@ import torch
 
 from megalora.arguments import add_lora_args, flags_of, lora_config_from_args
 from megalora.config import LoRAConfig
+from megalora.targets import PRESETS
 
 
 def test_defaults_are_the_articles() -> None:
@@ -129,6 +130,13 @@ def test_the_bounds_themselves_are_taken(fields: dict[str, Any]) -> None:
     config = LoRAConfig(**{"rank": 8, **fields})
     tiny = torch.finfo(torch.float32).tiny
     assert tiny < float(torch.tensor(config.scale(config.rank), dtype=torch.float32)) < math.inf
+
+
+def test_help_and_docstring_name_every_preset_of_targets() -> None:
+    helps = add_lora_args(argparse.ArgumentParser()).format_help().split("--lora-targets")[-1]
+    for preset in PRESETS:
+        assert f"`{preset}`" in (LoRAConfig.__doc__ or "")
+        assert preset in helps.split("--lora-expert-rank")[0].replace(",", "").split()
 
 
 def test_fields_survive_json() -> None:

@@ -1,5 +1,6 @@
 """Parameters and FLOPs of adapters, against the article, transformers and hand counts."""
 
+import dataclasses
 from typing import Any
 
 import pytest
@@ -45,6 +46,40 @@ def test_experts_of_qwen_have_a_topk_th_of_the_rank(rank: int, parameters: int) 
 def test_shared_outer_experts_are_counted_at_full_rank() -> None:
     config = lora(4, expert_mode="shared_outer")
     assert adapter_parameters(MOE, config)["experts"] == 4 * 14_450_688
+
+
+# Of one layer, as the base of DeepSeek-V3.1; that of Kimi-K2 has half as many heads.
+LATENT = ModelShape(
+    num_layers=1,
+    hidden_size=7168,
+    num_attention_heads=128,
+    num_query_groups=128,
+    kv_channels=56,
+    ffn_hidden_size=18432,
+    vocab_size=129280,
+    multi_latent_attention=True,
+    q_lora_rank=1536,
+    kv_lora_rank=512,
+    qk_head_dim=128,
+    qk_pos_emb_head_dim=64,
+    v_head_dim=128,
+)
+
+
+@pytest.mark.parametrize(("heads", "published"), [(128, 40_000), (64, 31_808)])
+def test_tinkers_attention_through_latents_is_what_it_publishes(heads: int, published: int) -> None:
+    shape = dataclasses.replace(LATENT, num_attention_heads=heads, num_query_groups=heads)
+    assert adapter_parameters(shape, lora(1, targets=("tinker",)))["attention"] == published
+    # Of q_b: 1536 in, 192 a head out; of kv_b: 512 in, 256 a head out.
+    expanding = 1536 + 512 + heads * (192 + 256)
+    assert adapter_parameters(shape, lora(1))["attention"] == published + expanding
+
+
+def test_tinkers_experts_are_what_it_publishes() -> None:
+    tinker = lora(1, targets=("tinker",), expert_mode="shared_outer")
+    counts = adapter_parameters(MOE, tinker)
+    assert counts["experts"] == 14_450_688
+    assert counts == adapter_parameters(MOE, lora(1, expert_mode="shared_outer"))
 
 
 def test_shared_a_saves_the_a_of_all_but_one_projection() -> None:

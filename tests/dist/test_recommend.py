@@ -23,6 +23,7 @@ MODES: dict[str, dict[str, Any]] = {
     "expert-rank": {"expert_rank": 3},
     "shared-outer": {"expert_mode": "shared_outer"},
     "shared-a": {"shared_a": True},
+    "tinker": {"targets": ("tinker",), "expert_mode": "shared_outer"},
 }
 WITH_SHARED_EXPERT = {**MOE, "moe_shared_expert_intermediate_size": 40}
 
@@ -63,7 +64,7 @@ def attached(model: list[Any]) -> dict[str, int]:
         *((mode, {}) for mode in ("all", "attn", "mlp-unembed", "shared-a")),
         *((mode, LATENT) for mode in ("all", "attn", "shared-a")),
         ("attn", DIRECT_QUERY),
-        *((mode, LATENT_MOE) for mode in ("all", "shared-outer")),
+        *((mode, LATENT_MOE) for mode in ("all", "shared-outer", "tinker")),
     ],
 )
 def test_counts_are_those_of_the_built_adapters(
@@ -73,6 +74,33 @@ def test_counts_are_those_of_the_built_adapters(
     with model_parallel(layout):
         model = apply_lora([*build_model(layout, **fields)], config)
         assert attached(model) == adapter_parameters(shape_of(fields), config)
+
+
+@over(Layout())
+def test_tinkers_layout_is_exactly_its_list(layout: Layout) -> None:
+    # The first layer is dense, the second has experts and a shared one with a gate.
+    fields = {
+        **LATENT_MOE,
+        "num_layers": 2,
+        "moe_layer_freq": [0, 1],
+        "moe_shared_expert_gate": True,
+    }
+    config = LoRAConfig(rank=4, ops="reference", **MODES["tinker"])
+    with model_parallel(layout):
+        model = apply_lora([*build_model(layout, **fields)], config)
+        adapters = {name.removesuffix("_lora"): a for name, a in named_adapters(model)}
+    layers = {name.removeprefix("decoder.layers.") for name in adapters} - {"output_layer"}
+    attention = {"linear_q_down_proj", "linear_kv_down_proj", "linear_proj"}
+    assert layers == {
+        *(f"{layer}.self_attention.{name}" for layer in (0, 1) for name in attention),
+        *("0.mlp.linear_fc1", "0.mlp.linear_fc2"),
+        *("1.mlp.experts.linear_fc1", "1.mlp.experts.linear_fc2"),
+        *("1.mlp.shared_experts.linear_fc1", "1.mlp.shared_experts.linear_fc2"),
+    }
+    experts = [adapters[f"decoder.layers.1.mlp.experts.linear_{fc}"] for fc in ("fc1", "fc2")]
+    # Full rank; A of gate and up and B of down are one for all experts.
+    assert [a.spec.rank for a in experts] == [4, 4]
+    assert [(a.lora_A.dim(), a.lora_B.dim()) for a in experts] == [(2, 3), (3, 2)]
 
 
 @over(Layout())
