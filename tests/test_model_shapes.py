@@ -49,6 +49,19 @@ def test_presets_have_the_published_parameter_counts(preset: str, published: int
 
 
 @pytest.mark.parametrize(
+    ("preset", "published"),
+    [("glm-4.5", 352_797_829_024), ("glm-4.5-air", 106_852_251_264)],
+)
+def test_routers_biases_are_all_that_the_published_counts_have_more(
+    preset: str, published: int
+) -> None:
+    shape = preset_shape(preset)
+    # A buffer in Megatron, and no parameter.
+    biases = len(shape.moe_layers) * shape.num_moe_experts
+    assert base_parameters(shape) + biases == published
+
+
+@pytest.mark.parametrize(
     "config",
     [
         TINY_LLAMA,

@@ -47,6 +47,7 @@ def test_an_unknown_family_gets_a_range_and_is_told_so() -> None:
     assert (low, high) == pytest.approx((2.86e-4, 4.73e-4), rel=2e-3)
     assert result.basis is None
     assert any("not to mistral" in note for note in result.notes)
+    assert "constant (10 x, family mistral, to which it was not fitted)" in result.table()
     with pytest.raises(ValueError, match=r"mistral.*sweep"):
         _ = result.learning_rate
 

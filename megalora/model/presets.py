@@ -54,6 +54,29 @@ def _qwen3_moe(
     }
 
 
+def _glm4_moe(
+    layers: int, hidden: int, ffn: int, experts: int, *, expert_ffn: int, dense: int, norm: bool
+) -> dict[str, Any]:
+    return {
+        "model_type": "glm4_moe",
+        "num_hidden_layers": layers,
+        "hidden_size": hidden,
+        "intermediate_size": ffn,
+        "num_attention_heads": 96,
+        "num_key_value_heads": 8,
+        "head_dim": 128,
+        "attention_bias": True,
+        "use_qk_norm": norm,
+        "vocab_size": 151552,
+        "tie_word_embeddings": False,
+        "n_routed_experts": experts,
+        "num_experts_per_tok": 8,
+        "moe_intermediate_size": expert_ffn,
+        "n_shared_experts": 1,
+        "first_k_dense_replace": dense,
+    }
+
+
 PRESETS: dict[str, dict[str, Any]] = {
     "llama-3.2-1b": _llama(16, 2048, 8192, 32, head_dim=64, tied=True),
     "llama-3.2-3b": _llama(28, 3072, 8192, 24, tied=True),
@@ -68,6 +91,8 @@ PRESETS: dict[str, dict[str, Any]] = {
     "qwen3-32b": _qwen3(64, 5120, 25600, 64),
     "qwen3-30b-a3b": _qwen3_moe(48, 2048, 6144, 32, expert_ffn=768),
     "qwen3-235b-a22b": _qwen3_moe(94, 4096, 12288, 64, expert_ffn=1536),
+    "glm-4.5": _glm4_moe(92, 5120, 12288, 160, expert_ffn=1536, dense=3, norm=True),
+    "glm-4.5-air": _glm4_moe(46, 4096, 10944, 128, expert_ffn=1408, dense=1, norm=False),
 }
 
 

@@ -78,7 +78,8 @@ def _model_rows(result: "Recommendation") -> list[tuple[str, str]]:
         (
             "learning rate",
             f"LoRA {_range(rates.lora)}, full fine-tuning {_range(rates.full)}, constant "
-            f"({rates.multiplier} x, family {rates.family or 'unknown'})",
+            f"({rates.multiplier} x, family {rates.family or 'unknown'}"
+            f"{'' if rates.known else ', to which it was not fitted'})",
         ),
     ]
     if result.basis is not None:
