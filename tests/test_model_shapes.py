@@ -1,6 +1,7 @@
 """Sizes of models, from every source that tells them."""
 
 import argparse
+import dataclasses
 import json
 import subprocess
 import sys
@@ -59,6 +60,13 @@ def test_routers_biases_are_all_that_the_published_counts_have_more(
     # A buffer in Megatron, and no parameter.
     biases = len(shape.moe_layers) * shape.num_moe_experts
     assert base_parameters(shape) + biases == published
+
+
+def test_a_layer_that_predicts_one_token_more_is_counted_as_published() -> None:
+    shape = dataclasses.replace(preset_shape("glm-4.5"), mtp_num_layers=1)
+    # The files repeat the embedding and the unembedding there.
+    biases, copies = 90 * 160, 2 * 151_552 * 5120
+    assert base_parameters(shape) + biases + copies == 358_337_791_296
 
 
 @pytest.mark.parametrize(
@@ -136,7 +144,14 @@ def test_latent_attention_is_read_from_megatrons_flags() -> None:
         (lambda: model_shape({"model_type": "gpt_oss"}), "linear attention"),
         (lambda: model_shape({"model_type": "llama"}), "num_attention_heads is None"),
         (lambda: load_config("/nonexistent"), "/nonexistent/config.json does not exist"),
-        (lambda: args_shape(argparse.Namespace(mtp_num_layers=1)), "mtp_num_layers is 1"),
+        (
+            lambda: args_shape(argparse.Namespace(hybrid_layer_pattern="M*-")),
+            r"hybrid_layer_pattern is 'M\*-', whose linears are not described here",
+        ),
+        (
+            lambda: args_shape(argparse.Namespace(**MEGATRON_LLAMA, mtp_num_layers=-1)),
+            "mtp_num_layers is -1",
+        ),
         (
             lambda: args_shape(argparse.Namespace(**{**MEGATRON_LATENT, "v_head_dim": -1})),
             "v_head_dim is -1",

@@ -1,5 +1,6 @@
 """Bytes of weights, gradients and optimizer on each GPU."""
 
+import dataclasses
 from typing import Any
 
 import pytest
@@ -52,6 +53,15 @@ def test_pipeline_stages_split_the_layers_and_the_fullest_is_reported() -> None:
     layers, table = base_parameters(LLAMA) - 2 * 128256 * 4096 - 4096, 128256 * 4096
     weights = gpu_memory(LLAMA, None, Layout(pp=4)).weights
     assert weights == 2 * (layers / 4 + table + 4096)
+
+
+def test_the_last_stage_embeds_the_tokens_of_layers_that_predict_more() -> None:
+    predicting = dataclasses.replace(LLAMA, mtp_num_layers=1)
+    layers, table = base_parameters(LLAMA) - 2 * 128256 * 4096 - 4096, 128256 * 4096
+    own = base_parameters(predicting) - base_parameters(LLAMA)
+    assert own == layers / 32 + 2 * 4096 * 4096 + 3 * 4096
+    weights = gpu_memory(predicting, None, Layout(pp=4)).weights
+    assert weights == 2 * (layers / 4 + own + 2 * table + 4096)
 
 
 def test_a_tied_table_is_held_once_on_one_stage_and_on_both_ends_of_a_pipeline() -> None:

@@ -18,7 +18,11 @@ from megalora.model.presets import as_preset
 from megalora.model.rope import rope
 from megalora.model.shape import MAX_SIZES, ModelShape, head_size
 
-_UNDESCRIBED = ("mtp_num_layers", "hybrid_layer_pattern", "experimental_attention_variant")
+_UNDESCRIBED = (
+    "mtp_use_repeated_layer",
+    "hybrid_layer_pattern",
+    "experimental_attention_variant",
+)
 
 
 def megatron_args(config: Mapping[str, Any]) -> dict[str, Any]:
@@ -116,7 +120,7 @@ def args_shape(args: argparse.Namespace, *, family: str = "") -> ModelShape:
     """Return the sizes that Megatron's parsed arguments give, or the same flags of a command.
 
     family: the learning rate rule's; where it is empty and the sizes are a preset's, the preset's.
-    Raises ValueError where a size is missing, and for MTP, hybrid, linear and sparse attention.
+    Raises ValueError where a size is missing, and for hybrid models, linear and sparse attention.
     """
 
     def given[T](name: str, default: T) -> T:
@@ -142,6 +146,7 @@ def args_shape(args: argparse.Namespace, *, family: str = "") -> ModelShape:
         tied_embeddings=not given("untie_embeddings_and_output_weights", False),
         qk_layernorm=given("qk_layernorm", False),
         add_qkv_bias=given("add_qkv_bias", False),
+        mtp_num_layers=given("mtp_num_layers", 0),
         attention_output_gate=given("attention_output_gate", False),
         family=family,
         name="Megatron flags",

@@ -7,6 +7,7 @@ from typing import Any, Self
 # Far above every model that is known: what lies above would be worked through without an end.
 MAX_SIZES: Mapping[str, int] = {
     "num_layers": 4096,
+    "mtp_num_layers": 4096,
     "hidden_size": 2**20,
     "num_attention_heads": 2**16,
     "num_query_groups": 2**16,
@@ -58,6 +59,7 @@ class ModelShape:
         TransformerEngine's layers may.
     num_moe_experts: 0 for a dense model. moe_layer_freq: 1 for experts in all layers, or as
         Megatron takes it: every so many layers, or 0 or 1 for each layer.
+    mtp_num_layers: layers behind the decoder's that predict one token more each.
     tied_embeddings: the unembedding's weight is the embedding's.
     family: of the learning rate rule, `llama`, `qwen`, ...; empty where it is unknown.
     name: for people. model_type: Hugging Face's, the model's row in the table of families; empty
@@ -89,6 +91,7 @@ class ModelShape:
     attention_output_gate: bool = False
     qk_layernorm: bool = False
     add_qkv_bias: bool = False
+    mtp_num_layers: int = 0
     tied_embeddings: bool = False
     family: str = ""
     name: str = field(default="", compare=False)
@@ -101,7 +104,7 @@ class ModelShape:
             value = getattr(self, name)
             if value < 1:
                 raise ValueError(f"{name} is {value!r}: must be an integer >= 1")
-        self._check_latents()
+        self._check_more()
         for name, limit in MAX_SIZES.items():
             if getattr(self, name, 0) > limit:
                 raise ValueError(f"{name} is {getattr(self, name)}: must be {limit:,} at most")
@@ -116,13 +119,14 @@ class ModelShape:
                 f"{self.num_moe_experts}: the configuration is broken"
             )
 
-    def _check_latents(self) -> None:
+    def _check_more(self) -> None:
         names = ("kv_lora_rank", "qk_head_dim", "qk_pos_emb_head_dim", "v_head_dim")
         for name in names if self.multi_latent_attention else ():
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} is {getattr(self, name)!r}: must be an integer >= 1")
-        if self.q_lora_rank < 0:
-            raise ValueError(f"q_lora_rank is {self.q_lora_rank!r}: must be an integer >= 0")
+        for name in ("q_lora_rank", "mtp_num_layers"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"{name} is {getattr(self, name)!r}: must be an integer >= 0")
 
     @property
     def heads_per_group(self) -> int:

@@ -271,6 +271,9 @@ def _add_embeddings(shape: ModelShape, stages: list[_Stage], *, trained: bool) -
     # Tied weights exist once on one stage, and as a copy on the last of several.
     if not shape.tied_embeddings or len(stages) > 1:
         stages[-1].add(table, trained=trained)
+    # The last stage embeds the tokens that lead to those predicted beyond the next.
+    if shape.mtp_num_layers and not shape.tied_embeddings and len(stages) > 1:
+        stages[-1].add(table, trained=trained)
     for layer, extras in enumerate(layer_extras(shape)):
         stages[layer * len(stages) // shape.num_layers].add(extras, trained=trained)
     stages[-1].add(shape.hidden_size, trained=trained)

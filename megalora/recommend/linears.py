@@ -6,7 +6,7 @@ from typing import Literal
 
 from megalora.model.shape import ModelShape
 
-Group = Literal["attention", "mlp", "experts", "router", "unembedding"]
+Group = Literal["attention", "mlp", "experts", "router", "prediction", "unembedding"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,10 +36,24 @@ class Linear:
 def linears(shape: ModelShape) -> Iterator[Linear]:
     """Yield every linear in the order of the forward pass, the unembedding last."""
     for layer, is_moe in enumerate(shape.moe_pattern):
-        yield from _attention(shape, layer)
-        yield from _experts(shape, layer) if is_moe else _mlp(shape, layer)
+        yield from _layer(shape, f"decoder.layers.{layer}.", layer, is_moe=bool(is_moe))
     hidden, last = shape.hidden_size, shape.num_layers - 1
-    yield Linear("output_layer", "unembedding", last, hidden, shape.vocab_size)
+    for depth in range(shape.mtp_num_layers):
+        prefix = f"mtp.layers.{depth}."
+        yield Linear(prefix + "eh_proj", "prediction", last, 2 * hidden, hidden)
+        # Of the decoder's last kind, on its stage.
+        is_moe = shape.has_experts(last)
+        yield from _layer(shape, prefix + "mtp_model_layer.", last, is_moe=is_moe)
+    uses = 1 + shape.mtp_num_layers
+    yield Linear("output_layer", "unembedding", last, hidden, shape.vocab_size, uses=uses)
+
+
+def _layer(shape: ModelShape, prefix: str, layer: int, *, is_moe: bool) -> Iterator[Linear]:
+    yield from _attention(shape, prefix + "self_attention.", layer)
+    if is_moe:
+        yield from _experts(shape, prefix + "mlp.", layer)
+    else:
+        yield from _pair(shape, prefix + "mlp.", "mlp", layer, shape.ffn_hidden_size)
 
 
 def base_parameters(shape: ModelShape) -> int:
@@ -50,13 +64,17 @@ def base_parameters(shape: ModelShape) -> int:
 
 
 def layer_extras(shape: ModelShape) -> list[int]:
-    """Count each layer's norms, q, k, v biases and shared expert gate: replicated, and small."""
+    """Count each layer's norms, q, k, v biases and shared expert gate: replicated, and small.
+
+    Those of layers that predict more tokens are counted with the last.
+    """
     norms = 2 * shape.hidden_size + (_qk_norms(shape) if shape.qk_layernorm else 0)
     bias = shape.qkv_rows if shape.add_qkv_bias else 0
     gated = shape.moe_layers if shape.moe_shared_expert_gate else []
     extras = [norms + bias] * shape.num_layers
     for layer in gated:
         extras[layer] += shape.hidden_size
+    extras[-1] += shape.mtp_num_layers * (extras[-1] + 3 * shape.hidden_size)
     return extras
 
 
@@ -65,8 +83,8 @@ def _qk_norms(shape: ModelShape) -> int:
     return latents if shape.multi_latent_attention else 2 * shape.kv_channels
 
 
-def _attention(shape: ModelShape, layer: int) -> Iterator[Linear]:
-    prefix, hidden = f"decoder.layers.{layer}.self_attention.", shape.hidden_size
+def _attention(shape: ModelShape, prefix: str, layer: int) -> Iterator[Linear]:
+    hidden = shape.hidden_size
     if shape.multi_latent_attention:
         for name, inputs, outputs in _latent_attention(shape):
             # TransformerEngine's down projections are whole on every rank; those of Megatron's own
@@ -92,12 +110,7 @@ def _latent_attention(shape: ModelShape) -> Iterator[tuple[str, int, int]]:
     yield "linear_proj", heads * shape.v_head_dim, hidden
 
 
-def _mlp(shape: ModelShape, layer: int) -> Iterator[Linear]:
-    yield from _pair(shape, f"decoder.layers.{layer}.mlp.", "mlp", layer, shape.ffn_hidden_size)
-
-
-def _experts(shape: ModelShape, layer: int) -> Iterator[Linear]:
-    prefix = f"decoder.layers.{layer}.mlp."
+def _experts(shape: ModelShape, prefix: str, layer: int) -> Iterator[Linear]:
     sizes = shape.hidden_size, shape.num_moe_experts
     yield Linear(prefix + "router", "router", layer, *sizes, duplicated=True)
     yield from _pair(

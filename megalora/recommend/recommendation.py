@@ -1,7 +1,7 @@
 """Put the rules and the costs together: one recommendation."""
 
 import argparse
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from megalora.config import LoRAConfig
@@ -131,6 +131,7 @@ def recommend_for_args(
     """
     if getattr(args, "hf_model", None):
         shape = named_shape(args.hf_model, family=family)
+        shape = replace(shape, mtp_num_layers=getattr(args, "mtp_num_layers", None) or 0)
     else:
         shape = args_shape(args, family=family)
     samples, batch_size = getattr(args, "train_samples", None), args.global_batch_size

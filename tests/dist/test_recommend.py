@@ -23,6 +23,7 @@ MODES: dict[str, dict[str, Any]] = {
     "expert-rank": {"expert_rank": 3},
     "shared-outer": {"expert_mode": "shared_outer"},
     "shared-a": {"shared_a": True},
+    "prediction": {"targets": ("all", "eh_proj", "router")},
     "tinker": {"targets": ("tinker",), "expert_mode": "shared_outer"},
 }
 WITH_SHARED_EXPERT = {**MOE, "moe_shared_expert_intermediate_size": 40}
@@ -30,6 +31,7 @@ WITH_SHARED_EXPERT = {**MOE, "moe_shared_expert_intermediate_size": 40}
 
 LATENT = {**MLA, "qk_layernorm": True, "v_head_dim": 12, "kv_lora_rank": 20}
 DIRECT_QUERY = {**MLA, "q_lora_rank": None}
+PREDICTION = {**MOE, "moe_layer_freq": [0, 0, 0, 1], "mtp_num_layers": 2}
 LATENT_MOE = {**LATENT, **WITH_SHARED_EXPERT, "moe_layer_freq": [0, 1, 1, 1]}
 
 
@@ -42,7 +44,12 @@ def shape_of(fields: dict[str, Any]) -> ModelShape:
 def group_of(name: str) -> str:
     if "self_attention" in name:
         return "attention"
-    for part, group in (("router", "router"), (".experts.", "experts"), (".mlp.", "mlp")):
+    for part, group in (
+        ("router", "router"),
+        ("eh_proj", "prediction"),
+        (".experts.", "experts"),
+        (".mlp.", "mlp"),
+    ):
         if part in name:
             return group
     return "unembedding"
@@ -60,11 +67,12 @@ def attached(model: list[Any]) -> dict[str, int]:
 @pytest.mark.parametrize(
     ("mode", "fields"),
     [
-        *((mode, WITH_SHARED_EXPERT) for mode in MODES),
+        *((mode, WITH_SHARED_EXPERT) for mode in MODES if mode != "prediction"),
         *((mode, {}) for mode in ("all", "attn", "mlp-unembed", "shared-a")),
         *((mode, LATENT) for mode in ("all", "attn", "shared-a")),
         ("attn", DIRECT_QUERY),
         *((mode, LATENT_MOE) for mode in ("all", "shared-outer", "tinker")),
+        ("prediction", PREDICTION),
     ],
 )
 def test_counts_are_those_of_the_built_adapters(
@@ -104,7 +112,9 @@ def test_tinkers_layout_is_exactly_its_list(layout: Layout) -> None:
 
 
 @over(Layout())
-@pytest.mark.parametrize("fields", [{}, WITH_SHARED_EXPERT, LATENT, DIRECT_QUERY, LATENT_MOE])
+@pytest.mark.parametrize(
+    "fields", [{}, WITH_SHARED_EXPERT, LATENT, DIRECT_QUERY, LATENT_MOE, PREDICTION]
+)
 def test_the_base_is_counted_as_megatron_builds_it(layout: Layout, fields: dict[str, Any]) -> None:
     with model_parallel(layout):
         (model,) = build_model(layout, **fields)
@@ -143,7 +153,11 @@ def test_memory_counts_down_projections_whole(layout: Layout) -> None:
 
 
 @over(Layout())
-@pytest.mark.parametrize("fields", [{}, WITH_SHARED_EXPERT, LATENT], ids=["dense", "moe", "mla"])
+@pytest.mark.parametrize(
+    "fields",
+    [{}, WITH_SHARED_EXPERT, LATENT, PREDICTION],
+    ids=["dense", "moe", "latent", "prediction"],
+)
 def test_flops_are_what_torch_counts_in_megatron(layout: Layout, fields: dict[str, Any]) -> None:
     # One A for each linear: the reference ops spread B over the A of several, which costs more.
     config = LoRAConfig(rank=4, ops="reference", shared_a=True)
@@ -164,6 +178,6 @@ def counted(model: Any) -> int:
     """Count the FLOPs of all matrix products of a step but those inside attention."""
     tokens = torch.arange(SEQ_LENGTH)[None]
     with FlopCounterMode(display=False) as counter:
-        model(tokens, tokens, None).sum().backward()
+        model(tokens, tokens, None, labels=tokens).sum().backward()
     linears = {"aten.mm", "aten.addmm"}
     return sum(n for op, n in counter.get_flop_counts()["Global"].items() if str(op) in linears)
