@@ -33,7 +33,7 @@ def test_adapters_on_the_default_layers_train_alike(
 ) -> None:
     with kernels_of_torch():
         # Of Megatron's own layers, and kept.
-        truth(case.layout.world_size, case.kind, case.dtype)
+        truth(case.layout.world_size, case.kind, case.dtype, case.run.answers)
         monkeypatch.setattr(tests.dist.support.models, "STACK", default_stack())
         found = errors(case)
     assert found["start"] == 0.0
