@@ -177,6 +177,7 @@ DENSE = [
     Case(layout=TP2_SP, kind="latent attention, direct q"),
     # Megatron has it at TP 2 with sequence parallelism alone.
     *(Case(layout=layout, kind="sparse absorbed attention") for layout in (Layout(), TP2_SP, PP2)),
+    Case(layout=CP2, kind="sparse absorbed attention", fields={"cp_comm_type": "allgather"}),
     Case(layout=TP2_SP, ops="reference", note="reference ops"),
     Case(layout=TP2_SP, **RECOMPUTED),
     Case(layout=TP2_SP, **_selective("core_attn", "mlp")),
