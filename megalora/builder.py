@@ -24,6 +24,7 @@ from megalora.adapters.styles import ADAPTERS
 from megalora.checkpoint.state import install_checkpointing
 from megalora.checkpoint.unpickle import PICKLES
 from megalora.config import LoRAConfig
+from megalora.model.hybrid import config_of, equals_gpt, gpt_name, layers_of, pattern_in
 from megalora.targets import (
     ADAPTER_SUFFIX,
     MAMBA,
@@ -113,8 +114,11 @@ class _Candidate:
 
 
 def model_facts(chunk: MegatronModule) -> ModelFacts:
-    """Read the sizes that decide the form of adapters from a model chunk and its configuration."""
-    config = chunk.config
+    """Read the sizes that decide the form of adapters from a model chunk and its configuration.
+
+    A HybridModel that equals a GPT model has that one's.
+    """
+    config, pattern = config_of(chunk), pattern_in(chunk)
     return ModelFacts(
         num_attention_heads=config.num_attention_heads,
         num_query_groups=config.num_query_groups or config.num_attention_heads,
@@ -125,7 +129,7 @@ def model_facts(chunk: MegatronModule) -> ModelFacts:
         num_moe_experts=config.num_moe_experts or 0,
         moe_layer_freq=_moe_layer_freq(config),
         q_lora_rank=getattr(config, "q_lora_rank", None) or 0,
-        hybrid_layer_pattern=(getattr(chunk, "hybrid_layer_pattern", None) or "").replace("|", ""),
+        hybrid_layer_pattern="" if equals_gpt(pattern) else layers_of(pattern),
     )
 
 
@@ -137,7 +141,8 @@ def _moe_layer_freq(config: TransformerConfig) -> list[int]:
 
 
 def _sizes(chunk: MegatronModule, vocab_size: int | None) -> dict[str, int]:
-    sizes = {"num_layers": chunk.config.num_layers, "hidden_size": chunk.config.hidden_size}
+    config = config_of(chunk)
+    sizes = {"num_layers": config.num_layers, "hidden_size": config.hidden_size}
     return sizes if vocab_size is None else {**sizes, "vocab_size": vocab_size}
 
 
@@ -159,7 +164,8 @@ def _candidates(chunk: torch.nn.Module) -> Iterator[_Candidate]:
     }
     for name, base in base_linears(chunk):
         parent = chunk.get_submodule(name.rpartition(".")[0])
-        yield _Candidate(global_name(name, layer_numbers), base, parent)
+        own_name = global_name(name, layer_numbers)
+        yield _Candidate(gpt_name(own_name, pattern_in(chunk)), base, parent)
 
 
 def _make_adapters(

@@ -31,6 +31,7 @@ from megalora.adapters.finite import all_finite, refuse
 from megalora.checkpoint.layout import TRACKER, find_directory, verify_on_all_ranks
 from megalora.checkpoint.loading import LOADING
 from megalora.config import is_number
+from megalora.model.hybrid import gpt_name, pattern_in
 
 # Of a family's norm. Sums are in fp64, so layouts differ by rounding alone; rounding to another
 # precision moves a sum by about 2e-3 of the norm.
@@ -157,9 +158,10 @@ def _own_sums(model_chunks: Sequence[torch.nn.Module]) -> tuple[dict[str, list[f
     Of what has padded rows, nothing is counted, and the sum is NaN where an element is not finite.
     """
     own: dict[str, list[float]] = {}
-    dtypes = set()
+    dtypes, pattern = set(), pattern_in(model_chunks[0])
     for tensor in _main_shards(model_chunks):
-        family = re.sub(r"\.\d+(?=\.)|(?<=weight)\d+$", "", tensor.key)
+        key = gpt_name(tensor.key, pattern)
+        family = re.sub(r"\.\d+(?=\.)|(?<=weight)\d+$", "", key)
         assert tensor.data is not None
         data = tensor.data.detach()
         total = own.setdefault(family, [0, 0.0, 0.0])

@@ -16,6 +16,7 @@ from megatron.core.safe_globals import SafeUnpickler
 from megatron.training import checkpointing
 from torch.distributed.checkpoint.api import CheckpointException
 
+from megalora.checkpoint import hybrid
 from megalora.checkpoint.unpickle import PICKLES, cause_of, load_object, unsafe, wanted
 from megalora.replace import Patch, around
 
@@ -77,6 +78,7 @@ def _try_extra_state(value: object, name: str) -> None:
 
 LOADING = (
     *PICKLES,
+    *hybrid.PATCHES,
     Patch(
         checkpointing,
         "_load_base_checkpoint",

@@ -9,6 +9,7 @@ import psutil
 from megalora import cpu
 from megalora.data.build import Datasets, build_datasets, check_dataset, default_valid_split
 from megalora.data.tokenizers import ByteTokenizer, Tokenizer
+from megalora.model.hybrid import equals_gpt
 
 type AttentionFormat = Literal["padded", "mask", "thd"]
 
@@ -119,9 +120,10 @@ def attention_format(args: argparse.Namespace) -> AttentionFormat:
     if not keep_apart:
         return "padded"
     if _has_local_layers(args):
-        if getattr(args, "hybrid_layer_pattern", None):
+        pattern = getattr(args, "hybrid_layer_pattern", None)
+        if pattern and not equals_gpt(pattern):
             raise ValueError(
-                f"hybrid_layer_pattern is {args.hybrid_layer_pattern!r} with packed examples: only "
+                f"hybrid_layer_pattern is {pattern!r} with packed examples: only "
                 "TransformerEngine's format keeps Mamba's state apart; set --no-packing"
             )
         return "thd" if _takes_boundaries(args) else "mask"

@@ -19,14 +19,16 @@ from megalora.hf.safetensors_files import HFWeights
 from megalora.hf.weights import Piece, Placement, Shard, Weights
 from megalora.model.config_json import read_config, stored_predictions
 from megalora.model.families import names_of
+from megalora.model.hybrid import config_of, gpt_name, pattern_in, refuse_other
 from megalora.model.megatron import megatron_args
 from megalora.model.shape import ModelShape
-from megalora.targets import is_adapter_key
+from megalora.targets import global_name, is_adapter_key
 
 if TYPE_CHECKING:
     from megatron.core.models.gpt.gpt_model import GPTModel
 
-_LAYER = re.compile(r"(decoder|mtp)\.layers\.\d+")
+_LAYERS = re.compile(r"(decoder|mtp)\.layers\.\d+")
+_LAYER = re.compile(r"(decoder|mtp)\.layers\.(\d+)\.")
 
 # Megatron's argument -> field of TransformerConfig, where the names differ.
 _FIELDS = {"num_experts": "num_moe_experts", "swiglu": "gated_linear_unit"}
@@ -178,20 +180,23 @@ def placement(chunk: "GPTModel") -> Placement:
 def parameters(
     chunk: "GPTModel", weights: Weights
 ) -> Iterator[tuple[str, Tensor, int | None, list[Piece]]]:
-    """Yield every base parameter of a chunk with its global layer from 0 and its pieces."""
+    """Yield every base parameter of a chunk with its global layer from 0 and its pieces.
+
+    Names are global, and those of the GPT model that a HybridModel equals.
+    """
     # What predicts one token more is counted on behind the decoder's.
-    behind = {"decoder": 0, "mtp": chunk.config.num_layers}
+    behind = {"decoder": 0, "mtp": config_of(chunk).num_layers}
     numbers = {
-        name: cast(int, module.layer_number) - 1 + behind[found[1]]
+        name: cast(int, module.layer_number)
         for name, module in chunk.named_modules()
-        if (found := _LAYER.fullmatch(name))
+        if _LAYERS.fullmatch(name)
     }
-    tensors = [*chunk.named_parameters(), *_expert_biases(chunk)]
-    for name, param in tensors:
-        if is_adapter_key(name):
+    for local, param in [*chunk.named_parameters(), *_expert_biases(chunk)]:
+        if is_adapter_key(local):
             continue
+        name = gpt_name(global_name(local, numbers), pattern_in(chunk))
         found = _LAYER.match(name)
-        layer = numbers[found.group(0)] if found else None
+        layer = int(found[2]) + behind[found[1]] if found else None
         yield name, param, layer, weights.pieces(name, layer, param.shape[0])
 
 
@@ -212,6 +217,7 @@ def _check_covered(name: str, param: Tensor, pieces: list[Piece]) -> None:
 
 def check_built_for(chunk: "GPTModel", config: Mapping[str, Any]) -> None:
     """Raise ValueError where a model chunk would compute something else than config.json says."""
+    refuse_other(pattern_in(chunk))
     args = megatron_args(config)
     # Attention through latents has its embedding of the configuration, all others of the model.
     free = _FREE - {"rotary_base"} if "multi_latent_attention" in args else _FREE
@@ -219,7 +225,7 @@ def check_built_for(chunk: "GPTModel", config: Mapping[str, Any]) -> None:
     has_dense = 0 in args.get("moe_layer_freq", [0])
     if not has_dense:
         del wanted["ffn_hidden_size"]
-    built = chunk.config
+    built = config_of(chunk)
     got = {name: getattr(built, name, None) for name in wanted}
     # Without a number of groups, Megatron gives each query head its own.
     got["num_query_groups"] = built.num_query_groups or built.num_attention_heads

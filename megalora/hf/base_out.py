@@ -14,12 +14,13 @@ from megalora.hf.base import check_built_for, parameters, weights_of
 from megalora.hf.directories import whole_directory
 from megalora.hf.factors import summarise
 from megalora.hf.files import MODEL, save_tensors, write_json
-from megalora.hf.rotary import latent_attentions, yarn_of
+from megalora.hf.rotary import latent_attentions, rope_theta, yarn_of
 from megalora.hf.weights import EXPERT_BIAS, Piece
 from megalora.model.config_json import mapped_family
 from megalora.model.experts import expert_fields
 from megalora.model.families import FAMILIES
 from megalora.model.family import Family
+from megalora.model.hybrid import config_of
 from megalora.model.latent import latent_fields
 from megalora.model.loaded import without_quantisation
 
@@ -88,9 +89,7 @@ def hf_config(
     Raises ValueError where the family cannot describe the model.
     """
     family = _named_family(model_type)
-    if chunk.rotary_scaling:
-        raise ValueError("the model has rope scaling: give save_hf_base its original config.json")
-    built = chunk.config
+    built = config_of(chunk)
     config: dict[str, Any] = {
         "model_type": model_type,
         "architectures": [family.architecture],
@@ -103,7 +102,7 @@ def hf_config(
         "hidden_act": "silu",
         "max_position_embeddings": max_position_embeddings or chunk.max_sequence_length,
         "rms_norm_eps": built.layernorm_epsilon,
-        "rope_theta": float(chunk.rotary_base),
+        "rope_theta": rope_theta(chunk),
         "tie_word_embeddings": chunk.share_embeddings_and_output_weights,
         **_family_fields(chunk, family),
     }
@@ -123,7 +122,7 @@ def _named_family(model_type: str) -> Family:
 
 def _family_fields(chunk: "GPTModel", family: Family) -> dict[str, Any]:
     """Return the fields that some families have and others do not."""
-    built = chunk.config
+    built = config_of(chunk)
     fields: dict[str, Any] = {"attention_bias": False}
     if family.latent:
         yarns = (yarn_of(attention) for attention in latent_attentions(chunk))
@@ -139,7 +138,8 @@ def _family_fields(chunk: "GPTModel", family: Family) -> dict[str, Any]:
     if family.window_field:
         fields[family.window_field] = built.window_size and built.window_size[0] + 1
     if family.partial_rotary:
-        fields["partial_rotary_factor"] = chunk.rotary_percent
+        rotated = 2 * len(chunk.rotary_pos_emb.inv_freq)
+        fields["partial_rotary_factor"] = rotated / built.kv_channels
     return fields
 
 

@@ -156,3 +156,14 @@ def _add_flags(subparsers: Subparsers) -> None:
         "Paste them into any Megatron launch script.",
     )
     parser.add_argument("--hf-model", required=True, metavar="DIR", help=_HF_MODEL)
+    parser.add_argument(
+        "--hybrid",
+        action="store_true",
+        help="of the HybridModel that equals it, for scripts such as pretrain_hybrid.py",
+    )
+    parser.add_argument(
+        "--pipeline-model-parallel-size",
+        type=int,
+        default=1,
+        help="stages of --hybrid's --hybrid-layer-pattern",
+    )

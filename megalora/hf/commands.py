@@ -214,7 +214,8 @@ def import_base(args: argparse.Namespace) -> None:
 
 def print_flags(args: argparse.Namespace) -> None:
     """Print Megatron's flags for a Hugging Face model."""
-    print(shlex.join(megatron_flags(read_config(args.hf_model))))
+    config, stages = read_config(args.hf_model), args.pipeline_model_parallel_size
+    print(shlex.join(megatron_flags(config, hybrid=args.hybrid, stages=stages)))
 
 
 def _say_done(done: str, factors: Mapping[str, LoRAFactors], output: str, start: float) -> None:

@@ -6,6 +6,7 @@ import shlex
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import cast
 
 import torch
 
@@ -29,7 +30,8 @@ from megalora.hf.untrained import without_untrained
 from megalora.model.config_json import load_config, mapped_family
 from megalora.model.config_json import model_shape as config_shape
 from megalora.model.families import names_of
-from megalora.model.shape import ModelShape, refuse_hybrid
+from megalora.model.hybrid import Chunk, config_of, pattern_in, refuse_other
+from megalora.model.shape import ModelShape
 
 OUTPUT_B = "output_layer_lora.lora_B"
 
@@ -183,12 +185,13 @@ def check_export(
 
 
 def model_shape(model_chunks: Sequence[torch.nn.Module], hf_model: str | None = None) -> ModelShape:
-    """Return the sizes of a model that Hugging Face names depend on; ValueError for a hybrid.
+    """Return the sizes of a model that Hugging Face names depend on.
 
+    Raises ValueError for a hybrid that equals no GPT model.
     vocab_size: 0 where a model with adapters was not told it (`apply_lora`). hf_model: directory of
     its base; where it is None, the names are those of the family that the run found, or of most.
     """
-    refuse_hybrid(getattr(model_chunks[0], "hybrid_layer_pattern", None))
+    refuse_other(pattern_in(model_chunks[0]))
     described = read_sizes(getattr(model_chunks[0], "megalora_description", {}))
     known = {"vocab_size": 0, **described}
     modules = (name for chunk in model_chunks for name, _ in chunk.named_modules())
@@ -196,7 +199,8 @@ def model_shape(model_chunks: Sequence[torch.nn.Module], hf_model: str | None = 
     known["mla_down_proj_fusion"] = any(name.endswith("linear_qkv_down_proj") for name in modules)
     if hf_model:
         known["model_type"] = _model_type(hf_model)
-    return ModelShape.from_mapping({**vars(model_chunks[0].config), **known})
+    config = config_of(cast("Chunk", model_chunks[0]))
+    return ModelShape.from_mapping({**vars(config), **known})
 
 
 # Read when training starts: an export at its end must not fail because the base has gone.

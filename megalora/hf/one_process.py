@@ -37,8 +37,9 @@ from megalora.hf.base import load_hf_base
 from megalora.hf.directories import whole_directory
 from megalora.hf.factors import LoRAFactors
 from megalora.model.config_json import family_of, model_shape, read_config
+from megalora.model.hybrid import refuse_other
 from megalora.model.megatron import megatron_args
-from megalora.model.shape import ModelShape, refuse_hybrid
+from megalora.model.shape import ModelShape
 from megalora.targets import ModelFacts
 
 
@@ -58,11 +59,16 @@ def one_process() -> Iterator[None]:
 def read_adapter(directory: str | Path) -> tuple[dict[str, Tensor], LoRAConfig, ModelFacts]:
     """Read an adapter checkpoint; see `megalora.checkpoint.read.read_adapter_checkpoint`.
 
-    Raises ValueError for that of a hybrid model.
+    Raises ValueError for that of a hybrid model that equals no GPT model.
     """
     with one_process():
         found = read_adapter_checkpoint(directory)
-    refuse_hybrid(found[2].hybrid_layer_pattern)
+    if pattern := found[2].hybrid_layer_pattern:
+        refuse_other(pattern)
+        raise ValueError(
+            f"checkpoint {directory} has names of the hybrid_layer_pattern {pattern!r}, as an "
+            "older megalora gave them: go on with that one, and export by it"
+        )
     return found
 
 

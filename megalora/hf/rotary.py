@@ -1,5 +1,6 @@
 """The rotary embedding of a Megatron model as config.json has it: not all of it has flags."""
 
+import math
 from collections.abc import Mapping
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any, cast
@@ -11,6 +12,7 @@ from megalora.model.rope import Rope, Yarn, rope
 if TYPE_CHECKING:
     from megatron.core.models.common.embeddings import YarnRotaryEmbedding
     from megatron.core.models.gpt.gpt_model import GPTModel
+    from megatron.core.transformer import MLATransformerConfig
     from megatron.core.transformer.multi_latent_attention import MultiLatentAttention
 
 
@@ -27,6 +29,23 @@ def set_rotary(chunk: "GPTModel", config: Mapping[str, Any]) -> None:
             _set_yarn(attention, wanted.theta, wanted.yarn)
         else:
             _set_frequencies(attention.rotary_pos_emb, wanted)
+
+
+def rope_theta(chunk: "GPTModel") -> float:
+    """Return the base of a chunk's frequencies; ValueError where these are scaled as Llama 3's."""
+    if chunk.config.multi_latent_attention:
+        return float(cast("MLATransformerConfig", chunk.config).rotary_base)
+    if hasattr(chunk, "rotary_scaling"):
+        theta, is_scaled = chunk.rotary_base, chunk.rotary_scaling
+    else:
+        # A HybridModel has the frequencies alone: theta ** -steps, in fp32.
+        logs = chunk.rotary_pos_emb.inv_freq.double().log()
+        steps = torch.arange(len(logs), dtype=torch.float64) / len(logs)
+        theta = round(math.exp(-logs.dot(steps) / steps.dot(steps)))
+        is_scaled = not torch.allclose(logs, -math.log(theta) * steps, rtol=0, atol=1e-5)
+    if is_scaled:
+        raise ValueError("the model has rope scaling: give save_hf_base its original config.json")
+    return float(theta)
 
 
 def latent_attentions(chunk: torch.nn.Module) -> "list[MultiLatentAttention]":

@@ -18,6 +18,7 @@ def patches() -> tuple[replace.Patch, ...]:
     from megalora.mends import (
         attention,
         dataset_helpers,
+        hybrid,
         latent_attention,
         layers,
         losses,
@@ -30,6 +31,7 @@ def patches() -> tuple[replace.Patch, ...]:
         *layers.PATCHES,
         *latent_attention.PATCHES,
         *attention.PATCHES,
+        *hybrid.PATCHES,
         *losses.PATCHES,
         *optimizer.PATCHES,
         *router.PATCHES,

@@ -13,6 +13,7 @@ from megalora.model.config_json import (
 )
 from megalora.model.experts import router_args
 from megalora.model.fields import real_number, whole_number
+from megalora.model.hybrid import as_gpt, pattern_of, refuse_other
 from megalora.model.latent import latent_args
 from megalora.model.presets import as_preset
 from megalora.model.rope import rope
@@ -20,7 +21,6 @@ from megalora.model.shape import MAX_SIZES, ModelShape, head_size
 
 _UNDESCRIBED = (
     "mtp_use_repeated_layer",
-    "hybrid_layer_pattern",
     "experimental_attention_variant",
 )
 
@@ -88,16 +88,26 @@ def _epsilon(config: Mapping[str, Any]) -> float:
 
 # Names in the namespace whose flag is not the name with dashes.
 _FLAGS = {"layernorm_epsilon": "--norm-epsilon"}
+# What a HybridModel's pattern says.
+_OF_PATTERN = ("num_layers", "moe_layer_freq")
 _SWITCHES_OFF = {
     "add_bias_linear": "--disable-bias-linear",
     "apply_rope_fusion": "--no-rope-fusion",
 }
 
 
-def megatron_flags(config: Mapping[str, Any]) -> list[str]:
-    """Return `megatron_args` as command-line flags; flags that follow them override them."""
-    flags: list[str] = []
-    given = {name: value for name, value in megatron_args(config).items() if value is not None}
+def megatron_flags(
+    config: Mapping[str, Any], *, hybrid: bool = False, stages: int = 1
+) -> list[str]:
+    """Return `megatron_args` as command-line flags; flags that follow them override them.
+
+    hybrid: of the HybridModel that equals the model, in so many pipeline stages.
+    """
+    args, flags = megatron_args(config), list[str]()
+    if hybrid:
+        args = {name: value for name, value in args.items() if name not in _OF_PATTERN}
+        args["hybrid_layer_pattern"] = pattern_of(model_shape(config), stages=stages)
+    given = {name: value for name, value in args.items() if value is not None}
     for name, value in given.items():
         if name in _SWITCHES_OFF:
             flags += [] if value else [_SWITCHES_OFF[name]]
@@ -120,8 +130,10 @@ def args_shape(args: argparse.Namespace, *, family: str = "") -> ModelShape:
     """Return the sizes that Megatron's parsed arguments give, or the same flags of a command.
 
     family: the learning rate rule's; where it is empty and the sizes are a preset's, the preset's.
-    Raises ValueError where a size is missing, and for hybrid models, linear and sparse attention.
+    Raises ValueError where a size is missing, for linear and sparse attention, and for hybrid
+    models that equal no GPT model.
     """
+    args = _gpt_args(args)
 
     def given[T](name: str, default: T) -> T:
         value = getattr(args, name, None)
@@ -180,6 +192,12 @@ def _attention_sizes(args: argparse.Namespace) -> dict[str, Any]:
         "multi_latent_attention": True,
         **{name: given[name] or default for name, default in _LATENT_SIZES.items()},
     }
+
+
+def _gpt_args(args: argparse.Namespace) -> argparse.Namespace:
+    pattern = getattr(args, "hybrid_layer_pattern", None)
+    refuse_other(pattern)
+    return argparse.Namespace(**as_gpt(vars(args), pattern))
 
 
 def _check_described(args: argparse.Namespace) -> None:

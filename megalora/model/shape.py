@@ -27,15 +27,6 @@ MAX_SIZES: Mapping[str, int] = {
 }
 
 
-def refuse_hybrid(pattern: str | None) -> None:
-    """Raise ValueError for a hybrid model, of whose Hugging Face families none is known here."""
-    if pattern:
-        raise ValueError(
-            f"hybrid_layer_pattern is {pattern!r}: hybrid models have no Hugging Face family here; "
-            "keep the adapter as --save's checkpoint, or write W + c B A by --save-merged"
-        )
-
-
 def head_size(hidden_size: int, num_attention_heads: int) -> int:
     """Return the size of a head where nothing says it; ValueError where it is not whole."""
     if hidden_size % num_attention_heads:

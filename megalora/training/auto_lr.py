@@ -5,6 +5,7 @@ import math
 
 from megalora.config import LoRAConfig
 from megalora.model.families import rate_exponents
+from megalora.model.hybrid import mismatch
 from megalora.recommend import recommend_for_args
 
 # What `auto` is until the model's sizes are known: Megatron only checks that --min-lr is not above.
@@ -44,15 +45,17 @@ def auto_rate(args: argparse.Namespace, config: LoRAConfig | None) -> float | No
     """Return the recommended rate where args.lr is auto, and print what it follows from.
 
     args: Megatron's parsed and validated flags. Raises ValueError without LoRA, for a hybrid model
-    or a family that the rule was not fitted to, and where --min-lr is above the rate.
+    that equals no GPT model or a family that the rule was not fitted to, and where --min-lr is
+    above the rate.
     """
     if args.lr != AUTO:
         return None
     if config is None:
         raise ValueError("lr is auto, but there is no LoRA: set --lora-rank, or --lr to a number")
-    if pattern := getattr(args, "hybrid_layer_pattern", None):
+    pattern = getattr(args, "hybrid_layer_pattern", None)
+    if pattern and (problem := mismatch(pattern)):
         raise ValueError(
-            f"lr is auto, but hybrid_layer_pattern is {pattern!r}: the rule was fitted to "
+            f"lr is auto, but {problem}: the rule was fitted to "
             f"{' and '.join(map(str.capitalize, rate_exponents()))} models; set --lr to a number"
         )
     result = recommend_for_args(args, config, family=args.lora_family or "")

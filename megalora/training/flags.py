@@ -11,9 +11,9 @@ from megalora.config import LoRAConfig
 from megalora.hf.directories import check_place, relation_of
 from megalora.hf.peft import FORMATS
 from megalora.hf.servers import SERVERS, check_reader
-from megalora.model.config_json import read_config
+from megalora.model.config_json import model_shape, read_config
+from megalora.model.hybrid import layers_of, pattern_of, refuse_other
 from megalora.model.megatron import megatron_flags
-from megalora.model.shape import refuse_hybrid
 from megalora.targets import MLP, matching_target
 from megalora.training.auto_lr import add_auto_lr_args
 
@@ -26,6 +26,11 @@ def add_exchange_args(parser: argparse.ArgumentParser) -> argparse.ArgumentParse
     group = parser.add_argument_group("exchange", "with Hugging Face directories")
     add = group.add_argument
     add("--hf-model", help="directory with config.json and safetensors: builds and loads the base")
+    add(
+        "--hybrid",
+        action="store_true",
+        help="build --hf-model as the HybridModel that equals it, with its --hybrid-layer-pattern",
+    )
     add("--lora-load", help="PEFT directory or adapter checkpoint to start from: weights only")
     add("--export-hf", help="directory to write the adapter to after training, in PEFT's format")
     add(
@@ -34,6 +39,12 @@ def add_exchange_args(parser: argparse.ArgumentParser) -> argparse.ArgumentParse
         help="who is to read --export-hf: chooses the format, and refuses what they would refuse",
     )
     add("--export-format", choices=FORMATS, help="of --export-hf (default: peft)")
+    _add_checkpoint_args(parser)
+    add_auto_lr_args(parser)
+    return parser
+
+
+def _add_checkpoint_args(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group(
         "adapter checkpoints", "--save and --load hold adapters and their optimizer, never the base"
     )
@@ -53,8 +64,6 @@ def add_exchange_args(parser: argparse.ArgumentParser) -> argparse.ArgumentParse
         action="store_true",
         help="warn, instead of stopping, where the base is not the one the adapter was trained on",
     )
-    add_auto_lr_args(parser)
-    return parser
 
 
 def refuse(message: str) -> NoReturn:
@@ -66,14 +75,26 @@ def with_hf_flags(argv: Sequence[str]) -> list[str]:
     """Return a command line with the Megatron flags of --hf-model's config.json before the user's.
 
     A flag that the user gives too keeps the user's value; where the model then has other sizes
-    than config.json, loading its weights raises ValueError.
+    than config.json, loading its weights raises ValueError. With --hybrid, or a pattern of the
+    user's, they are those of a HybridModel.
     """
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    parser.error = refuse
     parser.add_argument("--hf-model")
-    directory = parser.parse_known_args(argv)[0].hf_model
-    if directory is None:
+    parser.add_argument("--hybrid", action="store_true")
+    parser.add_argument("--hybrid-layer-pattern")
+    parser.add_argument("--pipeline-model-parallel-size", type=int, default=1)
+    given = parser.parse_known_args(argv)[0]
+    if given.hf_model is None:
         return list(argv)
-    return [*megatron_flags(read_config(directory)), *argv]
+    own = given.hybrid_layer_pattern is not None
+    flags = megatron_flags(
+        read_config(given.hf_model),
+        hybrid=given.hybrid or own,
+        # The user's own pattern overrides this one.
+        stages=1 if own else given.pipeline_model_parallel_size,
+    )
+    return [*flags, *argv]
 
 
 def check_flags(args: argparse.Namespace, config: LoRAConfig | None) -> None:
@@ -111,14 +132,27 @@ def _check_bases(args: argparse.Namespace) -> None:
         if path and not Path(path).exists():
             raise ValueError(f"{flag} {path!r} does not exist: give an existing directory")
     check_load(args)
-    for flag in ("hf_model", "export_hf"):
-        if getattr(args, flag):
-            refuse_hybrid(getattr(args, "hybrid_layer_pattern", None))
+    _check_pattern(args)
     if args.hf_model and args.pretrained_checkpoint:
         raise ValueError(
             f"hf_model {args.hf_model!r} and pretrained_checkpoint "
             f"{args.pretrained_checkpoint!r} are two bases: leave one of them out"
         )
+
+
+def _check_pattern(args: argparse.Namespace) -> None:
+    pattern = getattr(args, "hybrid_layer_pattern", None)
+    if args.hybrid and not args.hf_model:
+        raise ValueError("hybrid is set without hf_model: give --hf-model, whose layers it means")
+    if args.hf_model or args.export_hf:
+        refuse_other(pattern)
+    if args.hf_model and pattern:
+        wanted = pattern_of(model_shape(read_config(args.hf_model)))
+        if layers_of(pattern) != wanted:
+            raise ValueError(
+                f"hybrid_layer_pattern is {pattern!r}, but hf_model {args.hf_model!r} has the "
+                f"layers {wanted!r}: give these, with | between pipeline stages, or --hybrid alone"
+            )
 
 
 def check_load(args: argparse.Namespace) -> None:

@@ -13,6 +13,7 @@ from megatron.core.rerun_state_machine import RerunStateMachine
 from torch import Tensor
 
 from megalora.adapters.finite import all_finite
+from megalora.model.hybrid import gpt_name, pattern_in
 from megalora.replace import Patch, around
 from megalora.targets import global_name, is_adapter_key
 
@@ -109,7 +110,7 @@ def _tensors(model_chunks: Sequence[torch.nn.Module]) -> Iterator[tuple[str, str
             and isinstance(getattr(module, "layer_number", None), int)
         }
         for local, param in chunk.named_parameters():
-            name = global_name(local, numbers)
+            name = gpt_name(global_name(local, numbers), pattern_in(chunk))
             if not is_adapter_key(name):
                 yield "base weight", name, param.detach()
                 continue

@@ -70,6 +70,7 @@ def prepare(
     Returns the configuration that they have: a resumed run knows it only now. What Megatron itself
     then loads is an adapter checkpoint in --load, where there is one.
     """
+    check_way(model_chunks, args)
     if config is not None and args.save:
         on_all_ranks(lambda: lock.take(args.save), only=0)
     found = find_checkpoint(args, config)
@@ -100,6 +101,21 @@ def prepare(
     check_outputs(model_chunks, args, config)
     report(model_chunks)
     return config
+
+
+def check_way(model_chunks: ModelChunks, args: argparse.Namespace) -> None:
+    """Raise ValueError where a script builds another kind of model than its flags are for."""
+    is_hybrid = any(hasattr(chunk, "hybrid_layer_pattern") for chunk in model_chunks)
+    if args.hybrid_layer_pattern and not is_hybrid:
+        raise ValueError(
+            f"hybrid_layer_pattern is {args.hybrid_layer_pattern!r}, but this script builds a "
+            "GPTModel: run one that builds a HybridModel, as pretrain_hybrid.py does"
+        )
+    if args.hf_model and is_hybrid and not args.hybrid_layer_pattern:
+        raise ValueError(
+            "hybrid_layer_pattern is missing, but this script builds a HybridModel: add --hybrid "
+            "to --hf-model, or run a script that builds a GPTModel"
+        )
 
 
 def find_checkpoint(args: argparse.Namespace, config: LoRAConfig | None) -> Found | None:

@@ -41,9 +41,11 @@ def adapted(case: str) -> tuple[dict[str, LoRAFactors], torch.Tensor]:
     return factors, hf_models.logits(hf_models.merged(model, factors))
 
 
-def build(layout: Layout, case: str, config: LoRAConfig = CONFIG) -> list[Any]:
+def build(
+    layout: Layout, case: str, config: LoRAConfig = CONFIG, *, hybrid: bool = False
+) -> list[Any]:
     directory, _ = reference(case)
-    return apply_lora(hf.load(layout, directory), config)
+    return apply_lora(hf.load(layout, directory, hybrid=hybrid), config)
 
 
 def put(chunks: list[Any], case: str, factors: dict[str, LoRAFactors], config: LoRAConfig) -> None:
@@ -71,11 +73,11 @@ def shared_directory() -> Path:
     return Path(path[0])
 
 
-def assert_exchanges(layout: Layout, case: str) -> None:
+def assert_exchanges(layout: Layout, case: str, *, hybrid: bool = False) -> None:
     factors, expected = adapted(case)
     shape = model_shape(read_config(reference(case)[0]))
     with model_parallel(layout):
-        chunks = build(layout, case)
+        chunks = build(layout, case, hybrid=hybrid)
         plain = hf.logits(chunks, hf_models.IDS)[..., : hf_models.VOCAB]
         put(chunks, case, factors, CONFIG)
         found = hf.logits(chunks, hf_models.IDS)[..., : hf_models.VOCAB]
@@ -282,11 +284,11 @@ MODEL_TYPES = {
 }
 
 
-def assert_saves_base(layout: Layout, case: str, **options: Any) -> None:
+def assert_saves_base(layout: Layout, case: str, *, hybrid: bool = False, **options: Any) -> None:
     directory, expected = reference(case)
     target = shared_directory()
     with model_parallel(layout):
-        chunks = hf.load(layout, directory)
+        chunks = hf.load(layout, directory, hybrid=hybrid)
         config = hf_config(chunks[0], model_type=MODEL_TYPES[case], vocab_size=hf_models.VOCAB)
         save_hf_base(chunks, target, config, **options)
     if dist.get_rank() == 0:

@@ -74,10 +74,12 @@ def reference(case: str, num_layers: int = 2) -> tuple[Path, torch.Tensor]:
     return Path(path[0]), hf_models.logits(model)
 
 
-def assert_same_logits(layout: Layout, case: str, num_layers: int = 2) -> None:
+def assert_same_logits(
+    layout: Layout, case: str, num_layers: int = 2, *, hybrid: bool = False
+) -> None:
     directory, expected = reference(case, num_layers)
     with model_parallel(layout):
-        found = hf.logits(hf.load(layout, directory), hf_models.IDS)
+        found = hf.logits(hf.load(layout, directory, hybrid=hybrid), hf_models.IDS)
     torch.testing.assert_close(
         found[..., : hf_models.VOCAB], expected, atol=TOLERANCE, rtol=TOLERANCE
     )

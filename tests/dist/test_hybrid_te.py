@@ -8,8 +8,8 @@ import torch
 from megatron.core.extensions import transformer_engine as te
 from megatron.core.models.hybrid.hybrid_layer_specs import hybrid_stack_spec
 
-import tests.dist.support.models
 from megalora.mends.attention import CoreAttention
+from tests.dist.support import models
 from tests.dist.support.cases import EP2, TP2, TP2_SP, Case
 from tests.dist.support.layouts import Layout
 from tests.dist.support.parity import errors, truth
@@ -34,7 +34,8 @@ def test_adapters_on_the_default_layers_train_alike(
     with kernels_of_torch():
         # Of Megatron's own layers, and kept.
         truth(case.layout.world_size, case.kind, case.dtype, case.run.answers)
-        monkeypatch.setattr(tests.dist.support.models, "STACK", default_stack())
+        monkeypatch.setattr(models, "STACK", default_stack())
+        monkeypatch.setattr(models, "HYBRID_LAYERS", {})
         found = errors(case)
     assert found["start"] == 0.0
     too_large = {what: e for what, e in found.items() if e > tolerance(torch.float32, what)}

@@ -23,9 +23,9 @@ EXPERTS = shlex.split("""
 --num-experts 4 --moe-router-topk 2 --moe-ffn-hidden-size 32
 --moe-token-dispatcher-type alltoall --moe-router-load-balancing-type none
 """)
-# All kinds of layers; of Megatron's own linears.
+# All kinds of layers.
 HYBRID = shlex.split("""
---hybrid-layer-pattern M*-E --spec tests.support.hybrid_spec STACK
+--hybrid-layer-pattern M*-E
 --mamba-state-dim 12 --mamba-head-dim 8 --mamba-num-heads 8 --mamba-num-groups 2
 """)
 TRAIN = shlex.split("""

@@ -6,12 +6,12 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
-from megatron.core.models.gpt.gpt_model import GPTModel
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from megatron.core.transformer.transformer_config import MLATransformerConfig, TransformerConfig
 
 from megalora.hf.base import load_hf_base
-from megalora.model.config_json import read_config
+from megalora.model.config_json import model_shape, read_config
+from megalora.model.hybrid import pattern_of
 from megalora.model.megatron import megatron_args
 from tests.dist.support.layouts import Layout
 from tests.dist.support.models import build_model
@@ -20,10 +20,24 @@ PADDED_VOCAB = 72
 
 
 def build(
-    layout: Layout, directory: Path, *, padded_vocab: int = PADDED_VOCAB, **changes: Any
-) -> list[GPTModel]:
-    """Build the model that a directory's config.json describes, with other weights."""
-    args = megatron_args(read_config(directory))
+    layout: Layout,
+    directory: Path,
+    *,
+    padded_vocab: int = PADDED_VOCAB,
+    hybrid: bool = False,
+    **changes: Any,
+) -> list[Any]:
+    """Build the model that a directory's config.json describes, with other weights.
+
+    hybrid: as the HybridModel that equals it.
+    """
+    config = read_config(directory)
+    args = megatron_args(config)
+    if hybrid:
+        del args["num_layers"]
+        args.pop("moe_layer_freq", None)
+        stages = layout.pp * (layout.vpp or 1)
+        changes = {"pattern": pattern_of(model_shape(config), stages=stages), **changes}
     kind = MLATransformerConfig if "kv_lora_rank" in args else TransformerConfig
     known = kind.__dataclass_fields__
     fields = {name: value for name, value in args.items() if name in known}
@@ -37,7 +51,7 @@ def build(
     )
 
 
-def load(layout: Layout, directory: Path, **options: Any) -> list[GPTModel]:
+def load(layout: Layout, directory: Path, **options: Any) -> list[Any]:
     """Build the model of a directory, with options of `build`, and load its weights."""
     chunks = build(layout, directory, **options)
     load_hf_base(chunks, directory)

@@ -14,14 +14,16 @@ from megatron.core.models.gpt.gpt_layer_specs import (
 )
 from megatron.core.models.gpt.gpt_model import GPTModel
 from megatron.core.models.hybrid.hybrid_layer_allocation import get_hybrid_total_layer_count
+from megatron.core.models.hybrid.hybrid_layer_specs import hybrid_stack_spec
 from megatron.core.models.hybrid.hybrid_model import HybridModel
 from megatron.core.tensor_parallel import set_defaults_if_not_set_tensor_model_parallel_attributes
 from megatron.core.transformer.transformer_config import MLATransformerConfig, TransformerConfig
 
 from tests.dist.support.layouts import Layout
-from tests.support.hybrid_spec import STACK
 from tests.support.sparse_spec import sparse_block
 
+# Of hybrid models: Megatron's default layers, of its own linears.
+STACK, HYBRID_LAYERS = hybrid_stack_spec, {"transformer_impl": "local"}
 VOCAB_SIZE = 64
 SEQ_LENGTH = 16
 
@@ -125,6 +127,7 @@ def build_model(
         pattern = pattern if layout.pp > 1 else pattern.replace("|", "")
         overrides = {
             "is_hybrid_model": True,
+            **HYBRID_LAYERS,
             "num_layers": get_hybrid_total_layer_count(pattern),
             **overrides,
         }
