@@ -146,7 +146,7 @@ def test_latent_attention_is_read_from_megatrons_flags() -> None:
         (lambda: load_config("/nonexistent"), "/nonexistent/config.json does not exist"),
         (
             lambda: args_shape(argparse.Namespace(hybrid_layer_pattern="M*-")),
-            r"hybrid_layer_pattern is 'M\*-', whose linears are not described here",
+            r"hybrid_layer_pattern is 'M\*-', whose layer 0 is Mamba",
         ),
         (
             lambda: args_shape(argparse.Namespace(**MEGATRON_LLAMA, mtp_num_layers=-1)),
