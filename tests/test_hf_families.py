@@ -128,7 +128,8 @@ def model_type(config: dict[str, object]) -> str:
 
 # transformers' own defaults.
 DEEPSEEK_V3 = {"model_type": "deepseek_v3", "n_routed_experts": 256}
-GIVEN = [MIXTRAL_8X7B, QWEN15_MOE, GLM_45_AIR, DEEPSEEK_V3]
+GLM_47_FLASH = {"model_type": "glm4_moe_lite"}
+GIVEN = [MIXTRAL_8X7B, QWEN15_MOE, GLM_45_AIR, GLM_47_FLASH, DEEPSEEK_V3]
 
 
 @pytest.mark.parametrize("given", GIVEN, ids=model_type)
@@ -297,6 +298,7 @@ def test_every_mapped_family_is_named_by_its_architecture():
     assert {FAMILIES[name].architecture for name in FAMILIES} == {
         "DeepseekV3ForCausalLM",
         "Glm4MoeForCausalLM",
+        "Glm4MoeLiteForCausalLM",
         "LlamaForCausalLM",
         "MistralForCausalLM",
         "MixtralForCausalLM",

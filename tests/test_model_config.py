@@ -80,7 +80,7 @@ IMPOSSIBLE = [
     ({**TINY_MOE, "mlp_only_layers": 3}, "mlp_only_layers is 3: must be a list"),
     (
         {**TINY_LLAMA, "model_type": "gpt2"},
-        "model_type is 'gpt2': supported are deepseek_v3, glm4_moe, kimi_k2, llama",
+        "model_type is 'gpt2': supported are deepseek_v3, glm4_moe, glm4_moe_lite, kimi_k2",
     ),
     ({**TINY_LLAMA, "model_type": ["llama"]}, r"model_type is ['llama']"),
     ([TINY_LLAMA], "holds a JSON list, expected an object"),

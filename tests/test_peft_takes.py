@@ -25,7 +25,9 @@ RANKS = {"experts": (2, 4.0), "": (4, 2.0)}
 
 
 @pytest.mark.parametrize("format", FORMATS)
-@pytest.mark.parametrize("family", ["qwen2", "qwen3_moe", "mixtral", "qwen2_moe", "glm4_moe"])
+@pytest.mark.parametrize(
+    "family", ["qwen2", "qwen3_moe", "mixtral", "qwen2_moe", "glm4_moe", "glm4_moe_lite"]
+)
 def test_peft_agrees(family: str, format: Any, tmp_path: Path) -> None:
     model = hf_model(family)
     factors = shared_outer(random_factors(model, RANKS))

@@ -131,7 +131,7 @@ def _family_fields(chunk: "GPTModel", family: Family) -> dict[str, Any]:
         fields["head_dim"] = built.kv_channels
     if family.prediction_field:
         fields[family.prediction_field] = built.mtp_num_layers or 0
-    if family.qkv_bias_field:
+    if family.qkv_bias_field not in ("", *family.refused):
         fields[family.qkv_bias_field] = bool(built.add_qkv_bias)
     if family.qk_norm_field:
         fields[family.qk_norm_field] = built.qk_layernorm

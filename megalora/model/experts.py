@@ -11,6 +11,7 @@ if TYPE_CHECKING:
 
 # transformers scores a group of experts by the sum of its two best, Megatron by its topk / groups.
 _BEST_OF_GROUP = 2
+_KINDS = ("dense", "sparse")
 
 
 def expert_sizes(config: Mapping[str, Any], experts: Experts) -> dict[str, Any]:
@@ -54,12 +55,15 @@ def expert_fields(built: "TransformerConfig", experts: Experts) -> dict[str, Any
     """Return the fields of a config.json for the experts of a Megatron model."""
     frequency = built.moe_layer_freq
     pattern = frequency if isinstance(frequency, list) else []
-    fields = {
+    fields: dict[str, Any] = {
         experts.count[0]: built.num_moe_experts,
         "num_experts_per_tok": built.moe_router_topk,
         experts.size: built.moe_ffn_hidden_size,
     }
-    if experts.dense_first:
+    if experts.kinds:
+        layers = pattern or [1] * built.num_layers
+        fields[experts.kinds] = [_KINDS[moe] for moe in layers]
+    elif experts.dense_first:
         fields[experts.dense_first] = pattern.index(1) if 1 in pattern else len(pattern)
     elif not experts.in_all_layers:
         fields["decoder_sparse_step"] = frequency if isinstance(frequency, int) else 1
@@ -133,7 +137,9 @@ def _layer_freq(config: Mapping[str, Any], experts: Experts) -> int | list[int]:
     if experts.in_all_layers:
         return 1
     layers = range(count)
-    if experts.dense_first:
+    if experts.kinds and (kinds := config.get(experts.kinds)):
+        frequency = _frequency_of(kinds, experts.kinds, count)
+    elif experts.dense_first:
         dense = whole_number(config, experts.dense_first, size="num_layers", low=0, default=0)
         frequency = [int(layer >= dense) for layer in layers]
     else:
@@ -141,6 +147,16 @@ def _layer_freq(config: Mapping[str, Any], experts: Experts) -> int | list[int]:
         without = set(_dense_layers(config))
         frequency = [int(layer not in without and (layer + 1) % step == 0) for layer in layers]
     return 1 if all(frequency) else frequency
+
+
+def _frequency_of(kinds: object, field: str, count: int) -> list[int]:
+    known = isinstance(kinds, list) and all(kind in _KINDS for kind in kinds)
+    if not isinstance(kinds, list) or not known or len(kinds) != count:
+        raise ValueError(
+            f"config.json {field} is {kinds!r:.100}: must be a list of {' or '.join(_KINDS)} for "
+            f"each of {count:,} layers"
+        )
+    return [_KINDS.index(kind) for kind in kinds]
 
 
 def _dense_layers(config: Mapping[str, Any]) -> list[int]:

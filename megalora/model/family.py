@@ -135,6 +135,7 @@ class Experts:
     shared_gate: a sigmoid of the hidden state weighs a shared expert's output.
     dense_first: number of layers before the first that has experts; empty where a step and a list
         say which have some.
+    kinds: list that says of each layer whether it is "dense" or "sparse", before `dense_first`.
     in_all_layers: no field says which, all have.
     always_normalised: the weights of the chosen experts sum to one; else norm_topk_prob says.
     sigmoid: experts have sigmoid scores and are chosen, perhaps in groups, with a bias
@@ -147,6 +148,7 @@ class Experts:
     shared_count: str = ""
     shared_gate: bool = False
     dense_first: str = ""
+    kinds: str = ""
     in_all_layers: bool = False
     always_normalised: bool = False
     sigmoid: bool = False

@@ -29,7 +29,7 @@ from tests.support import hf_models
 TOLERANCE = 1e-4
 CONFIG = LoRAConfig(rank=8, alpha=16.0, expert_rank=4)
 RANKS = {".experts.": (4, 4.0), "": (8, 2.0)}
-WITH_EXPERTS = ["mixtral", "qwen2_moe", "qwen3_moe", "glm4_moe", "deepseek_v3"]
+WITH_EXPERTS = ["mixtral", "qwen2_moe", "qwen3_moe", "glm4_moe", "glm4_moe_lite", "deepseek_v3"]
 
 
 @functools.cache
@@ -278,6 +278,7 @@ MODEL_TYPES = {
     "qwen2_moe": "qwen2_moe",
     "glm4_moe": "glm4_moe",
     "glm4_moe-plain": "glm4_moe",
+    "glm4_moe_lite": "glm4_moe_lite",
     "deepseek_v3": "deepseek_v3",
     "deepseek_v3-plain": "deepseek_v3",
     "qwen3_moe-mixed": "qwen3_moe",

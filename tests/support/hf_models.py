@@ -30,6 +30,7 @@ FAMILIES = (
     "qwen3",
     "qwen3_moe",
     "glm4_moe",
+    "glm4_moe_lite",
     "deepseek_v3",
 )
 _COMMON = {
@@ -87,6 +88,10 @@ def _experts_config(family: str, fields: dict[str, object]) -> transformers.Pret
         own = _deepseek_v3()
         others = {name: value for name, value in fields.items() if name not in _OF_HEADS}
         return transformers.DeepseekV3Config(**{**own, **others, "num_experts_per_tok": 4})
+    if family == "glm4_moe_lite":
+        own = {**_deepseek_v3(), "rope_parameters": None, "n_shared_experts": 2}
+        others = {name: value for name, value in fields.items() if name not in _OF_HEADS}
+        return transformers.Glm4MoeLiteConfig(**{**own, **others, "num_experts_per_tok": 4})
     own = {"moe_intermediate_size": MOE_FFN, "num_experts": NUM_EXPERTS, "norm_topk_prob": True}
     if family == "qwen2_moe":
         shared = {"shared_expert_intermediate_size": 20, "head_dim": HIDDEN // HEADS}

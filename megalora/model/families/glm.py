@@ -1,6 +1,6 @@
-"""GLM-4.5, GLM-4.6 and GLM-4.7, which are one kind of model."""
+"""GLM-4.5, GLM-4.6 and GLM-4.7, which are one kind of model, and GLM-4.7-Flash."""
 
-from megalora.model.family import Experts, Family, Rate
+from megalora.model.family import LATENT_DECODER, Experts, Family, Names, Rate
 
 FAMILIES = (
     Family(
@@ -26,5 +26,35 @@ FAMILIES = (
             "first_k_dense_replace": 1,
             "routed_scaling_factor": 1.0,
         },
+    ),
+    Family(
+        model_type="glm4_moe_lite",
+        architecture="Glm4MoeLiteForCausalLM",
+        rate=Rate("glm"),
+        names=Names(modules=LATENT_DECODER),
+        qk_norm=True,
+        latent=True,
+        prediction_field="num_nextn_predict_layers",
+        experts=Experts(
+            count=("n_routed_experts", "num_local_experts"),
+            shared_count="n_shared_experts",
+            dense_first="first_k_dense_replace",
+            kinds="mlp_layer_types",
+            sigmoid=True,
+        ),
+        defaults={
+            "num_key_value_heads": 20,
+            "q_lora_rank": 768,
+            "kv_lora_rank": 512,
+            "qk_nope_head_dim": 192,
+            "qk_rope_head_dim": 64,
+            "v_head_dim": 256,
+            "max_position_embeddings": 202752,
+            "rms_norm_eps": 1e-5,
+            "n_shared_experts": 1,
+            "first_k_dense_replace": 1,
+            "routed_scaling_factor": 1.8,
+        },
+        refused={"attention_bias": False, "rope_interleave": True},
     ),
 )
