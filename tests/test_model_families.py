@@ -12,6 +12,8 @@ from safetensors.torch import save_file
 
 from megalora.config import LoRAConfig
 from megalora.hf.adapters import from_hf, to_hf
+from megalora.hf.linears import linears
+from megalora.hf.run_flags import targets_of
 from megalora.hf.safetensors_files import HFWeights
 from megalora.hf.weights import Piece, Placement, Shard, Weights
 from megalora.model import families
@@ -19,7 +21,7 @@ from megalora.model.config_json import mapped_family, model_shape
 from megalora.model.megatron import megatron_flags
 from megalora.recommend import learning_rates, recommend
 from megalora.training.auto_lr import add_auto_lr_args
-from tests.support.sizes import TINY_MOE
+from tests.support.sizes import TINY_GLM, TINY_MOE
 
 PACKAGE = Path(families.__file__).parents[2]
 TOY = """
@@ -169,3 +171,20 @@ def test_no_other_package_names_a_family() -> None:
 def test_a_family_that_is_named_is_found(compared: str) -> None:
     assert named(f'def f(x):\n    """Say llama."""\n    return {compared}\n')
     assert not named('def f(x):\n    """Say llama."""\n    return x\n')
+
+
+def test_the_flags_of_an_import_name_each_linear_once() -> None:
+    # It has MLPs, experts and shared experts, each with a linear_fc1.
+    shape = model_shape({**TINY_GLM, "n_shared_experts": 1})
+    names = families.names_of("glm4_moe")
+    places = {
+        (layer, linear)
+        for linear in linears(names).values()
+        for layer in range(shape.num_layers)
+        if linear.megatron.startswith("mlp.linear") or linear.is_shared or linear.is_expert
+        if linear.fits(layer, shape)
+    }
+    assert targets_of(places, shape) == ("linear_fc1", "linear_fc2")
+    [first, *others] = sorted(places, key=lambda place: place[1].megatron)
+    assert first[1].name(first[0]) not in (found := targets_of(others, shape)), found
+    assert len(set(found)) == len(found)

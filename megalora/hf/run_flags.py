@@ -19,7 +19,7 @@ Place = tuple[int | None, Linear]
 
 def targets_of(adapted: Iterable[Place], shape: ModelShape) -> tuple[str, ...]:
     """Return targets that select these linears of a model and no others, as short as can be."""
-    return tuple(sorted(_targets(set(adapted), shape)))
+    return tuple(sorted(set(_targets(set(adapted), shape))))
 
 
 def _targets(adapted: set[Place], shape: ModelShape) -> Iterator[str]:
