@@ -6,7 +6,6 @@ from typing import cast
 import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
-from megatron.core.models.common.embeddings.language_model_embedding import LanguageModelEmbedding
 from megatron.core.ssm.mamba_layer import MambaLayer
 from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.transformer_config import TransformerConfig
@@ -18,6 +17,7 @@ from megalora.adapters import pissa
 from megalora.adapters.adapter import LoRAAdapter, named_adapters
 from megalora.adapters.bases import Base, base_linears, left_out, refusal
 from megalora.adapters.collectives import union
+from megalora.adapters.frozen import freeze_router_bias, make_embedding_require_grad
 from megalora.adapters.padding import leave_out_padding
 from megalora.adapters.rows import parts_of
 from megalora.adapters.styles import ADAPTERS
@@ -73,25 +73,18 @@ def apply_lora(
     for chunk in chunks:
         _check_unwrapped(chunk)
     found = [(chunk, list(_candidates(chunk))) for chunk in chunks]
-    matched = {
-        target
-        for _, candidates in found
-        for candidate in candidates
-        if (target := matching_target(candidate.name, config.targets))
-    }
-    leaves = {candidate.leaf for _, candidates in found for candidate in candidates}
-    world = dist.group.WORLD if dist.is_initialized() else None
-    check_all_matched(config.targets, union(matched, world), union(leaves, world))
+    everything = [candidate for _, candidates in found for candidate in candidates]
+    _check_matched(everything, config.targets)
     made = [_make_adapters(chunk, candidates, config) for chunk, candidates in found]
     for chunk, pairs in zip(chunks, made, strict=True):
         chunk.requires_grad_(False)
         _attach(pairs)
         install_checkpointing(chunk, config, model_facts(chunk), _sizes(chunk, vocab_size))
-        _freeze_router_bias(chunk)
-        _make_embedding_require_grad(chunk)
+        freeze_router_bias(chunk)
+        make_embedding_require_grad(chunk)
         if vocab_size is not None:
             leave_out_padding(chunk, vocab_size)
-    _tell_left_out([c for _, candidates in found for c in candidates], config)
+    _tell_left_out(everything, config)
     _warn_of_wide_ranks(adapter for pairs in made for _, adapter in pairs)
     if config.init == "pissa":
         pissa.start_from_base(model_chunks, vocab_size=vocab_size)
@@ -168,6 +161,16 @@ def _candidates(chunk: torch.nn.Module) -> Iterator[_Candidate]:
         yield _Candidate(gpt_name(own_name, pattern_in(chunk)), base, parent)
 
 
+def _check_matched(candidates: list[_Candidate], targets: tuple[str, ...]) -> None:
+    matched = {target for c in candidates if (target := matching_target(c.name, targets))}
+    leaves, world = {c.leaf for c in candidates}, _world()
+    check_all_matched(targets, union(matched, world), union(leaves, world))
+
+
+def _world() -> ProcessGroup | None:
+    return dist.group.WORLD if dist.is_initialized() else None
+
+
 def _make_adapters(
     chunk: MegatronModule, candidates: list[_Candidate], config: LoRAConfig
 ) -> list[tuple[_Candidate, LoRAAdapter]]:
@@ -222,13 +225,11 @@ def _warn_of_wide_ranks(adapters: Iterable[LoRAAdapter]) -> None:
         spec, num_in = adapter.spec, adapter.base.in_features
         limit = min(max(spec.rows.by_projection), num_in)
         if spec.rank > limit:
-            if not dist.is_initialized() or dist.get_rank() == 0:
-                print(
-                    f"WARNING: rank {spec.rank} of {spec.adapter_name} is above {limit}, which no "
-                    "update of its base exceeds: what is above only takes memory and time; lower "
-                    "--lora-rank, or --lora-expert-rank",
-                    flush=True,
-                )
+            _say(
+                f"WARNING: rank {spec.rank} of {spec.adapter_name} is above {limit}, which no "
+                "update of its base exceeds: what is above only takes memory and time; lower "
+                "--lora-rank, or --lora-expert-rank"
+            )
             return
 
 
@@ -254,10 +255,13 @@ def _tell_left_out(candidates: list[_Candidate], config: LoRAConfig) -> None:
         for c in candidates
         if c.left_out and matching_target(c.name, config.targets)
     }
-    world = dist.group.WORLD if dist.is_initialized() else None
-    for sentence in sorted(union(own, world)):
-        if not dist.is_initialized() or dist.get_rank() == 0:
-            print(sentence, flush=True)
+    for sentence in sorted(union(own, _world())):
+        _say(sentence)
+
+
+def _say(sentence: str) -> None:
+    if not dist.is_initialized() or dist.get_rank() == 0:
+        print(sentence, flush=True)
 
 
 def _refuse_bypasses(chunk: torch.nn.Module, chosen: list[_Candidate]) -> None:
@@ -273,32 +277,3 @@ def _refuse_bypasses(chunk: torch.nn.Module, chosen: list[_Candidate]) -> None:
         reason = refusal(module)
         if reason is not None and not bases.isdisjoint(module.modules()):
             raise ValueError(f"lora_targets select linears of {name}: {reason}")
-
-
-def _freeze_router_bias(chunk: MegatronModule) -> None:
-    # Megatron moves the expert bias of a frozen router at every step: the base would drift.
-    if getattr(chunk.config, "moe_router_enable_expert_bias", False):
-        chunk.config.moe_router_bias_update_rate = 0.0
-
-
-def _make_embedding_require_grad(chunk: MegatronModule) -> None:
-    """Let the layers see an input that requires gradient, as behind a trained embedding.
-
-    A frozen embedding's output requires none. Megatron runs layers in pieces that it differentiates
-    by themselves (recomputation, the schedule plan of --overlap-moe-expert-parallel-comm): those
-    then drop the gradients of everything inside, mostly without an error.
-    """
-    has_adapters = any(
-        not name.startswith("output_layer" + ADAPTER_SUFFIX) for name, _ in named_adapters([chunk])
-    )
-    # The schedule plan runs backward through every layer, adapted or not.
-    if not has_adapters and not chunk.config.overlap_moe_expert_parallel_comm:
-        return
-    for module in chunk.modules():
-        if isinstance(module, LanguageModelEmbedding):
-            module.register_forward_hook(_require_grad)
-
-
-def _require_grad(_module: torch.nn.Module, _inputs: object, output: torch.Tensor) -> None:
-    if torch.is_grad_enabled() and not output.requires_grad:
-        output.requires_grad_(True)

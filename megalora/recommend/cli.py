@@ -69,6 +69,38 @@ def count_trained_tokens(dataset: str, tokenizer: str) -> int:
     return sum(sum(example.tokens.trained[1:]) for example in encoded)
 
 
+# Megatron's flags.
+_SIZES = (
+    "num-layers",
+    "hidden-size",
+    "num-attention-heads",
+    "num-query-groups",
+    "kv-channels",
+    "q-lora-rank",
+    "kv-lora-rank",
+    "qk-head-dim",
+    "qk-pos-emb-head-dim",
+    "v-head-dim",
+    "ffn-hidden-size",
+    "vocab-size",
+    "padded-vocab-size",
+    "num-experts",
+    "moe-ffn-hidden-size",
+    "moe-shared-expert-intermediate-size",
+    "mtp-num-layers",
+)
+_SWITCHES = (
+    "group-query-attention",
+    "swiglu",
+    "untie-embeddings-and-output-weights",
+    "qk-layernorm",
+    "add-qkv-bias",
+    "attention-output-gate",
+    "moe-shared-expert-gate",
+    "multi-latent-attention",
+)
+
+
 def _add_model(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--model", help=f"folder of a Hugging Face model, or one of {', '.join(PRESETS)}"
@@ -79,38 +111,11 @@ def _add_model(parser: argparse.ArgumentParser) -> None:
         help=f"family of the learning rate rule, known: {', '.join(rate_exponents())}",
     )
     group = parser.add_argument_group("Megatron size flags, in place of --model")
-    for name in (
-        "num-layers",
-        "hidden-size",
-        "num-attention-heads",
-        "num-query-groups",
-        "kv-channels",
-        "q-lora-rank",
-        "kv-lora-rank",
-        "qk-head-dim",
-        "qk-pos-emb-head-dim",
-        "v-head-dim",
-        "ffn-hidden-size",
-        "vocab-size",
-        "padded-vocab-size",
-        "num-experts",
-        "moe-ffn-hidden-size",
-        "moe-shared-expert-intermediate-size",
-        "mtp-num-layers",
-    ):
+    for name in _SIZES:
         group.add_argument(f"--{name}", type=int)
     group.add_argument("--moe-router-topk", type=int, default=2)
     group.add_argument("--moe-layer-freq", type=_layer_freq, help="N, or a list of 0 and 1")
-    for name in (
-        "group-query-attention",
-        "swiglu",
-        "untie-embeddings-and-output-weights",
-        "qk-layernorm",
-        "add-qkv-bias",
-        "attention-output-gate",
-        "moe-shared-expert-gate",
-        "multi-latent-attention",
-    ):
+    for name in _SWITCHES:
         group.add_argument(f"--{name}", action="store_true")
 
 

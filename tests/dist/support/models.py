@@ -180,7 +180,8 @@ def draw_weights(chunk: Any) -> None:
     """
     filled = 0
     for shard in _parameter_shards(chunk):
-        full = _draw(_separate_norm(shard.key), shard.global_shape, shard.prepend_axis_num)
+        key = _separate_norm(shard.key) if isinstance(chunk, HybridModel) else shard.key
+        full = _draw(key, shard.global_shape, shard.prepend_axis_num)
         where = tuple(
             slice(offset, offset + size)
             for offset, size in zip(shard.global_offset, _shard_shape(shard), strict=True)
@@ -218,7 +219,7 @@ def _shard_shape(shard: ShardedTensor) -> tuple[int, ...]:
 
 
 def _separate_norm(key: str) -> str:
-    """Name a norm that TransformerEngine fuses with a linear as local layers do."""
+    """Name a norm that TransformerEngine fuses with a linear as a hybrid of local layers does."""
     return (
         key.replace("mixer.in_proj.layer_norm_", "norm.")
         .replace("self_attention.linear_qkv.layer_norm_", "input_layernorm.")
