@@ -38,8 +38,5 @@ def sparse_block(config: Any, vp_stage: int | None) -> TransformerBlockSubmodule
     indexer = attention.submodules.core_attention.submodules.indexer.submodules
     indexer.linear_wq_b = indexer.linear_wk = indexer.linear_weights_proj = Duplicated
     for layer in block.layer_specs or ():
-        parts: Any = layer.submodules
-        parts.self_attention = attention
-        # A name in checkpoints of what TransformerEngine fuses elsewhere.
-        parts.sharded_state_dict_keys_map.pop("input_layernorm.", None)
+        layer.submodules.self_attention = attention  # type: ignore[union-attr]
     return block

@@ -180,7 +180,8 @@ def draw_weights(chunk: Any) -> None:
     """
     filled = 0
     for shard in _parameter_shards(chunk):
-        key = _separate_norm(shard.key) if isinstance(chunk, HybridModel) else shard.key
+        separate = isinstance(chunk, HybridModel) or chunk.config.experimental_attention_variant
+        key = _separate_norm(shard.key) if separate else shard.key
         full = _draw(key, shard.global_shape, shard.prepend_axis_num)
         where = tuple(
             slice(offset, offset + size)
@@ -219,7 +220,7 @@ def _shard_shape(shard: ShardedTensor) -> tuple[int, ...]:
 
 
 def _separate_norm(key: str) -> str:
-    """Name a norm that TransformerEngine fuses with a linear as a hybrid of local layers does."""
+    """Name a norm that TransformerEngine fuses with a linear as hybrid and sparse local layers."""
     return (
         key.replace("mixer.in_proj.layer_norm_", "norm.")
         .replace("self_attention.linear_qkv.layer_norm_", "input_layernorm.")
