@@ -51,7 +51,12 @@ def test_presets_have_the_published_parameter_counts(preset: str, published: int
 
 @pytest.mark.parametrize(
     ("preset", "published"),
-    [("glm-4.5", 352_797_829_024), ("glm-4.5-air", 106_852_251_264)],
+    [
+        ("deepseek-v3", 671_026_419_200),
+        ("kimi-k2", 1_026_408_232_448),
+        ("glm-4.5", 352_797_829_024),
+        ("glm-4.5-air", 106_852_251_264),
+    ],
 )
 def test_routers_biases_are_all_that_the_published_counts_have_more(
     preset: str, published: int
@@ -107,6 +112,14 @@ def test_a_folder_is_read_like_its_config(tmp_path: Path) -> None:
 
 def test_megatron_flags_give_the_shape_and_family_of_the_preset_that_they_spell() -> None:
     assert args_shape(argparse.Namespace(**MEGATRON_LLAMA)) == LLAMA
+
+
+def test_megatron_flags_of_latent_attention_find_their_preset() -> None:
+    sizes = dataclasses.asdict(preset_shape("deepseek-v3"))
+    given = {**sizes, "num_experts": 256, "swiglu": True, "vocab_size": 129_536}
+    shape = args_shape(argparse.Namespace(**given, untie_embeddings_and_output_weights=True))
+    assert shape == dataclasses.replace(preset_shape("deepseek-v3"), vocab_size=129_536)
+    assert args_shape(argparse.Namespace(**{**given, "q_lora_rank": 1024})).family == ""
 
 
 def test_megatron_flags_of_no_preset_have_no_family() -> None:

@@ -1,11 +1,11 @@
 """Parameters and FLOPs of adapters, against the article, transformers and hand counts."""
 
-import dataclasses
 from typing import Any
 
 import pytest
 
 from megalora.model.config_json import model_shape
+from megalora.model.presets import preset_shape
 from megalora.model.shape import ModelShape
 from megalora.recommend import (
     adapter_parameters,
@@ -48,31 +48,18 @@ def test_shared_outer_experts_are_counted_at_full_rank() -> None:
     assert adapter_parameters(MOE, config)["experts"] == 4 * 14_450_688
 
 
-# Of one layer, as the base of DeepSeek-V3.1; that of Kimi-K2 has half as many heads.
-LATENT = ModelShape(
-    num_layers=1,
-    hidden_size=7168,
-    num_attention_heads=128,
-    num_query_groups=128,
-    kv_channels=56,
-    ffn_hidden_size=18432,
-    vocab_size=129280,
-    multi_latent_attention=True,
-    q_lora_rank=1536,
-    kv_lora_rank=512,
-    qk_head_dim=128,
-    qk_pos_emb_head_dim=64,
-    v_head_dim=128,
+@pytest.mark.parametrize(
+    ("preset", "published"), [("deepseek-v3", 61 * 40_000), ("kimi-k2", 61 * 31_808)]
 )
-
-
-@pytest.mark.parametrize(("heads", "published"), [(128, 40_000), (64, 31_808)])
-def test_tinkers_attention_through_latents_is_what_it_publishes(heads: int, published: int) -> None:
-    shape = dataclasses.replace(LATENT, num_attention_heads=heads, num_query_groups=heads)
-    assert adapter_parameters(shape, lora(1, targets=("tinker",)))["attention"] == published
+def test_tinkers_attention_through_latents_is_what_it_publishes(
+    preset: str, published: int
+) -> None:
+    shape, shared = preset_shape(preset), {"expert_mode": "shared_outer"}
+    tinker = lora(1, targets=("tinker",), **shared)
+    assert adapter_parameters(shape, tinker)["attention"] == published
     # Of q_b: 1536 in, 192 a head out; of kv_b: 512 in, 256 a head out.
-    expanding = 1536 + 512 + heads * (192 + 256)
-    assert adapter_parameters(shape, lora(1))["attention"] == published + expanding
+    expanding = 61 * (1536 + 512 + shape.num_attention_heads * (192 + 256))
+    assert adapter_parameters(shape, lora(1, **shared))["attention"] == published + expanding
 
 
 def test_tinkers_experts_are_what_it_publishes() -> None:

@@ -77,6 +77,31 @@ def _glm4_moe(
     }
 
 
+def _deepseek_v3(
+    *, heads: int, vocab: int, experts: int, dense: int, model_type: str = "deepseek_v3"
+) -> dict[str, Any]:
+    return {
+        "model_type": model_type,
+        "num_hidden_layers": 61,
+        "hidden_size": 7168,
+        "intermediate_size": 18432,
+        "num_attention_heads": heads,
+        "num_key_value_heads": heads,
+        "q_lora_rank": 1536,
+        "kv_lora_rank": 512,
+        "qk_nope_head_dim": 128,
+        "qk_rope_head_dim": 64,
+        "v_head_dim": 128,
+        "vocab_size": vocab,
+        "tie_word_embeddings": False,
+        "n_routed_experts": experts,
+        "num_experts_per_tok": 8,
+        "moe_intermediate_size": 2048,
+        "n_shared_experts": 1,
+        "first_k_dense_replace": dense,
+    }
+
+
 PRESETS: dict[str, dict[str, Any]] = {
     "llama-3.2-1b": _llama(16, 2048, 8192, 32, head_dim=64, tied=True),
     "llama-3.2-3b": _llama(28, 3072, 8192, 24, tied=True),
@@ -91,6 +116,8 @@ PRESETS: dict[str, dict[str, Any]] = {
     "qwen3-32b": _qwen3(64, 5120, 25600, 64),
     "qwen3-30b-a3b": _qwen3_moe(48, 2048, 6144, 32, expert_ffn=768),
     "qwen3-235b-a22b": _qwen3_moe(94, 4096, 12288, 64, expert_ffn=1536),
+    "deepseek-v3": _deepseek_v3(heads=128, vocab=129280, experts=256, dense=3),
+    "kimi-k2": _deepseek_v3(heads=64, vocab=163840, experts=384, dense=1, model_type="kimi_k2"),
     "glm-4.5": _glm4_moe(92, 5120, 12288, 160, expert_ffn=1536, dense=3, norm=True),
     "glm-4.5-air": _glm4_moe(46, 4096, 10944, 128, expert_ffn=1408, dense=1, norm=False),
 }
@@ -129,6 +156,7 @@ def as_preset(shape: ModelShape) -> ModelShape:
     """
     sizes = ("num_layers", "hidden_size", "num_attention_heads", "num_query_groups", "kv_channels")
     sizes += ("multi_latent_attention", "q_lora_rank", "kv_lora_rank")
+    sizes += ("qk_head_dim", "qk_pos_emb_head_dim", "v_head_dim")
     sizes += (
         ("moe_ffn_hidden_size", "num_moe_experts")
         if shape.num_moe_experts
