@@ -88,9 +88,24 @@ def load_hf_base(
     """
     config = read_config(directory)
     files = HFWeights(directory, names_of(config["model_type"]))
+    chunks = cast("Sequence[GPTModel]", model_chunks)
+    jobs = _plan(chunks, config, files)
+    problems: list[str] = []
+    for name, param, pieces in jobs:
+        _fill(param, pieces, files)
+        problems += _not_finite(param, pieces, files)
+        if progress:
+            progress(name)
+    on_all_ranks(functools.partial(_refuse, problems))
+    for chunk in chunks:
+        set_rotary(chunk, config)
+        set_latent_norms(chunk)
+
+
+def _plan(chunks: "Sequence[GPTModel]", config: Mapping[str, Any], files: HFWeights) -> list[Job]:
+    """Return this rank's parameters with what they are read from; nothing is changed."""
     jobs: list[Job] = []
     others: list[str] = []
-    chunks = cast("Sequence[GPTModel]", model_chunks)
     for chunk in chunks:
         check_built_for(chunk, config)
         weights = weights_of(chunk, config)
@@ -101,20 +116,15 @@ def load_hf_base(
             jobs.append((name, param, pieces))
         others += _other_copies(weights, jobs, files)
     on_all_ranks(functools.partial(_refuse_others, others))
-    problems: list[str] = []
-    for name, param, pieces in jobs:
-        filled = sum(piece.count for piece in pieces)
-        param[filled:].zero_()
-        for piece in pieces:
-            part = files.read(piece.name, piece.hf_first, piece.count, piece.columns)
-            param[piece.first : piece.first + piece.count].copy_(part)
-        problems += _not_finite(param, pieces, files)
-        if progress:
-            progress(name)
-    on_all_ranks(functools.partial(_refuse, problems))
-    for chunk in chunks:
-        set_rotary(chunk, config)
-        set_latent_norms(chunk)
+    return jobs
+
+
+def _fill(param: Tensor, pieces: list[Piece], files: HFWeights) -> None:
+    filled = sum(piece.count for piece in pieces)
+    param[filled:].zero_()
+    for piece in pieces:
+        part = files.read(piece.name, piece.hf_first, piece.count, piece.columns)
+        param[piece.first : piece.first + piece.count].copy_(part)
 
 
 def _not_finite(param: Tensor, pieces: list[Piece], files: HFWeights) -> list[str]:

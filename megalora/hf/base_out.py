@@ -67,13 +67,18 @@ def save_hf_base(
                 writer.add(name, tensor if keeps_own else tensor.to(dtype))
         on_all_ranks(writer.check, only=0)
         writer.finish()
-        torch_dtype = str(next(iter(writer.dtypes))).removeprefix("torch.")
-        plain = without_quantisation(config)
-        # transformers 5 prefers its new spelling, earlier ones know the old one alone.
-        plain.pop("dtype", None)
-        if field := mapped_family(config).prediction_field:
-            plain[field] = model_chunks[0].config.mtp_num_layers or 0
-        write_json(target / "config.json", {**plain, "torch_dtype": torch_dtype})
+        first = next(iter(writer.dtypes))
+        write_json(target / "config.json", _as_saved(config, first, model_chunks[0]))
+
+
+def _as_saved(config: Mapping[str, Any], dtype: torch.dtype, chunk: "GPTModel") -> dict[str, Any]:
+    """Return the config.json of what is written, of which the model's own may say otherwise."""
+    saved = without_quantisation(config)
+    # transformers 5 prefers its new spelling, earlier ones know the old one alone.
+    saved.pop("dtype", None)
+    if field := mapped_family(config).prediction_field:
+        saved[field] = chunk.config.mtp_num_layers or 0
+    return {**saved, "torch_dtype": str(dtype).removeprefix("torch.")}
 
 
 def hf_config(

@@ -10,7 +10,7 @@ import torch
 from megalora.model.rope import Rope, Yarn, rope
 
 if TYPE_CHECKING:
-    from megatron.core.models.common.embeddings import YarnRotaryEmbedding
+    from megatron.core.models.common.embeddings import RotaryEmbedding, YarnRotaryEmbedding
     from megatron.core.models.gpt.gpt_model import GPTModel
     from megatron.core.transformer import MLATransformerConfig
     from megatron.core.transformer.multi_latent_attention import MultiLatentAttention
@@ -67,14 +67,14 @@ def yarn_of(attention: "MultiLatentAttention") -> Yarn | None:
     )
 
 
-def _set_frequencies(embedding: Any, wanted: Rope) -> None:
+def _set_frequencies(embedding: "RotaryEmbedding", wanted: Rope) -> None:
     frequencies = embedding.inv_freq
     exponents = torch.arange(0, 2 * len(frequencies), 2, dtype=torch.float32) / (
         2 * len(frequencies)
     )
     fresh = 1.0 / wanted.theta**exponents
     if wanted.factor != 1.0:
-        fresh = embedding._apply_scaling(fresh, factor=wanted.factor)
+        fresh = embedding._apply_scaling(fresh, factor=cast("int", wanted.factor))
     embedding.inv_freq = fresh.to(frequencies)
     # The embedding of a length is cached over calls, with the frequencies that it was made of.
     type(embedding).forward.cache_clear()

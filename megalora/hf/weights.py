@@ -9,6 +9,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from megalora.hf.attention_sizes import Sizes, attention_sizes
 from megalora.model.config_json import mapped_family, model_shape, stored_predictions
 from megalora.model.families import names_of
 from megalora.model.family import without_numbers
@@ -37,7 +38,6 @@ _OTHERWISE_BUILT = ("self_attention.linear_qkv_down_proj",)
 # Every rank has all of them.
 _WHOLE = ("mlp.router", "mlp.shared_experts.gate")
 _LAYER = re.compile(r"(?:decoder\.layers\.\d+|mtp\.layers\.\d+(?:\.mtp_model_layer)?)\.(.+)")
-Sizes = dict[str, tuple[tuple[int, ...], ...]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,37 +76,6 @@ class Piece:
     count: int
     hf_first: int
     columns: tuple[int, int] | None = None
-
-
-def _attention(shape: ModelShape) -> Sizes:
-    h, d = shape.hidden_size, shape.kv_channels
-    q, kv = shape.query_size, shape.num_query_groups * d
-    norms: Sizes = {f"{p}_layernorm": ((d,),) for p in "qk"} if shape.qk_layernorm else {}
-    return {"linear_qkv": ((q, h), (kv, h), (kv, h)), **norms, "linear_proj": ((h, q),)}
-
-
-def latent_attention(shape: ModelShape) -> Sizes:
-    """Return, by Megatron's module of attention through latents, the shapes of its weights."""
-    h, q, heads = shape.hidden_size, shape.q_lora_rank, shape.num_attention_heads
-    query = heads * (shape.qk_head_dim + shape.qk_pos_emb_head_dim)
-    down = (shape.kv_lora_rank + shape.qk_pos_emb_head_dim, h)
-    sizes: Sizes = {
-        "linear_kv_down_proj": (down,),
-        "kv_layernorm": ((shape.kv_lora_rank,),),
-        "linear_kv_up_proj": (
-            (heads * (shape.qk_head_dim + shape.v_head_dim), shape.kv_lora_rank),
-        ),
-        "linear_proj": ((h, heads * shape.v_head_dim),),
-    }
-    if not q:
-        return {**sizes, "linear_q_proj": ((query, h),)}
-    return {
-        **sizes,
-        "linear_q_down_proj": ((q, h),),
-        "linear_qkv_down_proj": ((q, h), down),
-        "q_layernorm": ((q,),),
-        "linear_q_up_proj": ((query, q),),
-    }
 
 
 class Weights:
@@ -201,8 +170,7 @@ class Weights:
         """Return, by Megatron's module of a layer, the shapes of the weights that it stacks."""
         shape, h = self.shape, self.shape.hidden_size
         sizes: Sizes = dict.fromkeys(("input_layernorm", "pre_mlp_layernorm"), ((h,),))
-        attention = latent_attention if shape.multi_latent_attention else _attention
-        sizes |= {f"self_attention.{name}": size for name, size in attention(shape).items()}
+        sizes |= {f"self_attention.{name}": size for name, size in attention_sizes(shape).items()}
         mlp, ffn = "mlp", shape.ffn_hidden_size
         if is_moe:
             mlp, ffn = "mlp.experts", shape.moe_ffn_hidden_size

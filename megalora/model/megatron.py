@@ -34,9 +34,6 @@ def megatron_args(config: Mapping[str, Any]) -> dict[str, Any]:
         "hidden_size": shape.hidden_size,
         "ffn_hidden_size": shape.ffn_hidden_size,
         "num_attention_heads": shape.num_attention_heads,
-        "group_query_attention": True,
-        "num_query_groups": shape.num_query_groups,
-        "kv_channels": shape.kv_channels,
         "max_position_embeddings": whole_number(config, "max_position_embeddings", default=2048),
         "vocab_size": shape.vocab_size,
         "untie_embeddings_and_output_weights": not shape.tied_embeddings,
@@ -53,11 +50,8 @@ def megatron_args(config: Mapping[str, Any]) -> dict[str, Any]:
     }
     if rotary.factor != 1.0:
         args["rope_scaling_factor"] = rotary.factor
-    if shape.multi_latent_attention:
-        # Megatron refuses groups there, and counts heads' features by the latent sizes.
-        for name in ("group_query_attention", "num_query_groups", "kv_channels"):
-            del args[name]
-        args |= latent_args(shape, rotary)
+    # With latents Megatron refuses groups, and counts heads' features by sizes of their own.
+    args |= latent_args(shape, rotary) if shape.multi_latent_attention else _head_args(shape)
     if window := attention_window(config, family):
         # Megatron counts the tokens beside one itself: those before it, those behind it.
         args["window_size"] = (window - 1, 0)
@@ -66,6 +60,14 @@ def megatron_args(config: Mapping[str, Any]) -> dict[str, Any]:
     if family.experts:
         args |= router_args(config, family.experts)
     return args
+
+
+def _head_args(shape: ModelShape) -> dict[str, Any]:
+    return {
+        "group_query_attention": True,
+        "num_query_groups": shape.num_query_groups,
+        "kv_channels": shape.kv_channels,
+    }
 
 
 def _expert_args(shape: ModelShape) -> dict[str, Any]:
