@@ -45,7 +45,7 @@ def in_fp8(
     def write(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
         found: dict[str, Tensor] = {}
         for name, weight in tensors.items():
-            if not name.endswith("_proj.weight"):
+            if not name.endswith(("_proj.weight", "_proj_with_mqa.weight")):
                 found[name] = weight
                 continue
             grid = [-(-size // each) for size, each in zip(weight.shape, block, strict=True)]
