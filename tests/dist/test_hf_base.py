@@ -2,7 +2,6 @@
 
 import functools
 import json
-import shutil
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -20,7 +19,6 @@ from megalora.model.megatron import megatron_args, megatron_flags
 from tests.dist.support import hf
 from tests.dist.support.layouts import Layout, model_parallel, over
 from tests.support import hf_models
-from tests.support.fp8 import change, fp8_config, in_fp8, out_of_fp8
 
 TOLERANCE = 1e-4
 ONE = Layout()
@@ -259,25 +257,6 @@ def test_dense_sharding_keeps_the_logits(layout: Layout, case: str) -> None:
 @over(Layout(dp=2, ep=2), Layout(tp=2, sp=True, ep=2), Layout(tp=2, sp=True, etp=2))
 def test_expert_sharding_keeps_the_logits(layout: Layout, case: str) -> None:
     assert_same_logits(layout, case)
-
-
-@over(Layout(tp=2, sp=True), Layout(tp=2, sp=True, ep=2))
-def test_fp8_is_read_where_slices_cut_its_blocks(layout: Layout) -> None:
-    directory, _ = reference("deepseek_v3")
-    names = ("codes", "plain")
-    codes, plain = (directory.with_name(f"{directory.name}-{name}-{layout}") for name in names)
-    block = (4, 4)
-    if dist.get_rank() == 0:
-        shutil.copytree(directory, codes)
-        change(codes, in_fp8(block), quantization_config=fp8_config(block))
-        shutil.copytree(codes, plain)
-        change(plain, out_of_fp8(block), quantization_config=None)
-    dist.barrier()
-    expected = hf_models.logits(hf_models.hf_model_from(plain))
-    with model_parallel(layout):
-        found = hf.logits(hf.load(layout, codes), hf_models.IDS)[..., : hf_models.VOCAB]
-    torch.testing.assert_close(found, expected, atol=TOLERANCE, rtol=TOLERANCE)
-    assert (expected - reference("deepseek_v3")[1]).abs().max() > 10 * TOLERANCE
 
 
 @over(Layout(pp=2, vpp=2))

@@ -61,6 +61,7 @@ FORMS: dict[str, tuple[str, bool, dict[str, Any]]] = {
     "buffers": ("llama", False, {"tensors": with_buffers}),
     "fp8": ("qwen3", False, FP8),
     "fp8 experts": ("qwen3_moe", False, FP8),
+    "fp8 latents": ("deepseek_v3", False, FP8),
 }
 
 
@@ -89,7 +90,7 @@ def test_a_form_has_the_logits_of_transformers(layout: Layout, form: str) -> Non
     assert_same_logits(layout, form)
 
 
-@pytest.mark.parametrize("form", ["own head", "fp8"])
+@pytest.mark.parametrize("form", ["own head", "fp8", "fp8 latents"])
 @over(TP, Layout(pp=2))
 def test_a_form_keeps_its_logits_when_it_is_split(layout: Layout, form: str) -> None:
     assert_same_logits(layout, form)
