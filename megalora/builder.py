@@ -19,7 +19,7 @@ from megalora.adapters.bases import Base, base_linears, left_out, refusal
 from megalora.adapters.collectives import union
 from megalora.adapters.frozen import freeze_router_bias, make_embedding_require_grad
 from megalora.adapters.padding import leave_out_padding
-from megalora.adapters.rows import parts_of
+from megalora.adapters.rows import IN_PARTS, parts_of
 from megalora.adapters.styles import ADAPTERS
 from megalora.checkpoint.state import install_checkpointing
 from megalora.checkpoint.unpickle import PICKLES
@@ -200,7 +200,7 @@ def _make_adapter(
         config,
         facts,
         is_expert=base.is_expert,
-        parts=parts_of(candidate.parent) if candidate.leaf == "in_proj" else None,
+        parts=parts_of(candidate.parent) if candidate.leaf in IN_PARTS else None,
     )
     weight = next(base.module.parameters(), None)
     device = torch.device(torch.cuda.current_device()) if weight is None else weight.device

@@ -1,18 +1,28 @@
 """Attention through latents in a config.json: sizes, flags, names and parts of tensors."""
 
 import json
+from dataclasses import replace
 from math import prod
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
+from megalora.config import LoRAConfig
+from megalora.hf.adapters import from_hf, to_hf
+from megalora.hf.factors import LoRAFactors
+from megalora.hf.linears import linears
+from megalora.hf.merge import merge_adapter
+from megalora.hf.run_flags import targets_of
 from megalora.hf.weights import Piece, Placement, Shard, Weights
 from megalora.model.config_json import model_shape, read_config
+from megalora.model.families import names_of
 from megalora.model.megatron import megatron_args, megatron_flags
-from megalora.model.rope import Yarn, rope
+from megalora.model.rope import Yarn, rope, rope_without_flags
+from tests.support.forked import call
+from tests.support.fuzzing import command
 
 # As published.
 DEEPSEEK_V31: dict[str, Any] = {
@@ -239,6 +249,76 @@ def test_what_megatron_has_not_is_refused_by_field_and_value(
         megatron_args({**DEEPSEEK_V31, **change})
 
 
+def refusal(*words: object) -> str:
+    """Return what a command refuses by."""
+    try:
+        return command(*words)
+    except ValueError as error:
+        return str(error)
+
+
+@pytest.mark.bad_input("a number that is not one")
+def test_a_checkpoint_whose_runs_would_scale_otherwise_is_not_written(tmp_path: Path) -> None:
+    scaling = {**KIMI_K2["rope_scaling"], "original_max_position_embeddings": 8}
+    base = directory(tmp_path / "base", {**TINY, "rope_scaling": scaling})
+    said = "has beta_fast 1 and original_max_position_embeddings 8 in its yarn rope"
+    assert said in call(refusal, "import-base", "--hf-model", base, "--output", tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+    assert rope_without_flags(DEEPSEEK_V31) == rope_without_flags(MOONLIGHT) == ""
+
+
+def test_a_merged_base_keeps_the_layer_that_predicts_one_token_more(tmp_path: Path) -> None:
+    base, name = directory(tmp_path / "base", TINY), "model.layers.1.self_attn.kv_b_proj"
+    module = LoRAFactors(torch.ones(2, 6), torch.ones(16, 2), 0.5)
+    merge_adapter(base, {name: module}, tmp_path / "merged")
+    before, after = (load_file(d / "model.safetensors") for d in (base, tmp_path / "merged"))
+    assert before.keys() == after.keys()
+    assert {n for n in before if not torch.equal(before[n], after[n])} == {f"{name}.weight"}
+    assert any(n.startswith("model.layers.2.") for n in after)
+
+
+@pytest.mark.parametrize("leaf", ["eh_proj", "self_attn.q_proj"])
+def test_adapters_of_a_layer_that_predicts_one_token_more_are_refused_by_name(leaf: str) -> None:
+    factors = {f"model.layers.2.{leaf}": LoRAFactors(torch.ones(2, 8), torch.ones(18, 2), 1.0)}
+    with pytest.raises(ValueError, match=rf"{leaf}: model.layers.2.\* predicts one token more"):
+        from_hf(factors, LoRAConfig(rank=2), model_shape(TINY))
+
+
+@pytest.mark.parametrize("q_lora_rank", [None, 6])
+def test_targets_of_attention_through_latents_are_short(q_lora_rank: int | None) -> None:
+    shape = model_shape({**TINY, "q_lora_rank": q_lora_rank})
+    found = {
+        (layer, linear)
+        for linear in linears(names_of("deepseek_v3")).values()
+        for layer in range(2)
+        if linear.megatron.startswith("self_attention.") and linear.fits(layer, shape)
+    }
+    queries = ["linear_q_down_proj", "linear_q_up_proj"] if q_lora_rank else ["linear_q_proj"]
+    expected = ("linear_kv_down_proj", "linear_kv_up_proj", "linear_proj", *queries)
+    assert targets_of(found, shape) == tuple(sorted(expected))
+
+
+def test_the_joint_down_projection_is_exchanged_as_two() -> None:
+    shape = replace(model_shape({**TINY, "q_lora_rank": 6}), mla_down_proj_fusion=True)
+    config = LoRAConfig(rank=2)
+    names = [f"model.layers.1.self_attn.{n}" for n in ("q_a_proj", "kv_a_proj_with_mqa")]
+    factors = {
+        name: LoRAFactors(torch.randn(2, 8), torch.randn(rows, 2), config.scale(2))
+        for name, rows in zip(names, (6, 10), strict=True)
+    }
+    tensors = from_hf(factors, config, shape)
+    place = "decoder.layers.1.self_attention.linear_qkv_down_proj_lora"
+    assert {n: t.shape for n, t in tensors.items()} == {
+        f"{place}.lora_A": (4, 8),
+        f"{place}.lora_B": (16, 2),
+    }
+    assert torch.equal(tensors[f"{place}.lora_B"][:6], factors[names[0]].lora_B)
+    back = to_hf(tensors, config, shape)
+    assert back.keys() == factors.keys()
+    assert all(torch.equal(back[n].lora_A, factors[n].lora_A) for n in names)
+    assert all(torch.equal(back[n].lora_B, factors[n].lora_B) for n in names)
+
+
 PLACE = "decoder.layers.0.self_attention."
 
 
@@ -301,6 +381,7 @@ TINY: dict[str, Any] = {
 
 def directory(place: Path, config: dict[str, Any]) -> Path:
     """Write zeros as TINY's tensors, the layer that predicts one token more among them."""
+    place.mkdir(exist_ok=True)
     shapes = weights(TINY, predictions=1).expected()
     save_file(
         {name: torch.zeros(shape) for name, shape in shapes.items()}, place / "model.safetensors"

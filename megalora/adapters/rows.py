@@ -82,8 +82,8 @@ def join_projections(values: Sequence[Tensor], period: Sequence[int]) -> Tensor:
     return torch.cat(blocks, 1).flatten(0, 1)
 
 
-# By the class of the module that an in_proj is in: Megatron's names of the parts of its rows, in
-# order, and their global sizes. Not by the class itself, which would import its kernels.
+# By the class of the module that a linear of several parts is in: names of the parts of its rows,
+# in order, and their global sizes. Not by the class itself, which would import its kernels.
 PARTS: dict[str, dict[str, Callable[[Any], int]]] = {
     "MambaMixer": {
         "z": lambda mixer: mixer.d_inner,
@@ -91,12 +91,20 @@ PARTS: dict[str, dict[str, Callable[[Any], int]]] = {
         "B": lambda mixer: mixer.ngroups * mixer.d_state,
         "C": lambda mixer: mixer.ngroups * mixer.d_state,
         "dt": lambda mixer: mixer.nheads,
-    }
+    },
+    "FusedMLASelfAttention": {
+        "q": lambda attention: attention.config.q_lora_rank,
+        "kv": lambda attention: (
+            attention.config.kv_lora_rank + attention.config.qk_pos_emb_head_dim
+        ),
+    },
 }
+# The linears that have such parts.
+IN_PARTS = ("in_proj", "linear_qkv_down_proj")
 
 
 def parts_of(module: torch.nn.Module) -> dict[str, int] | None:
-    """Return names and global sizes of the parts of a module's in_proj, None where unknown."""
+    """Return names and global sizes of the parts of what `IN_PARTS` names in a module."""
     for kind in type(module).__mro__:
         if parts := PARTS.get(kind.__name__):
             return {name: size(module) for name, size in parts.items()}

@@ -39,6 +39,7 @@ from megalora.hf.factors import LoRAFactors
 from megalora.model.config_json import family_of, model_shape, read_config
 from megalora.model.hybrid import refuse_other
 from megalora.model.megatron import megatron_args
+from megalora.model.rope import rope_without_flags
 from megalora.model.shape import ModelShape
 from megalora.targets import ModelFacts
 
@@ -164,10 +165,16 @@ def import_base(
     """Write a Hugging Face directory as a Megatron checkpoint; return the number of parameters.
 
     It is a `release` of weights alone, in distributed format, for --pretrained-checkpoint on any
-    parallel layout. This process holds the whole model.
+    parallel layout. This process holds the whole model. Raises ValueError where a run could not be
+    told by flags what the model computes.
     """
     config = read_config(hf_model)
     family_of(config)
+    if numbers := rope_without_flags(config):
+        raise ValueError(
+            f"config.json has {numbers} in its yarn rope, for which Megatron has no flags: a run "
+            "from a checkpoint would not have them: train with --hf-model, which sets them"
+        )
     inputs = {"--hf-model": hf_model}
     place = whole_directory(directory, overwrite=overwrite, inputs=inputs)
     with place as target, one_process():

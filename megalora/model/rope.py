@@ -154,6 +154,14 @@ def _llama3_factor(values: Mapping[str, Any], config: Mapping[str, Any]) -> floa
     return float(factor)
 
 
+def rope_without_flags(config: Mapping[str, Any]) -> str:
+    """Say which numbers of a rotary embedding Megatron has no flags for; empty where it has."""
+    own, default = rope(config).yarn, Yarn()
+    names = ("beta_fast", "beta_slow", "original_max_position_embeddings")
+    others = [name for name in names if own and getattr(own, name) != getattr(default, name)]
+    return " and ".join(f"{name} {getattr(own, name):g}" for name in others)
+
+
 def rope_problem(config: Mapping[str, Any]) -> str:
     """Say why Megatron cannot have a configuration's rotary embedding; empty where it can."""
     try:

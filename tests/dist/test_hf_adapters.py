@@ -15,6 +15,7 @@ from peft import LoraConfig, get_peft_model
 from megalora.builder import apply_lora
 from megalora.checkpoint.gather import gather_adapters, load_adapters
 from megalora.config import LoRAConfig
+from megalora.hf import exchange
 from megalora.hf.adapters import from_hf, to_hf
 from megalora.hf.base_out import hf_config, save_hf_base
 from megalora.hf.factors import LoRAFactors
@@ -41,15 +42,14 @@ def adapted(case: str) -> tuple[dict[str, LoRAFactors], torch.Tensor]:
     return factors, hf_models.logits(hf_models.merged(model, factors))
 
 
-def build(
-    layout: Layout, case: str, config: LoRAConfig = CONFIG, *, hybrid: bool = False
-) -> list[Any]:
+def build(layout: Layout, case: str, config: LoRAConfig = CONFIG, **options: Any) -> list[Any]:
     directory, _ = reference(case)
-    return apply_lora(hf.load(layout, directory, hybrid=hybrid), config)
+    return apply_lora(hf.load(layout, directory, **options), config)
 
 
 def put(chunks: list[Any], case: str, factors: dict[str, LoRAFactors], config: LoRAConfig) -> None:
-    shape = model_shape(read_config(reference(case)[0]))
+    shape = exchange.model_shape(chunks, str(reference(case)[0]))
+    shape = replace(shape, vocab_size=hf_models.VOCAB)
     load_adapters(chunks, from_hf(factors, config, shape, padded_vocab_size=hf.PADDED_VOCAB))
 
 
@@ -73,11 +73,11 @@ def shared_directory() -> Path:
     return Path(path[0])
 
 
-def assert_exchanges(layout: Layout, case: str, *, hybrid: bool = False) -> None:
+def assert_exchanges(layout: Layout, case: str, **options: Any) -> None:
     factors, expected = adapted(case)
     shape = model_shape(read_config(reference(case)[0]))
     with model_parallel(layout):
-        chunks = build(layout, case, hybrid=hybrid)
+        chunks = build(layout, case, **options)
         plain = hf.logits(chunks, hf_models.IDS)[..., : hf_models.VOCAB]
         put(chunks, case, factors, CONFIG)
         found = hf.logits(chunks, hf_models.IDS)[..., : hf_models.VOCAB]
@@ -112,6 +112,11 @@ def test_dense_sharding_exchanges_the_same_adapters(layout: Layout, case: str) -
 @over(Layout(dp=2, ep=2), Layout(tp=2, sp=True, ep=2), Layout(tp=2, sp=True, etp=2))
 def test_expert_sharding_exchanges_the_same_adapters(layout: Layout, case: str) -> None:
     assert_exchanges(layout, case)
+
+
+@over(Layout(), Layout(tp=2), Layout(tp=2, sp=True))
+def test_adapters_of_a_joint_down_projection_are_exchanged_as_two(layout: Layout) -> None:
+    assert_exchanges(layout, "deepseek_v3", mla_down_proj_fusion=True)
 
 
 @pytest.mark.parametrize("case", ["qwen3_moe", "glm4_moe"])

@@ -75,12 +75,10 @@ def reference(case: str, num_layers: int = 2) -> tuple[Path, torch.Tensor]:
     return Path(path[0]), hf_models.logits(model)
 
 
-def assert_same_logits(
-    layout: Layout, case: str, num_layers: int = 2, *, hybrid: bool = False
-) -> None:
+def assert_same_logits(layout: Layout, case: str, num_layers: int = 2, **options: Any) -> None:
     directory, expected = reference(case, num_layers)
     with model_parallel(layout):
-        found = hf.logits(hf.load(layout, directory, hybrid=hybrid), hf_models.IDS)
+        found = hf.logits(hf.load(layout, directory, **options), hf_models.IDS)
     torch.testing.assert_close(
         found[..., : hf_models.VOCAB], expected, atol=TOLERANCE, rtol=TOLERANCE
     )
@@ -257,6 +255,11 @@ def test_dense_sharding_keeps_the_logits(layout: Layout, case: str) -> None:
 @over(Layout(dp=2, ep=2), Layout(tp=2, sp=True, ep=2), Layout(tp=2, sp=True, etp=2))
 def test_expert_sharding_keeps_the_logits(layout: Layout, case: str) -> None:
     assert_same_logits(layout, case)
+
+
+@over(ONE, Layout(tp=2), Layout(tp=2, sp=True))
+def test_a_joint_down_projection_keeps_the_logits(layout: Layout) -> None:
+    assert_same_logits(layout, "deepseek_v3", mla_down_proj_fusion=True)
 
 
 @over(Layout(pp=2, vpp=2))

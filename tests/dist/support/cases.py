@@ -90,6 +90,9 @@ KINDS = {
     "latent attention": _kind(**MLA),
     "latent attention, direct q": _kind(**{**MLA, "q_lora_rank": None}),
     "sparse absorbed attention": _kind(layers=2, **DSA),
+    "latent attention, joint down projection": _kind(
+        **MLA, mla_down_proj_fusion=True, qk_layernorm=True
+    ),
     "multi-token prediction": _kind(
         layers=2, mtp_num_layers=1, lora={"targets": ("all", "eh_proj")}
     ),
@@ -178,6 +181,7 @@ DENSE = [
     # Megatron has it at TP 2 with sequence parallelism alone.
     *(Case(layout=layout, kind="sparse absorbed attention") for layout in (Layout(), TP2_SP, PP2)),
     Case(layout=CP2, kind="sparse absorbed attention", fields={"cp_comm_type": "allgather"}),
+    *(Case(layout=o, kind="latent attention, joint down projection") for o in (TP2, TP2_SP)),
     Case(layout=TP2_SP, ops="reference", note="reference ops"),
     Case(layout=TP2_SP, **RECOMPUTED),
     Case(layout=TP2_SP, **_selective("core_attn", "mlp")),

@@ -16,7 +16,11 @@ from megatron.core.models.gpt.gpt_model import GPTModel
 from megatron.core.models.hybrid.hybrid_layer_allocation import get_hybrid_total_layer_count
 from megatron.core.models.hybrid.hybrid_layer_specs import hybrid_stack_spec
 from megatron.core.models.hybrid.hybrid_model import HybridModel
-from megatron.core.tensor_parallel import set_defaults_if_not_set_tensor_model_parallel_attributes
+from megatron.core.tensor_parallel import (
+    ColumnParallelLinear,
+    set_defaults_if_not_set_tensor_model_parallel_attributes,
+)
+from megatron.core.transformer.multi_latent_attention import FusedMLASelfAttention
 from megatron.core.transformer.transformer_config import MLATransformerConfig, TransformerConfig
 
 from tests.dist.support.layouts import Layout
@@ -163,6 +167,11 @@ def _build_gpt(config: Any, stage: int | None, common: dict[str, Any]) -> GPTMod
         if sparse
         else get_gpt_decoder_block_spec(config, use_transformer_engine=False, vp_stage=stage)
     )
+    if getattr(config, "mla_down_proj_fusion", False):
+        # As TransformerEngine's layers have it: Megatron's own leave the setting out.
+        for layer in spec.layer_specs:
+            layer.submodules.self_attention.module = FusedMLASelfAttention
+            layer.submodules.self_attention.submodules.linear_qkv_down_proj = ColumnParallelLinear
     mtp_spec = (
         get_gpt_mtp_block_spec(config, spec, use_transformer_engine=False, vp_stage=stage)
         if config.mtp_num_layers

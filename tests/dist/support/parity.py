@@ -146,13 +146,18 @@ def _shards(sharded: ShardedTensor | ShardedTensorFactory, data: Tensor) -> list
 
 
 def _join_parts(whole: Tensors) -> Tensors:
-    """Put the parts of Mamba's in_proj, which are stored each by itself, in the weight's order."""
-    names = ("z", "x", "B", "C", "dt")
-    joined = {key: whole[key] for key in whole if key.rpartition(".")[2] not in names}
+    """Put parts that are stored each by itself in the weight's order.
+
+    Those of Mamba's in_proj, and of the joint down projection of attention through latents.
+    """
+    orders = (("z", "x", "B", "C", "dt"), ("q", "kv"))
+    parts = {name for order in orders for name in order}
+    joined = {key: whole[key] for key in whole if key.rpartition(".")[2] not in parts}
     for key in whole:
-        if key.endswith(".z"):
-            parts = [whole[key.removesuffix("z") + name] for name in names]
-            joined[key.removesuffix(".z")] = torch.cat(parts)
+        for first, *rest in orders:
+            if key.endswith(f".{first}"):
+                stem = key.removesuffix(first)
+                joined[stem[:-1]] = torch.cat([whole[stem + name] for name in (first, *rest)])
     return joined
 
 
