@@ -21,6 +21,15 @@ LLAMA = ServedModel.of({"model_type": "llama", "vocab_size": 1000})
 QWEN2 = ServedModel.of({"model_type": "qwen2", "vocab_size": 1000})
 MOE = ServedModel.of({"model_type": "qwen3_moe", "num_experts": 3})
 IN_ONE = ServedModel(architecture="Qwen3_5MoeForConditionalGeneration", num_experts=3)
+GLM = ServedModel.of({"model_type": "glm4_moe"})
+MIXTRAL = ServedModel.of({"model_type": "mixtral"})
+QWEN2_MOE = ServedModel.of(
+    {
+        "model_type": "qwen2_moe",
+        "intermediate_size": 18944,
+        "shared_expert_intermediate_size": 20480,
+    }
+)
 DENSE = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "mlp.down_proj")
 
 
@@ -43,6 +52,13 @@ def experts(rank: int = 2, scale: float = 1.0) -> dict[str, LoRAFactors]:
         for expert in range(3)
         for name in names
     }
+
+
+def shared(place: str) -> dict[str, LoRAFactors]:
+    """Return attention and shared experts."""
+    attention = {name: module(4) for name in dense() if "self_attn" in name}
+    names = ("gate_proj", "up_proj", "down_proj")
+    return attention | {f"model.layers.1.{place}.{name}": module(4) for name in names}
 
 
 def outline(factors: dict[str, LoRAFactors] | None = None, **config: Any) -> Outline:
@@ -93,6 +109,26 @@ CASES = {
         MOE,
         "has no LoRA for gate",
     ),
+    ("sglang", "a router that is not named"): (
+        outline({**dense(), "model.layers.0.mlp.gate": module(4)}, target_modules=["q_proj"]),
+        MOE,
+        "has no LoRA for gate",
+    ),
+    ("sglang", "Mixtral's letters in target_modules"): (
+        outline(target_modules=["q_proj", "k_proj", "v_proj", "w1", "w2", "w3"]),
+        MIXTRAL,
+        "knows w1, w2, w3 in tensors' names",
+    ),
+    ("sglang", "a shared expert of another width"): (
+        outline(shared("mlp.shared_expert")),
+        QWEN2_MOE,
+        "shared_expert_intermediate_size is 20480",
+    ),
+    ("sglang", "a shared expert as wide as a dense MLP"): (
+        outline(shared("mlp.shared_expert")),
+        dataclasses.replace(QWEN2_MOE, intermediate_size=20480),
+        "",
+    ),
     ("sglang", "q alone"): (
         outline({"model.layers.0.self_attn.q_proj": module(4)}),
         LLAMA,
@@ -110,6 +146,22 @@ CASES = {
     ),
     ("peft", "experts it converts"): (outline(experts()), MOE, ""),
     ("peft", "experts it does not"): (outline(experts()), IN_ONE, "loads none of the experts"),
+    ("peft", "experts that only their projections name"): (
+        outline(experts(), target_parameters=None),
+        QWEN2_MOE,
+        "loads none of the experts",
+    ),
+    ("peft", "experts that their parameters name"): (outline(experts()), QWEN2_MOE, ""),
+    ("peft", "shared experts that their weights name"): (
+        outline(shared("mlp.shared_experts")),
+        GLM,
+        "",
+    ),
+    ("peft", "shared experts as linears"): (
+        outline(shared("mlp.shared_experts"), target_parameters=None),
+        GLM,
+        "mlp.shared_experts.down_proj, model.layers.1.mlp.shared_experts.gate_proj",
+    ),
     ("peft", "an unembedding of Qwen2"): (outline(dense(head=True)), QWEN2, ""),
     ("tinker", "two ranks"): (outline(experts()), MOE, "has one rank"),
     ("tinker", "single experts"): (outline(experts()), MOE, "as experts.w1, w2 and w3"),

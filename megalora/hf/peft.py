@@ -250,7 +250,7 @@ def _is_3d(name: str) -> bool:
 
 
 def _hidden_size(factors: Mapping[str, LoRAFactors]) -> int | None:
-    inputs = ("q_proj", "k_proj", "v_proj", "lm_head")
+    inputs = ("q_proj", "k_proj", "v_proj", "q_a_proj", "kv_a_proj_with_mqa", "lm_head")
     sizes = [m.lora_A.shape[1] for name, m in factors.items() if name.endswith(inputs)]
     return sizes[0] if sizes else None
 

@@ -138,12 +138,6 @@ def _judge_targets(outline: Outline, verdict: Verdict) -> None:
             f"{convert('uniform')}, which has gate_proj, up_proj and down_proj there"
         )
         return
-    unknown = sorted(set(fused) - _KNOWN)
-    if unknown:
-        verdict.problems.append(
-            f"{TITLE} has no LoRA for {summarise(unknown)}: leave them out of --lora-targets, or "
-            "merge the adapter into its base (megalora merge)"
-        )
     _judge_named(outline, fused, verdict)
 
 
@@ -154,7 +148,13 @@ def _leaves(names: Iterable[str]) -> set[str]:
 def _judge_named(outline: Outline, fused: Collection[str], verdict: Verdict) -> None:
     """Find modules that target_modules does not name, which it serves without or ends at."""
     leaves = {name.rpartition(".")[2] for name in outline.ranks if layout_of(name) != "in one"}
-    unnamed = sorted(leaf for leaf in leaves if _FUSED.get(leaf, leaf) not in fused)
+    unknown = sorted({*fused, *(_FUSED.get(leaf, leaf) for leaf in leaves)} - _KNOWN)
+    if unknown:
+        verdict.problems.append(
+            f"{TITLE} has no LoRA for {summarise(unknown)}: leave them out of --lora-targets, or "
+            "merge the adapter into its base (megalora merge)"
+        )
+    unnamed = sorted(leaf for leaf in leaves if _FUSED.get(leaf, leaf) in _KNOWN - {*fused})
     if unnamed:
         verdict.problems.append(
             f"{TITLE} serves what target_modules names, and {summarise(unnamed)} is not there: "
