@@ -18,6 +18,7 @@ from megalora.config import LoRAConfig
 from megalora.hf import exchange
 from megalora.hf.adapters import from_hf, to_hf
 from megalora.hf.base_out import hf_config, save_hf_base
+from megalora.hf.exchange import export_adapter, load_adapter
 from megalora.hf.factors import LoRAFactors
 from megalora.hf.peft import read_adapter, write_adapter
 from megalora.model.config_json import model_shape, read_config
@@ -159,7 +160,7 @@ def test_a_trained_megatron_adapter_gives_the_same_logits_in_peft(
 
 
 @functools.cache
-def with_routers(case: str) -> tuple[dict[str, LoRAFactors], torch.Tensor]:
+def with_routers(case: str) -> tuple[Path, torch.Tensor]:
     """Return an adapter that PEFT made of all linears, routers among them, and its logits."""
     model = hf_models.hf_model_from(reference(case)[0])
     config = LoraConfig(r=6, lora_alpha=9, target_modules="all-linear", task_type="CAUSAL_LM")
@@ -169,16 +170,19 @@ def with_routers(case: str) -> tuple[dict[str, LoRAFactors], torch.Tensor]:
         for name, param in peft.named_parameters():
             if "lora_B" in name:
                 param.normal_(std=0.1)
-    with tempfile.TemporaryDirectory() as directory:
-        peft.save_pretrained(directory)
-        return read_adapter(directory, names=names_of(case)), hf_models.logits(peft.eval())
+    directory = shared_directory()
+    if dist.get_rank() == 0:
+        peft.save_pretrained(str(directory))
+    dist.barrier()
+    return directory, hf_models.logits(peft.eval())
 
 
 @pytest.mark.parametrize("case", ["mixtral", "qwen3_moe", "glm4_moe"])
 @over(Layout(), Layout(tp=2, sp=True, ep=2))
 def test_adapters_of_routers_give_the_logits_of_peft_both_ways(layout: Layout, case: str) -> None:
-    factors, expected = with_routers(case)
+    adapter, expected = with_routers(case)
     directory, _ = reference(case)
+    factors = read_adapter(adapter, names=names_of(case))
     # Of GLM-4.5's linears PEFT leaves out those that are named like an expert's.
     targets = ("attn", "experts.linear_fc1", "experts.linear_fc2", "router")
     config = LoRAConfig(rank=8, alpha=12.0, expert_rank=12, targets=targets)
@@ -188,19 +192,18 @@ def test_adapters_of_routers_give_the_logits_of_peft_both_ways(layout: Layout, c
         chunks = build(layout, case, config)
         put(chunks, case, {**factors, **silent}, config)
         without = hf.logits(chunks, hf_models.IDS)[..., : hf_models.VOCAB]
-        put(chunks, case, factors, config)
+        base, again = {"hf_model": str(directory)}, shared_directory() / "a"
+        load_adapter(chunks, adapter, config, **base)
         found = hf.logits(chunks, hf_models.IDS)[..., : hf_models.VOCAB]
-        gathered = gather_adapters(chunks)
+        export_adapter(chunks, again, config=config, vocab_size=hf_models.VOCAB, **base)
     assert len(routers) == len(model_shape(read_config(directory)).moe_layers)
     assert (without - expected).abs().max() > 0.01
     torch.testing.assert_close(found, expected, atol=TOLERANCE, rtol=TOLERANCE)
     if dist.get_rank() == 0:
-        exported = to_hf(gathered, config, model_shape(read_config(directory)))
-        with tempfile.TemporaryDirectory() as written:
-            write(Path(written) / "a", case, exported)
-            model = hf_models.hf_model_from(directory)
-            again = hf_models.logits(hf_models.peft_model(model, f"{written}/a"))
-        torch.testing.assert_close(again, expected, atol=TOLERANCE, rtol=TOLERANCE)
+        model = hf_models.hf_model_from(directory)
+        exported = hf_models.logits(hf_models.peft_model(model, again))
+        torch.testing.assert_close(exported, expected, atol=TOLERANCE, rtol=TOLERANCE)
+        assert read_adapter(again, names=names_of(case)).keys() == factors.keys()
 
 
 def loss_of(model: Any) -> torch.Tensor:

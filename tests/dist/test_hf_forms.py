@@ -49,6 +49,20 @@ def with_head_alone(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     return {"lm_head.weight" if name == table else name: t for name, t in tensors.items()}
 
 
+def as_loaded(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Return Mixtral's tensors as transformers 5 has them in memory, and may save them."""
+    one = {n.replace("block_sparse_moe", "mlp"): t for n, t in tensors.items()}
+    found = {name: tensor for name, tensor in one.items() if ".experts." not in name}
+    for layer in range(hf_models.LAYERS):
+        prefix = f"model.layers.{layer}.mlp.experts"
+        w1, w2, w3 = (
+            torch.stack([one[f"{prefix}.{e}.{w}.weight"] for e in range(hf_models.NUM_EXPERTS)])
+            for w in ("w1", "w2", "w3")
+        )
+        found |= {f"{prefix}.gate_up_proj": torch.cat([w1, w3], 1), f"{prefix}.down_proj": w2}
+    return found
+
+
 FP8: dict[str, Any] = {
     "tensors": fp8.in_fp8(BLOCK),
     "quantization_config": fp8.fp8_config(BLOCK, modules_to_not_convert=["lm_head"]),
@@ -59,6 +73,7 @@ FORMS: dict[str, tuple[str, bool, dict[str, Any]]] = {
     "head alone": ("llama", True, {"tensors": with_head_alone}),
     "llama3 in rope_scaling": ("qwen3", False, {"rope_scaling": LLAMA3}),
     "buffers": ("llama", False, {"tensors": with_buffers}),
+    "mixtral as in memory": ("mixtral", False, {"tensors": as_loaded}),
     "fp8": ("qwen3", False, FP8),
     "fp8 experts": ("qwen3_moe", False, FP8),
     "fp8 latents": ("deepseek_v3", False, FP8),
