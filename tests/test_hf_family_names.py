@@ -183,6 +183,30 @@ def test_an_adapter_that_peft_trained_is_read_by_the_familys_names(
     )
 
 
+@pytest.mark.parametrize("part", ["experts of one layer", "shared experts", "routers"])
+def test_peft_loads_adapters_of_some_modules_and_no_others(
+    part: str, family: str, model: Any, factors: Factors, tmp_path: Path
+) -> None:
+    gate, up, _ = names_of(family).projections
+    ends = {
+        "experts of one layer": (f"experts.3.{gate}", f"experts.11.{up}"),
+        "shared experts": ("gate_proj", "up_proj", "down_proj"),
+        "routers": (".gate",),
+    }[part]
+    some = {n: m for n, m in factors.items() if "layers.1." in n and n.endswith(ends)}
+    if part == "shared experts":
+        some = {name: module for name, module in some.items() if ".experts." not in name}
+    if (family, part) == ("mixtral", "shared experts"):
+        assert not some
+        return
+    directory = write(tmp_path / "a", model, some)
+    keys = load_file(directory / "adapter_model.safetensors")
+    assert not [key for key in keys if "layers.0." in key]
+    assert read(directory, model).keys() == some.keys()
+    assert not peft_verdict(directory, model)
+    assert difference(peft_model(model, directory), logits(merged(model, some))) < TOLERANCE
+
+
 def as_transformers_4(directory: Path) -> Path:
     """Give an adapter the configuration that PEFT wrote where every projection was a linear."""
     path = directory / "adapter_config.json"
@@ -261,6 +285,15 @@ def test_shared_experts_are_refused_in_a_layer_without_experts() -> None:
     from_hf({name.format(1): module}, LoRAConfig(rank=2), shape)
     with pytest.raises(ValueError, match=r"layers\.0\.mlp\.shared_experts"):
         from_hf({name.format(0): module}, LoRAConfig(rank=2), shape)
+
+
+@pytest.mark.bad_input("an adapter of another base")
+def test_a_dense_adapter_is_refused_by_a_mixtral_with_the_names_that_it_has(tmp_path: Path) -> None:
+    model = hf_model("mixtral")
+    factors = random_factors(hf_model("mistral"), {"": (2, 1.0)})
+    write_adapter(tmp_path / "a", factors, base_model_name="x")
+    with pytest.raises(ValueError, match=r"no adapter for: model\.layers\.0\.mlp\.down_proj"):
+        from_hf(read(tmp_path / "a", model), LoRAConfig(rank=2), shape_of(model))
 
 
 @pytest.mark.bad_input("an adapter of another base")

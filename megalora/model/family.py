@@ -1,7 +1,7 @@
 """What a row of the table of families says."""
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 
 _NUMBER = re.compile(r"(?<=\.)\d+(?=\.)")
@@ -61,6 +61,14 @@ def _last(name: str) -> str:
     return name.rpartition(".")[2]
 
 
+def _renamed(name: str, parts: Iterable[tuple[str, str]]) -> str:
+    """Return a module's name with the part that is there, if any, replaced."""
+    whole = f"{name}."
+    for old, new in parts:
+        whole = whole.replace(f".{old}.", f".{new}.")
+    return whole[:-1]
+
+
 def without_numbers(name: str) -> tuple[str, list[int]]:
     """Return a module's name with `{}` for each number in it, and these numbers."""
     return _NUMBER.sub("{}", name), [int(number) for number in _NUMBER.findall(name)]
@@ -76,7 +84,7 @@ class Names:
         `{}` being an expert's number. linear_qkv stacks them once for each query group.
     stacked: tensor of all experts of a layer -> the Megatron module whose modules it stacks.
     copies: of the embedding and the unembedding, in a layer that predicts one token more.
-    loaded_as: start of a layer's modules -> what transformers' class has in its place.
+    loaded_as: part of modules' names -> what transformers' class has in its place.
     experts_by_parameters: PEFT finds experts by their parameters alone, not by their projections.
     """
 
@@ -99,15 +107,11 @@ class Names:
 
     def as_loaded(self, name: str) -> str:
         """Return the whole name that transformers' class has for one in files."""
-        for stored, loaded in self.loaded_as.items():
-            name = name.replace(f".{stored}", f".{loaded}", 1)
-        return name
+        return _renamed(name, self.loaded_as.items())
 
     def as_stored(self, name: str) -> str:
         """Return the whole name that files have for one in transformers' class, or in files."""
-        for stored, loaded in self.loaded_as.items():
-            name = name.replace(f".{loaded}", f".{stored}", 1)
-        return name
+        return _renamed(name, ((loaded, stored) for stored, loaded in self.loaded_as.items()))
 
     def in_layer(self, module: str) -> tuple[str, ...]:
         """Return the whole names for a Megatron module, `{}` for the layer and for the expert."""

@@ -10,6 +10,8 @@ MIXTRAL = {
     "mlp.experts.linear_fc2": (EXPERTS + "w2",),
 }
 
+LOADED = {f"block_sparse_moe.{part}": f"mlp.{part}" for part in ("gate", "experts")}
+
 FAMILIES = (
     Family(
         model_type="mistral",
@@ -26,7 +28,7 @@ FAMILIES = (
         model_type="mixtral",
         architecture="MixtralForCausalLM",
         rate=Rate("mixtral"),
-        names=Names(modules=MIXTRAL, loaded_as={"block_sparse_moe.": "mlp."}),
+        names=Names(modules=MIXTRAL, loaded_as=LOADED),
         window_field="sliding_window",
         experts=Experts(
             count=("num_local_experts", "num_experts"),
