@@ -207,6 +207,23 @@ def test_peft_loads_adapters_of_some_modules_and_no_others(
     assert difference(peft_model(model, directory), logits(merged(model, some))) < TOLERANCE
 
 
+def test_an_adapter_of_a_shared_experts_gate_can_be_merged_and_not_trained_on(
+    tmp_path: Path,
+) -> None:
+    model = hf_model("qwen2_moe")
+    config = LoraConfig(r=4, lora_alpha=32, target_modules="all-linear", task_type="CAUSAL_LM")
+    expected = trained_by_peft(model, config, tmp_path / "a")
+    factors = read(tmp_path / "a", model)
+    gate = "model.layers.1.mlp.shared_expert_gate"
+    without = {name: module for name, module in factors.items() if name != gate}
+    assert difference(merged(model, without), expected) > 1e-4
+    with pytest.raises(ValueError, match=r"shared_expert_gate is a shared expert's gate"):
+        from_hf(factors, LoRAConfig(rank=4), shape_of(model))
+    model.save_pretrained(str(tmp_path / "base"))
+    merge_adapter(tmp_path / "base", factors, tmp_path / "out")
+    assert difference(hf_model_from(tmp_path / "out"), expected) < TOLERANCE
+
+
 def as_transformers_4(directory: Path) -> Path:
     """Give an adapter the configuration that PEFT wrote where every projection was a linear."""
     path = directory / "adapter_config.json"
