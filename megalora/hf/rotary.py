@@ -1,5 +1,6 @@
 """The rotary embedding of a Megatron model as config.json has it: not all of it has flags."""
 
+import argparse
 import math
 from collections.abc import Mapping
 from dataclasses import asdict
@@ -29,6 +30,16 @@ def set_rotary(chunk: "GPTModel", config: Mapping[str, Any]) -> None:
             _set_yarn(attention, wanted.theta, wanted.yarn)
         else:
             _set_frequencies(attention.rotary_pos_emb, wanted)
+
+
+def set_rotary_of_flags(chunk: torch.nn.Module, args: argparse.Namespace) -> None:
+    """Set the scaled frequencies that flags ask for, which Megatron's builders do not all pass on.
+
+    Those of GPT models drop --rope-scaling-factor, those of HybridModels --use-rope-scaling too.
+    """
+    embedding = getattr(chunk, "rotary_pos_emb", None)
+    if args.use_rope_scaling and embedding is not None:
+        _set_frequencies(embedding, Rope(float(args.rotary_base), float(args.rope_scaling_factor)))
 
 
 def rope_theta(chunk: "GPTModel") -> float:

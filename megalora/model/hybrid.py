@@ -18,6 +18,7 @@ _MLP = {"-": "an MLP", "E": "experts"}
 _OTHERS = {"M": "Mamba", "G": "a gated delta net", "D": "sparse attention"}
 _STAGE, _PREDICTED = "|", "/"
 _LAYER = re.compile(r"(decoder\.layers)\.(\d+)(?=\.|$)")
+_PREDICTING = re.compile(r"(?<=\.mtp_model_layer)\.layers\.\d+")
 _NORMS = ("decoder.final_norm", "decoder.final_layernorm")
 
 
@@ -30,9 +31,10 @@ class Chunk(Protocol):
         ...
 
 
-def pattern_of(shape: ModelShape, *, stages: int = 1) -> str:
+def pattern_of(shape: ModelShape, *, stages: int = 1, predictions: int = 0) -> str:
     """Return the pattern of the HybridModel that equals a GPT model, cut into pipeline stages.
 
+    predictions: layers behind the decoder's that predict one token more (`mtp_num_layers`).
     Raises ValueError where the GPT model's layers cannot be dealt out evenly.
     """
     attention = "+" if shape.multi_latent_attention else "*"
@@ -46,7 +48,8 @@ def pattern_of(shape: ModelShape, *, stages: int = 1) -> str:
             f"model: give --hybrid-layer-pattern {''.join(pairs)!r} with {_STAGE} between stages"
         )
     cut = range(0, len(pairs), each)
-    return _STAGE.join("".join(pairs[first : first + each]) for first in cut)
+    decoder = _STAGE.join("".join(pairs[first : first + each]) for first in cut)
+    return decoder + (_PREDICTED + pairs[-1]) * predictions
 
 
 def layers_of(pattern: str) -> str:
@@ -56,9 +59,8 @@ def layers_of(pattern: str) -> str:
 
 def mismatch(pattern: str) -> str:
     """Say in which layer a HybridModel differs from every GPT model; empty where it equals one."""
-    layers, whose = layers_of(pattern), f"hybrid_layer_pattern is {pattern!r:.200}, whose"
-    if _PREDICTED in layers:
-        return f"{whose} part behind {_PREDICTED} predicts further tokens, which no family here has"
+    (layers, *behind) = layers_of(pattern).split(_PREDICTED)
+    whose = f"hybrid_layer_pattern is {pattern!r:.200}, whose"
     for number, kind in enumerate(layers):
         is_first = number % 2 == 0
         if kind in (_ATTENTION if is_first else _MLP):
@@ -71,6 +73,12 @@ def mismatch(pattern: str) -> str:
     if len(layers) % 2:
         wanted = " or ".join(map(_named, _MLP))
         return f"{whose} last layer is {_named(layers[-1])}, behind which a family has {wanted}"
+    for part in behind:
+        if part != layers[-2:]:
+            return (
+                f"{whose} part {part!r} behind {_PREDICTED} predicts one token more, where a "
+                f"family has {layers[-2:]!r}"
+            )
     return ""
 
 
@@ -101,7 +109,7 @@ def as_gpt(fields: Mapping[str, Any], pattern: str | None) -> dict[str, Any]:
     """
     if not pattern or not equals_gpt(pattern):
         return dict(fields)
-    layers = layers_of(pattern)
+    layers = layers_of(pattern).partition(_PREDICTED)[0]
     moe_pattern = [int(kind == "E") for kind in layers[1::2]]
     changed: dict[str, Any] = {
         "num_layers": len(moe_pattern),
@@ -132,4 +140,5 @@ def gpt_name(name: str, pattern: str | None) -> str:
     if not equals_gpt(pattern):
         return name
     name = name.replace(*_NORMS, 1) if name.startswith(_NORMS[0] + ".") else name
+    name = _PREDICTING.sub("", name, count=1)
     return _LAYER.sub(lambda found: f"{found[1]}.{int(found[2]) // 2}", name, count=1)

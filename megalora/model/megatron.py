@@ -99,16 +99,19 @@ _SWITCHES_OFF = {
 
 
 def megatron_flags(
-    config: Mapping[str, Any], *, hybrid: bool = False, stages: int = 1
+    config: Mapping[str, Any], *, hybrid: bool = False, stages: int = 1, predictions: int = 0
 ) -> list[str]:
     """Return `megatron_args` as command-line flags; flags that follow them override them.
 
-    hybrid: of the HybridModel that equals the model, in so many pipeline stages.
+    hybrid: of the HybridModel that equals the model, in so many pipeline stages, and with so many
+        layers that predict one token more.
     """
     args, flags = megatron_args(config), list[str]()
     if hybrid:
         args = {name: value for name, value in args.items() if name not in _OF_PATTERN}
-        args["hybrid_layer_pattern"] = pattern_of(model_shape(config), stages=stages)
+        shape = model_shape(config)
+        pattern = pattern_of(shape, stages=stages, predictions=predictions)
+        args["hybrid_layer_pattern"] = pattern
     given = {name: value for name, value in args.items() if value is not None}
     for name, value in given.items():
         if name in _SWITCHES_OFF:

@@ -84,6 +84,7 @@ def with_hf_flags(argv: Sequence[str]) -> list[str]:
     parser.add_argument("--hybrid", action="store_true")
     parser.add_argument("--hybrid-layer-pattern")
     parser.add_argument("--pipeline-model-parallel-size", type=int, default=1)
+    parser.add_argument("--mtp-num-layers", type=int, default=0)
     given = parser.parse_known_args(argv)[0]
     if given.hf_model is None:
         return list(argv)
@@ -93,6 +94,7 @@ def with_hf_flags(argv: Sequence[str]) -> list[str]:
         hybrid=given.hybrid or own,
         # The user's own pattern overrides this one.
         stages=1 if own else given.pipeline_model_parallel_size,
+        predictions=given.mtp_num_layers,
     )
     return [*flags, *argv]
 
@@ -147,7 +149,8 @@ def _check_pattern(args: argparse.Namespace) -> None:
     if args.hf_model or args.export_hf:
         refuse_other(pattern)
     if args.hf_model and pattern:
-        wanted = pattern_of(model_shape(read_config(args.hf_model)))
+        shape = model_shape(read_config(args.hf_model))
+        wanted = pattern_of(shape, predictions=pattern.count("/"))
         if layers_of(pattern) != wanted:
             raise ValueError(
                 f"hybrid_layer_pattern is {pattern!r}, but hf_model {args.hf_model!r} has the "

@@ -24,6 +24,7 @@ from megalora.checkpoint.unpickle import check_readable
 from megalora.config import LoRAConfig
 from megalora.hf.base import load_hf_base
 from megalora.hf.exchange import load_adapter
+from megalora.hf.rotary import set_rotary_of_flags
 from megalora.mends import latent_attention
 from megalora.training import agree, fingerprints, patches
 from megalora.training.changes import before_building, before_loading, change_args
@@ -180,6 +181,8 @@ def load_own_base(
     elif source:
         step = args.ckpt_step if whole_model else None
         load_base(model_chunks, source, args, step=step, is_verified=whole_model)
+        for chunk in model_chunks:
+            set_rotary_of_flags(chunk, args)
     resolved = str(Path(source).resolve()) if source else None
     return {"source": resolved, **fingerprint(model_chunks)}
 

@@ -13,6 +13,7 @@ from megalora.hf.base import load_hf_base
 from megalora.hf.base_out import hf_config, save_hf_base
 from megalora.hf.exchange import export_adapter, load_adapter
 from megalora.model.config_json import read_config
+from tests.dist import test_hf_predictions
 from tests.dist.support import hf
 from tests.dist.support.layouts import Layout, model_parallel, over
 from tests.dist.support.models import MAMBA
@@ -27,6 +28,7 @@ from tests.dist.test_hf_adapters import (
 )
 from tests.dist.test_hf_base import CASES, ONE, assert_same_logits, reference
 from tests.support import hf_models
+from tests.support.hf_predictions import predicted
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -39,6 +41,19 @@ def test_every_family_has_these_logits_as_a_hybrid(layout: Layout, case: str) ->
 @over(Layout(tp=2, sp=True), Layout(pp=2))
 def test_sharding_keeps_the_logits_of_a_hybrid(layout: Layout, case: str) -> None:
     assert_same_logits(layout, case, hybrid=True)
+
+
+@pytest.mark.parametrize("family", test_hf_predictions.FAMILIES)
+@over(ONE, Layout(tp=2, sp=True))
+def test_the_layer_that_predicts_one_token_more_is_that_of_a_hybrid(
+    layout: Layout, family: str
+) -> None:
+    directory, model, layer = test_hf_predictions.reference(family)
+    with model_parallel(layout):
+        chunks = hf.load(layout, directory, hybrid=True, mtp_num_layers=1)
+        (found,) = test_hf_predictions.hidden(layout, chunks)
+    expected = predicted(model, layer)
+    torch.testing.assert_close(found[:, :-1], expected, atol=TOLERANCE, rtol=TOLERANCE)
 
 
 @over(Layout(dp=2, ep=2), Layout(tp=2, sp=True, pp=2, ep=2))
@@ -59,7 +74,7 @@ def test_virtual_stages_keep_the_logits_of_a_hybrid(layout: Layout) -> None:
         ("*-*", r"whose last layer is attention \(\*\), behind which a family has an MLP"),
         ("*-*E-", r"whose layer 4 is an MLP \(-\), where a family has attention"),
         ("*-*EM", r"whose layer 4 is Mamba \(M\), which no family here has"),
-        ("*-*E/*-", "part behind / predicts further tokens, which no family here has"),
+        ("*-*E/*-", r"part '\*-' behind / predicts one token more, where a family has '\*E'"),
         ("*E*-", r"moe_layers is \[1, 0\], must be \[0, 1\]"),
         ("*-*-", "num_moe_experts is 0, must be 16"),
         ("*-*E*E", "num_layers is 3, must be 2"),

@@ -36,8 +36,9 @@ def build(
     if hybrid:
         del args["num_layers"]
         args.pop("moe_layer_freq", None)
-        stages = layout.pp * (layout.vpp or 1)
-        changes = {"pattern": pattern_of(model_shape(config), stages=stages), **changes}
+        stages, predictions = layout.pp * (layout.vpp or 1), changes.get("mtp_num_layers", 0)
+        pattern = pattern_of(model_shape(config), stages=stages, predictions=predictions)
+        changes = {"pattern": pattern, **changes}
     kind = MLATransformerConfig if "kv_lora_rank" in args else TransformerConfig
     known = kind.__dataclass_fields__
     fields = {name: value for name, value in args.items() if name in known}
