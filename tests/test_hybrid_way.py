@@ -17,20 +17,48 @@ LOCAL = shlex.split("""
 --no-masked-softmax-fusion --attention-dropout 0 --hidden-dropout 0
 """)
 TOLERANCE = 1e-5
+BASES = ("mixed", "llama")
 
 
-def make(directory: Path) -> None:
-    """Write a base whose first layer has an MLP and whose second has experts."""
+def make(place: Path) -> dict[str, str]:
+    """Write bases, and GPT models' checkpoints of them; return the flags of the hybrid ones.
+
+    The first layer of one has an MLP, the second experts; the other has scaled frequencies.
+    """
     from tests.support.hf_models import hf_model
 
-    hf_model("qwen3_moe", mlp_only_layers=[0], vocab_size=255).save_pretrained(str(directory))
+    hf_model("qwen3_moe", mlp_only_layers=[0], vocab_size=255).save_pretrained(str(place / "mixed"))
+    hf_model("llama", vocab_size=255).save_pretrained(str(place / "llama"))
+    for name in ("mixed", "llama"):
+        words = ["--hf-model", place / name, "--output", place / f"{name} by Megatron"]
+        said_by("import-base", *words, "--dtype", "float32")
+    return {name: said_by("flags", "--hf-model", place / name, "--hybrid") for name in BASES}
+
+
+def said_by(*words: object) -> str:
+    from tests.support.hf_commands import run
+
+    status, out, errors = run([str(word) for word in words])
+    assert status == 0, errors
+    return out
+
+
+class Place:
+    """A directory with bases, and the flags of the hybrid models that equal them."""
+
+    def __init__(self, directory: Path) -> None:
+        self.directory = directory
+        self.flags: dict[str, str] = call(make, directory)
 
 
 @pytest.fixture(scope="module")
-def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    directory = tmp_path_factory.mktemp("hybrid-way") / "base"
-    call(make, directory)
-    return directory
+def place(tmp_path_factory: pytest.TempPathFactory) -> Place:
+    return Place(tmp_path_factory.mktemp("hybrid-way"))
+
+
+@pytest.fixture(scope="module")
+def base(place: Place) -> Path:
+    return place.directory / "mixed"
 
 
 def start(base: Path, directory: Path, layout: str, *more: object, hybrid: bool) -> Ranks:
@@ -95,6 +123,23 @@ def test_a_hybrid_run_goes_on_as_a_gpt_model(hybrid: Trained, tmp_path: Path) ->
     hybrid.check_resumed_the_other_way(tmp_path / "run", "tp2 sp")
 
 
+@pytest.mark.parametrize("name", BASES)
+def test_a_hybrid_takes_a_megatron_checkpoint_of_the_gpt_model_for_its_base(
+    name: str, place: Place, tmp_path: Path
+) -> None:
+    base = place.directory / name
+    by_flags = ["--pretrained-checkpoint", f"{base} by Megatron", *shlex.split(place.flags[name])]
+    losses = [
+        train(
+            1, tmp_path / str(len(given)), *LORA, *given, model=LOCAL, iters=1, script=HYBRID_SCRIPT
+        )
+        .succeed()
+        .losses()
+        for given in (["--hf-model", base, "--hybrid"], by_flags)
+    ]
+    assert losses[0] == losses[1]
+
+
 def test_the_example_trains_a_hybrid_at_the_rule_s_rate_and_exports_it(
     base: Path, tmp_path: Path
 ) -> None:
@@ -104,13 +149,20 @@ def test_the_example_trains_a_hybrid_at_the_rule_s_rate_and_exports_it(
     given += ["--lr", "auto", "--train-iters", "2", "--vocab-size", "255"]
     losses, exports = [], [tmp_path / "gpt", tmp_path / "hybrid"]
     for exported, way in zip(exports, [[], ["--hybrid"]], strict=True):
-        words = [*given, *way, "--export-hf", exported]
+        words = [*given, *way, "--export-hf", exported, "--save", f"{exported} run"]
         logs = tmp_path / f"{exported.name} logs"
         run = Ranks(1, words, logs, script=EXAMPLE, by_megalora=False).succeed()
         assert "> lr auto: " in run.text()
         losses.append(run.losses())
     assert losses[0] == losses[1]
+    again = tmp_path / "again"
+    words = ["export", f"{exports[1]} run", "--base-name", base, "--output", again]
+    call(said_by, *words)
     written = [sorted(path.iterdir()) for path in exports]
+    names = [path.name for path in written[0] if path.suffix == ".safetensors"]
+    assert [(again / name).read_bytes() for name in names] == [
+        (exports[0] / name).read_bytes() for name in names
+    ]
     for one, other in zip(*written, strict=True):
         assert (one.name, one.read_bytes()) == (other.name, other.read_bytes())
 

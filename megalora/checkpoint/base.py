@@ -2,10 +2,11 @@
 
 import argparse
 import contextlib
+import functools
 import math
 import re
 import reprlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import ModuleType
 from typing import Any, cast
@@ -17,6 +18,7 @@ from megatron.core.dist_checkpointing import load as _load
 from megatron.core.dist_checkpointing.core import CheckpointingException
 from megatron.core.dist_checkpointing.dict_utils import extract_matching_values, nested_values
 from megatron.core.dist_checkpointing.mapping import (
+    ShardedBase,
     ShardedObject,
     ShardedTensor,
     apply_factories,
@@ -31,7 +33,7 @@ from megalora.adapters.finite import all_finite, refuse
 from megalora.checkpoint.layout import TRACKER, find_directory, verify_on_all_ranks
 from megalora.checkpoint.loading import LOADING
 from megalora.config import is_number
-from megalora.model.hybrid import gpt_name, pattern_in
+from megalora.model.hybrid import equals_gpt, gpt_name, pattern_in
 
 # Of a family's norm. Sums are in fp64, so layouts differ by rounding alone; rounding to another
 # precision moves a sum by about 2e-3 of the norm.
@@ -65,18 +67,33 @@ def load_base(
         "ckpt_step": step,
         "non_persistent_ckpt_type": None,
     }
-    reading = {"load": _load_by_stored_names}
-    with changed(args, as_finetuning), changed(dist_checkpointing, reading):
-        try:
+    try:
+        with changed(args, as_finetuning), _by_stored_names(model_chunks[0], Path(directory)):
             checkpointing.load_checkpoint(
                 list(model_chunks), None, None, load_arg="pretrained_checkpoint"
             )
-        # CheckpointException is what torch makes of an error while it plans or reads.
-        except (CheckpointException, CheckpointingException, RuntimeError, KeyError) as error:
-            reason = str(error).strip().splitlines()[-1]
-            raise ValueError(
-                f"pretrained_checkpoint {directory!r} does not fit the model: {reason}"
-            ) from error
+    # CheckpointException is what torch makes of an error while it plans or reads.
+    except (CheckpointException, CheckpointingException, RuntimeError, KeyError) as error:
+        reason = str(error).strip().splitlines()[-1]
+        raise ValueError(
+            f"pretrained_checkpoint {directory!r} does not fit the model: {reason}"
+        ) from error
+
+
+@contextlib.contextmanager
+def _by_stored_names(chunk: torch.nn.Module, root: Path) -> Iterator[None]:
+    """Let Megatron read a base by the names that its checkpoint has.
+
+    It finds a GPT model's layers for a hybrid model itself where all are in one tensor, as they are
+    where all are alike; else these have numbers.
+    """
+    pattern, finding = pattern_in(chunk), dict[str, Any]()
+    if equals_gpt(pattern) and _numbers_gpt_layers(find_directory(root)):
+        finding = {"_maybe_setup_gpt_to_hybrid_load": lambda *_: (None, False)}
+    names = functools.partial(gpt_name, pattern=pattern if finding else None)
+    reading = {"load": functools.partial(_load_by_stored_names, names)}
+    with changed(dist_checkpointing, reading), changed(checkpointing, finding):
+        yield
 
 
 def _verify(root: Path) -> None:
@@ -90,22 +107,39 @@ def _verify(root: Path) -> None:
     verify_on_all_ranks(directory)
 
 
+def _numbers_gpt_layers(directory: Path) -> bool:
+    """Say whether a checkpoint is a GPT model's with names of its own for each layer."""
+    if not dist_checkpointing.check_is_distributed_checkpoint(str(directory)):
+        return False
+    stored = load_sharded_metadata(str(directory))
+    numbered = any(key.startswith("decoder.layers.0.") for key in stored)
+    return numbered and "decoder.final_layernorm.weight" in stored
+
+
 def _load_by_stored_names(
-    state_dict: dict[str, Any], checkpoint_dir: str, *rest: Any, **options: Any
+    names: Callable[[str], str],
+    state_dict: dict[str, Any],
+    checkpoint_dir: str,
+    *rest: Any,
+    **options: Any,
 ) -> object:
     """Load a checkpoint that the other kind of layers saved: Megatron's own, TransformerEngine's.
 
     It may lack TransformerEngine's `_extra_state`, which holds FP8 statistics and nothing else:
     they are left out. And the norm before experts has another name in each kind of layer.
+    names: gives the name that a checkpoint has for a model's.
     """
+    for value in nested_values(state_dict):
+        if isinstance(value, ShardedBase):
+            value.key = names(value.key)
     stored = load_sharded_metadata(checkpoint_dir)
-    names = {value.unique_key for value in stored.values() if isinstance(value, ShardedObject)}
+    objects = {value.unique_key for value in stored.values() if isinstance(value, ShardedObject)}
 
     def is_absent(value: object) -> bool:
         return (
             isinstance(value, ShardedObject)
             and value.key.endswith("_extra_state")
-            and value.unique_key not in names
+            and value.unique_key not in objects
         )
 
     _, present = extract_matching_values(state_dict, is_absent)
