@@ -232,8 +232,7 @@ def check_built_for(chunk: "GPTModel", config: Mapping[str, Any]) -> None:
     # Attention through latents has its embedding of the configuration, all others of the model.
     free = _FREE - {"rotary_base"} if "multi_latent_attention" in args else _FREE
     wanted = {_FIELDS.get(name, name): v for name, v in args.items() if name not in free}
-    has_dense = 0 in args.get("moe_layer_freq", [0])
-    if not has_dense:
+    if 0 not in args.get("moe_layer_freq", [0]):
         del wanted["ffn_hidden_size"]
     built = config_of(chunk)
     got = {name: getattr(built, name, None) for name in wanted}
