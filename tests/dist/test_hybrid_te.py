@@ -9,11 +9,13 @@ from megatron.core.extensions import transformer_engine as te
 from megatron.core.models.hybrid.hybrid_layer_specs import hybrid_stack_spec
 
 from megalora.mends.attention import CoreAttention
-from tests.dist.support import models
+from tests.dist.support import hf, models
 from tests.dist.support.cases import EP2, TP2, TP2_SP, Case
-from tests.dist.support.layouts import Layout
+from tests.dist.support.layouts import Layout, model_parallel, over
 from tests.dist.support.parity import errors, truth
+from tests.dist.test_hf_base import TOLERANCE, reference
 from tests.dist.test_parity import in_its_world, tolerance
+from tests.support import hf_models
 from tests.support.te_on_cpu import kernels_of_torch
 
 pytestmark = pytest.mark.skipif(not te.HAVE_TE, reason="TransformerEngine is not installed")
@@ -42,9 +44,23 @@ def test_adapters_on_the_default_layers_train_alike(
     assert not too_large
 
 
+@pytest.mark.parametrize("case", ["llama", "qwen3_moe-mixed", "glm4_moe", "deepseek_v3"])
+@over(Layout(), TP2_SP)
+def test_the_default_layers_have_the_logits_of_transformers(
+    layout: Layout, case: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    directory, expected = reference(case)
+    monkeypatch.setattr(models, "STACK", default_stack())
+    monkeypatch.setattr(models, "HYBRID_LAYERS", GROUPED)
+    with kernels_of_torch(), model_parallel(layout):
+        chunks = hf.load(layout, directory, hybrid=True)
+        found = hf.logits(chunks, hf_models.IDS)[..., : hf_models.VOCAB]
+    torch.testing.assert_close(found, expected, atol=TOLERANCE, rtol=TOLERANCE)
+
+
 def default_stack() -> Any:
     """Return the default layers, all but attention's kernel."""
     spec = copy.deepcopy(hybrid_stack_spec)
-    layer: Any = spec.submodules.attention_layer
-    layer.submodules.self_attention.submodules.core_attention = CoreAttention
+    for layer in (spec.submodules.attention_layer, spec.submodules.mla_layer):
+        layer.submodules.self_attention.submodules.core_attention = CoreAttention
     return spec
