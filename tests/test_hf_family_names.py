@@ -35,7 +35,7 @@ from tests.support.hf_models import (
     trained_by_peft,
 )
 
-FAMILIES = ("mixtral", "qwen2_moe", "glm4_moe")
+FAMILIES = ("mixtral", "qwen2_moe", "glm4_moe", "glm4_moe_lite", "deepseek_v3")
 # Experts have a rank of their own, shared ones and routers the rank of everything else.
 RANKS = {"lm_head": (2, 4.0), ".experts.": (4, 0.5), "": (8, 2.0)}
 TOLERANCE = 5e-6
@@ -165,6 +165,8 @@ TRAINED = {
         "target_parameters": ["mlp.experts.gate_up_proj", "mlp.experts.down_proj", "gate.weight"],
     },
     "glm4_moe": {"target_modules": "all-linear"},
+    "glm4_moe_lite": {"target_modules": "all-linear"},
+    "deepseek_v3": {"target_modules": "all-linear"},
 }
 
 
