@@ -1,7 +1,9 @@
 """`megalora run` on a hybrid model's script: its checkpoints on other layouts, and refusals."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
+from unittest import mock
 
 import pytest
 
@@ -107,6 +109,21 @@ def _error_of_reading(checkpoint: Path) -> str:
     with pytest.raises(ValueError, match="hybrid") as error:
         read_adapter(checkpoint)
     return str(error.value)
+
+
+def test_layers_that_an_older_megalora_numbered_are_not_taken_for_others(trained: Trained) -> None:
+    text = call(_error_of_reading_as_older, trained.directory)
+    assert "has names of the hybrid_layer_pattern '*-*-', as an older megalora gave them" in text
+
+
+def _error_of_reading_as_older(checkpoint: Path) -> str:
+    from megalora.hf import one_process
+
+    with one_process.one_process():
+        tensors, config, facts = one_process.read_adapter_checkpoint(checkpoint)
+    older = tensors, config, replace(facts, hybrid_layer_pattern="*-*-")
+    with mock.patch.object(one_process, "read_adapter_checkpoint", return_value=older):
+        return _error_of_reading(checkpoint)
 
 
 def test_the_example_trains_a_hybrid_unless_it_packs(tmp_path: Path) -> None:
