@@ -333,7 +333,7 @@ def test_a_configuration_of_another_model_is_refused(layout: Layout, tmp_path: P
     directory, _ = reference("qwen2")
     with model_parallel(layout):
         chunks = hf.load(layout, directory)
-        with pytest.raises(ValueError, match="attention_bias is True, llama is supported with Fa"):
+        with pytest.raises(ValueError, match="add_qkv_bias is True, must be False"):
             hf_config(chunks[0], model_type="llama", vocab_size=hf_models.VOCAB)
         config = {**read_config(directory), "num_hidden_layers": 3}
         with pytest.raises(ValueError, match="num_layers is 2, must be 3"):
