@@ -12,6 +12,8 @@ from megalora.model.shape import ModelShape
 from megalora.training.flags import with_hf_flags
 from tests.support.hf_models import hf_config
 
+LATENT = {"kv_lora_rank": 16, "qk_head_dim": 8, "qk_pos_emb_head_dim": 8, "v_head_dim": 8}
+
 
 def shape(**changes: Any) -> ModelShape:
     sizes = {"num_layers": 4, "hidden_size": 64, "num_attention_heads": 4, "num_query_groups": 2}
@@ -28,7 +30,7 @@ def mixed(**changes: Any) -> ModelShape:
         (shape(), 1, 0, "*-*-*-*-"),
         (shape(), 2, 0, "*-*-|*-*-"),
         (mixed(), 4, 0, "*-|*E|*-|*E"),
-        (mixed(multi_latent_attention=True), 2, 2, "+-+E|+-+E/+E/+E"),
+        (mixed(multi_latent_attention=True, **LATENT), 2, 2, "+-+E|+-+E/+E/+E"),
     ],
 )
 def test_a_pattern_has_a_pair_for_each_layer_of_the_gpt_model(
