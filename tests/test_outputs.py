@@ -46,7 +46,8 @@ def named_like(base: Path) -> list[str]:
     from megalora.hf.exchange import model_shape
 
     sizes = ("num_layers", "hidden_size", "num_attention_heads", "num_query_groups", "kv_channels")
-    chunk: Any = SimpleNamespace(config=SimpleNamespace(**dict.fromkeys(sizes, 4)))
+    config = SimpleNamespace(**dict.fromkeys(sizes, 4))
+    chunk: Any = SimpleNamespace(config=config, named_modules=dict)
     before = model_shape([chunk], str(base)).model_type
     (base / "config.json").unlink()
     return [before, model_shape([chunk], str(base)).model_type]

@@ -134,9 +134,9 @@ def find_linear(name: str, shape: ModelShape) -> tuple[int | None, Linear]:
     linear = linears(names_of(shape.model_type)).get(rest)
     if name.startswith("mtp."):
         raise ValueError(
-            f"{name} is in a layer that predicts one token more, of which Hugging Face's models "
-            "have no adapter: train with --lora-targets 'decoder.*linear_*' output_layer, or merge "
-            "the adapter into its base"
+            f"{name} has no adapter in Hugging Face's models: train with --lora-targets "
+            "'decoder.*linear_*' output_layer, which leave out what predicts one token more, or "
+            "merge the adapter into its base"
         )
     if linear is None or linear.is_unembedding != (layer is None):
         raise ValueError(
