@@ -188,3 +188,12 @@ def test_the_flags_of_an_import_name_each_linear_once() -> None:
     [first, *others] = sorted(places, key=lambda place: place[1].megatron)
     assert first[1].name(first[0]) not in (found := targets_of(others, shape)), found
     assert len(set(found)) == len(found)
+
+
+def test_the_document_has_each_family_and_its_file() -> None:
+    text = (PACKAGE.parent / "docs" / "families.md").read_text()
+    rows = re.findall(r"^\|[^|]*\| `(\w+)` \|.*\| `(\w+\.py)` \|$", text, re.MULTILINE)
+    assert {name for name, _ in rows} == families.FAMILIES.keys()
+    folder = Path(families.__file__).parent
+    for name, file in rows:
+        assert f'"{name}"' in (folder / file).read_text(), (name, file)
