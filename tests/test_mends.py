@@ -93,3 +93,26 @@ def counts_of(padding: list[bool]) -> list[float]:
 def test_an_expert_bias_counts_no_padding() -> None:
     assert call(counts_of, [False, False, False]) == [3, 1, 1, 1]
     assert call(counts_of, [False, True, False]) == [2, 1, 0, 1]
+
+
+def query_projections() -> list[object]:
+    from megalora.mends.latent_attention import resolve_local, resolve_plain
+
+    def resolve(_resolver: object) -> dict[str, object]:
+        return {"linear_q_proj": "normed"}
+
+    found = []
+    for mended in (resolve_local, resolve_plain):
+        resolver: Any = SimpleNamespace(
+            has_q_lora=False,
+            is_dsa=False,
+            config=SimpleNamespace(qk_layernorm=True),
+            submodules=SimpleNamespace(linear_q_proj="plain"),
+            fused_norm_linear_impl="TransformerEngine's",
+        )
+        found.append(mended(resolve, resolver)["linear_q_proj"])
+    return found
+
+
+def test_queries_without_a_latent_have_no_norm_of_theirs_where_the_model_is_hugging_faces() -> None:
+    assert call(query_projections) == ["normed", "plain"]
