@@ -352,6 +352,18 @@ def test_a_model_built_with_other_options_is_refused(
 
 
 @over(ONE)
+def test_kimi_k2_is_deepseek_v3_under_another_name(layout: Layout, tmp_path: Path) -> None:
+    # Its class is code beside its weights: config.json names DeepSeek-V3's in architectures.
+    directory = broken_copy("deepseek_v3", tmp_path, model_type="kimi_k2")
+    _, expected = reference("deepseek_v3")
+    with model_parallel(layout):
+        found = hf.logits(hf.load(layout, directory), hf_models.IDS)
+    torch.testing.assert_close(
+        found[..., : hf_models.VOCAB], expected, atol=TOLERANCE, rtol=TOLERANCE
+    )
+
+
+@over(ONE)
 def test_a_vocabulary_that_is_too_small_is_refused(layout: Layout, tmp_path: Path) -> None:
     directory = broken_copy("qwen3", tmp_path)
     with model_parallel(layout):
