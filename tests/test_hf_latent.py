@@ -394,7 +394,7 @@ def test_a_layer_that_predicts_one_token_more_is_no_layer_of_the_decoder(tmp_pat
     assert model_shape(read_config(directory(tmp_path, TINY))).num_layers == 2
 
 
-@pytest.mark.bad_input("a base that is not whole")
+@pytest.mark.bad_input("a malformed file")
 @pytest.mark.parametrize(
     ("change", "said"),
     [

@@ -68,7 +68,7 @@ def load_base(
         "non_persistent_ckpt_type": None,
     }
     try:
-        with changed(args, as_finetuning), _by_stored_names(model_chunks[0], Path(directory)):
+        with changed(args, as_finetuning), _by_stored_names(model_chunks, Path(directory)):
             checkpointing.load_checkpoint(
                 list(model_chunks), None, None, load_arg="pretrained_checkpoint"
             )
@@ -81,13 +81,13 @@ def load_base(
 
 
 @contextlib.contextmanager
-def _by_stored_names(chunk: torch.nn.Module, root: Path) -> Iterator[None]:
+def _by_stored_names(model_chunks: Sequence[torch.nn.Module], root: Path) -> Iterator[None]:
     """Let Megatron read a base by the names that its checkpoint has.
 
     It finds a GPT model's layers for a hybrid model itself where all are in one tensor, as they are
     where all are alike; else these have numbers.
     """
-    pattern, finding = pattern_in(chunk), dict[str, Any]()
+    pattern, finding = next(map(pattern_in, model_chunks), ""), dict[str, Any]()
     if equals_gpt(pattern) and _numbers_gpt_layers(find_directory(root)):
         finding = {"_maybe_setup_gpt_to_hybrid_load": lambda *_: (None, False)}
     names = functools.partial(gpt_name, pattern=pattern if finding else None)

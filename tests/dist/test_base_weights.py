@@ -24,7 +24,7 @@ def test_a_base_is_read_by_the_other_kind_of_layers(saved: str, read: str, tmp_p
         "norm": ShardedTensor.from_rank_offsets(read, torch.zeros(8)),
         "extra": ShardedObject("decoder.final_layernorm._extra_state", None, (1,), (0,)),
     }
-    found = _load_by_stored_names(wanted, str(tmp_path))
+    found = _load_by_stored_names(str, wanted, str(tmp_path))
     assert found["norm"].equal(norm)
     assert "extra" not in found
 
@@ -35,4 +35,4 @@ def test_a_weight_that_a_base_lacks_is_an_error(tmp_path: Path) -> None:
     dist_checkpointing.save({"weight": stored}, tmp_path)
     wanted = {"other": ShardedTensor.from_rank_offsets("decoder.other", torch.zeros(8))}
     with pytest.raises(CheckpointException, match=r"decoder\.other"):
-        _load_by_stored_names(wanted, str(tmp_path))
+        _load_by_stored_names(str, wanted, str(tmp_path))
