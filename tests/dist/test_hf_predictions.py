@@ -103,7 +103,7 @@ def changed(directory: Path, name: str, tensor: torch.Tensor | None) -> Path:
     return copy
 
 
-@pytest.mark.bad_input("a base that is not whole")
+@pytest.mark.bad_input("a malformed file")
 @pytest.mark.parametrize("copy", ["embed_tokens", "shared_head.head"])
 @over(TWO, Layout(pp=2))
 def test_tables_of_its_own_are_refused_on_all_ranks(layout: Layout, copy: str) -> None:
