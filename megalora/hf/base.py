@@ -105,7 +105,7 @@ def load_hf_base(
 def _plan(chunks: "Sequence[GPTModel]", config: Mapping[str, Any], files: HFWeights) -> list[Job]:
     """Return this rank's parameters with what they are read from; nothing is changed."""
     jobs: list[Job] = []
-    others: list[str] = []
+    copies: dict[str, str] = {}
     for chunk in chunks:
         check_built_for(chunk, config)
         weights = weights_of(chunk, config)
@@ -114,8 +114,8 @@ def _plan(chunks: "Sequence[GPTModel]", config: Mapping[str, Any], files: HFWeig
         for name, param, _, pieces in parameters(chunk, weights):
             _check_covered(name, param, pieces)
             jobs.append((name, param, pieces))
-        others += _other_copies(weights, jobs, files)
-    on_all_ranks(functools.partial(_refuse_others, others))
+        copies |= weights.copies()
+    on_all_ranks(functools.partial(_refuse_others, _other_copies(copies, jobs, files)))
     return jobs
 
 
@@ -138,11 +138,11 @@ def _not_finite(param: Tensor, pieces: list[Piece], files: HFWeights) -> list[st
     return [f"{files.path(piece.name)}: {piece.name} as {param.dtype}" for piece in bad]
 
 
-def _other_copies(weights: Weights, jobs: list[Job], files: HFWeights) -> list[str]:
+def _other_copies(copies: dict[str, str], jobs: list[Job], files: HFWeights) -> list[str]:
     """Return the tables of layers that predict one token more that are not the model's own."""
     return [
         f"{copy} differs from {original}"
-        for copy, original in weights.copies().items()
+        for copy, original in copies.items()
         if copy in files.shapes
         and not all(
             files.shapes[copy] == files.shapes[original]

@@ -158,6 +158,14 @@ class Experts:
     sigmoid: bool = False
 
 
+# As DeepSeek-V3's config.json has them, and those that follow it.
+SIGMOID_EXPERTS = Experts(
+    count=("n_routed_experts", "num_local_experts"),
+    shared_count="n_shared_experts",
+    dense_first="first_k_dense_replace",
+    sigmoid=True,
+)
+
 # Arguments of Megatron that decide the computation beside sizes: attention with rotary embeddings,
 # RMSNorm, a gated MLP.
 LLAMA_LIKE: Mapping[str, str | bool] = {

@@ -2,7 +2,7 @@
 
 from dataclasses import replace
 
-from megalora.model.family import LATENT_DECODER, Experts, Family, Names, Rate
+from megalora.model.family import LATENT_DECODER, SIGMOID_EXPERTS, Family, Names, Rate
 
 DEEPSEEK_V3 = Family(
     model_type="deepseek_v3",
@@ -13,12 +13,7 @@ DEEPSEEK_V3 = Family(
     latent=True,
     rope_scalings=("yarn",),
     prediction_field="num_nextn_predict_layers",
-    experts=Experts(
-        count=("n_routed_experts", "num_local_experts"),
-        shared_count="n_shared_experts",
-        dense_first="first_k_dense_replace",
-        sigmoid=True,
-    ),
+    experts=SIGMOID_EXPERTS,
     defaults={
         "num_key_value_heads": 128,
         "q_lora_rank": 1536,

@@ -1,6 +1,8 @@
 """GLM-4.5, GLM-4.6 and GLM-4.7, which are one kind of model, and GLM-4.7-Flash."""
 
-from megalora.model.family import LATENT_DECODER, Experts, Family, Names, Rate
+from dataclasses import replace
+
+from megalora.model.family import LATENT_DECODER, SIGMOID_EXPERTS, Family, Names, Rate
 
 FAMILIES = (
     Family(
@@ -11,12 +13,7 @@ FAMILIES = (
         qk_norm_field="use_qk_norm",
         partial_rotary=True,
         prediction_field="num_nextn_predict_layers",
-        experts=Experts(
-            count=("n_routed_experts", "num_local_experts"),
-            shared_count="n_shared_experts",
-            dense_first="first_k_dense_replace",
-            sigmoid=True,
-        ),
+        experts=SIGMOID_EXPERTS,
         defaults={
             "num_key_value_heads": 8,
             "max_position_embeddings": 131072,
@@ -35,13 +32,7 @@ FAMILIES = (
         qk_norm=True,
         latent=True,
         prediction_field="num_nextn_predict_layers",
-        experts=Experts(
-            count=("n_routed_experts", "num_local_experts"),
-            shared_count="n_shared_experts",
-            dense_first="first_k_dense_replace",
-            kinds="mlp_layer_types",
-            sigmoid=True,
-        ),
+        experts=replace(SIGMOID_EXPERTS, kinds="mlp_layer_types"),
         defaults={
             "num_key_value_heads": 20,
             "q_lora_rank": 768,
