@@ -9,8 +9,8 @@ from typing import NamedTuple
 ROOMS = (
     *("replace", "printable", "reading", "config", "arguments", "model", "targets", "ops", "mends"),
     *("cpu", "data"),
-    *("adapters", "recommend", "checkpoint", "hf", "builder", "__init__", "losses", "training"),
-    *("launch", "run", "__main__"),
+    *("adapters", "recommend", "checkpoint", "hf", "builder", "__init__"),
+    *("losses", "sync", "rollouts", "policy", "training", "launch", "run", "__main__"),
 )
 # Everything else can be imported before Megatron is.
 IMPORT_MEGATRON = (
@@ -22,6 +22,9 @@ IMPORT_MEGATRON = (
         "cpu/",
         "hf/exchange.py",
         "hf/one_process.py",
+        "sync/tensors.py",
+        "rollouts/megatron.py",
+        "policy.py",
     ),
     *("data/batch.py", "data/indexed.py"),
     *("training/session.py", "training/outputs.py", "training/patches.py"),
