@@ -102,7 +102,9 @@ def forward_step(
     padding: dict[str, Any] = {}
     if args.num_experts is not None and "quantile" not in str(args.moe_router_load_balancing_type):
         # Routers must not balance their load over padding; quantile balancing refuses to be told.
-        padding["padding_mask"] = _padding_mask(batch.padding_mask, model, args.sequence_parallel)
+        padding["padding_mask"] = padding_of_stage(
+            batch.padding_mask, model, args.sequence_parallel
+        )
     run_model = model.build_schedule_plan if return_schedule_plan else model
     losses = run_model(
         batch.tokens,
@@ -249,8 +251,8 @@ def chunk_positions(bounds: torch.Tensor, cp_size: int, cp_rank: int) -> torch.T
     return starts[piece] + torch.where(place < chunk, cp_rank * chunk + place, late)
 
 
-def _padding_mask(padding: torch.Tensor, model: Model, sequence_parallel: bool) -> torch.Tensor:
-    """Return the part of the mask that the routers of this stage meet.
+def padding_of_stage(padding: torch.Tensor, model: Model, sequence_parallel: bool) -> torch.Tensor:
+    """Return the part of a mask [b, s/cp] that the routers of this stage meet.
 
     NOTE: the model shards it over the sequence with the embedding only, on the first stage.
     """

@@ -234,10 +234,10 @@ def test_later_pipeline_stages_get_their_sequence_shard_of_the_padding(layout: L
     with model_parallel(layout):
         for is_first in (True, False):
             model = SimpleNamespace(pre_process=is_first)
-            part = batch._padding_mask(padding, model, sequence_parallel=True)
+            part = batch.padding_of_stage(padding, model, sequence_parallel=True)
             shard = padding.view(2, 4)[parallel_state.get_tensor_model_parallel_rank()][None]
             assert torch.equal(part, padding if is_first else shard)
-        assert batch._padding_mask(padding, model, sequence_parallel=False) is padding
+        assert batch.padding_of_stage(padding, model, sequence_parallel=False) is padding
 
 
 @pytest.mark.bad_input("a number that is not one")

@@ -1,0 +1,1 @@
+"""Training by a loss of the log probabilities of whole answers: reinforcement, preferences."""
