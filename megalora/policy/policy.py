@@ -23,7 +23,6 @@ from megalora.data.batch import Model
 from megalora.policy.sequences import Sequences
 from megalora.policy.shards import Metrics, forward, last_stage, length_of_all, summed, whole
 
-
 # Whether a step was taken, the norm of its gradient, how many zeros are in it.
 type Stepped = tuple[bool, float | None, int | None]
 
