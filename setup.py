@@ -155,6 +155,7 @@ setup(
             "matplotlib",
             "tensorboard",
             "wandb",
+            "trl",
         ],
     },
     entry_points={"console_scripts": ["megalora = megalora.__main__:main"]},
