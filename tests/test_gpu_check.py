@@ -21,7 +21,10 @@ import gpu_report
 
 NEEDS_GPU = {"kernels", "training"}
 # Other stages run the same scripts with the same kinds of words.
-REPEATED = {"memcheck", "racecheck", "ranks", "model-dense", "model-qwen3-4-long"}
+REPEATED = {
+    *("memcheck", "racecheck", "ranks", "grid"),
+    *("model-dense", "model-qwen3-8", "model-qwen3-48", "model-qwen3-4-long"),
+}
 REHEARSED = [stage.name for stage in gpu_check.STAGES if stage.name not in REPEATED]
 
 
@@ -56,7 +59,7 @@ def test_a_rehearsal_passes_every_stage(rehearsal: Path) -> None:
 
 def test_a_rehearsal_leaves_a_line_for_every_variant_and_a_table(rehearsal: Path) -> None:
     found = {(row["bench"], row.get("variant")) for row in rows_of(rehearsal) if "bench" in row}
-    for bench in ("linear goal", "linear forms", "linear grid", "experts"):
+    for bench in ("linear goal", "linear forms", "experts"):
         for variant in ("frozen", "eager", "megalora", "floor"):
             assert (bench, variant) in found
     assert ("host", "megalora") in found
