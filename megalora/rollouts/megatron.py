@@ -216,7 +216,7 @@ def _sampling_from(model: GPTModel) -> Iterator[None]:
     """Make a model ready to be sampled from, and as it was afterwards."""
     modes = [(module, module.training) for module in model.modules()]
     flags = []
-    was_active = InferenceMode.is_active()
+    was_active, received = InferenceMode.is_active(), model.decoder.input_tensor
     try:
         for module in model.modules():
             for owner in (module, getattr(module, "config", None)):
@@ -232,7 +232,7 @@ def _sampling_from(model: GPTModel) -> Iterator[None]:
             setattr(owner, name, value)
         for module, training in modes:
             module.training = training
-        model.set_input_tensor(None)  # type: ignore[arg-type]
+        model.set_input_tensor(cast(Tensor, received))
         if not was_active:
             InferenceMode.unset_active()
 

@@ -12,16 +12,33 @@ import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
 from megatron.core.inference.utils import InferenceMode
+from megatron.core.tensor_parallel import get_cuda_rng_tracker
+from megatron.core.transformer.transformer_config import MLATransformerConfig
+from megatron.core.utils import get_model_config
 
 from megalora.builder import apply_lora, set_enabled
 from megalora.checkpoint.gather import load_adapters
 from megalora.rollouts.engine import Answer, Sampling
 from megalora.rollouts.megatron import MegatronEngine
-from tests.dist.support.cases import ALLGATHER, EP2, ETP2, KINDS, PP2, RECOMPUTED, TP2, TP2_EP2, TP2_SP
+from megalora.rollouts.supported import REQUIRED
+from tests.dist.support import hf
+from tests.dist.support.cases import (
+    ALLGATHER,
+    EP2,
+    ETP2,
+    KINDS,
+    PP2,
+    RECOMPUTED,
+    TP2,
+    TP2_EP2,
+    TP2_SP,
+)
 from tests.dist.support.layouts import Layout, model_parallel, over, world
 from tests.dist.support.models import VOCAB_SIZE, build_model
 from tests.dist.support.parity import lora_config, start_values
 from tests.dist.support.training import Run, Trainer
+from tests.dist.test_hf_adapters import shared_directory
+from tests.support import hf_models
 
 ONE, DP2 = Layout(), Layout(dp=2)
 PROMPTS = [[5, 9, 60], [7], [1, 2, 3, 4, 5], [7], [33, 8, 61, 2], [9, 9, 9]]
@@ -98,7 +115,7 @@ def rollout(layout: Layout, kind: str, **fields: Any) -> list[Rank]:
 
 
 @functools.cache
-def truth(world_size: int, kind: str, enabled: bool = True) -> dict[int, list[Answer]]:
+def truth(world_size: int, kind: str) -> dict[int, list[Answer]]:
     """Return what a rank alone answers as each data-parallel rank, as checked without a cache."""
     one = Layout(dp=world_size)
     ranks = rollout(one, kind)
@@ -124,3 +141,202 @@ def check(ranks: list[Rank], expected: dict[int, list[Answer]]) -> None:
 @EVERYWHERE
 def test_answers_are_those_of_a_model_without_a_cache(layout: Layout, kind: str) -> None:
     check(rollout(layout, kind), truth(layout.world_size, kind))
+
+
+@over(EP2, ETP2)
+def test_experts_that_gather_all_tokens_answer_alike(layout: Layout) -> None:
+    check(rollout(layout, "experts", **ALLGATHER["fields"]), truth(layout.world_size, "experts"))
+
+
+@over(ONE)
+def test_an_answer_ends_at_its_first_stop_token_or_at_the_limit(layout: Layout) -> None:
+    answers = truth(1, "dense")[0]
+    assert {answer.ended for answer in answers} == {False, True}
+    for answer in answers:
+        stops = [place for place, token in enumerate(answer.tokens) if token in SAMPLING.stop]
+        assert stops == ([len(answer.tokens) - 1] if answer.ended else [])
+        assert answer.ended or len(answer.tokens) == SAMPLING.max_tokens
+
+
+@over(ONE)
+def test_other_prompts_of_a_batch_do_not_change_an_answer(layout: Layout) -> None:
+    with model_parallel(layout):
+        engine = MegatronEngine(adapted(layout, "experts"))
+        (answer,) = engine.generate(prompts_of(0)[:1], SAMPLING)
+        (again,) = engine.generate(prompts_of(0)[:1], dataclasses.replace(SAMPLING, seed=12))
+    assert answer.tokens == truth(1, "experts")[0][0].tokens
+    assert again.tokens != answer.tokens
+
+
+@over(ONE)
+def test_tokens_come_as_often_as_the_adapted_model_says(layout: Layout) -> None:
+    """Pearson's statistic of 64 tokens exceeds 103 once in a thousand times."""
+    number, prompt = 4000, PROMPTS[0]
+    with model_parallel(layout):
+        chunks = adapted(layout, "dense")
+        engine = MegatronEngine(chunks, max_batch_size=number)
+        answers = engine.generate([prompt] * number, Sampling(max_tokens=1))
+        found = torch.bincount(torch.tensor([a.tokens[0] for a in answers]), minlength=VOCAB_SIZE)
+        statistics = []
+        for enabled in (True, False):
+            set_enabled(chunks, enabled)
+            expected = forward_logprobs(chunks[0].eval(), prompt, [0])[0].exp() * number
+            statistics.append(float(((found - expected).square() / expected).sum()))
+    assert statistics[0] < 103
+    assert statistics[1] > 300, "the base says the same"
+
+
+@over(ONE, TP2_SP)
+def test_sharp_logits_give_what_transformers_generates(layout: Layout) -> None:
+    directory, model = shared_directory(), hf_models.hf_model("llama")
+    with torch.no_grad():
+        model.lm_head.weight.mul_(3e4)  # type: ignore[union-attr]
+    if dist.get_rank() == 0:
+        model.save_pretrained(directory)
+    dist.barrier()
+    with model_parallel(layout):
+        engine = MegatronEngine(hf.load(layout, directory), vocab_size=hf_models.VOCAB)
+        prompts = prompts_of(1)
+        answers = engine.generate(prompts, Sampling(max_tokens=6))
+    for prompt, answer in zip(prompts, answers, strict=True):
+        how = {"max_new_tokens": 6, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
+        text = model.generate(torch.tensor([prompt]), **how)  # type: ignore[operator]
+        assert text[0, len(prompt) :].tolist() == answer.tokens
+
+
+@over(ONE)
+def test_padding_that_takes_part_in_the_softmax_is_left_out_here(layout: Layout) -> None:
+    with model_parallel(layout):
+        model = build_model(layout, **KINDS[PADDED].model)
+        chunks = apply_lora(model, lora_config(PADDED))
+        load_adapters(chunks, start_values(chunks))
+        engine = MegatronEngine(chunks, vocab_size=VOCAB_SIZE)
+        answers = engine.generate(prompts_of(0), SAMPLING)
+    check([Rank(0, answers)], truth(1, PADDED))
+
+
+# === Training goes on as if nothing had been sampled ===
+
+DROPPED = {"hidden_dropout": 0.1, "attention_dropout": 0.1}
+TRAINED = {
+    ONE: ("dense", RECOMPUTED["fields"], Run()),
+    TP2_SP: ("latent attention", RECOMPUTED["fields"], Run()),
+    PP2: ("dense", {}, Run()),
+    EP2: ("shared experts", {}, Run(distributed_optimizer=True, overlap=True)),
+}
+
+
+def after_a_step(layout: Layout, *, sample: bool) -> list[Any]:
+    """Take two steps, with answers sampled between them or not; return all that there is then."""
+    kind, fields, run = TRAINED[layout]
+    with model_parallel(layout):
+        model = build_model(layout, **{**KINDS[kind].model, **fields, **DROPPED})
+        chunks = apply_lora(model, lora_config(kind, dropout=0.1))
+        load_adapters(chunks, start_values(chunks))
+        trainer = Trainer([chunk.train() for chunk in chunks], layout, run)
+        if run.overlap:
+            get_model_config(chunks[0]).no_sync_func = trainer.models[0].no_sync
+        found: list[Any] = [trainer.step(0)]
+        if sample:
+            rank = parallel_state.get_data_parallel_rank()
+            MegatronEngine(trainer.models).generate(prompts_of(rank), SAMPLING)
+        found += [random_states(), flags(chunks[0]), trainer.step(1), random_states()]
+        if run.overlap:
+            trainer.models[0].start_param_sync(force_sync=True)
+        return [*found, [p.detach().clone() for p in chunks[0].parameters()]]
+
+
+def random_states() -> list[torch.Tensor]:
+    return [torch.get_rng_state(), *get_cuda_rng_tracker().get_states().values()]
+
+
+def flags(chunk: Any) -> list[Any]:
+    """Return the switches of all modules and their configurations."""
+    switches = [InferenceMode.is_active(), chunk.decoder.input_tensor is None]
+    for module in chunk.modules():
+        names = [name for name, value in vars(module).items() if isinstance(value, bool)]
+        switches.append({name: getattr(module, name) for name in names})
+        if hasattr(module, "config"):
+            switches.append({k: v for k, v in vars(module.config).items() if isinstance(v, bool)})
+    return switches
+
+
+@over(*TRAINED)
+def test_training_goes_on_bit_for_bit(layout: Layout) -> None:
+    plain, sampled = (after_a_step(layout, sample=sample) for sample in (False, True))
+    for one, other in zip(plain, sampled, strict=True):
+        if isinstance(one, list) and isinstance(one[0], torch.Tensor):
+            assert all(torch.equal(a, b) for a, b in zip(one, other, strict=True))
+        else:
+            assert one == other
+
+
+# === What cannot be ===
+
+
+@over(ONE)
+@pytest.mark.parametrize(
+    ("kind", "field"),
+    [
+        ("sliding window", "window_size"),
+        ("hybrid", "is_hybrid_model"),
+        ("sparse absorbed attention", "experimental_attention_variant"),
+    ],
+)
+def test_layers_that_it_cannot_decode_are_refused(layout: Layout, kind: str, field: str) -> None:
+    with model_parallel(layout):
+        chunks = build_model(layout, **KINDS[kind].model)
+        with pytest.raises(ValueError, match=f"{field} is .*: rollouts by Megatron cannot have it"):
+            MegatronEngine(chunks)
+
+
+@over(Layout(cp=2))
+def test_context_parallelism_is_refused(layout: Layout) -> None:
+    with model_parallel(layout):
+        chunks = build_model(layout, **KINDS["dense"].model)
+        with pytest.raises(ValueError, match=r"context_parallel_size is 2: .* set it to 1"):
+            MegatronEngine(chunks)
+
+
+@over(Layout(pp=2, vpp=2))
+def test_interleaved_pipelines_are_refused(layout: Layout) -> None:
+    with model_parallel(layout):
+        chunks = build_model(layout, **KINDS["dense of 4 layers"].model)
+        with pytest.raises(ValueError, match="a rank has 2 model chunks"):
+            MegatronEngine(chunks)
+
+
+@over(ONE)
+def test_megatron_has_all_flags_that_are_refused(layout: Layout) -> None:
+    assert {field for field, _, _ in REQUIRED} <= set(MLATransformerConfig.__dataclass_fields__)
+
+
+@pytest.mark.bad_input("a rank that fails alone")
+@pytest.mark.parametrize(
+    ("prompt", "sentence"),
+    [
+        ([], "prompt 1 is empty"),
+        ([1, 64], "prompt 1 has token 64, outside of the vocabulary of 64"),
+        ([1] * 11, "prompt 1 has 11 tokens, with max_tokens 6 more than max_sequence_length 16"),
+        (None, r"ranks have \[2, 1\] prompts"),
+    ],
+)
+@over(DP2)
+def test_what_one_rank_cannot_answer_is_said_on_all(
+    layout: Layout, prompt: list[int] | None, sentence: str
+) -> None:
+    with model_parallel(layout):
+        engine = MegatronEngine(adapted(layout, "dense"))
+        own = [[1]] if prompt is None else [[1], prompt]
+        with pytest.raises(ValueError, match=sentence):
+            engine.generate(own if dist.get_rank() else [[1], [2]], SAMPLING)
+
+
+@pytest.mark.bad_input("a number that is not one")
+@over(ONE)
+def test_logits_that_overflow_are_no_answers(layout: Layout) -> None:
+    with model_parallel(layout):
+        (chunk,) = adapted(layout, "dense")
+        chunk.decoder.final_layernorm.weight.data.fill_(float("inf"))
+        with pytest.raises(ValueError, match="log probabilities that are not finite"):
+            MegatronEngine([chunk]).generate(PROMPTS, SAMPLING)
