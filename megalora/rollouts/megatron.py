@@ -9,7 +9,6 @@ does not wait for experts of ranks that answer longer.
 
 import contextlib
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
 from typing import cast
 
 import torch
@@ -27,6 +26,7 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 
 from megalora.checkpoint.ranks import on_all_ranks
+from megalora.rollouts.batch import Batch
 from megalora.rollouts.drawing import draw, uniforms
 from megalora.rollouts.engine import Answer, Sampling
 from megalora.rollouts.supported import check_request, check_supported
@@ -43,8 +43,9 @@ class MegatronEngine:
     prompts of a batch change an answer by rounding at most.
 
     A batch starts at its shortest prompt; longer ones are read token by token, beside the answers
-    of the shorter, and the batch runs until its last answer has ended. So prompts are taken in the
-    order of their lengths.
+    of the shorter. So prompts are taken in the order of their lengths. A batch runs until its last
+    answer has ended; where half of its answers have, they leave it (but where data-parallel ranks
+    share experts).
     """
 
     def __init__(
@@ -97,7 +98,7 @@ class MegatronEngine:
         longest = self.model.max_sequence_length
         check_request(prompts, sampling.max_tokens, self.vocab_size, longest)
 
-    def _start(self, prompts: list[list[int]], indices: list[int], sampling: Sampling) -> "_Batch":
+    def _start(self, prompts: list[list[int]], indices: list[int], sampling: Sampling) -> Batch:
         lengths = torch.tensor([len(prompt) for prompt in prompts])
         # Ranks that share experts do steps of one size.
         bounds = torch.stack([-lengths.min(), lengths.max() + sampling.max_tokens])
@@ -108,9 +109,9 @@ class MegatronEngine:
         dp_rank = parallel_state.get_data_parallel_rank()
         numbers = uniforms(sampling.seed, dp_rank, indices, sampling.max_tokens)
         moved = (x.to(self._device) for x in (tokens, lengths, numbers))
-        return _Batch(*moved, shortest=-shortest)
+        return Batch(*moved, shortest=-shortest)
 
-    def _run(self, batch: "_Batch", sampling: Sampling) -> list[Answer]:
+    def _run(self, batch: Batch, sampling: Sampling) -> list[Answer]:
         """Prefill to the shortest prompt, then step by one token until all answers have ended."""
         context = StaticInferenceContext(len(batch.tokens), batch.tokens.shape[1])
         wrapper = GPTInferenceWrapper(self.model, context)
@@ -118,10 +119,13 @@ class MegatronEngine:
         stop = torch.tensor(sampling.stop, dtype=torch.long, device=self._device)
         start, end = 0, batch.shortest
         while True:
-            logits = _forward(wrapper, batch.tokens, start, end)
+            logits = _forward(wrapper, batch.tokens[batch.rows], start, end)
             batch.add(end, *self._draw(logits, batch.numbers_at(end)), stop=stop)
             if not self._largest((~batch.done).any().int()[None]).item():
                 return batch.answers()
+            # Ranks that share experts keep their sizes, which some dispatchers need to be alike.
+            if self._in_step is None and (kept := batch.kept_of_rows()) is not None:
+                _keep(context, kept)
             start, end = end, end + 1
             context.enable_decode_mode()
 
@@ -151,55 +155,6 @@ class MegatronEngine:
         return next(self.model.parameters()).device
 
 
-@dataclass
-class _Batch:
-    """Prompts with their answers so far.
-
-    tokens: [b, s]; lengths: of prompts, [b]; numbers: what decides answers, [b, max_tokens];
-    shortest: the length of the shortest prompt on all ranks that step together.
-    """
-
-    tokens: Tensor
-    lengths: Tensor
-    numbers: Tensor
-    shortest: int
-    logprobs: Tensor = field(init=False)
-    sizes: Tensor = field(init=False)
-    stopped: Tensor = field(init=False)
-
-    def __post_init__(self) -> None:
-        self.logprobs = torch.zeros_like(self.numbers, dtype=torch.float32)
-        self.sizes = torch.zeros_like(self.lengths)
-        self.stopped = torch.zeros_like(self.lengths, dtype=torch.bool)
-
-    @property
-    def done(self) -> Tensor:
-        """Which answers have ended, [b]."""
-        return self.stopped | (self.sizes == self.numbers.shape[1])
-
-    def numbers_at(self, end: int) -> Tensor:
-        """Return what decides the tokens at `end`, [b]."""
-        place = (end - self.lengths).clamp(0, self.numbers.shape[1] - 1)
-        return self.numbers.gather(1, place[:, None])[:, 0]
-
-    def add(self, end: int, tokens: Tensor, logprobs: Tensor, *, stop: Tensor) -> None:
-        """Put tokens [b] at `end` of the answers that have begun and not ended."""
-        rows = ((self.lengths <= end) & ~self.done).nonzero()[:, 0]
-        self.tokens[rows, end] = tokens[rows]
-        self.logprobs[rows, self.sizes[rows]] = logprobs[rows]
-        self.sizes[rows] += 1
-        self.stopped[rows] = torch.isin(tokens[rows], stop)
-
-    def answers(self) -> list[Answer]:
-        """Return what has been sampled."""
-        parts = (self.tokens, self.lengths, self.logprobs, self.sizes, self.stopped)
-        rows = zip(*(part.tolist() for part in parts), strict=True)
-        return [
-            Answer(tokens[length : length + size], logprobs[:size], stopped)
-            for tokens, length, logprobs, size, stopped in rows
-        ]
-
-
 def _forward(wrapper: GPTInferenceWrapper, tokens: Tensor, start: int, end: int) -> Tensor | None:
     """Return the logits after tokens [b, start:end], [b, 1, v], where this is the last stage."""
     own = tokens[:, start:end]
@@ -209,6 +164,13 @@ def _forward(wrapper: GPTInferenceWrapper, tokens: Tensor, start: int, end: int)
     if wrapper.model_is_pipeline_parallel:
         return wrapper.forward_pass_with_pipeline_parallel(inputs)
     return wrapper.forward_pass_without_pipeline_parallel(inputs)
+
+
+def _keep(context: StaticInferenceContext, rows: Tensor) -> None:
+    """Keep the keys and values of some rows of the cache, [s, b, ...]."""
+    memory = context.key_value_memory_dict
+    for layer, (keys, values) in memory.items():
+        memory[layer] = keys[:, rows], values[:, rows]
 
 
 @contextlib.contextmanager

@@ -215,6 +215,23 @@ def test_padding_that_takes_part_in_the_softmax_is_left_out_here(layout: Layout)
     check([Rank(0, answers)], truth(1, PADDED))
 
 
+@over(ONE, TP2_SP, PP2)
+def test_half_precision_is_sampled_through_its_wrappers(layout: Layout) -> None:
+    """A 32nd: what bf16 rounds a logit of 4 to 8 by."""
+    half = {"bf16": True, "params_dtype": torch.bfloat16}
+    with model_parallel(layout):
+        (chunk,) = adapted(layout, "dense", **half)
+        answers = MegatronEngine(Trainer([chunk], layout, Run()).models).generate(
+            prompts_of(0), SAMPLING
+        )
+    with model_parallel(Layout(dp=layout.world_size)):
+        (chunk,) = adapted(Layout(dp=layout.world_size), "dense", **half)
+        for prompt, answer in zip(prompts_of(0), answers, strict=True):
+            tokens = torch.tensor(answer.tokens)[:, None]
+            expected = forward_logprobs(chunk.eval(), prompt, answer.tokens).gather(-1, tokens)
+            assert answer.logprobs == pytest.approx(expected[:, 0].tolist(), abs=1 / 32)
+
+
 # === Training goes on as if nothing had been sampled ===
 
 DROPPED = {"hidden_dropout": 0.1, "attention_dropout": 0.1}
