@@ -243,9 +243,10 @@ TRAINED = {
 }
 
 
-def after_a_step(layout: Layout, *, sample: bool) -> list[Any]:
-    """Take two steps, with answers sampled between them or not; return all that there is then."""
+def trained(layout: Layout, *, sample: bool) -> list[Any]:
+    """Take two steps, with answers sampled before each or not; return all that there is then."""
     kind, fields, run = TRAINED[layout]
+    found: list[Any] = []
     with model_parallel(layout):
         model = build_model(layout, **{**KINDS[kind].model, **fields, **DROPPED})
         chunks = apply_lora(model, lora_config(kind, dropout=0.1))
@@ -253,16 +254,16 @@ def after_a_step(layout: Layout, *, sample: bool) -> list[Any]:
         trainer = Trainer([chunk.train() for chunk in chunks], layout, run)
         if run.overlap:
             get_model_config(chunks[0]).no_sync_func = trainer.models[0].no_sync
-        found: list[Any] = [trainer.step(0)]
-        if sample:
-            rank = parallel_state.get_data_parallel_rank()
-            # As long as what is trained, with which it shares a table of rotary angles.
-            sampling = Sampling(max_tokens=SEQ_LENGTH - 4 - layout.dp)
-            MegatronEngine(trainer.models).generate(prompts_of(rank), sampling)
-        found += [random_states(), flags(chunks[0]), trainer.step(1), random_states()]
+        # As long as what is trained, with which it shares a table of rotary angles.
+        sampling = Sampling(max_tokens=SEQ_LENGTH - 4 - layout.dp)
+        prompts = prompts_of(parallel_state.get_data_parallel_rank())
+        for step in range(2):
+            if sample:
+                MegatronEngine(trainer.models).generate(prompts, sampling)
+            found += [random_states(), flags(chunks[0]), trainer.step(step)]
         if run.overlap:
             trainer.models[0].start_param_sync(force_sync=True)
-        return [*found, [p.detach().clone() for p in chunks[0].parameters()]]
+        return [*found, random_states(), [p.detach().clone() for p in chunks[0].parameters()]]
 
 
 def random_states() -> list[torch.Tensor]:
@@ -282,7 +283,7 @@ def flags(chunk: Any) -> list[Any]:
 
 @over(*TRAINED)
 def test_training_goes_on_bit_for_bit(layout: Layout) -> None:
-    plain, sampled = (after_a_step(layout, sample=sample) for sample in (False, True))
+    plain, sampled = (trained(layout, sample=sample) for sample in (False, True))
     for one, other in zip(plain, sampled, strict=True):
         if isinstance(one, list) and isinstance(one[0], torch.Tensor):
             assert all(torch.equal(a, b) for a, b in zip(one, other, strict=True))
