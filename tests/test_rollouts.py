@@ -69,18 +69,28 @@ def config(**fields: object) -> SimpleNamespace:
     )
 
 
+def check(model: SimpleNamespace, *, positions: str = "rope", pattern: str = "") -> None:
+    """Check a configuration of one chunk."""
+    check_supported(
+        model, num_chunks=1, position_embedding_type=positions, hybrid_layer_pattern=pattern
+    )
+
+
 @pytest.mark.parametrize("field", [field for field, _, _ in REQUIRED])
 def test_what_megatron_cannot_decode_is_refused_by_its_flag(field: str) -> None:
-    check_supported(config(), 1, "rope")
+    check(config())
     with pytest.raises(ValueError, match=f"{field} is 2: rollouts by Megatron cannot have it, .*"):
-        check_supported(config(**{field: 2}), 1, "rope")
+        check(config(**{field: 2}))
 
 
-def test_fused_latent_positions_and_unknown_ones_are_refused() -> None:
+def test_positions_and_layers_that_it_has_not_are_refused() -> None:
     with pytest.raises(ValueError, match="set --no-rope-fusion"):
-        check_supported(config(multi_latent_attention=True), 1, "rope")
+        check(config(multi_latent_attention=True))
     with pytest.raises(ValueError, match="position_embedding_type is mrope"):
-        check_supported(config(), 1, "mrope")
+        check(config(), positions="mrope")
+    with pytest.raises(ValueError, match=r"hybrid_layer_pattern is 'M\*\|GE', with layers G M"):
+        check(config(), pattern="M*|GE")
+    check(config(), pattern="*-|+E/*-")
 
 
 def test_an_answer_of_no_token_cannot_be_asked_for() -> None:

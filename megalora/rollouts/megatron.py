@@ -20,12 +20,14 @@ from megatron.core.inference.model_inference_wrappers.gpt.gpt_inference_wrapper 
 )
 from megatron.core.inference.utils import InferenceMode
 from megatron.core.models.gpt.gpt_model import GPTModel
+from megatron.core.models.hybrid.hybrid_model import HybridModel
 from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.utils import unwrap_model
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
 from megalora.checkpoint.ranks import on_all_ranks
+from megalora.model.hybrid import pattern_in
 from megalora.rollouts.batch import Batch
 from megalora.rollouts.drawing import draw, uniforms
 from megalora.rollouts.engine import Answer, Sampling
@@ -63,12 +65,16 @@ class MegatronEngine:
         vocab_size: rows of the vocabulary that are tokens, where `apply_lora` was not told. Raises
         ValueError that names the flag where Megatron's inference does not do what it says.
         """
-        chunks = cast(list[GPTModel], unwrap_model(list(model_chunks)))
+        chunks = cast(list[GPTModel | HybridModel], unwrap_model(list(model_chunks)))
         if max_batch_size < 1:
             raise ValueError(f"max_batch_size is {max_batch_size}: set 1 or more")
         config: TransformerConfig = chunks[0].config
-        positions = getattr(chunks[0], "position_embedding_type", "none")
-        check_supported(config, len(chunks), positions)  # type: ignore[arg-type]
+        check_supported(
+            config,  # type: ignore[arg-type]
+            num_chunks=len(chunks),
+            position_embedding_type=chunks[0].position_embedding_type,
+            hybrid_layer_pattern=pattern_in(chunks[0]),
+        )
         self.model, self.config, self.max_batch_size = chunks[0], config, max_batch_size
         self.vocab_size = vocab_size or chunks[0].vocab_size
         self._in_step = _ranks_in_step(config)
@@ -114,7 +120,7 @@ class MegatronEngine:
     def _run(self, batch: Batch, sampling: Sampling) -> list[Answer]:
         """Prefill to the shortest prompt, then step by one token until all answers have ended."""
         context = StaticInferenceContext(len(batch.tokens), batch.tokens.shape[1])
-        wrapper = GPTInferenceWrapper(self.model, context)
+        wrapper = GPTInferenceWrapper(cast(GPTModel, self.model), context)
         wrapper.prep_model_for_inference()
         stop = torch.tensor(sampling.stop, dtype=torch.long, device=self._device)
         start, end = 0, batch.shortest
@@ -174,7 +180,7 @@ def _keep(context: StaticInferenceContext, rows: Tensor) -> None:
 
 
 @contextlib.contextmanager
-def _sampling_from(model: GPTModel) -> Iterator[None]:
+def _sampling_from(model: GPTModel | HybridModel) -> Iterator[None]:
     """Make a model ready to be sampled from, and as it was afterwards."""
     modes = [(module, module.training) for module in model.modules()]
     flags = []

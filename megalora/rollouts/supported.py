@@ -15,7 +15,6 @@ class Config(Protocol):
 REQUIRED: tuple[tuple[str, object, str], ...] = (
     ("virtual_pipeline_model_parallel_size", None, "its pipeline has one stage on a rank"),
     ("context_parallel_size", 1, "its cache holds whole sequences"),
-    ("is_hybrid_model", False, "its decoding of Mamba layers takes the batch for a sequence"),
     ("experimental_attention_variant", None, "its cache holds keys and values alone"),
     ("window_size", None, "it decodes without a mask, past a window too"),
     ("cache_mla_latents", False, "its static cache holds keys and values"),
@@ -32,10 +31,14 @@ REQUIRED: tuple[tuple[str, object, str], ...] = (
     ("moe_input_jitter_eps", None, "its noise is in inference too"),
     ("moe_router_force_load_balancing", False, "its experts are chosen at random"),
 )
+# Attention, latent attention, MLPs, experts; between stages; before layers that predict more.
+_LAYERS = "*+-E|/"
 POSITIONS = ("rope", "yarn", "learned_absolute", "none")
 
 
-def check_supported(config: Config, num_chunks: int, position_embedding_type: str) -> None:
+def check_supported(
+    config: Config, *, num_chunks: int, position_embedding_type: str, hybrid_layer_pattern: str
+) -> None:
     """Raise ValueError that names the flag, where rollouts by Megatron cannot do what it says."""
     if num_chunks != 1:
         raise ValueError(
@@ -49,6 +52,13 @@ def check_supported(config: Config, num_chunks: int, position_embedding_type: st
                 f"{field} is {value}: rollouts by Megatron cannot have it, {why}; "
                 f"set it to {required}, or roll out by a server"
             )
+    others = sorted(set(hybrid_layer_pattern) - set(_LAYERS))
+    if others:
+        raise ValueError(
+            f"hybrid_layer_pattern is {hybrid_layer_pattern!r}, with layers {' '.join(others)}: "
+            "rollouts by Megatron decode attention (* +), MLPs (-) and experts (E); of Mamba it "
+            "takes the batch for a sequence; roll out by a server"
+        )
     if config.multi_latent_attention and config.apply_rope_fusion:
         raise ValueError(
             "apply_rope_fusion is True with multi_latent_attention: Megatron's inference has no "

@@ -18,7 +18,10 @@ from megatron.core.utils import get_model_config
 
 from megalora.builder import apply_lora, set_enabled
 from megalora.checkpoint.gather import load_adapters
+from megalora.policy.policy import Policy
+from megalora.policy.sequences import Sequences
 from megalora.rollouts.engine import Answer, Sampling
+from megalora.rollouts.gap import gap
 from megalora.rollouts.megatron import MegatronEngine
 from megalora.rollouts.supported import REQUIRED
 from tests.dist.support import hf
@@ -44,17 +47,20 @@ ONE, DP2 = Layout(), Layout(dp=2)
 PROMPTS = [[5, 9, 60], [7], [1, 2, 3, 4, 5], [7], [33, 8, 61, 2], [9, 9, 9]]
 SAMPLING = Sampling(max_tokens=6, stop=(3, 17, 40, 41), seed=11)
 PADDED = "padded vocabulary"
+HYBRID = "hybrid with experts"
+# Without Mamba's layers, which cannot be decoded.
+PATTERN = {"pattern": "*E|*-"}
 CASES = [
     *(
         (ONE, kind)
         for kind in (
             *("tied embeddings", PADDED, "latent attention", "multi-token prediction"),
-            *("ungated with biases", "experts", "GLM-4.5's layers"),
+            *("ungated with biases", "experts", "GLM-4.5's layers", HYBRID),
         )
     ),
     (TP2, "dense"),
     *((TP2_SP, kind) for kind in ("dense", "tied embeddings", PADDED, "latent attention")),
-    *((PP2, kind) for kind in ("dense", "multi-token prediction")),
+    *((PP2, kind) for kind in ("dense", "multi-token prediction", HYBRID)),
     *((layout, "shared experts") for layout in (TP2_SP, EP2, ETP2, TP2_EP2)),
     (Layout(tp=2, sp=True, pp=2), "dense"),
     (Layout(pp=2, dp=2, ep=2), "experts in 4 layers"),
@@ -74,7 +80,8 @@ def prompts_of(dp_rank: int) -> list[list[int]]:
 def adapted(layout: Layout, kind: str, **fields: Any) -> list[Any]:
     """Build a model whose adapters have a B that is not zero, the same numbers in all layouts."""
     rows = {"vocab_size": VOCAB_SIZE} if kind == PADDED else {}
-    model = build_model(layout, **{**KINDS[kind].model, **fields})
+    pattern = PATTERN if kind == HYBRID else {}
+    model = build_model(layout, **{**KINDS[kind].model, **pattern, **fields})
     chunks = apply_lora(model, lora_config(kind), **rows)
     load_adapters(chunks, start_values(chunks))
     return chunks
@@ -210,6 +217,28 @@ def test_padding_that_takes_part_in_the_softmax_is_left_out_here(layout: Layout)
     check([Rank(0, answers)], truth(1, PADDED))
 
 
+@over(EP2)
+def test_the_policy_that_learns_finds_no_gap(layout: Layout) -> None:
+    with model_parallel(layout):
+        trainer = Trainer(adapted(layout, "shared experts"), layout, Run())
+        prompts = prompts_of(parallel_state.get_data_parallel_rank())
+        answers = MegatronEngine(trainer.models).generate(prompts, SAMPLING)
+        sequences = Sequences.of(prompts, [answer.tokens for answer in answers])
+        policy = Policy(trainer.models, trainer.optimizer, None)  # type: ignore[arg-type]
+        gaps = []
+        for enabled in (True, False):
+            set_enabled(trainer.models, enabled)
+            (found,) = policy.logprobs([sequences])
+            learner = [own[mask] for own, mask in zip(found, sequences.answers, strict=True)]
+            gaps.append(gap(learner, answers, group=parallel_state.get_data_parallel_group()))
+    assert gaps[0].largest < 1e-5
+    assert gaps[1].mean > 0.1
+    assert gaps[1].kl > 0.01
+    everywhere: list[Any] = [None, None]
+    dist.all_gather_object(everywhere, gaps)
+    assert everywhere[0] == everywhere[1]
+
+
 @over(TP2_SP, PP2)
 def test_half_precision_is_sampled_through_its_wrappers(layout: Layout) -> None:
     """A 32nd: what bf16 rounds a logit of 4 to 8 by."""
@@ -291,17 +320,17 @@ def test_training_goes_on_bit_for_bit(layout: Layout) -> None:
 
 @over(ONE)
 @pytest.mark.parametrize(
-    ("kind", "field"),
+    ("kind", "sentence"),
     [
-        ("sliding window", "window_size"),
-        ("hybrid", "is_hybrid_model"),
-        ("sparse absorbed attention", "experimental_attention_variant"),
+        ("sliding window", r"window_size is .*: rollouts by Megatron cannot have it"),
+        ("hybrid", r"hybrid_layer_pattern is .*, with layers M: "),
+        ("sparse absorbed attention", "experimental_attention_variant is dsa: "),
     ],
 )
-def test_layers_that_it_cannot_decode_are_refused(layout: Layout, kind: str, field: str) -> None:
+def test_layers_that_it_cannot_decode_are_refused(layout: Layout, kind: str, sentence: str) -> None:
     with model_parallel(layout):
         chunks = build_model(layout, **KINDS[kind].model)
-        with pytest.raises(ValueError, match=f"{field} is .*: rollouts by Megatron cannot have it"):
+        with pytest.raises(ValueError, match=sentence):
             MegatronEngine(chunks)
 
 
