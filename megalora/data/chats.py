@@ -49,12 +49,13 @@ class Chat(NamedTuple):
         ]
 
 
-def read_chat(row: Row, schema: str) -> Chat:
+def read_chat(row: Row, schema: str, *, answer: str = "completion") -> Chat:
     """Return the chat of a row whose columns are those of `schema` (see `rows.SCHEMAS`).
 
-    Raises ValueError, without the row's place, for what is no chat.
+    answer: the column that stands for `completion`. Raises ValueError, without the row's place, for
+    what is no chat.
     """
-    messages = _messages_of(row, schema)
+    messages = _messages_of(row, schema, answer)
     system = row.get("system")
     if system:
         messages = _with_system(messages, _text("system", system))
@@ -74,7 +75,7 @@ def read_chat(row: Row, schema: str) -> Chat:
     return Chat(messages, tools, variables)
 
 
-def _messages_of(row: Row, schema: str) -> list[Message]:
+def _messages_of(row: Row, schema: str, answer: str) -> list[Message]:
     if schema == "calls":
         calls = _parsed("answers", row["answers"], list)
         question = {"role": "user", "content": row["query"]}
@@ -84,7 +85,7 @@ def _messages_of(row: Row, schema: str) -> list[Message]:
     context = _messages("prompt", row["prompt"])
     for message in context:
         message["weight"] = 0
-    return context + _messages("completion", row["completion"])
+    return context + _messages(answer, row[answer])
 
 
 def _messages(column: str, value: object) -> list[Message]:

@@ -81,7 +81,7 @@ def encode_rows(
     """
     for place, row, content in read_rows(rows, schema):
         try:
-            encoded = _encode(content, encoder)
+            encoded = encode(content, encoder)
         except ValueError as error:
             raise ValueError(f"dataset {place}: {error}") from error
         if unused is not None:
@@ -154,7 +154,8 @@ def _string(row: Row, column: str) -> str:
     return value
 
 
-def _encode(content: Content, encoder: Encoder) -> list[Tokens]:
+def encode(content: Content, encoder: Encoder) -> list[Tokens]:
+    """Return the examples of a row's content: one, but of some chats."""
     if content.chat is not None:
         return encoder.chat(content.chat)
     if content.prompt is None:
