@@ -5,6 +5,9 @@ from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
+
+from megalora.data.tokenizers import Tokens
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,6 +40,18 @@ class Sequences:
             into[: len(row)] = torch.tensor(row)
         answered = (places >= starts[:, None]) & (places < lengths[:, None])
         return cls(tokens=tokens, lengths=lengths, answers=answered)
+
+    @classmethod
+    def encoded(cls, rows: Sequence[Tokens]) -> "Sequences":
+        """Lay out rows of which the trained tokens are the answers', on the CPU."""
+        lengths = torch.tensor([len(row.ids) for row in rows], dtype=torch.int64)
+        tokens = [torch.tensor(row.ids, dtype=torch.int64) for row in rows]
+        answers = [torch.tensor(row.trained, dtype=torch.bool) for row in rows]
+        return cls(
+            tokens=pad_sequence(tokens, batch_first=True),
+            lengths=lengths,
+            answers=pad_sequence(answers, batch_first=True),
+        )
 
     def to(self, device: torch.device) -> "Sequences":
         """Return them on a device."""
