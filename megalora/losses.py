@@ -66,16 +66,29 @@ def policy_gradient_loss(
     return -(bounded.exp() * advantages * (mask != 0)).sum()
 
 
-def kl_loss(learner_logprobs: Tensor, reference_logprobs: Tensor, mask: Tensor) -> Tensor:
+def kl_loss(
+    learner_logprobs: Tensor,
+    reference_logprobs: Tensor,
+    mask: Tensor,
+    *,
+    sampler_logprobs: Tensor | None = None,
+) -> Tensor:
     """Return the divergence KL(learner || reference), estimated and summed over the tokens given.
 
     Of each token it is exp(d) - d - 1 with d = log p_reference - log p_learner: never negative, and
     unbiased on tokens that the learner sampled. Source: k3 of J. Schulman, "Approximating KL
     Divergence", 2020. The shapes are those of `policy_gradient_loss`; reference_logprobs: [s, b],
     without gradient, such as the base's (adapters off).
+
+    sampler_logprobs: weigh each token by p_learner / p_sampler, gradient included, by which value
+    and gradient are unbiased whoever sampled. Source: DeepSeek-V3.2, 2025. Without it the gradient
+    is that of k3 alone, which is not the divergence's even where the learner samples.
     """
     difference = _masked_difference(reference_logprobs.detach(), learner_logprobs, mask)
-    return (torch.expm1(difference) - difference).sum()
+    each = torch.expm1(difference) - difference
+    if sampler_logprobs is not None:
+        each = each * _masked_difference(learner_logprobs, sampler_logprobs.detach(), mask).exp()
+    return each.sum()
 
 
 def num_clipped(

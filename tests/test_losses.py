@@ -190,6 +190,23 @@ def test_the_divergence_is_that_of_the_distributions_where_the_learner_samples()
     torch.testing.assert_close((learner.exp() * each).sum(), expected)
 
 
+@pytest.mark.parametrize("samples", ["learner", "another"])
+def test_weighted_by_the_ratio_value_and_gradient_are_the_divergences(samples: str) -> None:
+    draw = torch.randn(3, 9, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    logits = draw[0].clone().requires_grad_()
+    learner, (reference, other) = logits.log_softmax(-1), draw[1:].log_softmax(-1)
+    (expected,) = torch.autograd.grad((learner.exp() * (learner - reference)).sum(), logits)
+    learner = logits.log_softmax(-1)
+    sampler = learner.detach() if samples == "learner" else other
+    total = torch.zeros((), dtype=torch.float64)
+    for k in range(9):  # every token, as often as it is sampled
+        one, ref, own = (x[k].view(1, 1) for x in (learner, reference, sampler))
+        term = kl_loss(one, ref, torch.ones(1, 1), sampler_logprobs=own)
+        total = total + sampler[k].exp() * term
+    torch.testing.assert_close(total, (learner.exp() * (learner - reference)).sum())
+    torch.testing.assert_close(torch.autograd.grad(total, logits)[0], expected)
+
+
 def test_small_divergences_are_not_lost_in_half_the_digits() -> None:
     learner = torch.full((1, 1), -1.0)
     assert kl_loss(learner, learner + 1e-3, torch.ones(1, 1)).item() == pytest.approx(
