@@ -41,7 +41,7 @@ class Steps(NamedTuple):
 def take_steps(
     layout: Layout, chunks: list[Any], pairs: Sequence[Pair], *, num_steps: int, size: int
 ) -> Steps:
-    """Train on all pairs in each step, `size` in a microbatch."""
+    """Train in each step on this rank's pairs, `size` in a microbatch."""
     trainer = Trainer(chunks, layout, Run(lr=LR, adam_eps=EPS))
     unused: Any = None
     policy = Policy(trainer.models, trainer.optimizer, unused)
@@ -54,11 +54,11 @@ def take_steps(
         return take()
 
     trainer.optimizer.step = watched
-    ranks, rank = layout.dp, parallel_state.get_data_parallel_rank()
-    part = functools.partial(loss, beta=BETA, label_smoothing=0.0, num_pairs=len(pairs) // ranks)
+    part = functools.partial(loss, beta=BETA, label_smoothing=0.0, num_pairs=len(pairs))
+    num_pairs = len(pairs) * parallel_state.get_data_parallel_world_size()
     for _ in range(num_steps):
-        step = policy.step(batches(policy, pairs[rank::ranks], size), part)
-        found.metrics.append({name: total / len(pairs) for name, total in step.metrics.items()})
+        step = policy.step(batches(policy, pairs, size), part)
+        found.metrics.append({name: total / num_pairs for name, total in step.metrics.items()})
         found.norms.append(step.grad_norm)
     found.end.update(assemble(chunks, torch.Tensor.detach))
     return found
