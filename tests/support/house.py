@@ -25,6 +25,7 @@ IMPORT_MEGATRON = (
         "sync/tensors.py",
         "rollouts/megatron.py",
         "policy/policy.py",
+        "policy/report.py",
         "policy/shards.py",
     ),
     *("data/batch.py", "data/indexed.py"),
