@@ -121,7 +121,17 @@ class Policy:
 
         found = self._run([part.sequences for part in parts], of_part, forward_only=False)
         taken, grad_norm, _ = cast("Stepped", self.optimizer.step())
+        self._gather_parameters()
         return Step(float(grad_norm or 0), bool(taken), summed(found))
+
+    def _gather_parameters(self) -> None:
+        """Have the new parameters on all ranks, where Megatron gathers them in the next forward.
+
+        What is saved, exported or handed over before it would be the old ones.
+        """
+        wrapped = [chunk for chunk in self.model if isinstance(chunk, DistributedDataParallel)]
+        if any(chunk.ddp_config.overlap_param_gather for chunk in wrapped):
+            training.force_param_sync(wrapped, optimizer=self.optimizer)
 
     def _run(
         self,

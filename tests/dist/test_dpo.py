@@ -45,18 +45,28 @@ def truth(world_size: int) -> Steps:
         return take_steps(alone, attached(alone, KIND), pairs(), num_steps=NUM_STEPS, size=4)
 
 
-@over(TP2_SP, PP2, CP2, DP2)
-def test_a_layout_takes_the_steps_of_one_rank(layout: Layout) -> None:
+def check_steps(layout: Layout, *, overlap: bool = False) -> None:
     expected = truth(layout.world_size)
     with model_parallel(layout):
         chunks = attached(layout, KIND)
         own = pairs()[parallel_state.get_data_parallel_rank() :: layout.dp]
-        found = take_steps(layout, chunks, own, num_steps=NUM_STEPS, size=1)
+        found = take_steps(layout, chunks, own, num_steps=NUM_STEPS, size=1, overlap=overlap)
     for own, other in zip(found.metrics, expected.metrics, strict=True):
         assert own == pytest.approx(other, rel=1e-4)
     assert found.norms == pytest.approx(expected.norms, rel=1e-4)
     assert expected.metrics[-1]["loss"] < expected.metrics[0]["loss"]
-    for name, value in expected.gradients.items():
-        torch.testing.assert_close(found.gradients[name], value, rtol=1e-4, atol=1e-5)
+    assert overlap or found.gradients.keys() == expected.gradients.keys()
+    for name, value in found.gradients.items():
+        torch.testing.assert_close(value, expected.gradients[name], rtol=1e-4, atol=1e-5)
     for name, value in expected.end.items():
         torch.testing.assert_close(found.end[name], value, rtol=0, atol=2e-5)
+
+
+@over(TP2_SP, PP2, CP2, DP2)
+def test_a_layout_takes_the_steps_of_one_rank(layout: Layout) -> None:
+    check_steps(layout)
+
+
+@over(DP2)
+def test_parameters_that_are_gathered_late_are_new_after_the_step(layout: Layout) -> None:
+    check_steps(layout, overlap=True)

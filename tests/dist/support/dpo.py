@@ -29,7 +29,8 @@ BETA, LR, EPS = 0.3, 1e-2, 1e-3
 class Steps(NamedTuple):
     """Of each step its metrics, means over pairs, and the norm of its gradient.
 
-    gradients: of the first step, before they are clipped. end: the adapters after the last one.
+    gradients: of the first step, before they are clipped, where each rank has all of its own.
+    end: the adapters after the last one.
     """
 
     metrics: list[dict[str, float]]
@@ -39,17 +40,27 @@ class Steps(NamedTuple):
 
 
 def take_steps(
-    layout: Layout, chunks: list[Any], pairs: Sequence[Pair], *, num_steps: int, size: int
+    layout: Layout,
+    chunks: list[Any],
+    pairs: Sequence[Pair],
+    *,
+    num_steps: int,
+    size: int,
+    overlap: bool = False,
 ) -> Steps:
-    """Train in each step on this rank's pairs, `size` in a microbatch."""
-    trainer = Trainer(chunks, layout, Run(lr=LR, adam_eps=EPS))
+    """Train in each step on this rank's pairs, `size` in a microbatch.
+
+    overlap: with a distributed optimizer whose collectives overlap with computing.
+    """
+    run = Run(lr=LR, adam_eps=EPS, distributed_optimizer=overlap, overlap=overlap)
+    trainer = Trainer(chunks, layout, run)
     unused: Any = None
     policy = Policy(trainer.models, trainer.optimizer, unused)
     found = Steps([], [], {}, {})
     take = trainer.optimizer.step
 
     def watched() -> Any:
-        if not found.gradients:
+        if not found.gradients and not overlap:
             found.gradients.update(assemble(chunks, lambda factor: factor.main_grad))
         return take()
 
