@@ -102,6 +102,12 @@ class Sharding:
             return whole
         return start_gather(whole, -whole.dim(), self.expert_group).wait()
 
+    def join(self, shards: Sequence[Tensor]) -> Tensor:
+        """Return the tensor of what each rank of `group` holds, of this rank's experts."""
+        dim = self.factor.dim
+        ranks = torch.cat(list(shards), dim) if len(shards) > 1 else shards[0]
+        return to_whole(ranks, self.rows, len(shards), dim)
+
     def shard(self, whole: Tensor) -> Tensor:
         """Return this rank's shard of the whole tensor; the inverse of `gather`."""
         if self.num_experts:

@@ -109,7 +109,7 @@ class WholeDirectory:
         name: str = "output",
     ) -> None:
         self._shown, self._overwrite = f"{name} {os.fspath(target)!r}", overwrite
-        _recover(Path(os.path.realpath(target)))
+        recover(Path(os.path.realpath(target)))
         self.path = check_place(target, overwrite=overwrite, inputs=inputs, name=name)
         self._made = [folder for folder in self.path.parents if not folder.exists()]
         self.filling = self._beside("new")
@@ -199,7 +199,7 @@ def whole_directory(
         raise
 
 
-def _recover(path: Path) -> None:
+def recover(path: Path) -> None:
     """Remove what killed runs on this machine left beside a directory; put back what they moved."""
     pattern = re.compile(
         rf"\.{re.escape(path.name)}\.megalora-(new|old)-([0-9a-f]+)-(\d+)-(-?\d+)-[0-9a-f]+"

@@ -128,7 +128,7 @@ def export_adapter(
     """
     shape = model_shape(model_chunks, hf_model)
     tensors = gather_adapters(model_chunks)
-    initial = _start_values(model_chunks) if config.init == "pissa" else None
+    initial = start_values(model_chunks) if config.init == "pissa" else None
 
     def write() -> None:
         rows = tensors[OUTPUT_B].shape[0] if OUTPUT_B in tensors else 0
@@ -149,7 +149,8 @@ def export_adapter(
     on_all_ranks(write, only=0)
 
 
-def _start_values(model_chunks: Sequence[torch.nn.Module]) -> dict[str, torch.Tensor]:
+def start_values(model_chunks: Sequence[torch.nn.Module]) -> dict[str, torch.Tensor]:
+    """Return what the adapters started from, as `gather_adapters` does of what they are."""
     with at_start(model_chunks):
         return gather_adapters(model_chunks)
 

@@ -4,6 +4,7 @@ import json
 import os
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ __all__ = [
     "TensorFiles",
     "read_json",
     "read_tensors",
+    "save_stream",
     "save_tensors",
     "write_json",
 ]
@@ -112,32 +114,60 @@ def save_tensors(path: Path, tensors: Mapping[str, Tensor | Planned]) -> None:
     The bytes are those that safetensors writes, and depend on names and values alone. Tensors may
     share memory.
     """
-    names = sorted(tensors, key=lambda name: (_ORDER[tensors[name].dtype], name))
     with path.open("xb", buffering=_BUFFER_BYTES) as file:
-        file.write(_header({name: tensors[name] for name in names}))
-        for name in names:
-            file.write(_bytes(tensors[name]))
+        file.write(_header(tensors))
+        for name in _laid_out(tensors):
+            file.write(_bytes(tensors[name], tensors[name]))
+
+
+def save_stream(
+    path: Path, sizes: Mapping[str, Tensor | Planned], values: Iterable[tuple[str, Tensor]]
+) -> None:
+    """Write the file that `save_tensors` writes, of tensors that come one by one, in any order.
+
+    sizes: of all tensors, whose values are not looked at. values: each of them once, by name.
+    """
+    header, ends = _header(sizes), _ends(sizes)
+    with path.open("xb", buffering=_BUFFER_BYTES) as file:
+        file.write(header)
+        for name, tensor in values:
+            data = _bytes(tensor, sizes[name])
+            file.seek(len(header) + ends.pop(name) - len(data))
+            file.write(data)
+    assert not ends, f"nothing came for {next(iter(ends))}"
+
+
+def _laid_out(tensors: Mapping[str, Tensor | Planned]) -> list[str]:
+    """Return the names in the order of the file."""
+    return sorted(tensors, key=lambda name: (_ORDER[tensors[name].dtype], name))
+
+
+def _ends(tensors: Mapping[str, Tensor | Planned]) -> dict[str, int]:
+    """Return where each tensor ends, in bytes after the header."""
+    names = _laid_out(tensors)
+    sizes = (torch.Size(tensors[n].shape).numel() * tensors[n].dtype.itemsize for n in names)
+    return dict(zip(names, accumulate(sizes), strict=True))
 
 
 def _header(tensors: Mapping[str, Tensor | Planned]) -> bytes:
     """Return what stands before the first tensor: the length of a JSON text, and it."""
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
-    end = 0
-    for name, tensor in tensors.items():
-        begin, shape = end, list(tensor.shape)
-        end += torch.Size(shape).numel() * tensor.dtype.itemsize
+    begin = 0
+    for name, end in _ends(tensors).items():
+        tensor = tensors[name]
         header[name] = {
             "dtype": _DTYPES[tensor.dtype],
-            "shape": shape,
+            "shape": list(tensor.shape),
             "data_offsets": [begin, end],
         }
+        begin = end
     text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
     text += b" " * (-len(text) % _ALIGNMENT)
     return len(text).to_bytes(_ALIGNMENT, "little") + text
 
 
-def _bytes(tensor: Tensor | Planned) -> memoryview:
+def _bytes(tensor: Tensor | Planned, planned: Tensor | Planned) -> memoryview:
     values = tensor.make() if isinstance(tensor, Planned) else tensor
-    assert (tuple(values.shape), values.dtype) == (tuple(tensor.shape), tensor.dtype)
+    assert (tuple(values.shape), values.dtype) == (tuple(planned.shape), planned.dtype)
     flat = values.detach().cpu().contiguous().reshape(-1)
     return memoryview(flat.view(torch.uint8).numpy())

@@ -96,19 +96,28 @@ def write_adapter(
     Raises ValueError for values that are not finite, and for what the format cannot say.
     """
     _check_writable(factors, format)
-    base = _base(factors, names, num_layers, moe_layers, is_moe=bool(num_experts))
-    tensors, config = _planned(factors, format, base, num_experts)
+    base = adapted_base(factors, names, num_layers, moe_layers, is_moe=bool(num_experts))
+    tensors, config = adapter_files(factors, format, base, num_experts)
     with whole_directory(directory, overwrite=overwrite) as target:
         save_tensors(target / f"{ADAPTER}.safetensors", tensors)
         write_json(target / CONFIG_NAME, {"base_model_name_or_path": base_model_name, **config})
 
 
-def _planned(
-    factors: Mapping[str, LoRAFactors], format: Format, base: AdaptedBase, num_experts: int | None
+def adapter_files(
+    factors: Mapping[str, LoRAFactors],
+    format: Format,
+    base: AdaptedBase,
+    num_experts: int | None,
+    *,
+    one: tuple[int, float] | None = None,
 ) -> tuple[dict[str, Tensor | Planned], dict[str, Any]]:
-    """Return what a format has of these adapters: tensors by key, and the configuration."""
+    """Return what a format has of these adapters: tensors by key, and the configuration.
+
+    one: the rank and the scale that `uniform` and `tinker` give all, where these are whole layers
+        of an adapter that has more. The configuration is then theirs alone.
+    """
     if format == "tinker":
-        factors = at_one_scale(factors)
+        factors = at_one_scale(factors, one)
         check_factors(factors)
     agree = format != "uniform"
     experts = complete_experts(
@@ -119,12 +128,12 @@ def _planned(
         must_agree=agree,
     )
     dense = {name: module for name, module in factors.items() if not split_expert(name)}
-    tensors = _tensors(dense, experts, format)
+    tensors = _tensors(dense, experts, format, one and one[0])
     config = adapter_config(dense, experts, format, base)
     return {_PREFIX + key: tensor for key, tensor in tensors.items()}, config
 
 
-def _base(
+def adapted_base(
     modules: Collection[str],
     names: Names,
     num_layers: int | None,
@@ -132,6 +141,7 @@ def _base(
     *,
     is_moe: bool,
 ) -> AdaptedBase:
+    """Return what is known of a base whose modules have these adapters; see `write_adapter`."""
     layers = [layer for name in modules if (layer := layer_of(name)) is not None]
     num_layers = num_layers or max(layers, default=-1) + 1
     if moe_layers is None:
@@ -145,11 +155,11 @@ def _base(
 
 
 def _tensors(
-    dense: Mapping[str, LoRAFactors], experts: Experts | None, format: str
+    dense: Mapping[str, LoRAFactors], experts: Experts | None, format: str, rank: int | None
 ) -> dict[str, Tensor | Planned]:
     of_experts = experts.factors if experts else {}
     if format == "uniform":
-        return {**uniform_tensors({**dense, **of_experts})}
+        return {**uniform_tensors({**dense, **of_experts}, rank)}
     if format == "tinker":
         dense = {to_tinker_name(name): module for name, module in dense.items()}
     join = {"peft-3d": join_3d, "tinker": join_tinker}.get(format)

@@ -1,6 +1,6 @@
 """Adapters of one rank and one scale, for servers that read no patterns."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from functools import partial
 
 import torch
@@ -18,23 +18,35 @@ def largest_rank(factors: Iterable[LoRAFactors]) -> int:
     return max(module.rank for module in factors)
 
 
-def at_one_scale(factors: Mapping[str, LoRAFactors]) -> dict[str, LoRAFactors]:
-    """Return the same updates at the largest rank and the most common scale."""
-    rank = largest_rank(factors.values())
-    scale = most_common((module.rank, module.scale) for module in factors.values())[1]
+def one_rank_and_scale(factors: Collection[LoRAFactors]) -> tuple[int, float]:
+    """Return the largest rank and the most common scale."""
+    return largest_rank(factors), most_common((m.rank, m.scale) for m in factors)[1]
+
+
+def at_one_scale(
+    factors: Mapping[str, LoRAFactors], one: tuple[int, float] | None = None
+) -> dict[str, LoRAFactors]:
+    """Return the same updates at the largest rank and the most common scale.
+
+    one: that rank and scale, where these are some of an adapter's factors.
+    """
+    rank, scale = one or one_rank_and_scale(factors.values())
     return {
         name: LoRAFactors(module.lora_A, module.folded_b(scale), scale).resized(rank)
         for name, module in factors.items()
     }
 
 
-def uniform_tensors(factors: Mapping[str, LoRAFactors]) -> dict[str, Planned]:
+def uniform_tensors(
+    factors: Mapping[str, LoRAFactors], rank: int | None = None
+) -> dict[str, Planned]:
     """Return the same updates at the largest rank and scale 1 by key, each made when written.
 
     Scales are folded into B in fp32, and zeros appended.
+    rank: the largest one, where these are some of an adapter's factors.
     Raises ValueError for a scale that carries B out of fp32, where scale * B @ A is not.
     """
-    rank = largest_rank(factors.values())
+    rank = rank or largest_rank(factors.values())
     planned: dict[str, Planned] = {}
     beyond = []
     for name, module in factors.items():
