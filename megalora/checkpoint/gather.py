@@ -102,10 +102,10 @@ def _all_gather(
     for group, keys in sharded.items():
         shards: list[list[Tensor]] = [[] for _ in keys]
         for flat in _flat(own[key][0] for key in keys).values():
-            ranks = flat.new_empty(group.size(), flat.numel())
+            ranks = flat.new_empty(group.size() * flat.numel())
             dist.all_gather_into_tensor(ranks, flat, group=group)
             of_dtype = [(n, own[k][0]) for n, k in enumerate(keys) if own[k][0].dtype == flat.dtype]
-            for one in ranks:
+            for one in ranks.view(group.size(), -1):
                 parts = one.split([tensor.numel() for _, tensor in of_dtype])
                 for (n, tensor), part in zip(of_dtype, parts, strict=True):
                     shards[n].append(part.view(tensor.shape))

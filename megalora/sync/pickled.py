@@ -8,19 +8,21 @@ one storage for all tensors of a piece that have one precision.
 
 import io
 import pickle
-from collections import OrderedDict
 from collections.abc import Iterable, Iterator, Mapping
-from typing import Any
 
 import torch
 from torch import Tensor
-from torch._utils import _rebuild_tensor_v2
 
-# The last one without frames, so that pickles can stand one behind the other in one.
-_PROTOCOL = 3
-_HEAD, _END = pickle.PROTO + bytes([_PROTOCOL]), pickle.STOP
 # Of tensors that share a storage.
 PIECE_BYTES = 16 * 2**20
+_HEAD, _END = pickle.PROTO + b"\x04", pickle.STOP
+# NOTE: by name and not as objects: Megatron puts a function of its own in the place of torch's,
+# which SGLang has no use for.
+_TENSOR = pickle.GLOBAL + b"torch._utils\n_rebuild_tensor_v2\n"
+_STORAGE = pickle.GLOBAL + b"torch.storage\n_load_from_bytes\n"
+_NO_HOOKS = pickle.GLOBAL + b"collections\nOrderedDict\n" + pickle.EMPTY_TUPLE + pickle.REDUCE
+# Far above what strings and shapes are remembered by.
+_MEMO = 2**24
 
 
 def pickle_tensors(
@@ -43,49 +45,37 @@ def pickle_tensors(
 
 def _entries(tensors: Mapping[str, Tensor]) -> bytes:
     """Return the opcodes that add tensors to the dictionary on the unpickler's stack."""
-    buffer = io.BytesIO()
-    pickler = _Pickler(buffer, tensors)
+    by_dtype: dict[torch.dtype, list[Tensor]] = {}
+    for tensor in tensors.values():
+        by_dtype.setdefault(tensor.dtype, []).append(tensor)
+    memos = {t: (_MEMO + number).to_bytes(4, "little") for number, t in enumerate(by_dtype)}
+    used = dict.fromkeys(by_dtype, 0)
+    written: list[bytes | memoryview] = [pickle.MARK]
     for name, tensor in tensors.items():
-        pickler.dump(name)
-        pickler.dump(tensor)
-    # Each dump begins and ends as a pickle of its own would.
-    return pickle.MARK + pickler.joined() + pickle.SETITEMS
+        begin, memo = used[tensor.dtype], memos[tensor.dtype]
+        written += [_plain(name), _TENSOR, pickle.MARK]
+        if begin:
+            written += [pickle.LONG_BINGET, memo]
+        else:
+            written += [*_storage(by_dtype[tensor.dtype]), pickle.LONG_BINPUT, memo]
+        strides = torch.empty(tensor.shape, device="meta").stride()
+        written += map(_plain, (begin, tuple(tensor.shape), strides, False))
+        written += [_NO_HOOKS, pickle.TUPLE, pickle.REDUCE]
+        used[tensor.dtype] += tensor.numel()
+    return b"".join([*written, pickle.SETITEMS])
 
 
-class _Pickler(pickle.Pickler):
-    """Pickles tensors as views of one storage for each precision, whose memo lasts."""
+def _storage(tensors: list[Tensor]) -> list[bytes | memoryview]:
+    """Return the opcodes of a storage that has the values of tensors."""
+    buffer = io.BytesIO()
+    values = torch.cat([tensor.detach().cpu().reshape(-1) for tensor in tensors])
+    # As a storage pickles itself.
+    torch.save(values._typed_storage(), buffer, _use_new_zipfile_serialization=False)
+    data = buffer.getbuffer()
+    size = len(data).to_bytes(8, "little")
+    return [_STORAGE, pickle.BINBYTES8, size, data, pickle.TUPLE1, pickle.REDUCE]
 
-    def __init__(self, buffer: io.BytesIO, tensors: Mapping[str, Tensor]) -> None:
-        super().__init__(buffer, protocol=_PROTOCOL)
-        self._buffer, self._parts, self._start = buffer, [], 0
-        by_dtype: dict[torch.dtype, list[Tensor]] = {}
-        for tensor in tensors.values():
-            by_dtype.setdefault(tensor.dtype, []).append(tensor)
-        self._storages = {
-            dtype: torch.cat([t.detach().cpu().reshape(-1) for t in of_dtype])._typed_storage()
-            for dtype, of_dtype in by_dtype.items()
-        }
-        self._used = dict.fromkeys(self._storages, 0)
 
-    def dump(self, obj: object) -> None:
-        """Pickle an object, which may name what those before it hold."""
-        super().dump(obj)
-        end = self._buffer.tell()
-        self._parts.append((self._start + len(_HEAD), end - len(_END)))
-        self._start = end
-
-    def joined(self) -> bytes:
-        """Return what was dumped, as parts of one pickle."""
-        data = self._buffer.getbuffer()
-        return b"".join(data[begin:end] for begin, end in self._parts)
-
-    def reducer_override(self, obj: object) -> Any:
-        """Make a tensor a view of its storage, and leave anything else as it is."""
-        if not isinstance(obj, Tensor):
-            return NotImplemented
-        begin = self._used[obj.dtype]
-        self._used[obj.dtype] += obj.numel()
-        strides = torch.empty(obj.shape, device="meta").stride()
-        storage = self._storages[obj.dtype]
-        where = (storage, begin, tuple(obj.shape), strides, False, OrderedDict())
-        return _rebuild_tensor_v2, where
+def _plain(value: object) -> bytes:
+    """Return the opcodes of a number, a string or a tuple: its pickle without head and end."""
+    return pickle.dumps(value, protocol=3)[len(_HEAD) : -len(_END)]

@@ -1,0 +1,231 @@
+"""Adapters of running models reach servers whole, and what these answer is the trainer's policy."""
+
+import contextlib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from safetensors.torch import load_file
+
+from megalora.checkpoint.gather import gather_layers
+from megalora.hf.peft import write_adapter
+from megalora.model.config_json import model_shape, read_config
+from megalora.model.families import names_of
+from megalora.rollouts.engine import Answer, Engine, Sampling
+from megalora.rollouts.sglang import SGLangEngine
+from megalora.rollouts.vllm import VLLMEngine
+from megalora.sync import Http, VersionedDirectory
+from megalora.sync.pickled import pickle_tensors
+from megalora.sync.tensors import RunningAdapters
+from tests.dist.support import hf
+from tests.dist.support.layouts import Layout, model_parallel, over
+from tests.dist.test_hf_adapters import CONFIG, adapted, build, put, shared_directory
+from tests.dist.test_hf_base import reference
+from tests.support import hf_models
+from tests.support.stand_in_servers import (
+    Sampler,
+    serving,
+    sglang_routes,
+    unpickled,
+    vllm_routes,
+)
+
+MOE = "qwen3_moe"
+LAYOUTS = (
+    Layout(tp=2, sp=True),
+    Layout(pp=2),
+    Layout(dp=2, ep=2),
+    Layout(tp=2, sp=True, ep=2),
+    Layout(tp=2, sp=True, etp=2),
+    Layout(tp=2, sp=True, pp=2, ep=2),
+)
+
+
+def running(chunks: list[Any], case: str, server: str, **options: Any) -> RunningAdapters:
+    directory = str(reference(case)[0])
+    return RunningAdapters(
+        chunks, CONFIG, server=server, hf_model=directory, vocab_size=hf_models.VOCAB, **options
+    )
+
+
+def export(directory: Path, case: str, format: Any) -> Path:
+    """Write what one rank would, of the factors that the model was given."""
+    factors, _ = adapted(case)
+    shape = model_shape(read_config(reference(case)[0]))
+    write_adapter(
+        directory,
+        factors,
+        base_model_name="",
+        format=format,
+        names=names_of(shape.model_type),
+        num_layers=shape.num_layers,
+        num_experts=shape.num_moe_experts or None,
+        moe_layers=shape.moe_layers or None,
+    )
+    return directory
+
+
+@pytest.mark.parametrize("bucket_bytes", [1, 2**26])
+@over(*LAYOUTS)
+def test_a_version_has_the_bytes_of_the_export_of_one_rank(
+    layout: Layout, bucket_bytes: int, tmp_path: Path
+) -> None:
+    with model_parallel(layout):
+        chunks = build(layout, MOE)
+        put(chunks, MOE, adapted(MOE)[0], CONFIG)
+        adapters = running(chunks, MOE, "vllm", bucket_bytes=bucket_bytes)
+        versions, found = VersionedDirectory(tmp_path), []
+        adapters.hand_over(
+            lambda tensors: found.append(
+                versions.write(7, lambda folder: adapters.plan.write(folder, tensors))
+            )
+        )
+    if dist.get_rank() == 0:
+        expected = export(tmp_path / "expected", MOE, adapters.format)
+        assert found == [tmp_path / "policy-v00007"]
+        for name in ("adapter_model.safetensors", "adapter_config.json"):
+            assert (found[0] / name).read_bytes() == (expected / name).read_bytes(), name
+
+
+@over(Layout(pp=2), Layout(tp=2, sp=True, ep=2))
+def test_tensors_for_sglang_are_those_of_the_export_of_one_rank(
+    layout: Layout, tmp_path: Path
+) -> None:
+    with model_parallel(layout):
+        chunks = build(layout, MOE)
+        put(chunks, MOE, adapted(MOE)[0], CONFIG)
+        adapters = running(chunks, MOE, "sglang")
+        pieces = b"".join(pickle_tensors(adapters.tensors(), piece_bytes=2**12))
+    found = unpickled(pieces)
+    assert adapters.format == "uniform"
+    if dist.get_rank() == 0:
+        expected = load_file(export(tmp_path / "a", MOE, "uniform") / "adapter_model.safetensors")
+        assert found.keys() == expected.keys() == adapters.plan.sizes.keys()
+        for name, tensor in expected.items():
+            assert found[name].dtype == tensor.dtype, name
+            assert torch.equal(found[name], tensor), name
+    else:
+        assert found == {}
+
+
+@over(*LAYOUTS)
+def test_a_piece_takes_a_collective_for_each_group_and_a_message_for_its_stage(
+    layout: Layout, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls: list[str] = []
+    for name in ("all_gather_into_tensor", "send", "recv"):
+        real = getattr(dist, name)
+
+        def counted(*args: Any, real: Any = real, name: str = name, **options: Any) -> Any:
+            calls.append(name)
+            return real(*args, **options)
+
+        monkeypatch.setattr(dist, name, counted)
+    with model_parallel(layout):
+        chunks = build(layout, MOE)
+        last = dist.get_rank() * layout.pp // dist.get_world_size() == layout.pp - 1
+        for bucket_bytes in (1, 2**26):
+            calls.clear()
+            pieces = [piece for piece in gather_layers(chunks, bucket_bytes=bucket_bytes) if piece]
+            # Of two layers with experts, and of the unembedding, which the last stage has alone.
+            layers, heads = 2 // layout.pp, int(last)
+            if bucket_bytes > 1:
+                layers, heads = 1, 0
+            # Where experts are split as the rest is, one group has both: so far as it is the same.
+            of_layer = (layout.tp > 1) + (layout.etp > 1) + (layout.ep > 1)
+            gathers = layers * of_layer + heads * (layout.tp > 1)
+            assert calls.count("all_gather_into_tensor") == gathers
+            stages = (layout.pp - 1) * (1 if bucket_bytes > 1 else 2)
+            if dist.get_rank() == 0:
+                assert calls.count("recv") == stages
+                assert len(pieces) == layers + heads + stages
+            assert calls.count("send") <= stages
+
+
+# === Rollouts ===
+
+
+@contextlib.contextmanager
+def stand_in(case: str, server: str, **options: Any) -> Iterator[tuple[str, Sampler | None]]:
+    """Yield the URL of a server that rank 0 runs, on all ranks; what it holds on rank 0."""
+    routes = {"vllm": vllm_routes, "sglang": sglang_routes}[server]
+    base = reference(case)[0]
+    with contextlib.ExitStack() as stack:
+        told: list[Any] = [None]
+        sampler = None
+        if dist.get_rank() == 0:
+            sampler = Sampler(base)
+            told = [stack.enter_context(serving(routes(sampler, **options)))]
+        dist.broadcast_object_list(told, src=0)
+        yield told[0], sampler
+        dist.barrier()
+
+
+def engine_of(chunks: list[Any], case: str, server: str, url: str, folder: Path) -> Engine:
+    adapters, http = running(chunks, case, server), Http(url=url, timeout_s=60)
+    if server == "sglang":
+        return SGLangEngine(adapters, http)
+    return VLLMEngine(adapters, http, VersionedDirectory(folder, keep=1))
+
+
+PROMPTS = [[3, 1, 4, 1, 5], [9, 2, 6], [3, 1, 4, 1, 5]]
+
+
+def trainers(chunks: list[Any], answers: list[Answer]) -> torch.Tensor:
+    """Return Megatron's log probabilities of all answers, one behind the other."""
+    found = []
+    for prompt, answer in zip(PROMPTS, answers, strict=True):
+        # As long for all, and even for sequence parallelism.
+        ids = torch.tensor([[*prompt, *answer.tokens] + [0] * 16])[:, :16]
+        logits = hf.logits(chunks, ids)[0, :, : hf_models.VOCAB].double().log_softmax(-1)
+        places = torch.arange(len(answer.tokens)) + len(prompt) - 1
+        found.append(logits[places, torch.tensor(answer.tokens)])
+    return torch.cat(found)
+
+
+def of(answers: list[Answer]) -> torch.Tensor:
+    return torch.tensor([value for answer in answers for value in answer.logprobs]).double()
+
+
+@pytest.mark.parametrize(("case", "server"), [(MOE, "vllm"), ("llama", "vllm"), (MOE, "sglang")])
+@over(Layout(), Layout(pp=2), Layout(tp=2, sp=True, ep=2))
+def test_log_probabilities_of_a_server_are_those_of_the_adapters_of_the_last_sync(
+    layout: Layout, case: str, server: str
+) -> None:
+    if case == "llama" and layout.ep > 1:
+        pytest.skip("it has no experts")
+    folder, sampling = shared_directory(), Sampling(max_tokens=6, stop=(7, 11), seed=5)
+    with model_parallel(layout), stand_in(case, server) as (url, sampler):
+        chunks = build(layout, case)
+        put(chunks, case, adapted(case)[0], CONFIG)
+        engine = engine_of(chunks, case, server, url, folder)
+        with pytest.raises(ValueError, match="call sync"):
+            engine.generate(PROMPTS, sampling)
+        engine.sync()
+        first = engine.generate(PROMPTS, sampling)
+        torch.testing.assert_close(of(first), trainers(chunks, first), atol=1e-5, rtol=1e-5)
+        # The same prompt twice, and answers that differ: each has a seed of its own.
+        assert first[0] != first[2]
+        assert engine.generate(PROMPTS, sampling) == first
+        with torch.no_grad():
+            for chunk in chunks:
+                for name, param in chunk.named_parameters():
+                    if name.endswith("lora_B"):
+                        param.mul_(-1.5)
+        stale = engine.generate(PROMPTS, sampling)
+        assert stale == first
+        assert (of(stale) - trainers(chunks, stale)).abs().max() > 0.05
+        engine.sync()
+        second = engine.generate(PROMPTS, sampling)
+        torch.testing.assert_close(of(second), trainers(chunks, second), atol=1e-5, rtol=1e-5)
+        everywhere: list[Any] = [None] * dist.get_world_size()
+        dist.all_gather_object(everywhere, second)
+        assert everywhere.count(second) == len(everywhere) or layout.dp > 1
+        if sampler is not None:
+            assert len(sampler.loads) == 2
+            assert len(sampler.adapters) == 1
+            expected = ["policy-v00002"] if server == "vllm" else []
+            assert [path.name for path in folder.iterdir()] == expected
