@@ -86,6 +86,8 @@ class Http:
                 connection.request(method, prefix + path, body, self._headers())
                 with connection.getresponse() as response:
                     reply = Reply(response.status, self._read(response, where))
+            # What is cut off by it may look like an answer.
+            deadline.check()
         except (OSError, HTTPException) as error:
             raise ValueError(self._failure(where, error, deadline)) from error
         finally:
@@ -110,6 +112,9 @@ class Http:
         return {"Content-Type": "application/json", "Accept": "application/json", **key}
 
     def _read(self, response: HTTPResponse, where: str) -> bytes:
+        # NOTE: http.client takes headers that are cut off for whole ones, and such a body too.
+        if response.length is None and not response.chunked:
+            raise HTTPException("its answer does not say how long it is")
         body = bytearray()
         while chunk := response.read(_CHUNK):
             body += chunk
@@ -118,6 +123,8 @@ class Http:
                     f"{where} answers with more than {self.max_response_bytes:,} bytes: ask for "
                     "fewer tokens, or look whether it is the server of inference"
                 )
+        if response.length:
+            raise HTTPException(f"its answer ends {response.length} bytes too early")
         return bytes(body)
 
     def _failure(self, where: str, error: Exception, deadline: "_Deadline") -> str:
@@ -138,6 +145,11 @@ class _Deadline:
         self._connection = connection
         self._timer = threading.Timer(seconds, self._end)
         self._timer.daemon = True
+
+    def check(self) -> None:
+        """Raise TimeoutError where the time is up."""
+        if self.is_over:
+            raise TimeoutError
 
     def __enter__(self) -> None:
         self._timer.start()

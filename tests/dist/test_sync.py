@@ -134,8 +134,8 @@ def test_a_piece_takes_a_collective_for_each_group_and_a_message_for_its_stage(
             layers, heads = 2 // layout.pp, int(last)
             if bucket_bytes > 1:
                 layers, heads = 1, 0
-            # Where experts are split as the rest is, one group has both: so far as it is the same.
-            of_layer = (layout.tp > 1) + (layout.etp > 1) + (layout.ep > 1)
+            # Where experts are split as the rest is, one group has both.
+            of_layer = (layout.tp > 1) + (layout.ep > 1)
             gathers = layers * of_layer + heads * (layout.tp > 1)
             assert calls.count("all_gather_into_tensor") == gathers
             stages = (layout.pp - 1) * (1 if bucket_bytes > 1 else 2)
