@@ -88,7 +88,7 @@ class _Cut(BaseHTTPRequestHandler):
 def test_half_an_answer_is_none() -> None:
     with (
         serving({}, _Cut) as url,
-        pytest.raises(ValueError, match="does not answer .*92 bytes too early"),
+        pytest.raises(ValueError, match=r"does not answer .*92 bytes too early"),
     ):
         VLLMClient(Http(url=url, timeout_s=10)).complete({})
 

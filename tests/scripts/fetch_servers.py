@@ -14,17 +14,28 @@ from pathlib import Path
 WHEELS = {
     "vllm": (
         "0.33.0",
-        ("vllm/lora/", "vllm/model_executor/models/", "vllm/model_executor/utils.py"),
+        (
+            *("vllm/lora/", "vllm/model_executor/models/", "vllm/model_executor/utils.py"),
+            "vllm/entrypoints/openai/completion/protocol.py",
+            "vllm/entrypoints/serve/lora/protocol.py",
+        ),
     ),
-    "sglang": ("0.5.23", ("sglang/srt/lora/", "sglang/srt/layers/utils/", "sglang/srt/models/")),
+    "sglang": (
+        "0.5.23",
+        (
+            *("sglang/srt/lora/", "sglang/srt/layers/utils/", "sglang/srt/models/"),
+            *("sglang/srt/utils/common.py", "sglang/srt/managers/io_struct.py"),
+            "sglang/srt/sampling/sampling_params.py",
+        ),
+    ),
 }
 
 
 def main(directory: Path) -> None:
-    """Fill a directory with `PACKAGE-VERSION` folders of those that are not there yet."""
+    """Fill a directory with `PACKAGE-VERSION` folders of those that are not whole yet."""
     for package, (version, wanted) in WHEELS.items():
         place = directory / f"{package}-{version}"
-        if place.is_dir():
+        if all((place / name).exists() for name in wanted):
             continue
         with tempfile.TemporaryDirectory() as downloads:
             words = ["download", "--no-deps", "--only-binary", ":all:", "-d", downloads]
