@@ -11,6 +11,7 @@ import torch.distributed as dist
 from safetensors.torch import load_file
 
 from megalora.checkpoint.gather import gather_layers
+from megalora.hf import files
 from megalora.hf.peft import write_adapter
 from megalora.model.config_json import model_shape, read_config
 from megalora.model.families import names_of
@@ -229,3 +230,80 @@ def test_log_probabilities_of_a_server_are_those_of_the_adapters_of_the_last_syn
             assert len(sampler.adapters) == 1
             expected = ["policy-v00002"] if server == "vllm" else []
             assert [path.name for path in folder.iterdir()] == expected
+
+
+# === What fails ends on all ranks ===
+
+
+@pytest.mark.parametrize("problem", ["server", "disk", "adapter"])
+@over(Layout(pp=2), Layout(tp=2, sp=True, ep=2))
+@pytest.mark.bad_input("a rank that fails alone")
+def test_a_sync_that_fails_on_rank_0_fails_on_all_and_the_next_one_works(
+    layout: Layout, problem: str
+) -> None:
+    folder = shared_directory()
+    with model_parallel(layout), stand_in(MOE, "vllm") as (url, _):
+        chunks = build(layout, MOE)
+        put(chunks, MOE, adapted(MOE)[0], CONFIG)
+        engine = engine_of(chunks, MOE, "vllm", url, folder)
+        # Of one stage and one layer alone, so that the others are on their way by then.
+        broken = next((p for p in chunks[0].parameters() if p.requires_grad), None)
+        assert broken is not None
+        held = broken.detach().clone()
+        if problem == "adapter":
+            with torch.no_grad():
+                broken.fill_(float("nan"))
+            message = "NaN or infinite values"
+        elif problem == "disk":
+            message = "cannot be written: no room"
+        else:
+            engine = engine_of(chunks, MOE, "vllm", "http://127.0.0.1:9", folder)
+            message = r"http://127.0.0.1:9/v1/load_lora_adapter does not answer"
+        with contextlib.ExitStack() as stack:
+            if problem == "disk":
+                stack.enter_context(full_disk())
+            with pytest.raises(ValueError, match=message):
+                engine.sync()
+        with torch.no_grad():
+            broken.copy_(held)
+        if problem == "server":
+            with pytest.raises(ValueError, match="call sync"):
+                engine.generate(PROMPTS, Sampling(max_tokens=2))
+            engine = engine_of(chunks, MOE, "vllm", url, folder)
+        engine.sync()
+        answers = engine.generate(PROMPTS, Sampling(max_tokens=2))
+        torch.testing.assert_close(of(answers), trainers(chunks, answers), atol=1e-5, rtol=1e-5)
+        if dist.get_rank() == 0:
+            assert len(list(folder.glob("policy-v*"))) == 1
+
+
+@contextlib.contextmanager
+def full_disk() -> Iterator[None]:
+    """Let the third tensor of a file be one too many."""
+    with pytest.MonkeyPatch.context() as patch:
+        real, written = files._bytes, []
+
+        def limited(*args: Any) -> Any:
+            written.append(1)
+            if len(written) == 3:
+                raise OSError(28, "no room")
+            return real(*args)
+
+        patch.setattr(files, "_bytes", limited)
+        yield
+
+
+@over(Layout(), Layout(tp=2, sp=True))
+@pytest.mark.bad_input("a rank that fails alone")
+def test_an_answer_that_does_not_come_ends_on_all_ranks(layout: Layout) -> None:
+    folder = shared_directory()
+    with model_parallel(layout), stand_in(MOE, "vllm") as (url, sampler):
+        chunks = build(layout, MOE)
+        engine = engine_of(chunks, MOE, "vllm", url, folder)
+        engine.sync()
+        with pytest.raises(ValueError, match="prompt 1 of 2 has no tokens"):
+            engine.generate([[1], []], Sampling(max_tokens=2))
+        if sampler is not None:
+            sampler.adapters.clear()
+        with pytest.raises(ValueError, match=r"/v1/completions refuses .*`policy` does not exist"):
+            engine.generate([[1], [2]], Sampling(max_tokens=2))
