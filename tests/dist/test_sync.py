@@ -10,7 +10,9 @@ import torch
 import torch.distributed as dist
 from safetensors.torch import load_file
 
-from megalora.checkpoint.gather import gather_layers
+from megalora.builder import apply_lora
+from megalora.checkpoint.gather import gather_adapters, gather_layers
+from megalora.config import LoRAConfig
 from megalora.hf import files
 from megalora.hf.peft import write_adapter
 from megalora.model.config_json import model_shape, read_config
@@ -23,6 +25,8 @@ from megalora.sync.pickled import pickle_tensors
 from megalora.sync.tensors import RunningAdapters
 from tests.dist.support import hf
 from tests.dist.support.layouts import Layout, model_parallel, over
+from tests.dist.support.models import VOCAB_SIZE, build_model
+from tests.dist.support.training import Run, Trainer
 from tests.dist.test_hf_adapters import CONFIG, adapted, build, put, shared_directory
 from tests.dist.test_hf_base import reference
 from tests.support import hf_models
@@ -144,6 +148,34 @@ def test_a_piece_takes_a_collective_for_each_group_and_a_message_for_its_stage(
                 assert calls.count("recv") == stages
                 assert len(pieces) == layers + heads + stages
             assert calls.count("send") <= stages
+
+
+@over(Layout(dp=2))
+def test_what_the_optimizer_made_is_handed_over_before_a_forward_gathers_it(
+    layout: Layout,
+) -> None:
+    run, config = Run(distributed_optimizer=True, overlap=True), LoRAConfig(rank=4)
+
+    def trainer() -> Trainer:
+        return Trainer(apply_lora(build_model(layout), config), layout, run)
+
+    with model_parallel(layout):
+        plain, own = trainer(), trainer()
+        for each in (plain, own):
+            each.step(0)
+        late = {name: t.clone() for name, t in gather_adapters(own.models).items()}
+        adapters = RunningAdapters(own.models, config, server="peft", vocab_size=VOCAB_SIZE)
+        found = dict(adapters.tensors())
+        whole = gather_adapters(own.models)
+        # Training goes on as without it.
+        assert own.step(1) == plain.step(1)
+        stale = [name for name, tensor in late.items() if not torch.equal(tensor, whole[name])]
+    if dist.get_rank() == 0:
+        assert stale
+        key = "model.layers.3.mlp.down_proj.lora_B.weight"
+        name = "decoder.layers.3.mlp.linear_fc2_lora.lora_B"
+        assert name in stale
+        assert torch.equal(found[f"base_model.model.{key}"], whole[name])
 
 
 # === Rollouts ===
