@@ -6,6 +6,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from megalora.rollouts.batch import in_batches
 from megalora.rollouts.drawing import draw, uniforms
 from megalora.rollouts.engine import Answer, Sampling
 from megalora.rollouts.gap import Gap, gap
@@ -37,6 +38,16 @@ def test_tokens_are_drawn_by_inversion_with_log_probabilities_in_fp32(dtype: tor
     expected = logits.float().log_softmax(-1)[tokens]
     assert logprobs.dtype == torch.float32
     assert torch.equal(logprobs, expected)
+
+
+def test_batches_are_of_prompts_of_like_lengths() -> None:
+    lengths = [5, 1, 9, 5, 2, 30, 5]
+    by_size = in_batches(lengths, max_batch_size=3, max_spread=None)
+    assert list(by_size) == [[1, 4, 0], [3, 6, 2], [5]]
+    by_length = in_batches(lengths, max_batch_size=4, max_spread=4)
+    assert list(by_length) == [[1, 4, 0, 3], [6, 2], [5]]
+    assert list(in_batches([1, 6], max_batch_size=4, max_spread=4)) == [[0], [1]]
+    assert list(in_batches([], max_batch_size=4, max_spread=4)) == []
 
 
 def test_the_gap_is_measured_over_all_tokens() -> None:

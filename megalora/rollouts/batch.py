@@ -1,5 +1,6 @@
 """A batch of prompts whose answers are being sampled."""
 
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -70,3 +71,22 @@ class Batch:
             Answer(tokens[length : length + size], logprobs[:size], stopped)
             for tokens, length, logprobs, size, stopped in rows
         ]
+
+
+def in_batches(
+    lengths: Sequence[int], *, max_batch_size: int, max_spread: int | None
+) -> Iterator[list[int]]:
+    """Yield the indices of prompts in batches, by length.
+
+    max_spread: by how many tokens prompts of a batch may differ, since a batch reads what is longer
+    than its shortest prompt token by token; None for any number.
+    """
+    batch: list[int] = []
+    for index in sorted(range(len(lengths)), key=lengths.__getitem__):
+        spread = lengths[index] - lengths[batch[0]] if batch else 0
+        if len(batch) == max_batch_size or (max_spread is not None and spread > max_spread):
+            yield batch
+            batch = []
+        batch.append(index)
+    if batch:
+        yield batch

@@ -28,7 +28,7 @@ from torch.distributed import ProcessGroup
 
 from megalora.checkpoint.ranks import on_all_ranks
 from megalora.model.hybrid import pattern_in
-from megalora.rollouts.batch import Batch
+from megalora.rollouts.batch import Batch, in_batches
 from megalora.rollouts.drawing import draw, uniforms
 from megalora.rollouts.engine import Answer, Sampling
 from megalora.rollouts.supported import check_request, check_supported
@@ -45,9 +45,10 @@ class MegatronEngine:
     prompts of a batch change an answer by rounding at most.
 
     A batch starts at its shortest prompt; longer ones are read token by token, beside the answers
-    of the shorter. So prompts are taken in the order of their lengths. A batch runs until its last
-    answer has ended; where half of its answers have, they leave it (but where data-parallel ranks
-    share experts).
+    of the shorter. So prompts are taken in the order of their lengths, and a batch ends before one
+    that is longer by more than max_tokens. It runs until its last answer has ended; where half of
+    its answers have, they leave it. Where data-parallel ranks share experts, their batches are of
+    one size, and run until the last answer of all has ended.
     """
 
     def __init__(
@@ -90,11 +91,15 @@ class MegatronEngine:
         """
         on_all_ranks(lambda: self._check(prompts, sampling))
         _check_same_number(len(prompts))
-        order = sorted(range(len(prompts)), key=lambda index: len(prompts[index]))
         answers: dict[int, Answer] = {}
+        batches = in_batches(
+            [len(prompt) for prompt in prompts],
+            max_batch_size=self.max_batch_size,
+            # Another batch takes as many steps. Ranks that share experts have as many batches.
+            max_spread=sampling.max_tokens if self._in_step is None else None,
+        )
         with _sampling_from(self.model):
-            for first in range(0, len(order), self.max_batch_size):
-                indices = order[first : first + self.max_batch_size]
+            for indices in batches:
                 batch = self._start([list(prompts[index]) for index in indices], indices, sampling)
                 answers.update(zip(indices, self._run(batch, sampling), strict=True))
         on_all_ranks(lambda: _check_finite(answers))
