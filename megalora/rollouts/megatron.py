@@ -8,6 +8,7 @@ does not wait for experts of ranks that answer longer.
 """
 
 import contextlib
+import zlib
 from collections.abc import Iterator, Sequence
 from typing import cast
 
@@ -87,10 +88,11 @@ class MegatronEngine:
         """Return an answer to each prompt, in order; the same on all ranks that hold one replica.
 
         prompts: tokens. All ranks must call it, with as many prompts each. Raises ValueError on all
-        ranks for a prompt that cannot be answered, and where logits are not finite.
+        ranks for a prompt that cannot be answered, where ranks disagree, and where logits are not
+        finite.
         """
         on_all_ranks(lambda: self._check(prompts, sampling))
-        _check_same_number(len(prompts))
+        _check_agreed(prompts, sampling)
         answers: dict[int, Answer] = {}
         batches = in_batches(
             [len(prompt) for prompt in prompts],
@@ -225,12 +227,23 @@ def _group(group: object) -> ProcessGroup:
     return cast(ProcessGroup, group)
 
 
-def _check_same_number(num_prompts: int) -> None:
-    counts: list[int] = [0] * dist.get_world_size()
-    dist.all_gather_object(counts, num_prompts)
-    if len(set(counts)) > 1:
+def _check_agreed(prompts: Sequence[Sequence[int]], sampling: Sampling) -> None:
+    """Raise ValueError on all ranks that would wait for each other, or answer something else."""
+    asked = repr(([list(prompt) for prompt in prompts], sampling))
+    own = (parallel_state.get_data_parallel_rank(), zlib.crc32(asked.encode()))
+    ranks = [((0, 0), 0, 0)] * dist.get_world_size()
+    dist.all_gather_object(ranks, (own, len(prompts), sampling.max_tokens))
+    replicas, counts, limits = zip(*ranks, strict=True)
+    for name, numbers in (("prompts", counts), ("max_tokens", limits)):
+        if len(set(numbers)) > 1:
+            raise ValueError(
+                f"ranks have {name} {list(numbers)}: give all as many, their experts answer "
+                "together"
+            )
+    if len(set(replicas)) > len({dp_rank for dp_rank, _ in replicas}):
         raise ValueError(
-            f"ranks have {counts} prompts: give all as many, their experts answer together"
+            "ranks of one data-parallel rank have different prompts or sampling: give all "
+            "tensor-parallel ranks and pipeline stages that hold one replica the same"
         )
 
 

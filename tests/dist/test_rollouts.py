@@ -362,7 +362,7 @@ def test_megatron_has_all_flags_that_are_refused(layout: Layout) -> None:
         ([], "prompt 1 is empty"),
         ([1, 64], "prompt 1 has token 64, outside of the vocabulary of 64"),
         ([1] * 11, "prompt 1 has 11 tokens, with max_tokens 6 more than max_sequence_length 16"),
-        (None, r"ranks have \[2, 1\] prompts"),
+        (None, r"ranks have prompts \[2, 1\]"),
     ],
 )
 @over(DP2)
@@ -374,6 +374,25 @@ def test_what_one_rank_cannot_answer_is_said_on_all(
         own = [[1]] if prompt is None else [[1], prompt]
         with pytest.raises(ValueError, match=sentence):
             engine.generate(own if dist.get_rank() else [[1], [2]], SAMPLING)
+
+
+@pytest.mark.bad_input("a rank that disagrees")
+@pytest.mark.parametrize(
+    ("layout", "last", "max_tokens", "sentence"),
+    [
+        pytest.param(TP2_SP, 2, 6, "different prompts or sampling", marks=world(TP2_SP)),
+        pytest.param(DP2, 1, 5, r"ranks have max_tokens \[6, 5\]", marks=world(DP2)),
+    ],
+)
+def test_ranks_that_disagree_are_told(
+    layout: Layout, last: int, max_tokens: int, sentence: str
+) -> None:
+    with model_parallel(layout):
+        engine = MegatronEngine(adapted(layout, "dense"))
+        rank = dist.get_rank()
+        sampling = dataclasses.replace(SAMPLING, max_tokens=max_tokens if rank else 6)
+        with pytest.raises(ValueError, match=sentence):
+            engine.generate([[5, last if rank else 1]], sampling)
 
 
 @pytest.mark.bad_input("a number that is not one")
