@@ -189,8 +189,8 @@ def check_args(args: argparse.Namespace) -> None:
 def load_data(args: argparse.Namespace) -> tuple[Preferences, Preferences | None]:
     """Read and encode all pairs, before any model is built; none held out for --eval-iters 0."""
     check_lengths(args.seq_length, args.max_position_embeddings, args.dataset_valid_fraction)
-    evaluates = args.eval_iters != 0
-    return load_preferences(
+    evaluates, log = args.eval_iters != 0, print if args.rank == 0 else lambda _: None
+    pairs, held_out = load_preferences(
         args.dataset,
         encoder_for(tokenizer_from_args(args)),
         args.seq_length,
@@ -198,8 +198,14 @@ def load_data(args: argparse.Namespace) -> tuple[Preferences, Preferences | None
         valid_split=args.dataset_valid_split if evaluates else None,
         valid_fraction=args.dataset_valid_fraction if evaluates else 0.0,
         seed=args.seed if args.dataset_seed is None else args.dataset_seed,
-        log=print if args.rank == 0 else lambda _: None,
+        log=log,
     )
+    if len(pairs) < args.global_batch_size:
+        log(
+            f"WARNING: {len(pairs)} pairs are fewer than global_batch_size "
+            f"{args.global_batch_size}: each step has some of them several times"
+        )
+    return pairs, held_out
 
 
 def main() -> None:

@@ -1,17 +1,20 @@
 """Preference optimization in parallel layouts takes the steps of one rank."""
 
+import argparse
 import functools
 
 import pytest
 import torch
 from megatron.core import parallel_state
 
-from megalora.data.preferences import Pair
+from examples.dpo_lora import batches, evaluate
+from megalora.data.preferences import Pair, gather_pairs
 from megalora.data.tokenizers import Tokens
+from megalora.losses import dpo_loss, dpo_metrics
 from tests.dist.support.cases import CP2, DP2, PP2, TP2_SP
-from tests.dist.support.dpo import Steps, take_steps
+from tests.dist.support.dpo import BETA, Steps, take_steps
 from tests.dist.support.layouts import Layout, model_parallel, one_rank, over
-from tests.dist.test_policy import attached
+from tests.dist.test_policy import attached, policy_of
 
 KIND, NUM_STEPS = "dense", 2
 
@@ -70,3 +73,26 @@ def test_a_layout_takes_the_steps_of_one_rank(layout: Layout) -> None:
 @over(DP2)
 def test_parameters_that_are_gathered_late_are_new_after_the_step(layout: Layout) -> None:
     check_steps(layout, overlap=True)
+
+
+@over(Layout(), DP2, PP2)
+def test_held_out_pairs_are_counted_once_whatever_fills_up_their_batches(layout: Layout) -> None:
+    five = [*pairs(), pairs()[1]._replace(rejected=pairs()[1].rejected._replace(ids=[5] * 6))]
+    held_out = gather_pairs(five, "five", 64)
+    args = argparse.Namespace(
+        global_batch_size=4, micro_batch_size=1, eval_iters=2, beta=BETA, label_smoothing=0.0
+    )
+    with model_parallel(layout):
+        policy = policy_of(layout, attached(layout, KIND))
+        found = evaluate(policy, held_out, args)
+        (whole,) = batches(policy, five, len(five))
+        four = whole.four(*policy.logprobs([whole.sequences]))
+        args.eval_iters = 1
+        first = evaluate(policy, held_out, args)
+    sums = {"loss": dpo_loss(*four, beta=BETA), **dpo_metrics(*four, beta=BETA)}
+    assert found == pytest.approx(
+        {name: float(total) / 5 for name, total in sums.items()}, rel=1e-4
+    )
+    of_four = dpo_loss(*(x[:4] for x in four), beta=BETA)
+    assert first["loss"] == pytest.approx(float(of_four) / 4, rel=1e-4)
+    assert found["loss"] != pytest.approx(first["loss"], rel=1e-3)
