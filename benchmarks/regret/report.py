@@ -24,7 +24,7 @@ learns. Every run has the same constant rate from start to end, Adam (0.9, 0.95)
 decay; full fine-tuning leaves out the embedding, which no adapter touches. In the sweep, each
 method has the same grid of rates; elsewhere it has the best rate of the sweep or of its neighbours.
 For reinforcement learning the base has learned two tables at once, and is rewarded where its answer
-of two tokens follows the second; the loop is that of `examples/rl_lora.py`. Either each language
+of two tokens follows the second; the loss is that of `megalora.losses`. Either each language
 has its own half of the vocabulary (`halves`), or nothing but the facts tells them apart (`facts`).
 
 What is said to be reproduced is so for this toy; it is no evidence for the article's models.

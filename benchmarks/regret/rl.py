@@ -1,20 +1,44 @@
-"""The loop of examples/rl_lora.py on a base that speaks two languages and is rewarded for one.
+"""Reinforcement learning of a base that speaks two languages and is rewarded for one.
 
 The base has learned two rival languages at once and continues a prompt by either. An answer of two
 tokens is right where both follow the second language.
 """
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from benchmarks.regret import task
 from benchmarks.regret.job import GROUP_SIZE, Base, Job
-from examples.rl_lora import Policy, collect, learn
-from megalora.losses import group_advantages
+from megalora.losses import group_advantages, policy_gradient_loss, vocab_parallel_logprobs
 
 # Updates on one batch of answers: all but the first are off policy, which the ratio corrects.
 NUM_UPDATES = 2
 MAX_STEPS = 1_000_000
+
+
+class Policy(Protocol):
+    """A model that is trained."""
+
+    def logits(self, tokens: Tensor) -> Tensor:
+        """Return [b, s, v] for tokens [b, s]."""
+        ...
+
+    def step(self, losses: Iterable[Tensor]) -> None:
+        """Update by the gradient of the sum of losses, of which one at a time is computed."""
+        ...
+
+
+@dataclass(frozen=True, kw_only=True)
+class Batch:
+    """Answers, tokens [b, s], with their log probabilities when sampled, [answer, b]."""
+
+    tokens: Tensor
+    logprobs: Tensor
+    rewards: Tensor
 
 
 class RivalLanguage:
@@ -48,6 +72,38 @@ def languages(base: Base) -> list[Tensor]:
     return task.halved_tables() if base == "halves" else [task.base_table(), task.rival_table()]
 
 
+def collect(policy: Policy, language: RivalLanguage, num: int, seed: int) -> Batch:
+    """Answer `num` prompts GROUP_SIZE times each by the policy as it is now."""
+    generator = torch.Generator().manual_seed(seed)
+    tokens = language.prompts(num, generator).repeat_interleave(GROUP_SIZE, 0)
+    with torch.no_grad():
+        for _ in range(language.answer_length):
+            probabilities = policy.logits(tokens)[:, -1].float().softmax(-1).cpu()
+            drawn = probabilities.multinomial(1, generator=generator)
+            tokens = torch.cat([tokens, drawn.to(tokens.device)], dim=1)
+        logprobs = answer_logprobs(policy, tokens, language.answer_length)
+    return Batch(tokens=tokens, logprobs=logprobs, rewards=language.rewards(tokens))
+
+
+def answer_logprobs(policy: Policy, tokens: Tensor, answer_length: int) -> Tensor:
+    """Return the log probabilities of the answers at the end of tokens, [answer, b]."""
+    logits = policy.logits(tokens[:, :-1])[:, -answer_length:].transpose(0, 1).contiguous()
+    return vocab_parallel_logprobs(logits, tokens[:, -answer_length:].T.contiguous())
+
+
+def learn(policy: Policy, batch: Batch, advantages: Tensor) -> None:
+    """Take NUM_UPDATES optimizer steps, each on its part of the answers."""
+
+    def loss(part: Tensor) -> Iterator[Tensor]:
+        logprobs = answer_logprobs(policy, batch.tokens[part], len(batch.logprobs))
+        yield policy_gradient_loss(
+            logprobs, batch.logprobs[:, part], advantages[part], torch.ones_like(logprobs)
+        ) / len(part)
+
+    for part in torch.arange(len(batch.tokens)).chunk(NUM_UPDATES):
+        policy.step(loss(part))
+
+
 def reinforce(policy: Policy, job: Job) -> list[float]:
     """Train by reinforcement and return the share of right answers at each step.
 
@@ -55,14 +111,7 @@ def reinforce(policy: Policy, job: Job) -> list[float]:
     """
     rival, curve = RivalLanguage(job.base), []
     for step in range(job.steps):
-        seed = job.seed * MAX_STEPS + step
-        batch = collect(policy, rival, job.batch_size, GROUP_SIZE, seed)
+        batch = collect(policy, rival, job.batch_size, job.seed * MAX_STEPS + step)
         curve.append(batch.rewards.mean().item())
-        learn(
-            policy,
-            batch,
-            group_advantages(batch.rewards, GROUP_SIZE),
-            num_updates=NUM_UPDATES,
-            micro_batch_size=len(batch.tokens),
-        )
+        learn(policy, batch, group_advantages(batch.rewards, GROUP_SIZE))
     return curve
