@@ -81,14 +81,19 @@ def add_data_args(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
         action="store_false",
         help="one example in each sequence, padded, instead of as many as fit",
     )
-    add(
+    add_byte_tokenizer(group)
+    return parser
+
+
+def add_byte_tokenizer(parser: argparse._ActionsContainer) -> None:
+    """Add --byte-tokenizer."""
+    parser.add_argument(
         "--byte-tokenizer",
         action=_ByteTokenizer,
         nargs=0,
         default=False,
         help="tokenizer whose vocabulary is the 256 bytes and six special tokens: needs no files",
     )
-    return parser
 
 
 def tokenizer_from_args(args: argparse.Namespace) -> Tokenizer:

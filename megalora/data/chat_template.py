@@ -34,6 +34,10 @@ class HuggingFaceTokenizer(Protocol):
         """Return the tokens of a text, as `input_ids` of a BatchEncoding."""
         ...
 
+    def decode(self, token_ids: Sequence[int], *, skip_special_tokens: bool) -> str:
+        """Return the text of tokens."""
+        ...
+
     def apply_chat_template(self, conversation: Sequence[Message], **options: Any) -> str:
         """Return the text of a conversation; with `tokenize=False`."""
         ...
@@ -65,11 +69,6 @@ class ChatTemplate:
         `{% generation %}` blocks it is what stands in them. Raises ValueError for a template that
         cannot render the chat, or leaves out messages, tools, tool calls or variables.
         """
-        if not self.tokenizer.chat_template:
-            raise ValueError(
-                "dataset has `messages` but the tokenizer has no chat template: give "
-                "--chat-template, or columns `prompt` and `completion`"
-            )
         chat = self._as_the_template_takes_it(chat)
         self._check_variables(chat)
         whole = self._render(chat, chat.messages)
@@ -81,6 +80,25 @@ class ChatTemplate:
             host = next(t for t in texts if t.startswith(text))
             spans.setdefault(host, []).extend(own)
         return list(spans.items()) or [(whole, [])]
+
+    def prompt(self, chat: Chat) -> str:
+        """Return the text of a chat with the generation prompt, behind which an answer goes.
+
+        Raises ValueError as `examples` does.
+        """
+        chat = self._as_the_template_takes_it(chat)
+        self._check_variables(chat)
+        text = self._render(chat, chat.messages, add_generation_prompt=True)
+        self._check_messages(chat, [text])
+        return text
+
+    def end_of_turn(self, chat: Chat) -> str:
+        """Return the token that the template closes an answer to the chat with; empty for none."""
+        chat = self._as_the_template_takes_it(chat)
+        answer: Message = {"role": "assistant", "content": "."}
+        text = self._render(chat, [*chat.messages, answer]).rstrip()
+        ends = (token for token in self.tokenizer.added_tokens_encoder if text.endswith(token))
+        return max(ends, key=len, default="")
 
     def reads(self, key: str) -> bool:
         """Say whether the template reads a key of messages: its name stands there."""
@@ -121,6 +139,11 @@ class ChatTemplate:
 
         Its system message lists the tools of the row; its tools answer in the template's tags.
         """
+        if not self.tokenizer.chat_template:
+            raise ValueError(
+                "dataset has chats but the tokenizer has no chat template: give --chat-template, "
+                "or text in `prompt`, and in `completion` where there is one"
+            )
         tools, messages = chat.tools, chat.messages
         if tools and "<tools>" in messages[0]["content"] and messages[0]["role"] == "system":
             self.notes["rows name their tools in the system message: not given once more"] += 1

@@ -2,7 +2,7 @@
 
 from collections import Counter
 from collections.abc import Callable, Sequence
-from typing import NamedTuple, Protocol, cast
+from typing import NamedTuple, NoReturn, Protocol, cast
 
 from megalora.data.chat_template import ChatTemplate, HuggingFaceTokenizer
 from megalora.data.chats import Chat
@@ -29,6 +29,10 @@ class MegatronTokenizer(Protocol):
         """Return the tokens of a text."""
         ...
 
+    def detokenize(self, ids: list[int]) -> str:
+        """Return the text of tokens."""
+        ...
+
 
 class Encoder(Protocol):
     """What the datasets need from a tokenizer.
@@ -53,6 +57,18 @@ class Encoder(Protocol):
 
     def unread_keys(self, chat: Chat) -> set[str]:
         """Return the keys of messages that no token comes from."""
+        ...
+
+    def prompt(self, content: str | Chat) -> list[int]:
+        """Encode what an answer is sampled behind."""
+        ...
+
+    def stops(self, content: str | Chat) -> set[int]:
+        """Return the tokens that end an answer to such a prompt."""
+        ...
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """Return the text of an answer, without special tokens."""
         ...
 
 
@@ -122,6 +138,20 @@ class ByteEncoder:
         """Return the keys of messages that no token comes from."""
         return _keys(chat)
 
+    def prompt(self, content: str | Chat) -> list[int]:
+        """Encode what an answer is sampled behind: of a chat, to the assistant's role."""
+        if isinstance(content, str):
+            return [self.tokenizer.bos, *self.tokenizer.tokenize(content)]
+        return [*self.chat(content)[0].ids, self.tokenizer.assistant]
+
+    def stops(self, content: str | Chat) -> set[int]:
+        """Return the token that ends an answer."""
+        return {self.tokenizer.eos}
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """Return the text of an answer, without special tokens."""
+        return self.tokenizer.detokenize(ids)
+
 
 class HuggingFaceEncoder:
     """Encoder of a Hugging Face tokenizer; chats go through its own chat template."""
@@ -155,6 +185,22 @@ class HuggingFaceEncoder:
     def unread_keys(self, chat: Chat) -> set[str]:
         """Return the keys of messages that no token comes from."""
         return {key for key in _keys(chat) if not self._template.reads(key)}
+
+    def prompt(self, content: str | Chat) -> list[int]:
+        """Encode what an answer is sampled behind: of a chat, with the generation prompt."""
+        if isinstance(content, str):
+            return [*self._bos, *self._ids(content)]
+        return self._ids(self._template.prompt(content))
+
+    def stops(self, content: str | Chat) -> set[int]:
+        """Return the end of text, and for a chat the token that its template ends a turn with."""
+        found = {self.tokenizer.eos_token_id}
+        end = "" if isinstance(content, str) else self._template.end_of_turn(content)
+        return found | {self.tokenizer.added_tokens_encoder[end]} if end else found
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """Return the text of an answer, without special tokens."""
+        return self.tokenizer.decode(list(ids), skip_special_tokens=True)
 
     def _spans(self, text: str, spans: list[tuple[int, int]]) -> Tokens:
         """Encode `text`; tokens that begin in one of `spans` (in characters) are trained on."""
@@ -192,7 +238,7 @@ class MegatronEncoder:
         answer = [*tokenize(completion), self.tokenizer.eod]
         return _joined([(tokenize(prompt) if prompt else [], False), (answer, True)])
 
-    def chat(self, chat: Chat) -> list[Tokens]:
+    def chat(self, chat: Chat) -> NoReturn:
         """Refuse: only Hugging Face and byte tokenizers mark what the assistant says."""
         raise ValueError(
             f"dataset has `messages`, which {type(self.tokenizer).__name__} cannot mark: use "
@@ -202,6 +248,18 @@ class MegatronEncoder:
     def unread_keys(self, chat: Chat) -> set[str]:
         """Return the keys of messages that no token comes from."""
         return _keys(chat)
+
+    def prompt(self, content: str | Chat) -> list[int]:
+        """Encode what an answer is sampled behind."""
+        return self.tokenizer.tokenize(content) if isinstance(content, str) else self.chat(content)
+
+    def stops(self, content: str | Chat) -> set[int]:
+        """Return the token that ends an answer."""
+        return {self.tokenizer.eod}
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """Return the text of an answer."""
+        return self.tokenizer.detokenize(list(ids))
 
 
 def encoder_for(tokenizer: Tokenizer) -> Encoder:
@@ -224,8 +282,7 @@ def _keys(chat: Chat) -> set[str]:
 
 
 def _joined(pieces: Sequence[tuple[list[int], bool | list[bool]]]) -> Tokens:
-    ids: list[int] = []
-    trained: list[bool] = []
+    ids, trained = [], []
     for piece, mark in pieces:
         ids += piece
         trained += [mark] * len(piece) if isinstance(mark, bool) else mark
@@ -236,8 +293,7 @@ def _cut(
     text: str, spans: list[tuple[int, int]], encode: Callable[[str], list[int]]
 ) -> list[tuple[list[int], bool]]:
     """Encode `text` piece by piece, inside and outside of `spans`."""
-    pieces = []
-    at = 0
+    pieces, at = [], 0
     for low, high in spans:
         pieces += [(encode(text[at:low]), False), (encode(text[low:high]), True)]
         at = high
