@@ -34,7 +34,7 @@ class HuggingFaceTokenizer(Protocol):
         """Return the tokens of a text, as `input_ids` of a BatchEncoding."""
         ...
 
-    def decode(self, token_ids: Sequence[int], *, skip_special_tokens: bool) -> str:
+    def decode(self, token_ids: list[int], skip_special_tokens: bool = False) -> Any:
         """Return the text of tokens."""
         ...
 

@@ -1,6 +1,7 @@
 """Prompts with what their answers are compared with: the data of reinforcement learning."""
 
 import argparse
+import hashlib
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
@@ -27,7 +28,7 @@ class Prompt(NamedTuple):
 class Prompts(Sequence[Prompt]):
     """The prompts of a dataset, encoded where they are asked for.
 
-    stop: the tokens that end an answer.
+    stop: the tokens that end an answer. digest: of all prompts and answers, to compare ranks by.
     """
 
     def __init__(self, rows: Rows, encoder: Encoder, max_length: int) -> None:
@@ -38,10 +39,13 @@ class Prompts(Sequence[Prompt]):
         """
         self.rows, self.encoder, self.max_length = rows, encoder, max_length
         stops: dict[bool, set[int]] = {}
+        digest = hashlib.blake2b(digest_size=8)
         for number in range(len(rows)):
-            content, _ = self._read(number)
+            content, prompt = self._read(number)
+            digest.update(repr((prompt.tokens, prompt.answer)).encode())
             if isinstance(content, str) not in stops:
                 stops[isinstance(content, str)] = encoder.stops(content)
+        self.digest = digest.hexdigest()
         self.stop = tuple(sorted(set().union(*stops.values())))
 
     def __len__(self) -> int:
@@ -94,9 +98,14 @@ def load_prompts(
                 "other rows, or leave --eval-dataset out to hold some of these out"
             )
     elif eval_fraction:
+        if len(rows) - max(1, round(eval_fraction * len(rows))) < 1:
+            raise ValueError(
+                f"dataset {dataset} has {len(rows)} rows, too few to hold some out with "
+                f"eval_fraction {eval_fraction}: lower it, or give --eval-dataset"
+            )
         rows, held_out = hold_out(rows, eval_fraction, seed)
     trained_on = Prompts(rows, encoder, max_length)
-    return trained_on, held_out and Prompts(held_out, encoder, max_length)
+    return trained_on, None if held_out is None else Prompts(held_out, encoder, max_length)
 
 
 def add_prompt_args(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:

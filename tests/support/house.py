@@ -24,6 +24,7 @@ IMPORT_MEGATRON = (
         "hf/one_process.py",
         "sync/tensors.py",
         "rollouts/megatron.py",
+        "rollouts/engines.py",
         "policy/policy.py",
         "policy/report.py",
         "policy/shards.py",
