@@ -1,26 +1,25 @@
-"""Reinforcement learning with LoRA on Megatron: a small, complete loop, to be copied.
+"""Reinforcement learning with LoRA on Megatron: a complete loop, to be copied.
 
-torchrun --nproc-per-node 8 examples/rl_lora.py <any Megatron flags> --lora-rank 8 --lr auto
+torchrun --nproc-per-node 8 examples/rl_lora.py --hf-model DIR --tokenizer-type HuggingFaceTokenizer
+    --tokenizer-model DIR --dataset prompts.jsonl --reward rewards.py:reward --lora-rank 8 --lr auto
+    <any Megatron flags>
 
-Each iteration samples groups of answers with the current adapters, rewards the right ones, and
-takes some optimizer steps on "LoRA Without Regret"'s loss: the policy gradient with importance
+Each iteration samples a group of answers to each prompt with the current adapters, rewards them,
+and takes some optimizer steps on "LoRA Without Regret"'s loss: the policy gradient with importance
 sampling, rewards less the mean of their group. The reference policy is the base, which is the same
-model with its adapters switched off. Put your prompts and your check in place of `LargestToken`.
-
-Tensor, sequence, expert and data parallel; the context is recomputed for each sampled token, so
-serve long answers by an inference engine instead. Without a CUDA device, or with --cpu, it runs on
-the CPU over gloo.
+model with its adapters switched off. docs/rl.md says what to prepare and how to read what is
+logged. Without a CUDA device, or with --cpu, it runs on the CPU over gloo.
 """
 
 import argparse
-import contextlib
 import sys
-from collections.abc import Iterable, Iterator
+import time
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from itertools import chain
+from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from megalora import add_lora_args, launch
@@ -28,277 +27,259 @@ from megalora import add_lora_args, launch
 launch.prepare_megatron(sys.argv)  # before the first import of megatron
 
 from megatron.core import parallel_state  # noqa: E402
-from megatron.core.distributed import finalize_model_grads  # noqa: E402
 from megatron.core.enums import ModelType  # noqa: E402
 from megatron.core.process_groups_config import ProcessGroupCollection  # noqa: E402
-from megatron.core.tensor_parallel import gather_from_tensor_model_parallel_region  # noqa: E402
-from megatron.training import initialize_megatron, print_rank_0, training  # noqa: E402
+from megatron.training import (  # noqa: E402
+    get_timers,
+    initialize_megatron,
+    print_rank_0,
+    training,
+)
 from megatron.training.argument_utils import (  # noqa: E402
     gpt_config_from_args,
+    hybrid_config_from_args,
     pretrain_cfg_container_from_args,
 )
 from megatron.training.arguments import parse_and_validate_args  # noqa: E402
 
-from megalora import set_enabled  # noqa: E402
-from megalora.losses import (  # noqa: E402
-    group_advantages,
-    policy_gradient_loss,
-    vocab_parallel_logprobs,
-)
+from megalora.data import encoder_for, tokenizer_from_args  # noqa: E402
+from megalora.data.prompts import Prompts, add_prompt_args, load_prompts  # noqa: E402
+from megalora.losses import group_advantages, num_clipped, policy_gradient_loss  # noqa: E402
+from megalora.policy.policy import Policy  # noqa: E402
+from megalora.policy.report import report  # noqa: E402
+from megalora.policy.sequences import Sequences  # noqa: E402
+from megalora.rollouts.advice import rl_warnings  # noqa: E402
+from megalora.rollouts.arguments import add_rl_args, check_rl_args  # noqa: E402
+from megalora.rollouts.engine import Sampling  # noqa: E402
+from megalora.rollouts.engines import check_engine, make_engine  # noqa: E402
+from megalora.rollouts.gap import gap  # noqa: E402
+from megalora.rollouts.metrics import summarize  # noqa: E402
+from megalora.rollouts.replicas import Replicas  # noqa: E402
+from megalora.rollouts.rewards import load_reward  # noqa: E402
+from megalora.rollouts.sampler import Episodes, Sampler  # noqa: E402
+from megalora.rollouts.seeds import Order, sampling_seed  # noqa: E402
+from megalora.training import agree  # noqa: E402
 
-
-class Task(Protocol):
-    """Prompts, and a check of their answers."""
-
-    answer_length: int
-    vocab_size: int
-
-    def prompts(self, num: int, generator: torch.Generator) -> Tensor:
-        """Draw prompts [num, s] of one length."""
-        ...
-
-    def rewards(self, tokens: Tensor) -> Tensor:
-        """Return a reward for each row of prompts with their answers, [b]."""
-        ...
-
-
-class Policy(Protocol):
-    """A model that is trained."""
-
-    def logits(self, tokens: Tensor) -> Tensor:
-        """Return [b, s, v/tp] for tokens [b, s]."""
-        ...
-
-    def step(self, losses: Iterable[Tensor]) -> None:
-        """Update by the gradient of the sum of losses, of which one at a time is computed."""
-        ...
+Metrics = dict[str, float]
 
 
 @dataclass(frozen=True, kw_only=True)
-class Batch:
-    """Answers, tokens [b, s], with their log probabilities when sampled, [answer, b]."""
+class Microbatch:
+    """Answers, with the sampler's log probabilities of their tokens [b, s].
 
-    tokens: Tensor
-    logprobs: Tensor
-    rewards: Tensor
-
-
-def collect(policy: Policy, task: Task, num: int, group_size: int, seed: int) -> Batch:
-    """Answer `num` prompts `group_size` times each by the policy as it is now."""
-    generator = torch.Generator().manual_seed(seed)
-    prompts = task.prompts(num, generator).repeat_interleave(group_size, 0)
-    with torch.no_grad():
-        tokens = sample(policy, task, prompts, generator)
-        logprobs = answer_logprobs(policy, tokens, task.answer_length)
-    return Batch(tokens=tokens, logprobs=logprobs, rewards=task.rewards(tokens))
-
-
-def sample(policy: Policy, task: Task, tokens: Tensor, generator: torch.Generator) -> Tensor:
-    """Return tokens [b, s] with a sampled answer after them.
-
-    All tensor-parallel ranks draw the same, given the same generator.
+    advantages: [b]. distances: [b], how much likelier an answer is than by the base, in nats.
     """
-    for _ in range(task.answer_length):
-        last = gather_from_tensor_model_parallel_region(policy.logits(tokens)[:, -1])
-        # Megatron pads the vocabulary.
-        probabilities = last[:, : task.vocab_size].float().softmax(-1).cpu()
-        drawn = probabilities.multinomial(1, generator=generator)
-        tokens = torch.cat([tokens, drawn.to(tokens.device)], dim=1)
-    return tokens
+
+    sequences: Sequences
+    sampler_logprobs: Tensor
+    advantages: Tensor
+    distances: Tensor
 
 
-def answer_logprobs(policy: Policy, tokens: Tensor, answer_length: int) -> Tensor:
-    """Return the log probabilities of the answers at the end of tokens, [answer, b]."""
-    logits = policy.logits(tokens[:, :-1])[:, -answer_length:].transpose(0, 1).contiguous()
-    return vocab_parallel_logprobs(logits, tokens[:, -answer_length:].T.contiguous())
+def train(
+    policy: Policy,
+    sampler: Sampler,
+    prompts: Prompts,
+    held_out: Prompts | None,
+    args: argparse.Namespace,
+) -> None:
+    """Run the iterations that are left."""
+    order = Order(len(prompts), args.seed if args.dataset_seed is None else args.dataset_seed)
+    timers: Any = get_timers()
+    timers("interval-time", log_level=0).start(barrier=True)  # Megatron's saving stops it
+    sampler.engine.sync()
+    if held_out is not None and args.iteration == 0:
+        evaluate(sampler, held_out, 0, args)
+    for iteration in range(args.iteration + 1, args.train_iters + 1):
+        # Prompts and answers follow from the seed: a resumed run goes on with the same.
+        first = args.consumed_train_samples // args.group_size
+        chosen = order.take(first, args.global_batch_size // args.group_size)
+        asked = [prompts[index] for index in chosen for _ in range(args.group_size)]
+        times = [time.monotonic()]
+        episodes = sampler.sample(asked, sampling(prompts, iteration, args))
+        times.append(time.monotonic())
+        microbatches, distances = weigh(policy, episodes, args)
+        taken = learn(policy, microbatches, sampler.replicas, args)
+        sampler.engine.sync()
+        times.append(time.monotonic())
+        outcomes = summarize(episodes.outcomes, args.group_size, times)
+        title = f"iteration {iteration}/{args.train_iters}"
+        report(title, iteration, {**outcomes, **distances, **taken})
+        args.consumed_train_samples += args.global_batch_size
+        is_last = iteration == args.train_iters
+        if held_out is not None and (is_last or iteration % args.eval_interval == 0):
+            evaluate(sampler, held_out, iteration, args)
+        # Saves too; a signal or --exit-duration-in-mins ends the run here, as in Megatron's loop.
+        state = (policy.model, policy.optimizer, policy.scheduler)
+        if training.checkpoint_and_decide_exit(*state, iteration, 0, {}, None):
+            training.maybe_finalize_async_save(blocking=True, terminate=True)
+            sys.exit()
+        if is_last and args.save and iteration % args.save_interval:
+            policy.save(iteration)
+    training.maybe_finalize_async_save(blocking=True, terminate=True)
+
+
+def sampling(prompts: Prompts, iteration: int, args: argparse.Namespace) -> Sampling:
+    """Return how an iteration samples; evaluations, which are iteration 0, all by one seed."""
+    seed = sampling_seed(args.seed, iteration)
+    return Sampling(max_tokens=args.max_tokens, stop=prompts.stop, seed=seed)
+
+
+def weigh(
+    policy: Policy, episodes: Episodes, args: argparse.Namespace
+) -> tuple[list[Microbatch], Metrics]:
+    """Give each answer its advantage; say how far the sampler is from the learner."""
+    answers, size = episodes.answers, args.micro_batch_size
+    parts = [slice(first, first + size) for first in range(0, len(answers), size)]
+    prompts = [prompt.tokens for prompt in episodes.prompts]
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    sequences = [
+        Sequences.of(prompts[part], [a.tokens for a in answers[part]]).to(device) for part in parts
+    ]
+    logprobs = policy.logprobs(sequences)
+    with policy.as_reference():
+        of_base = policy.logprobs(sequences)
+    # Its expectation is the KL divergence of an answer from the base.
+    distances = torch.cat([(p - q).sum(1) for p, q in zip(logprobs, of_base, strict=True)])
+    rewards = episodes.rewards.to(device) - args.kl_weight * distances
+    advantages = group_advantages(rewards, args.group_size)
+    microbatches = []
+    for part, own, p in zip(parts, sequences, logprobs, strict=True):
+        sampled = list(chain(*(answer.logprobs for answer in answers[part])))
+        microbatches.append(
+            Microbatch(
+                sequences=own,
+                sampler_logprobs=p.masked_scatter(
+                    own.answers, torch.tensor(sampled, device=device)
+                ),
+                advantages=advantages[part],
+                distances=distances[part],
+            )
+        )
+    learner = [
+        row[answer]
+        for own, p in zip(sequences, logprobs, strict=True)
+        for row, answer in zip(p, own.answers, strict=True)
+    ]
+    group: Any = parallel_state.get_data_parallel_group()
+    found = gap(learner, answers, group=group)
+    named = {"gap/mean": found.mean, "gap/largest": found.largest, "gap/kl": found.kl}
+    return microbatches, named
 
 
 def learn(
-    policy: Policy, batch: Batch, advantages: Tensor, *, num_updates: int, micro_batch_size: int
-) -> None:
-    """Take optimizer steps, each on its part of the answers.
+    policy: Policy,
+    microbatches: Sequence[Microbatch],
+    replicas: Replicas,
+    args: argparse.Namespace,
+) -> Metrics:
+    """Take an iteration's optimizer steps, of which all but the first are off policy."""
+    size = len(microbatches) // args.num_updates
+    clip = {"clip_low": args.clip_low, "clip_high": args.clip_high}
+    largest = [0.0]
 
-    All steps but the first are off policy, which the ratio in the loss corrects.
-    """
+    def loss(logprobs: Tensor, part: Microbatch) -> tuple[Tensor, dict[str, Tensor]]:
+        mask = part.sequences.answers
+        given = (logprobs.T, part.sampler_logprobs.T, part.advantages, mask.T)
+        ratios = (logprobs.detach() - part.sampler_logprobs)[mask].exp()
+        largest.append(float(ratios.max()))
+        # The mean over the answers of a step.
+        return policy_gradient_loss(*given, **clip) / (size * len(logprobs)), {
+            "ratio/mean": ratios.sum(),
+            "ratio/clipped": num_clipped(*given, **clip),
+            "kl/base": part.distances.sum(),
+            "tokens": mask.sum(),
+        }
 
-    def losses(part: Tensor) -> Iterator[Tensor]:
-        for micro in part.split(micro_batch_size):
-            logprobs = answer_logprobs(policy, batch.tokens[micro], len(batch.logprobs))
-            loss = policy_gradient_loss(
-                logprobs, batch.logprobs[:, micro], advantages[micro], torch.ones_like(logprobs)
-            )
-            yield loss / len(part)
-
-    for part in torch.arange(len(batch.tokens)).chunk(num_updates):
-        policy.step(losses(part))
-
-
-class LargestToken:
-    """Name the largest of four tokens, which any model can learn from its start values."""
-
-    answer_length, prompt_length = 1, 4
-
-    def __init__(self, vocab_size: int) -> None:
-        self.vocab_size = vocab_size
-
-    def prompts(self, num: int, generator: torch.Generator) -> Tensor:
-        """Draw prompts [num, 4]."""
-        shape = (num, self.prompt_length)
-        device = torch.cuda.current_device() if torch.cuda.is_available() else "cpu"
-        return torch.randint(self.vocab_size, shape, generator=generator).to(device)
-
-    def rewards(self, tokens: Tensor) -> Tensor:
-        """Return 1 for each right answer and 0 for each wrong one."""
-        return (tokens[:, -1] == tokens[:, :-1].amax(1)).float()
-
-
-class MegatronPolicy:
-    """Megatron's model, optimizer and schedule of learning rates."""
-
-    def __init__(self, model: list[Any], optimizer: Any, scheduler: Any) -> None:
-        self.model, self.optimizer, self.scheduler = model, optimizer, scheduler
-
-    def logits(self, tokens: Tensor) -> Tensor:
-        """Return [b, s, v/tp] for tokens [b, s]."""
-        length = tokens.shape[1]
-        # Sequence parallelism splits the length; what lies behind it is not seen from before.
-        padding = -length % parallel_state.get_tensor_model_parallel_world_size()
-        tokens = torch.nn.functional.pad(tokens, (0, padding))
-        positions = torch.arange(tokens.shape[1], device=tokens.device).expand_as(tokens)
-        return self.model[0](tokens, positions, None)[:, :length]
-
-    def step(self, losses: Iterable[Tensor]) -> None:
-        """Update by the gradient of the sum of losses, averaged over data-parallel ranks."""
-        self.model[0].zero_grad_buffer()
-        self.optimizer.zero_grad()
-        for loss in losses:
-            if not loss.isfinite():
-                raise RuntimeError(f"loss is {loss.item()}: lower --lr")
-            self.optimizer.scale_loss(loss).backward()
-        finalize_model_grads(self.model, None)
-        self.optimizer.step()
-
-    def save(self, iteration: int) -> None:
-        """Write the adapters and their optimizer to --save."""
-        parts = (self.model, self.optimizer, self.scheduler)
-        # By its module: `LoRARun` has put its own around Megatron's.
-        training.save_checkpoint(iteration, *parts, num_floating_point_operations_so_far=0)
-        # Of --async-save, which Megatron's own loop finishes in a later iteration.
-        training.maybe_finalize_async_save(blocking=True)
-
-    @contextlib.contextmanager
-    def as_reference(self) -> Iterator[None]:
-        """Be the base, without gradient."""
-        set_enabled(self.model, False)
-        try:
-            with torch.no_grad():
-                yield
-        finally:
-            set_enabled(self.model, True)
+    firsts = range(0, len(microbatches), size)
+    steps = [policy.step(microbatches[first : first + size], loss) for first in firsts]
+    policy.scheduler.step(args.global_batch_size)
+    sums = {name: sum(step.metrics[name] for step in steps) for name in steps[0].metrics}
+    return {
+        "kl/base": sums["kl/base"] / args.global_batch_size,
+        "ratio/mean": sums["ratio/mean"] / sums["tokens"],
+        "ratio/largest": replicas.largest(max(largest)),
+        "ratio/clipped": sums["ratio/clipped"] / sums["tokens"],
+        "grad-norm": sum(step.grad_norm for step in steps) / len(steps),
+        "skipped-steps": sum(not step.taken for step in steps),
+    }
 
 
-def train(policy: MegatronPolicy, task: Task, args: argparse.Namespace) -> None:
-    """Run the iterations that are left, and say how each went."""
-    dp_rank = parallel_state.get_data_parallel_rank()
-    dp_size = parallel_state.get_data_parallel_world_size()
-    num_prompts = args.global_batch_size // (args.group_size * dp_size)
-    for iteration in range(args.iteration, args.train_iters):
-        # Prompts and answers follow from the iteration: a resumed run goes on with the same.
-        seed = (args.seed * 1_000_003 + iteration) * dp_size + dp_rank
-        batch = collect(policy, task, num_prompts, args.group_size, seed)
-        with policy.as_reference():
-            base_logprobs = answer_logprobs(policy, batch.tokens, task.answer_length)
-        # Its expectation is the KL divergence from the base.
-        distance = (batch.logprobs - base_logprobs).sum(0)
-        advantages = group_advantages(batch.rewards - args.kl_weight * distance, args.group_size)
-        learn(
-            policy,
-            batch,
-            advantages,
-            num_updates=args.num_updates,
-            micro_batch_size=args.micro_batch_size,
-        )
-        policy.scheduler.step(args.global_batch_size)
-        report = torch.stack([batch.rewards.mean(), distance.mean()]) / dp_size
-        dist.all_reduce(report, group=parallel_state.get_data_parallel_group())
-        print_rank_0(
-            f"iteration {iteration + 1}/{args.train_iters} | reward: {report[0]:.4f} | "
-            f"distance from the base: {report[1]:.4f} nats"
-        )
-        is_last = iteration + 1 == args.train_iters
-        if args.save and (is_last or (iteration + 1) % args.save_interval == 0):
-            policy.save(iteration + 1)
+def evaluate(sampler: Sampler, prompts: Prompts, iteration: int, args: argparse.Namespace) -> None:
+    """Answer held-out prompts once each, and say how well."""
+    count, replicas = min(len(prompts), args.eval_prompts), sampler.replicas.count
+    # As many for each replica: some come twice, and count once.
+    asked = [prompts[index % count] for index in range(-(-count // replicas) * replicas)]
+    episodes = sampler.sample(asked, sampling(prompts, 0, args))
+    metrics = summarize(episodes.outcomes[:count])
+    report(f"evaluation after {iteration}", iteration, metrics, prefix="eval/")
+
+
+def make_replicas(args: argparse.Namespace) -> Replicas:
+    """Say which of the data-parallel replicas this rank is of."""
+    own = (
+        parallel_state.get_tensor_model_parallel_rank(),
+        parallel_state.get_pipeline_model_parallel_rank(),
+        parallel_state.get_context_parallel_rank(),
+    )
+    number = parallel_state.get_data_parallel_rank()
+    return Replicas(number, args.data_parallel_size, speaks=not any(own))
 
 
 def add_args(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
     """Add this script's flags to Megatron's."""
     parser.add_argument("--cpu", action="store_true", help="run on the CPU over gloo")
-    group = parser.add_argument_group(
-        "policy gradient", "--global-batch-size counts the answers of an iteration"
-    )
-    group.add_argument("--group-size", type=int, default=8, help="answers to each prompt")
-    group.add_argument(
-        "--num-updates", type=int, default=2, help="steps on each iteration's answers"
-    )
-    group.add_argument(
-        "--kl-weight", type=float, default=0.0, help="reward lost per nat off the base"
-    )
+    add_prompt_args(add_rl_args(parser))
     return launch.add_exchange_args(add_lora_args(parser))
-
-
-def check_args(args: argparse.Namespace) -> None:
-    """Raise ValueError for flags that this loop cannot do what they say with."""
-    for name, limit in (
-        ("pipeline_model_parallel_size", 1),
-        ("context_parallel_size", 1),
-        ("attention_dropout", 0),
-        ("hidden_dropout", 0),
-        ("calculate_per_token_loss", False),
-    ):
-        if getattr(args, name) != limit:
-            raise ValueError(
-                f"{name} is {getattr(args, name)}: the loop samples and learns with one model, "
-                f"whole and without dropout; set it to {limit}"
-            )
-    for name in ("moe_aux_loss_coeff", "moe_z_loss_coeff", "mtp_num_layers"):
-        if getattr(args, name):
-            raise ValueError(
-                f"{name} is {getattr(args, name)}: the loop's loss is of sampled answers, beside "
-                "which nothing scales a loss that the model adds itself; leave it out"
-            )
-    if not args.lora_rank or args.lora_dropout:
-        raise ValueError(
-            f"lora_rank is {args.lora_rank} and lora_dropout {args.lora_dropout}: the reference "
-            "policy is the base without its adapters; set --lora-rank, and no --lora-dropout"
-        )
-    answers = args.global_batch_size // args.data_parallel_size
-    if answers % (args.group_size * args.num_updates):
-        raise ValueError(
-            f"global_batch_size {args.global_batch_size} over {args.data_parallel_size} "
-            f"data-parallel ranks is not divisible by group_size {args.group_size} x num_updates "
-            f"{args.num_updates}: raise --global-batch-size"
-        )
 
 
 def main() -> None:
     """Build the model with its adapters, train it by its own answers, save and export it."""
     with launch.clear_errors():
-        defaults = {"tokenizer_type": "NullTokenizer"}
-        args = parse_and_validate_args(extra_args_provider=add_args, args_defaults=defaults)
-        check_args(args)
-        # Megatron checks in its own training step only; `MegatronPolicy.step` checks here.
+        sys.argv[1:] = launch.with_hf_flags(sys.argv[1:])
+        args = parse_and_validate_args(extra_args_provider=add_args)
+        check_rl_args(args)
+        # Megatron checks in its own training step only; `Policy.step` checks here.
         args.check_for_nan_in_loss_and_grad = False
         lora = launch.LoRARun(args)
-        model_config = gpt_config_from_args(args)
+        reward, encoder = load_reward(args.reward), encoder_for(tokenizer_from_args(args))
+        prompts, held_out = load_prompts(
+            args.dataset,
+            encoder,
+            split=args.dataset_split,
+            eval_dataset=args.eval_dataset,
+            eval_fraction=0 if args.eval_interval is None else args.eval_fraction,
+            max_length=args.seq_length - args.max_tokens,
+            seed=args.seed if args.dataset_seed is None else args.dataset_seed,
+        )
+        config_from_args = (
+            hybrid_config_from_args if args.hybrid_layer_pattern else gpt_config_from_args
+        )
+        model_config = config_from_args(args)
+        check_engine(args, model_config)
         model_config.pre_wrap_hooks += lora.hooks()
         initialize_megatron()
-        parts = training.setup_model_and_optimizer(
+        read = {"dataset": prompts.digest, "eval_dataset": held_out.digest if held_out else ""}
+        agree.check(read, "give every node the same files")
+        parts: Any = training.setup_model_and_optimizer(
             ModelType.encoder_or_decoder,
             cfg_container=pretrain_cfg_container_from_args(args, model_config),
             pg_collection=ProcessGroupCollection.use_mpu_process_groups(),
         )
-        train(MegatronPolicy(*parts), LargestToken(args.vocab_size), args)
-        lora.finish()
+        policy = Policy(*parts)
+        assert lora.config is not None
+        for line in rl_warnings(lora.config):
+            print_rank_0(f"WARNING: {line}")
+        sampler = Sampler(
+            engine=make_engine(args, policy.model, lora.config, say=print_rank_0),
+            reward=reward,
+            encoder=encoder,
+            replicas=make_replicas(args),
+            show=print_rank_0,
+            num_shown=args.print_answers,
+        )
+        with launch.at_end(lora.finish):
+            train(policy, sampler, prompts, held_out, args)
 
 
 if __name__ == "__main__":
