@@ -42,7 +42,7 @@ def test_a_server_that_is_down_is_named() -> None:
 class _Dripping(BaseHTTPRequestHandler):
     def do_GET(self) -> None:
         """Send a byte now and then, and never come to an end."""
-        self.wfile.write(b"HTTP/1.1 200 OK\r\nX: ")
+        self.wfile.write(b"HTTP/1.1 200 OK\r\nContent-Length: 0\r\nX: ")
         for _ in range(100):
             time.sleep(0.02)
             self.wfile.write(b"x")
