@@ -27,7 +27,8 @@ def ask_for_all(
     """Return an answer to each prompt on all ranks of a replica, asked by the one that speaks.
 
     ask: of a prompt's tokens and a seed, of which each answer has its own: a server that is given
-    one seed for the equal prompts of a group would answer all alike. concurrency: requests at once.
+    one seed for the equal prompts of a group would answer all alike. concurrency: requests at once;
+    of more prompts some wait for others, and all other ranks for the last of them.
     All ranks must call it; what fails on one ends in one ValueError on all.
     """
 

@@ -56,7 +56,7 @@ class RunningAdapters:
         self.plan = Plan(whole, config, shape, self.format, base_model_name=base_model_name)
         # The base lost what the adapter started from, so it belongs to the update.
         self._initial = start_values(model_chunks) if config.init == "pissa" else None
-        self.replica = _replica(next(model_chunks[0].parameters()).device)
+        self.replica = replica_of(next(model_chunks[0].parameters()).device)
 
     def tensors(self) -> Iterator[tuple[str, Tensor]]:
         """Yield (name, tensor) of the whole adapter as it is now, on rank 0; nothing elsewhere.
@@ -98,7 +98,8 @@ class RunningAdapters:
                 yield from self.plan.tensors(piece, self._initial)
 
 
-def _replica(device: torch.device) -> Replica:
+def replica_of(device: torch.device) -> Replica:
+    """Return this rank's place among those that hold the same model; see `Replica`."""
     # First over the context-parallel ranks beside the speaker, then over tensors and stages.
     groups: list[Any] = [parallel_state.get_model_parallel_group()]
     of_first = parallel_state.get_tensor_model_parallel_rank() == 0

@@ -22,7 +22,7 @@ from megalora.rollouts.sglang import SGLangEngine
 from megalora.rollouts.vllm import VLLMEngine
 from megalora.sync import Http, VersionedDirectory
 from megalora.sync.pickled import pickle_tensors
-from megalora.sync.tensors import RunningAdapters
+from megalora.sync.tensors import RunningAdapters, replica_of
 from tests.dist.support import hf
 from tests.dist.support.layouts import Layout, model_parallel, over
 from tests.dist.support.models import VOCAB_SIZE, build_model
@@ -178,6 +178,25 @@ def test_what_the_optimizer_made_is_handed_over_before_a_forward_gathers_it(
 
 
 # === Rollouts ===
+
+
+@over(
+    *(Layout(tp=2, sp=True, pp=2), Layout(tp=2, cp=2), Layout(pp=2, cp=2), Layout(cp=2, dp=2)),
+    *(Layout(tp=2, dp=2), Layout(dp=2, ep=2)),
+)
+def test_what_one_rank_says_reaches_all_ranks_of_its_replica_and_no_other(layout: Layout) -> None:
+    with model_parallel(layout):
+        replica = replica_of(torch.device("cpu"))
+        said = torch.tensor([replica.index, 7, dist.get_rank()]).double()
+        heard = replica.share(said if replica.speaks else None)
+        empty = replica.share(torch.empty(0).double() if replica.speaks else None)
+    everywhere: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(everywhere, (replica.index, replica.speaks, heard.tolist()))
+    speakers = {index: rank for rank, (index, speaks, _) in enumerate(everywhere) if speaks}
+    assert len(speakers) == sum(speaks for _, speaks, _ in everywhere) == layout.dp
+    for index, _, numbers in everywhere:
+        assert numbers == [index, 7, speakers[index]]
+    assert empty.numel() == 0
 
 
 @contextlib.contextmanager
