@@ -44,6 +44,7 @@ bench: .venv/built
 	$(BIN)/python benchmarks/bench_host.py
 	$(BIN)/python benchmarks/bench_padding.py
 	$(BIN)/python benchmarks/bench_exchange.py
+	$(BIN)/python benchmarks/bench_sync.py
 
 parity: .venv/built
 	$(BIN)/python benchmarks/parity.py

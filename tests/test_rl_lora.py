@@ -4,6 +4,7 @@ import json
 import random
 import re
 import shlex
+import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -13,10 +14,13 @@ import pytest
 from tests.support import hf_models
 from tests.support.chat_templates import hugging_face_tokenizer
 from tests.support.examples import EXAMPLES
-from tests.support.forked import Ranks, call
+from tests.support.forked import ROOT, Ranks, call
 from tests.support.stand_in_servers import Sampler as Served
 from tests.support.stand_in_servers import serving, sglang_routes, vllm_routes
 from tests.support.tiny import back_to, flags, same_tensors, train
+
+sys.path.insert(0, str(ROOT / "benchmarks"))
+import rl_curve
 
 MODEL = shlex.split("""
 --num-layers 2 --hidden-size 64 --ffn-hidden-size 96 --num-attention-heads 4
@@ -124,6 +128,16 @@ def test_answers_become_right(whole: tuple[Run, Path]) -> None:
     assert sum(run.rewards[-3:]) / 3 > 6 * BY_CHANCE
     assert run.evaluations[0]["reward/mean"] < 2 * BY_CHANCE
     assert run.evaluations[ITERATIONS]["reward/mean"] > 6 * BY_CHANCE
+
+
+def test_a_log_is_drawn(whole: tuple[Run, Path], tmp_path: Path) -> None:
+    run, _ = whole
+    found = rl_curve.read_log(run.text)
+    rewards = [metrics["reward/mean"] for metrics in found["iteration"].values()]
+    assert rewards == run.rewards
+    assert list(found["evaluation after"]) == list(run.evaluations)
+    rl_curve.draw(found, tmp_path / "curve.png")
+    assert (tmp_path / "curve.png").read_bytes().startswith(b"\x89PNG")
 
 
 def test_the_reference_is_the_base_that_training_starts_from(whole: tuple[Run, Path]) -> None:
