@@ -51,7 +51,7 @@ from megalora.policy.sequences import Sequences  # noqa: E402
 from megalora.rollouts.advice import rl_warnings  # noqa: E402
 from megalora.rollouts.arguments import add_rl_args, check_rl_args  # noqa: E402
 from megalora.rollouts.engine import Sampling  # noqa: E402
-from megalora.rollouts.engines import check_engine, make_engine  # noqa: E402
+from megalora.rollouts.from_flags import check_engine, make_engine  # noqa: E402
 from megalora.rollouts.gap import gap  # noqa: E402
 from megalora.rollouts.metrics import summarize  # noqa: E402
 from megalora.rollouts.replicas import Replicas  # noqa: E402

@@ -40,7 +40,7 @@ def add_rl_args(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
 def check_rl_args(args: argparse.Namespace) -> None:
     """Raise ValueError for flags that the loop cannot do what they say with.
 
-    What an engine cannot do is said by `megalora.rollouts.engines`.
+    What an engine cannot do is said by `megalora.rollouts.from_flags`.
     """
     if not args.dataset:
         raise ValueError("dataset is not given: set --dataset to a JSONL of `prompt` and `answer`")

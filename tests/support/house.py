@@ -24,7 +24,7 @@ IMPORT_MEGATRON = (
         "hf/one_process.py",
         "sync/tensors.py",
         "rollouts/megatron.py",
-        "rollouts/engines.py",
+        "rollouts/from_flags.py",
         "policy/policy.py",
         "policy/report.py",
         "policy/shards.py",
