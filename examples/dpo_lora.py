@@ -28,8 +28,6 @@ from megatron.core.enums import ModelType  # noqa: E402
 from megatron.core.process_groups_config import ProcessGroupCollection  # noqa: E402
 from megatron.training import initialize_megatron, training  # noqa: E402
 from megatron.training.argument_utils import (  # noqa: E402
-    gpt_config_from_args,
-    hybrid_config_from_args,
     pretrain_cfg_container_from_args,
 )
 from megatron.training.arguments import parse_and_validate_args  # noqa: E402
@@ -66,12 +64,11 @@ class Batch:
 
 def batches(policy: Policy, pairs: Sequence[Pair], micro_batch_size: int) -> list[Batch]:
     """Return microbatches of pairs, with the log probabilities of the base."""
-    device = next(policy.model[0].parameters()).device
     parts = []
     for first in range(0, len(pairs), micro_batch_size):
         own = pairs[first : first + micro_batch_size]
         rows = [pair.chosen for pair in own] + [pair.rejected for pair in own]
-        parts.append(Sequences.encoded(rows).to(device))
+        parts.append(Sequences.encoded(rows).to(policy.device))
     with policy.as_reference():
         reference = policy.logprobs(parts)
     return [Batch(*both) for both in zip(parts, (each.sum(1) for each in reference), strict=True)]
@@ -218,13 +215,7 @@ def main() -> None:
         args.check_for_nan_in_loss_and_grad = False
         lora = launch.LoRARun(args)
         data = load_data(args)
-        if args.hybrid_layer_pattern:
-            model_config = hybrid_config_from_args(args)
-        else:
-            model_config = gpt_config_from_args(args)
-            # gpt_config_from_args leaves this flag out: Llama 3.2 needs 32, the default is 8.
-            model_config.rope_scaling_factor = args.rope_scaling_factor
-        model_config.pre_wrap_hooks += lora.hooks()
+        model_config = lora.model_config()
         initialize_megatron()
         parts = training.setup_model_and_optimizer(
             ModelType.encoder_or_decoder,

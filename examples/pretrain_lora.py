@@ -16,8 +16,6 @@ launch.prepare_megatron(sys.argv)  # before the first import of megatron
 from megatron.core.enums import ModelType  # noqa: E402
 from megatron.training import pretrain  # noqa: E402
 from megatron.training.argument_utils import (  # noqa: E402
-    gpt_config_from_args,
-    hybrid_config_from_args,
     pretrain_cfg_container_from_args,
 )
 from megatron.training.arguments import parse_and_validate_args  # noqa: E402
@@ -41,16 +39,9 @@ def main() -> None:
         lora = launch.LoRARun(args)
         check_eval_args(args)
         check_data_args(args)
-        if args.hybrid_layer_pattern:
-            model_config = hybrid_config_from_args(args)
-        else:
-            model_config = gpt_config_from_args(args)
-            # gpt_config_from_args leaves this flag out: Llama 3.2 needs 32, the default is 8.
-            model_config.rope_scaling_factor = args.rope_scaling_factor
-        model_config.pre_wrap_hooks += lora.hooks()
         with launch.at_end(lora.finish):
             pretrain(
-                pretrain_cfg_container_from_args(args, model_config),
+                pretrain_cfg_container_from_args(args, lora.model_config()),
                 datasets_provider,
                 ModelType.encoder_or_decoder,
                 forward_step,

@@ -5,7 +5,7 @@ import contextlib
 import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 
@@ -69,6 +69,12 @@ class LoRARun:
         self.args = args
         self.config = session.start(args)
         self.model: ModelChunks = []
+
+    def model_config(self) -> Any:
+        """Return Megatron's configuration of the model that the flags describe, with `hooks`."""
+        config = self._session.model_config(self.args)
+        config.pre_wrap_hooks += self.hooks()
+        return config
 
     def hooks(self) -> list[Hook]:
         """Return the hooks for the `pre_wrap_hooks` of a model configuration."""

@@ -75,6 +75,11 @@ class Policy:
             each = [chunk.no_sync for chunk in wrapped]
             self.config.no_sync_func = each if len(each) > 1 else each[0]
 
+    @property
+    def device(self) -> torch.device:
+        """Return where the model is, and sequences have to be."""
+        return next(self.model[0].parameters()).device
+
     def logprobs(self, parts: Sequence[Sequences]) -> list[Tensor]:
         """Return the log probability of each token of answers, without gradient.
 

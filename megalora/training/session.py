@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from megatron.training import print_rank_0
+from megatron.training.argument_utils import gpt_config_from_args, hybrid_config_from_args
 
 from megalora import replace
 from megalora.arguments import given_lora_fields, lora_config_from_args
@@ -60,6 +61,16 @@ def start(args: argparse.Namespace) -> LoRAConfig | None:
         patches.install(patches.TRAINING)
         if args.save:
             check_readable(args)
+    return config
+
+
+def model_config(args: argparse.Namespace) -> Any:
+    """Return Megatron's configuration of the model that flags describe, GPT or hybrid."""
+    if args.hybrid_layer_pattern:
+        return hybrid_config_from_args(args)
+    config = gpt_config_from_args(args)
+    # Megatron leaves this flag out: Llama 3.2 needs 32, the default is 8.
+    config.rope_scaling_factor = args.rope_scaling_factor
     return config
 
 
