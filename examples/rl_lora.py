@@ -36,13 +36,12 @@ from megatron.training import (  # noqa: E402
     training,
 )
 from megatron.training.argument_utils import (  # noqa: E402
-    gpt_config_from_args,
-    hybrid_config_from_args,
     pretrain_cfg_container_from_args,
 )
 from megatron.training.arguments import parse_and_validate_args  # noqa: E402
 
 from megalora.data import encoder_for, tokenizer_from_args  # noqa: E402
+from megalora.data.order import Order  # noqa: E402
 from megalora.data.prompts import Prompts, add_prompt_args, load_prompts  # noqa: E402
 from megalora.losses import group_advantages, num_clipped, policy_gradient_loss  # noqa: E402
 from megalora.policy.policy import Policy  # noqa: E402
@@ -57,7 +56,8 @@ from megalora.rollouts.metrics import summarize  # noqa: E402
 from megalora.rollouts.replicas import Replicas  # noqa: E402
 from megalora.rollouts.rewards import load_reward  # noqa: E402
 from megalora.rollouts.sampler import Episodes, Sampler  # noqa: E402
-from megalora.rollouts.seeds import Order, sampling_seed  # noqa: E402
+from megalora.rollouts.seeds import sampling_seed  # noqa: E402
+from megalora.sync.tensors import replica_of  # noqa: E402
 from megalora.training import agree  # noqa: E402
 
 Metrics = dict[str, float]
@@ -94,7 +94,7 @@ def train(
         # Prompts and answers follow from the seed: a resumed run goes on with the same.
         first = args.consumed_train_samples // args.group_size
         chosen = order.take(first, args.global_batch_size // args.group_size)
-        asked = [prompts[index] for index in chosen for _ in range(args.group_size)]
+        asked = [p for index in chosen for p in [prompts[index]] * args.group_size]
         times = [time.monotonic()]
         episodes = sampler.sample(asked, sampling(prompts, iteration, args))
         times.append(time.monotonic())
@@ -132,16 +132,16 @@ def weigh(
     answers, size = episodes.answers, args.micro_batch_size
     parts = [slice(first, first + size) for first in range(0, len(answers), size)]
     prompts = [prompt.tokens for prompt in episodes.prompts]
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     sequences = [
-        Sequences.of(prompts[part], [a.tokens for a in answers[part]]).to(device) for part in parts
+        Sequences.of(prompts[part], [a.tokens for a in answers[part]]).to(policy.device)
+        for part in parts
     ]
     logprobs = policy.logprobs(sequences)
     with policy.as_reference():
         of_base = policy.logprobs(sequences)
     # Its expectation is the KL divergence of an answer from the base.
     distances = torch.cat([(p - q).sum(1) for p, q in zip(logprobs, of_base, strict=True)])
-    rewards = episodes.rewards.to(device) - args.kl_weight * distances
+    rewards = episodes.rewards.to(policy.device) - args.kl_weight * distances
     advantages = group_advantages(rewards, args.group_size)
     microbatches = []
     for part, own, p in zip(parts, sequences, logprobs, strict=True):
@@ -150,7 +150,7 @@ def weigh(
             Microbatch(
                 sequences=own,
                 sampler_logprobs=p.masked_scatter(
-                    own.answers, torch.tensor(sampled, device=device)
+                    own.answers, torch.tensor(sampled, device=policy.device)
                 ),
                 advantages=advantages[part],
                 distances=distances[part],
@@ -215,17 +215,6 @@ def evaluate(sampler: Sampler, prompts: Prompts, iteration: int, args: argparse.
     report(f"evaluation after {iteration}", iteration, metrics, prefix="eval/")
 
 
-def make_replicas(args: argparse.Namespace) -> Replicas:
-    """Say which of the data-parallel replicas this rank is of."""
-    own = (
-        parallel_state.get_tensor_model_parallel_rank(),
-        parallel_state.get_pipeline_model_parallel_rank(),
-        parallel_state.get_context_parallel_rank(),
-    )
-    number = parallel_state.get_data_parallel_rank()
-    return Replicas(number, args.data_parallel_size, speaks=not any(own))
-
-
 def add_args(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
     """Add this script's flags to Megatron's."""
     parser.add_argument("--cpu", action="store_true", help="run on the CPU over gloo")
@@ -252,12 +241,8 @@ def main() -> None:
             max_length=args.seq_length - args.max_tokens,
             seed=args.seed if args.dataset_seed is None else args.dataset_seed,
         )
-        config_from_args = (
-            hybrid_config_from_args if args.hybrid_layer_pattern else gpt_config_from_args
-        )
-        model_config = config_from_args(args)
+        model_config = lora.model_config()
         check_engine(args, model_config)
-        model_config.pre_wrap_hooks += lora.hooks()
         initialize_megatron()
         read = {"dataset": prompts.digest, "eval_dataset": held_out.digest if held_out else ""}
         agree.check(read, "give every node the same files")
@@ -270,11 +255,12 @@ def main() -> None:
         assert lora.config is not None
         for line in rl_warnings(lora.config):
             print_rank_0(f"WARNING: {line}")
+        replica = replica_of(policy.device)
         sampler = Sampler(
             engine=make_engine(args, policy.model, lora.config, say=print_rank_0),
             reward=reward,
             encoder=encoder,
-            replicas=make_replicas(args),
+            replicas=Replicas(replica.index, args.data_parallel_size, speaks=replica.speaks),
             show=print_rank_0,
             num_shown=args.print_answers,
         )

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 from megalora.config import LoRAConfig
+from megalora.data.order import Order
 from megalora.data.prompts import Prompt, load_prompts
 from megalora.data.tokenizers import ByteTokenizer, Encoder, encoder_for
 from megalora.rollouts.advice import rl_warnings
@@ -19,7 +20,7 @@ from megalora.rollouts.metrics import Outcome, summarize
 from megalora.rollouts.replicas import Replicas
 from megalora.rollouts.rewards import BUILT_IN, load_reward
 from megalora.rollouts.sampler import Sampler
-from megalora.rollouts.seeds import Order, sampling_seed
+from megalora.rollouts.seeds import sampling_seed
 from tests.support.chat_templates import AS_JSON, hugging_face_tokenizer
 
 BYTES = ByteTokenizer()

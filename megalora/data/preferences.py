@@ -11,6 +11,7 @@ import numpy as np
 
 from megalora.data.chats import CHAT_COLUMNS, Row
 from megalora.data.examples import Content, encode, hold_out
+from megalora.data.order import Order
 from megalora.data.pairs import ANSWERS, read_pair, shared
 from megalora.data.rows import files_left_out, load_rows
 from megalora.data.sources import Rows
@@ -57,12 +58,7 @@ class Preferences:
         They are dealt out pass by pass, each in an order of its own, drawn from (seed, pass): a
         resumed run goes on where the first one stopped, on any layout.
         """
-        places = [divmod(iteration * size + k, len(self)) for k in range(size)]
-        orders = {
-            number: np.random.default_rng([seed, 1 + number]).permutation(len(self))
-            for number in {number for number, _ in places}
-        }
-        return [self[int(orders[number][place])] for number, place in places]
+        return [self[index] for index in Order(len(self), seed).take(iteration * size, size)]
 
     def _answer(self, number: int) -> Tokens:
         first, last = self.offsets[number : number + 2]
