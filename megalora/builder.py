@@ -16,11 +16,11 @@ from megalora import replace
 from megalora.adapters import pissa
 from megalora.adapters.adapter import LoRAAdapter, named_adapters
 from megalora.adapters.bases import Base, base_linears, left_out, refusal
-from megalora.adapters.collectives import union
 from megalora.adapters.frozen import freeze_router_bias, make_embedding_require_grad
 from megalora.adapters.padding import leave_out_padding
 from megalora.adapters.rows import IN_PARTS, parts_of
 from megalora.adapters.styles import ADAPTERS
+from megalora.adapters.world import union
 from megalora.checkpoint.state import install_checkpointing
 from megalora.checkpoint.unpickle import PICKLES
 from megalora.config import LoRAConfig

@@ -103,15 +103,6 @@ def own_shard(full: Tensor, dim: int, group: ProcessGroup | None) -> Tensor:
     return full.narrow(dim, dist.get_rank(group) * width, width)
 
 
-def union[T](names: set[T], group: ProcessGroup | None) -> set[T]:
-    """Return the names of all ranks of a group together; all of them must call it."""
-    if group_size(group) == 1:
-        return names
-    gathered: list[set[T]] = [set() for _ in range(group_size(group))]
-    dist.all_gather_object(gathered, names, group=group)
-    return set().union(*gathered)
-
-
 def group_size(group: ProcessGroup | None) -> int:
     """Return the number of ranks of a group; no group is one rank."""
     return 1 if group is None else group.size()

@@ -30,6 +30,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 
 from megalora import replace
 from megalora.adapters.finite import all_finite, refuse
+from megalora.adapters.world import summed, union
 from megalora.checkpoint.layout import TRACKER, find_directory, verify_on_all_ranks
 from megalora.checkpoint.loading import LOADING
 from megalora.config import is_number
@@ -163,13 +164,11 @@ def fingerprint(model_chunks: Sequence[torch.nn.Module]) -> dict[str, Any]:
     it, before adapters are attached. Raises ValueError on all of them, naming families, where any
     weight, the vocabulary's too, is NaN or infinite.
     """
-    gathered: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(gathered, _own_sums(model_chunks))
-    weights: dict[str, list[float]] = {}
-    for sums, _ in gathered:
-        for family, values in sums.items():
-            total = weights.setdefault(family, [0, 0.0, 0.0])
-            total[:] = [a + b for a, b in zip(total, values, strict=True)]
+    own, dtypes = _own_sums(model_chunks)
+    families = sorted(union(set(own), dist.group.WORLD))
+    sums = [own.get(family, [0, 0.0, 0.0]) for family in families]
+    totals = summed(torch.tensor(sums, dtype=torch.float64)).tolist()
+    weights = dict(zip(families, totals, strict=True))
     # In fp64 the sums of finite weights are finite.
     refuse(
         {family for family, sums in weights.items() if not all(map(math.isfinite, sums))},
@@ -177,10 +176,10 @@ def fingerprint(model_chunks: Sequence[torch.nn.Module]) -> dict[str, Any]:
         "--hf-model, or copy this one again from where it is intact".format,
     )
     return {
-        "dtypes": sorted(set().union(*(found for _, found in gathered))),
+        "dtypes": sorted(union(dtypes, dist.group.WORLD)),
         "weights": {
-            family: [count, total, math.sqrt(square)]
-            for family, (count, total, square) in sorted(weights.items())
+            family: [int(count), total, math.sqrt(square)]
+            for family, (count, total, square) in weights.items()
             if count
         },
     }

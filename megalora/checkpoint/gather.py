@@ -10,7 +10,6 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 
 from megalora.adapters.adapter import named_adapters
-from megalora.adapters.collectives import union
 from megalora.adapters.factors import Sharding
 from megalora.adapters.finite import all_finite, refuse
 
@@ -160,11 +159,11 @@ def whole_sizes(
     All ranks must call it.
     """
     own = {key: (list(s.whole_shape()), p.dtype) for key, p, s in _factors(model_chunks)}
-    everywhere: list[dict[str, tuple[list[int], torch.dtype]]] = [
-        {} for _ in range(dist.get_world_size())
-    ]
-    dist.all_gather_object(everywhere, own)
-    return {name: size for rank in everywhere for name, size in rank.items()}
+    # What is whole is the same on all ranks of a stage.
+    stages = _pipeline()
+    of_stages: list[dict[str, tuple[list[int], torch.dtype]]] = [{} for _ in range(stages.size())]
+    dist.all_gather_object(of_stages, own, group=stages)
+    return {name: size for stage in of_stages for name, size in stage.items()}
 
 
 def load_adapters(
@@ -181,7 +180,7 @@ def load_adapters(
     finite in the adapter's precision.
     """
     own = list(_factors(model_chunks))
-    whole = union({key for key, _, _ in own}, _pipeline())
+    whole = set(whole_sizes(model_chunks))
     missing, unknown = sorted(whole - set(tensors)), sorted(set(tensors) - whole)
     if missing and not allow_missing:
         raise ValueError(f"adapter tensors are missing: {_first(missing)}")

@@ -13,13 +13,14 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from megatron.core.optimizer import ChainedOptimizer, MegatronOptimizer
 
-from megalora.adapters.collectives import union
+from megalora.adapters.world import largest
 from megalora.checkpoint.schedule import say_changed
 
 Groups = list[dict[str, Any]]
+# Of a rank that has nothing that counts them.
+_NO_STEPS = -1
 
 
 def complete(optimizer: MegatronOptimizer) -> None:
@@ -33,10 +34,10 @@ def complete(optimizer: MegatronOptimizer) -> None:
         if part.param_groups and part.init_state_fn is not None:
             part.init_state_fn(part.optimizer, part.config)
     groups = [group for part in parts for group in part.param_groups]
-    own = {int(group["step"]) for group in groups if "step" in group}
-    steps = max(union(own, dist.group.WORLD), default=None)
+    own = max((int(group["step"]) for group in groups if "step" in group), default=_NO_STEPS)
+    steps = int(largest([own])[0])
     for group in groups:
-        if not group["params"] and steps is not None:
+        if not group["params"] and steps != _NO_STEPS:
             group["step"] = steps
 
 

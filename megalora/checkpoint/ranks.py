@@ -1,16 +1,19 @@
 """What some ranks find wrong is said on all of them."""
 
 from collections.abc import Callable
-from typing import Any, cast
+from typing import cast
 
 import torch.distributed as dist
+
+from megalora.adapters.world import first_rank, told_by
 
 
 def on_all_ranks[T](work: Callable[[], T], *, only: int | None = None) -> T:
     """Do something on every rank, or on one, and return what it gives.
 
     only: the rank that alone works; all are told what it returns, which must be pickled. All ranks
-    must call this. The first ValueError or OSError is raised on all of them, as a ValueError.
+    must call this. The first ValueError or OSError is raised on all of them, as a ValueError; where
+    there is none, ranks that all work tell each other no more than that.
     """
     result, problem = None, None
     if only in (None, dist.get_rank()):
@@ -19,13 +22,10 @@ def on_all_ranks[T](work: Callable[[], T], *, only: int | None = None) -> T:
         except (OSError, ValueError) as error:
             problem = str(error)
     if only is None:
-        problems: list[str | None] = [None] * dist.get_world_size()
-        dist.all_gather_object(problems, problem)
-        problem = next(filter(None, problems), None)
+        speaker = first_rank(problem is not None)
+        problem = None if speaker is None else told_by(speaker, problem)
     else:
-        told: list[Any] = [result, problem]
-        dist.broadcast_object_list(told, src=only)
-        result, problem = told
+        result, problem = told_by(only, (result, problem))
     if problem is not None:
         raise ValueError(problem)
     return cast(T, result)
