@@ -7,7 +7,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from megalora.adapters.world import first_rank
+from megalora.adapters.world import rare_names
 
 FLOAT32_MAX = torch.finfo(torch.float32).max
 
@@ -44,15 +44,7 @@ def refuse(names: set[str], sentence: Callable[[str], str]) -> None:
 
     names: what this rank has found. sentence: makes the message of the first names of all ranks.
     """
-    found = sorted(_everywhere(names) if dist.is_initialized() else names)
+    found = sorted(rare_names(names) if dist.is_initialized() else names)
     if found:
         more = f" and {len(found) - 4} more" if len(found) > 4 else ""
         raise ValueError(sentence(", ".join(found[:4]) + more))
-
-
-def _everywhere(names: set[str]) -> set[str]:
-    if first_rank(bool(names)) is None:
-        return set()
-    gathered: list[set[str]] = [set() for _ in range(dist.get_world_size())]
-    dist.all_gather_object(gathered, names)
-    return set().union(*gathered)

@@ -55,6 +55,18 @@ def union[T](names: set[T], group: ProcessGroup | None) -> set[T]:
     return known
 
 
+def rare_names(names: set[str]) -> set[str]:
+    """Return the names of all ranks together, of which there are none where all is well.
+
+    All ranks must call it. Without any it is an all-reduce of 8 bytes, else an all-gather.
+    """
+    if first_rank(bool(names)) is None:
+        return set()
+    everywhere: list[set[str]] = [set() for _ in range(dist.get_world_size())]
+    dist.all_gather_object(everywhere, names)
+    return set().union(*everywhere)
+
+
 def summed(numbers: Tensor, group: ProcessGroup | None = None) -> Tensor:
     """Return the sums over the ranks of a group of each number, in fp64 on the CPU."""
     total = numbers.to(device_of(group), torch.float64, copy=True)

@@ -31,8 +31,9 @@ from torch.distributed.checkpoint.api import CheckpointException
 from megalora import replace
 from megalora.adapters.finite import all_finite, refuse
 from megalora.adapters.world import summed, union
-from megalora.checkpoint.layout import TRACKER, find_directory, verify_on_all_ranks
+from megalora.checkpoint.layout import TRACKER, find_directory
 from megalora.checkpoint.loading import LOADING
+from megalora.checkpoint.sums import verify_on_all_ranks
 from megalora.config import is_number
 from megalora.model.hybrid import equals_gpt, gpt_name, pattern_in
 
@@ -98,7 +99,7 @@ def _by_stored_names(model_chunks: Sequence[torch.nn.Module], root: Path) -> Ite
 
 
 def _verify(root: Path) -> None:
-    # Before rank 0 reads all of it: another node may not see the directory.
+    # Before all of it is read: another node may not see the directory.
     directory = find_directory(root)
     if directory == root:
         raise ValueError(

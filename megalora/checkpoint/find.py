@@ -13,6 +13,8 @@ from megalora.checkpoint.layout import (
     RELEASE,
     TRACKER,
     Iteration,
+    Sums,
+    check_sums,
     choice_of,
     find_damage,
     has_manifest,
@@ -21,8 +23,8 @@ from megalora.checkpoint.layout import (
     read_tracker,
     write_tracker,
 )
-from megalora.checkpoint.ranks import on_all_ranks
 from megalora.checkpoint.read import read_description
+from megalora.checkpoint.sums import with_all_ranks
 from megalora.printable import printable
 
 OnCorrupt = Literal["previous", "stop"]
@@ -44,22 +46,28 @@ class Found:
 def find_on_all_ranks(
     load: str | None, *, step: int | None, on_corrupt: OnCorrupt, warn: Callable[[str], None]
 ) -> Found | None:
-    """Find the checkpoint on rank 0, which alone reads and checks its files, and tell all ranks."""
+    """Find the checkpoint on rank 0, and tell all ranks, which help it to check the files."""
 
-    def find() -> Found | None:
-        return find_checkpoint(load, step=step, on_corrupt=on_corrupt, warn=warn) if load else None
+    def find(sums: Sums) -> Found | None:
+        given = {"step": step, "on_corrupt": on_corrupt, "warn": warn}
+        return find_checkpoint(load, **given, sums=sums) if load else None
 
-    return on_all_ranks(find, only=0)
+    return with_all_ranks(find)
 
 
 def find_checkpoint(
-    load: str | Path, *, step: int | None, on_corrupt: OnCorrupt, warn: Callable[[str], None]
+    load: str | Path,
+    *,
+    step: int | None,
+    on_corrupt: OnCorrupt,
+    warn: Callable[[str], None],
+    sums: Sums = check_sums,
 ) -> Found | None:
     """Return the newest intact checkpoint in a directory, None where it has none yet.
 
     step: load exactly this iteration. on_corrupt: `previous` takes the checkpoint before a damaged
     one, after a warning that names the damage, and sets the tracker file back to it; `stop` raises
-    ValueError. Also raises it where no checkpoint is intact.
+    ValueError. Also raises it where no checkpoint is intact. sums: checks files.
     """
     root = Path(load)
 
@@ -73,7 +81,7 @@ def find_checkpoint(
     candidates = _candidates(root, named, only=bool(step) or named == RELEASE)
     for iteration in candidates:
         directory = iteration_directory(root, iteration)
-        found, defect = _check(directory, iteration, is_named=iteration == named)
+        found, defect = _check(directory, iteration, sums, is_named=iteration == named)
         if found is None:
             defects += [f"{directory}: {defect}"] if defect else []
             continue
@@ -107,7 +115,7 @@ def _number(iteration: Iteration) -> int:
 
 
 def _check(
-    directory: Path, iteration: Iteration, *, is_named: bool
+    directory: Path, iteration: Iteration, sums: Sums, *, is_named: bool
 ) -> tuple[Found | None, str | None]:
     """Return the checkpoint where it is intact, and what is wrong or unknown about it.
 
@@ -121,7 +129,7 @@ def _check(
     is_verified = has_manifest(directory)
     if not is_verified and not is_named:
         return None, None
-    if damage := find_damage(directory):
+    if damage := find_damage(directory, sums):
         return None, ", ".join(damage)
     try:
         description = read_description(directory)

@@ -15,14 +15,13 @@ here which one it is, and whether its files are those that were saved.
 import hashlib
 import os
 import socket
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path, PurePath
 from typing import Literal
 
 from megalora.checkpoint.durable import sync
-from megalora.checkpoint.ranks import on_all_ranks
 from megalora.reading import NotJSONError, check_plain, open_plain, parse_json, read_json
 
 TRACKER = "latest_checkpointed_iteration.txt"
@@ -41,6 +40,8 @@ _MAX_MANIFEST_BYTES = 8 * 2**20
 
 # The name of a checkpoint: its iteration, or that it has none.
 Iteration = int | Literal["release"]
+# Holds files of a directory against their checksums; says by name what is wrong with them.
+type Sums = Callable[[Path, Mapping[str, str]], dict[str, str]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -125,13 +126,20 @@ def choice_of(there: Sequence[Iteration]) -> str:
     return f"write {' or '.join(map(str, there))} into it" if there else "copy it again"
 
 
-def verify(directory: Path) -> None:
+def check_sums(directory: Path, digests: Mapping[str, str]) -> dict[str, str]:
+    """Hold files against their SHA-256, some at once; return a text for each that is another."""
+    with ThreadPoolExecutor(max_workers=8) as pool:
+        found = pool.map(lambda name: _damage(directory / name, digests[name]), digests)
+        return {name: damage for name, damage in zip(digests, found, strict=True) if damage}
+
+
+def verify(directory: Path, sums: Sums = check_sums) -> None:
     """Raise ValueError where a checkpoint's files are not those that were saved, naming them.
 
     directory: of one checkpoint. Without a manifest nothing is claimed and nothing is checked:
     plain Megatron writes one only with --verify-integrity.
     """
-    if found := find_damage(directory):
+    if found := find_damage(directory, sums):
         root = directory.parent
         names = [iteration_directory(root, each).name for each in list_iterations(root)]
         others = [name for name in names if name != directory.name]
@@ -141,18 +149,14 @@ def verify(directory: Path) -> None:
         )
 
 
-def verify_on_all_ranks(directory: Path) -> None:
-    """Verify a checkpoint on rank 0 and raise its ValueError on all. All ranks must call it."""
-    on_all_ranks(lambda: verify(directory), only=0)
-
-
-def find_damage(directory: Path) -> list[str]:
+def find_damage(directory: Path, sums: Sums = check_sums) -> list[str]:
     """Return what contradicts a checkpoint's manifest, a text for each file that does."""
     try:
         digests = _read_manifest(directory)
         there = {path.name for path in directory.iterdir()}
         parts = [directory / name for name in there if name.endswith(_PARTS)]
-        found = [problem for problem in map(_problem, parts) if problem]
+        with ThreadPoolExecutor(max_workers=8) as pool:
+            found = [problem for problem in pool.map(_problem, parts) if problem]
     except ValueError as error:
         return [str(error)]
     except OSError as error:
@@ -160,12 +164,9 @@ def find_damage(directory: Path) -> list[str]:
     if found or digests is None:
         return _first(found)
     missing = [f"{name} is missing" for name in digests if name not in there]
-    with ThreadPoolExecutor(max_workers=8) as pool:
-        named = there & digests.keys()
-        checked = pool.map(lambda name: _damage(directory / name, digests[name]), named)
-        found = [damage for damage in checked if damage]
+    damaged = sums(directory, {name: digests[name] for name in there & digests.keys()})
     extra = [f"{path.name} is not in {MANIFEST}" for path in parts if path.name not in digests]
-    return _first([*missing, *found, *extra])
+    return _first([*missing, *damaged.values(), *extra])
 
 
 def _first(found: list[str], limit: int = 5) -> list[str]:

@@ -15,9 +15,10 @@ from megalora.adapters.start import draw_uniform
 from megalora.arguments import flags_of
 from megalora.checkpoint.description import read_sizes
 from megalora.checkpoint.gather import gather_adapters, load_adapters, whole_shapes
-from megalora.checkpoint.layout import find_directory, verify
+from megalora.checkpoint.layout import Sums, find_directory, verify
 from megalora.checkpoint.ranks import on_all_ranks
 from megalora.checkpoint.read import read_adapters
+from megalora.checkpoint.sums import with_all_ranks
 from megalora.config import LoRAConfig
 from megalora.hf.adapters import from_hf, to_hf
 from megalora.hf.foreign import refuse_foreign
@@ -88,12 +89,12 @@ def _load_peft(
 def _load_checkpoint(
     model_chunks: Sequence[torch.nn.Module], directory: Path, config: LoRAConfig
 ) -> None:
-    def intact() -> Path:
+    def intact(sums: Sums) -> Path:
         found = find_directory(directory)
-        verify(found)
+        verify(found, sums)
         return found
 
-    tensors, stored, _ = read_adapters(on_all_ranks(intact, only=0))
+    tensors, stored, _ = read_adapters(with_all_ranks(intact))
     if stored.scale(stored.rank) != config.scale(config.rank):
         raise ValueError(
             f"lora_load {str(directory)!r} was trained at scale {stored.scale(stored.rank):g}, "

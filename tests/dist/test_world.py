@@ -90,20 +90,21 @@ def test_names_of_all_ranks_are_in_one_sentence() -> None:
 @in_worlds
 def test_a_union_has_the_names_of_all_ranks() -> None:
     rank, size = dist.get_rank(), dist.get_world_size()
-    for own, expected in (
-        (set[int](), set[int]()),
+    cases: list[tuple[set[Any], set[Any]]] = [
+        (set(), set()),
         ({7}, {7}),
         ({rank}, set(range(size))),
         ({0, rank, rank + 1}, set(range(size + 1))),
-        ({"last"} if rank == size - 1 else set[str](), {"last"}),
-    ):
+        ({"last"} if rank == size - 1 else set(), {"last"}),
+    ]
+    for own, expected in cases:
         assert told_alike(world.union(own, dist.group.WORLD)) == expected
     assert world.union({rank}, None) == {rank}
 
 
 @pytest.mark.world_4
 def test_ranks_of_a_group_are_counted_in_it() -> None:
-    pairs = [dist.new_group([0, 2]), dist.new_group([3, 1])]
+    pairs: list[Any] = [dist.new_group([0, 2]), dist.new_group([3, 1])]
     group = pairs[dist.get_rank() % 2]
     members = dist.get_process_group_ranks(group)
     own = {f"rank {dist.get_rank()}"}
