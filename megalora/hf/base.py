@@ -1,27 +1,28 @@
 """Base weights between a Hugging Face directory and the chunks of a sharded Megatron model."""
 
-import functools
-import math
 import re
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
+from torch.distributed import ProcessGroup
 
 from megalora.adapters.finite import all_finite
 from megalora.checkpoint.ranks import on_all_ranks
+from megalora.hf.built import check_built_for
 from megalora.hf.factors import summarise
 from megalora.hf.latent_norms import set_latent_norms
 from megalora.hf.rotary import set_rotary
 from megalora.hf.safetensors_files import HFWeights
 from megalora.hf.weights import Piece, Placement, Shard, Weights
-from megalora.model.config_json import read_config, stored_predictions
+from megalora.model.config_json import read_config
 from megalora.model.families import names_of
-from megalora.model.hybrid import config_of, gpt_name, pattern_in, refuse_other
-from megalora.model.megatron import megatron_args
-from megalora.model.shape import ModelShape
+from megalora.model.hybrid import config_of, gpt_name, pattern_in
 from megalora.targets import global_name, is_adapter_key
 
 if TYPE_CHECKING:
@@ -30,43 +31,24 @@ if TYPE_CHECKING:
 _LAYERS = re.compile(r"(decoder|mtp)\.layers\.\d+")
 _LAYER = re.compile(r"(decoder|mtp)\.layers\.(\d+)\.")
 
-# Megatron's argument -> field of TransformerConfig, where the names differ.
-_FIELDS = {"num_experts": "num_moe_experts", "swiglu": "gated_linear_unit"}
-# Arguments that a model may be built with as it likes.
-_FREE = {
-    "group_query_attention",
-    "max_position_embeddings",
-    "vocab_size",
-    "untie_embeddings_and_output_weights",
-    "position_embedding_type",
-    "rotary_base",
-    "rotary_percent",
-    "use_rope_scaling",
-    "rope_scaling_factor",
-    "moe_layer_freq",
-    "moe_router_load_balancing_type",
-    "moe_token_dispatcher_type",
-    "moe_router_dtype",
-    "hidden_dropout",
-    "attention_dropout",
-}
-# A parameter with its name and its pieces.
-Job = tuple[str, Tensor, list[Piece]]
-# What a model has where its arguments say nothing, of options that change the computation.
-_OTHERWISE = {
-    "num_moe_experts": 0,
-    "window_size": None,
-    "window_attn_skip_freq": None,
-    "moe_router_score_function": "softmax",
-    "moe_router_enable_expert_bias": False,
-    "moe_router_topk_scaling_factor": 1.0,
-    "moe_router_num_groups": None,
-    "moe_router_group_topk": None,
-    "moe_shared_expert_intermediate_size": 0,
-    "moe_shared_expert_gate": False,
-    "multi_latent_attention": False,
-    "mtp_use_repeated_layer": False,
-}
+
+@dataclass(frozen=True)
+class Job:
+    """A parameter with its name and its pieces, which one of those that hold it reads for all.
+
+    replicas: the ranks that hold the same part; reader: which of them, as the group counts.
+    """
+
+    name: str
+    param: Tensor
+    pieces: list[Piece]
+    replicas: ProcessGroup
+    reader: int
+
+    @property
+    def is_own(self) -> bool:
+        """Say whether this rank reads it."""
+        return self.replicas.rank() == self.reader
 
 
 @torch.no_grad()
@@ -78,45 +60,73 @@ def load_hf_base(
 ) -> None:
     """Load a Hugging Face directory into model chunks, on any parallel layout.
 
-    Each rank reads its own slices only, straight into its parameters. Adapters are left alone.
+    Of a slice, one of the ranks that hold it reads it, straight into its parameter, and sends it to
+    the others, in turn for each parameter: a byte is read once for each part that it belongs to.
+    Rank 0 looks at all headers; others open the files that they read. Adapters are left alone.
     Rotary embeddings are set from config.json, since Megatron's builder drops scaling factors, and
     so are the norms of latents. A layer that predicts one token more is loaded where it was built.
     progress: called with every parameter's name.
     Raises ValueError, before anything is changed, where the directory is broken or incomplete, or
-    where the model was built with other sizes or options than its config.json has; and on all
-    ranks, once all is read, where a rank's weights are not finite. All ranks must call it.
+    where the model was built with other sizes or options than its config.json has; once all is
+    read, where a rank's weights are not finite; and all of it on all ranks, which must all call it.
     """
-    config = read_config(directory)
-    files = HFWeights(directory, names_of(config["model_type"]))
     chunks = cast("Sequence[GPTModel]", model_chunks)
-    jobs = _plan(chunks, config, files)
-    problems: list[str] = []
-    for name, param, pieces in jobs:
-        _fill(param, pieces, files)
-        problems += _not_finite(param, pieces, files)
-        if progress:
-            progress(name)
-    on_all_ranks(functools.partial(_refuse, problems))
+    config, files = on_all_ranks(lambda: _look(chunks, directory), only=0)
+    files.files.directory = Path(directory)
+    jobs = on_all_ranks(lambda: _plan(chunks, config))
+    on_all_ranks(lambda: _refuse_others(_other_copies(chunks, config, jobs, files)))
+    on_all_ranks(lambda: _read(jobs, files, progress))
+    for job in jobs:
+        if job.replicas.size() > 1:
+            dist.broadcast(job.param, group=job.replicas, group_src=job.reader)
+        if progress and not job.is_own:
+            progress(job.name)
     for chunk in chunks:
         set_rotary(chunk, config)
         set_latent_norms(chunk)
 
 
-def _plan(chunks: "Sequence[GPTModel]", config: Mapping[str, Any], files: HFWeights) -> list[Job]:
+def _look(chunks: "Sequence[GPTModel]", directory: str | Path) -> tuple[dict[str, Any], HFWeights]:
+    """Return what a directory says and has, once it has what the model needs."""
+    config = read_config(directory)
+    check_built_for(chunks[0], config)
+    files = HFWeights(directory, names_of(config["model_type"]))
+    weights = weights_of(chunks[0], config)
+    tied = weights.shape.tied_embeddings
+    files.check(weights.expected(), tied=tied, may_have=weights.may_be_stored)
+    return config, files
+
+
+def _plan(chunks: "Sequence[GPTModel]", config: Mapping[str, Any]) -> list[Job]:
     """Return this rank's parameters with what they are read from; nothing is changed."""
     jobs: list[Job] = []
-    copies: dict[str, str] = {}
+    taken: Counter[ProcessGroup] = Counter()
     for chunk in chunks:
         check_built_for(chunk, config)
-        weights = weights_of(chunk, config)
-        tied = weights.shape.tied_embeddings
-        files.check(weights.expected(), tied=tied, may_have=weights.may_be_stored)
-        for name, param, _, pieces in parameters(chunk, weights):
+        for name, param, _, pieces in parameters(chunk, weights_of(chunk, config)):
             _check_covered(name, param, pieces)
-            jobs.append((name, param, pieces))
-        copies |= weights.copies()
-    on_all_ranks(functools.partial(_refuse_others, _other_copies(copies, jobs, files)))
+            replicas = replicas_of(chunk, name)
+            jobs.append(Job(name, param, pieces, replicas, taken[replicas] % replicas.size()))
+            taken[replicas] += 1
     return jobs
+
+
+def replicas_of(chunk: "GPTModel", name: str) -> ProcessGroup:
+    """Return the ranks that hold the same part of a parameter, by its name."""
+    groups = chunk.pg_collection
+    return cast("ProcessGroup", groups.expt_dp if ".experts." in name else groups.dp_cp)
+
+
+def _read(jobs: Sequence[Job], files: HFWeights, progress: Callable[[str], object] | None) -> None:
+    """Fill the parameters that this rank reads; ValueError where one is not finite."""
+    problems: list[str] = []
+    for job in jobs:
+        if job.is_own:
+            _fill(job.param, job.pieces, files)
+            problems += _not_finite(job.param, job.pieces, files)
+            if progress:
+                progress(job.name)
+    _refuse(problems)
 
 
 def _fill(param: Tensor, pieces: list[Piece], files: HFWeights) -> None:
@@ -138,22 +148,39 @@ def _not_finite(param: Tensor, pieces: list[Piece], files: HFWeights) -> list[st
     return [f"{files.path(piece.name)}: {piece.name} as {param.dtype}" for piece in bad]
 
 
-def _other_copies(copies: dict[str, str], jobs: list[Job], files: HFWeights) -> list[str]:
-    """Return the tables of layers that predict one token more that are not the model's own."""
+def _other_copies(
+    chunks: "Sequence[GPTModel]", config: Mapping[str, Any], jobs: Sequence[Job], files: HFWeights
+) -> list[str]:
+    """Return the tables of layers that predict one token more that are not the model's own.
+
+    Of the rows that this rank and its replicas hold, each compares a share.
+    """
+    copies = {k: v for chunk in chunks for k, v in weights_of(chunk, config).copies().items()}
+
+    def is_same(copy: str, original: str) -> bool:
+        rows = (
+            _share(piece, job.replicas)
+            for job in jobs
+            for piece in job.pieces
+            if piece.name == original
+        )
+        return files.shapes[copy] == files.shapes[original] and all(
+            files.read(copy, *share).equal(files.read(original, *share)) for share in rows
+        )
+
     return [
         f"{copy} differs from {original}"
         for copy, original in copies.items()
-        if copy in files.shapes
-        and not all(
-            files.shapes[copy] == files.shapes[original]
-            and files.read(copy, p.hf_first, p.count).equal(
-                files.read(original, p.hf_first, p.count)
-            )
-            for _, _, pieces in jobs
-            for p in pieces
-            if p.name == original
-        )
+        if copy in files.shapes and not is_same(copy, original)
     ]
+
+
+def _share(piece: Piece, replicas: ProcessGroup) -> tuple[int, int]:
+    """Return the first row, and how many, of a piece that this one of its replicas looks at."""
+    first, end = (
+        piece.count * rank // replicas.size() for rank in (replicas.rank(), replicas.rank() + 1)
+    )
+    return piece.hf_first + first, end - first
 
 
 def _refuse_others(others: list[str]) -> None:
@@ -223,51 +250,3 @@ def _check_covered(name: str, param: Tensor, pieces: list[Piece]) -> None:
             f"Megatron parameter {name} has shape {list(param.shape)}, its config.json fills "
             f"{covered} rows: the model was built with other sizes"
         )
-
-
-def check_built_for(chunk: "GPTModel", config: Mapping[str, Any]) -> None:
-    """Raise ValueError where a model chunk would compute something else than config.json says."""
-    refuse_other(pattern_in(chunk))
-    args = megatron_args(config)
-    # Attention through latents has its embedding of the configuration, all others of the model.
-    free = _FREE - {"rotary_base"} if "multi_latent_attention" in args else _FREE
-    wanted = {_FIELDS.get(name, name): v for name, v in args.items() if name not in free}
-    if 0 not in args.get("moe_layer_freq", [0]):
-        del wanted["ffn_hidden_size"]
-    built = config_of(chunk)
-    got = {name: getattr(built, name, None) for name in wanted}
-    # Without a number of groups, Megatron gives each query head its own.
-    got["num_query_groups"] = built.num_query_groups or built.num_attention_heads
-    got["add_qkv_bias"] = bool(built.add_qkv_bias or built.add_bias_linear)
-    for name, nothing in _OTHERWISE.items():
-        wanted.setdefault(name, nothing)
-        got[name] = getattr(built, name) or nothing
-    if wanted["num_moe_experts"]:
-        wanted["moe_layers"] = args["moe_layer_freq"]
-        got["moe_layers"] = ModelShape.from_mapping(vars(built)).moe_pattern
-    # As many as a user asks for, as far as there are weights.
-    got["mtp_num_layers"] = built.mtp_num_layers or 0
-    wanted["mtp_num_layers"] = min(got["mtp_num_layers"], stored_predictions(config))
-    for name in ("position_embedding_type", "share_embeddings_and_output_weights"):
-        got[name] = getattr(chunk, name)
-    wanted["position_embedding_type"] = args["position_embedding_type"]
-    wanted["share_embeddings_and_output_weights"] = not args["untie_embeddings_and_output_weights"]
-    if (embedding := getattr(chunk, "rotary_pos_emb", None)) is not None:
-        wanted["rotary_percent"] = args["rotary_percent"]
-        got["rotary_percent"] = 2 * len(embedding.inv_freq) / wanted["kv_channels"]
-    wrong = [
-        f"{name} is {got[name]!r}, must be {value!r}"
-        for name, value in wanted.items()
-        if not _equal(got[name], value)
-    ]
-    if wrong:
-        raise ValueError(
-            f"the model does not fit its config.json: {'; '.join(wrong)}: build it with the flags "
-            "that `megalora flags --hf-model` prints"
-        )
-
-
-def _equal(got: object, wanted: object) -> bool:
-    if isinstance(wanted, float) and isinstance(got, float):
-        return math.isclose(got, wanted, rel_tol=1e-9)
-    return got == wanted

@@ -10,7 +10,8 @@ from torch import Tensor
 
 from megalora.adapters.finite import all_finite
 from megalora.checkpoint.ranks import on_all_ranks
-from megalora.hf.base import check_built_for, parameters, weights_of
+from megalora.hf.base import parameters, replicas_of, weights_of
+from megalora.hf.built import check_built_for
 from megalora.hf.directories import whole_directory
 from megalora.hf.factors import summarise
 from megalora.hf.files import MODEL, save_tensors, write_json
@@ -229,8 +230,7 @@ def _gather_layers(
 
 def _is_sender(chunk: "GPTModel", name: str) -> bool:
     """Say whether this rank is the first of those that hold the same parameter."""
-    groups = chunk.pg_collection
-    return (groups.expt_dp if ".experts." in name else groups.dp_cp).rank() == 0
+    return replicas_of(chunk, name).rank() == 0
 
 
 def _parts(param: Tensor, pieces: list[Piece]) -> Iterator[Part]:

@@ -54,6 +54,10 @@ class TensorFiles:
         self.has_shards = os.path.lexists(self.index) and not os.path.lexists(self._single)
         self.files = self._locate()
 
+    def __getstate__(self) -> dict[str, Any]:
+        """Return what another process needs to read the same files; it opens them itself."""
+        return {**vars(self), "_open": {}}
+
     @property
     def _single(self) -> Path:
         return self.directory / f"{self.stem}.safetensors"
@@ -145,7 +149,11 @@ def read_weight_map(index: Path) -> dict[str, str]:
     weight_map = read_json(index).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise ValueError(f"{index} has no weight_map: download it again")
-    for file_name in weight_map.values():
+    files = list(weight_map.values())
+    # Thousands of tensors lie in a few files, of which each is looked at once.
+    if all(isinstance(file_name, str) for file_name in files):
+        files = list(dict.fromkeys(files))
+    for file_name in files:
         plain = isinstance(file_name, str) and PurePath(file_name).name == file_name
         if not plain or not str(file_name).endswith(".safetensors"):
             raise ValueError(

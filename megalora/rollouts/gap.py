@@ -4,10 +4,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
+from megalora.adapters import world
 from megalora.rollouts.engine import Answer
 
 
@@ -60,8 +60,5 @@ def _numbers(logprobs: Tensor | Sequence[float]) -> list[float]:
 
 
 def _over(group: ProcessGroup, sums: Tensor, largest: Tensor) -> tuple[Tensor, Tensor]:
-    # As numbers of Python: gloo and NCCL want them on different devices.
-    ranks: list[tuple[list[float], float]] = [([], 0.0)] * group.size()
-    dist.all_gather_object(ranks, (sums.tolist(), float(largest)), group=group)
-    total = torch.tensor([own for own, _ in ranks], dtype=torch.float64).sum(0)
-    return total, torch.tensor(max(own for _, own in ranks), dtype=torch.float64)
+    most = torch.tensor(world.largest([float(largest)], group), dtype=torch.float64)
+    return world.summed(sums, group), most[0]

@@ -27,6 +27,7 @@ from megatron.core.utils import unwrap_model
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
+from megalora.adapters import world
 from megalora.checkpoint.ranks import on_all_ranks
 from megalora.model.hybrid import pattern_in
 from megalora.rollouts.batch import Batch, in_batches
@@ -230,7 +231,14 @@ def _group(group: object) -> ProcessGroup:
 def _check_agreed(prompts: Sequence[Sequence[int]], sampling: Sampling) -> None:
     """Raise ValueError on all ranks that would wait for each other, or answer something else."""
     asked = repr(([list(prompt) for prompt in prompts], sampling))
-    own = (parallel_state.get_data_parallel_rank(), zlib.crc32(asked.encode()))
+    number, group = zlib.crc32(asked.encode()), _group(parallel_state.get_model_parallel_group())
+    # Numbers with their negatives, whose largest tell the smallest.
+    most = world.largest([number, -number], group)
+    bounds = [n for value in (len(prompts), sampling.max_tokens) for n in (value, -value)]
+    is_other, *most = world.largest([most[0] != -most[1], *bounds])
+    if not is_other and all(most[at] == -most[at + 1] for at in (0, 2)):
+        return
+    own = (parallel_state.get_data_parallel_rank(), number)
     ranks = [((0, 0), 0, 0)] * dist.get_world_size()
     dist.all_gather_object(ranks, (own, len(prompts), sampling.max_tokens))
     replicas, counts, limits = zip(*ranks, strict=True)

@@ -4,8 +4,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import cast
 
-import torch.distributed as dist
-
+from megalora.adapters import world
 from megalora.checkpoint.ranks import on_all_ranks
 
 
@@ -33,13 +32,9 @@ class Replicas:
         ValueError is raised on all ranks.
         """
         own = on_all_ranks(lambda: work() if self.speaks else None)
-        told: list[tuple[int, T] | None] = [None] * dist.get_world_size()
-        dist.all_gather_object(told, (self.number, own) if self.speaks else None)
-        found = dict(cast("tuple[int, T]", one) for one in told if one is not None)
-        return [found[number] for number in range(self.count)]
+        number = self.number if self.speaks else None
+        return world.told_by_each(number, cast("T", own), self.count)
 
     def largest(self, value: float) -> float:
         """Return the largest value of all ranks, which must all call it."""
-        told = [value] * dist.get_world_size()
-        dist.all_gather_object(told, value)
-        return max(told)
+        return world.largest([value])[0]

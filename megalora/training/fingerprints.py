@@ -4,7 +4,7 @@ import argparse
 import hashlib
 import importlib.metadata
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import cast
 
@@ -87,16 +87,24 @@ def _directory(path: Path) -> str:
     """
     try:
         found = find_directory(path)
-        files = [*found.iterdir(), *found.glob("mp_rank_*/*")]
-        files = sorted(file for file in files if file.name.endswith(_READ))
-        told = hashlib.blake2b(digest_size=4)
-        told.update(repr([str(file.relative_to(found)) for file in files]).encode())
-        sampled = _spread(len(files), _NUM_BLOCKS)
-        for number in sampled:
-            _add_blocks(told, files[number], max(2, _NUM_BLOCKS // len(files)))
+        files = sorted(name for name in _names(found) if name.endswith(_READ))
+        told = hashlib.blake2b(repr(files).encode(), digest_size=4)
+        for number in _spread(len(files), _NUM_BLOCKS):
+            _add_blocks(told, found / files[number], max(2, _NUM_BLOCKS // len(files)))
     except (OSError, ValueError) as error:
         return f"not readable ({getattr(error, 'strerror', None) or error})"
     return f"{len(files)} files with digest {told.hexdigest()}"
+
+
+def _names(directory: Path) -> Iterator[str]:
+    """Yield the names in a directory, and in those of Megatron's old format there.
+
+    As text: thousands of ranks have made two files each, and all ranks look at all names.
+    """
+    for name in os.listdir(directory):
+        yield name
+        if name.startswith("mp_rank_") and (directory / name).is_dir():
+            yield from (f"{name}/{inside}" for inside in os.listdir(directory / name))
 
 
 def _add_blocks(told: "hashlib.blake2b", path: Path, num_blocks: int) -> None:
