@@ -74,7 +74,7 @@ from megalora.training.replicas import check_replicas  # noqa: E402
 LORA = LoRAConfig(rank=8)
 NUM_FLAGS = 900
 FILES_OF_RANK = 2
-BASE_SHARDS = 16
+BASE_SHARDS, DTYPE_BYTES = 16, 2
 # Of a sample of answers that a replica tells the others.
 NUM_NUMBERS = 1000
 
@@ -183,7 +183,7 @@ def write_base(directory: Path, layout: Layout) -> None:
         file = f"model-{number + 1:05d}-of-{BASE_SHARDS:05d}.safetensors"
         header, end = {}, 0
         for name, shape in names[first : first + size]:
-            begin, end = end, end + 2 * math.prod(shape)
+            begin, end = end, end + DTYPE_BYTES * math.prod(shape)
             header[name] = {"dtype": "BF16", "shape": shape, "data_offsets": [begin, end]}
             weight_map[name] = file
         text = json.dumps(header).encode()

@@ -18,7 +18,7 @@ import socket
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from pathlib import Path, PurePath
+from pathlib import Path
 from typing import Literal
 
 from megalora.checkpoint.durable import sync
@@ -153,10 +153,12 @@ def find_damage(directory: Path, sums: Sums = check_sums) -> list[str]:
     """Return what contradicts a checkpoint's manifest, a text for each file that does."""
     try:
         digests = _read_manifest(directory)
-        there = {path.name for path in directory.iterdir()}
-        parts = [directory / name for name in there if name.endswith(_PARTS)]
-        with ThreadPoolExecutor(max_workers=8) as pool:
-            found = [problem for problem in pool.map(_problem, parts) if problem]
+        there = set(os.listdir(directory))
+        named = there & (digests or {}).keys()
+        extra = [name for name in there if name.endswith(_PARTS) and name not in named]
+        # What is named is looked at, before it is read, by whoever sums it up.
+        plain = [directory / name for name in {*extra, *({FORMAT} & there)}]
+        found = [problem for problem in map(_problem, plain) if problem]
     except ValueError as error:
         return [str(error)]
     except OSError as error:
@@ -164,9 +166,9 @@ def find_damage(directory: Path, sums: Sums = check_sums) -> list[str]:
     if found or digests is None:
         return _first(found)
     missing = [f"{name} is missing" for name in digests if name not in there]
-    damaged = sums(directory, {name: digests[name] for name in there & digests.keys()})
-    extra = [f"{path.name} is not in {MANIFEST}" for path in parts if path.name not in digests]
-    return _first([*missing, *damaged.values(), *extra])
+    damaged = sums(directory, {name: digests[name] for name in named})
+    unnamed = [f"{name} is not in {MANIFEST}" for name in extra]
+    return _first([*missing, *damaged.values(), *unnamed])
 
 
 def _first(found: list[str], limit: int = 5) -> list[str]:
@@ -206,7 +208,7 @@ def _read_manifest(directory: Path) -> dict[str, str] | None:
     digests = manifest.get("files") if isinstance(manifest, dict) else None
     if not isinstance(digests, dict):
         raise ValueError(f"{MANIFEST} is damaged, it holds no checksums")
-    plain = all(PurePath(name).name == name and isinstance(digests[name], str) for name in digests)
+    plain = all("/" not in n and n != "." and isinstance(digests[n], str) for n in digests)
     if not plain or manifest.get("algorithm") != "sha256":
         raise ValueError(f"{MANIFEST} is damaged, it has no SHA-256 of files of its own directory")
     return digests
