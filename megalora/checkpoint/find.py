@@ -3,7 +3,7 @@
 A save that was killed leaves the tracker file on the checkpoint before, or an empty tracker file.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -11,6 +11,7 @@ from typing import Any, Literal
 from megalora.checkpoint.layout import (
     MANIFEST,
     RELEASE,
+    TENSORS,
     TRACKER,
     Iteration,
     Sums,
@@ -75,10 +76,8 @@ def find_checkpoint(
         warn(f"WARNING: {printable(text)}")
 
     tracker = read_tracker(root)
-    # As for Megatron, which finds no iteration beside a release.
-    named = RELEASE if tracker.newest == RELEASE else step or tracker.newest
+    named, candidates = _candidates(root, tracker.newest, step)
     defects = [tracker.defect] if tracker.defect else []
-    candidates = _candidates(root, named, only=bool(step) or named == RELEASE)
     for iteration in candidates:
         directory = iteration_directory(root, iteration)
         found, defect = _check(directory, iteration, sums, is_named=iteration == named)
@@ -101,13 +100,23 @@ def find_checkpoint(
     return None
 
 
-def _candidates(root: Path, named: Iteration | None, *, only: bool) -> Sequence[Iteration]:
-    """Return the checkpoints to try, newest first; none is newer than the tracker file says."""
+def check_flags(directory: Path, digests: Mapping[str, str]) -> dict[str, str]:
+    """Check those of a checkpoint's files that say how it was made, which rank 0 has written."""
+    read = {name for name in digests if not name.endswith(TENSORS) or name.startswith("__0_")}
+    return check_sums(directory, {name: digests[name] for name in read})
+
+
+def _candidates(
+    root: Path, newest: Iteration | None, step: int | None
+) -> tuple[Iteration | None, Sequence[Iteration]]:
+    """Return the checkpoint that is named, and all to try, newest first; none is newer than it."""
+    # As for Megatron, which finds no iteration beside a release.
+    named = RELEASE if newest == RELEASE else step or newest
     there = list_iterations(root)
     if named is None:
-        return there
+        return None, there
     older: list[Iteration] = [each for each in there if _number(each) < _number(named)]
-    return (named,) if only else (named, *older)
+    return named, (named,) if step or named == RELEASE else (named, *older)
 
 
 def _number(iteration: Iteration) -> int:

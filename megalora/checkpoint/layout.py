@@ -30,7 +30,8 @@ METADATA = ".metadata"
 FORMAT = "metadata.json"
 MANIFEST = "integrity.json"
 # What a reader would take for a part of the checkpoint; others may leave notes beside it.
-_PARTS = (".distcp", ".pt", METADATA, FORMAT)
+TENSORS = ".distcp"
+_PARTS = (TENSORS, ".pt", METADATA, FORMAT)
 
 # Of a tracker file, which holds one number.
 _MAX_TRACKER_BYTES = 100

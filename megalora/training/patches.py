@@ -38,7 +38,7 @@ from megatron.training import (
 
 from megalora import replace
 from megalora.checkpoint import optimizer_state, schedule, writers
-from megalora.checkpoint.find import find_checkpoint
+from megalora.checkpoint.find import check_flags, find_checkpoint
 from megalora.checkpoint.loading import LOADING
 from megalora.checkpoint.save import Saver
 from megalora.config import LoRAConfig
@@ -68,17 +68,16 @@ def load_args(
 ) -> object:
     """Let --use-checkpoint-args read its flags from the checkpoint that the run will go on from.
 
-    Megatron reads them before any process group exists, so each rank checks the files by itself and
-    finds the same; the tracker file then names it.
+    Megatron reads them before any process group exists: each rank by itself checks the files that
+    have them, and finds the same; the tracker file then names it. All files are checked later.
     """
     if not getattr(args, "lora_rank", 0):
         return original(args, load_arg, *more, **kwargs)
     trust.check_trust(args)
     install(LOADING)
     if load_arg == "load" and args.load:
-        find_checkpoint(
-            args.load, step=args.ckpt_step, on_corrupt=args.lora_on_corrupt, warn=_say_once
-        )
+        options = {"step": args.ckpt_step, "on_corrupt": args.lora_on_corrupt, "warn": _say_once}
+        find_checkpoint(args.load, **options, sums=check_flags)
     given = args.spec
     found = original(args, load_arg, *more, **kwargs)
     trust.check_spec(args.spec, given)
