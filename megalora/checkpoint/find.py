@@ -70,12 +70,11 @@ def find_checkpoint(
     one, after a warning that names the damage, and sets the tracker file back to it; `stop` raises
     ValueError. Also raises it where no checkpoint is intact. sums: checks files.
     """
-    root = Path(load)
+    root, tracker = Path(load), read_tracker(Path(load))
 
     def say(text: str) -> None:
         warn(f"WARNING: {printable(text)}")
 
-    tracker = read_tracker(root)
     named, candidates = _candidates(root, tracker.newest, step)
     defects = [tracker.defect] if tracker.defect else []
     for iteration in candidates:
@@ -90,14 +89,19 @@ def find_checkpoint(
         if iteration != named or tracker.defect:
             _go_back(root, iteration)
         return found
-    if defects and candidates:
+    if candidates:
+        _refuse(root, defects)
+    for defect in defects:
+        say(f"{defect}, and no checkpoint is beside it: starting anew")
+    return None
+
+
+def _refuse(root: Path, defects: list[str]) -> None:
+    if defects:
         raise ValueError(
             f"load {root} has no intact checkpoint to go on from: {'; '.join(defects)}: copy it "
             "again from where it is intact, or give another directory"
         )
-    for defect in defects:
-        say(f"{defect}, and no checkpoint is beside it: starting anew")
-    return None
 
 
 def check_flags(directory: Path, digests: Mapping[str, str]) -> dict[str, str]:
