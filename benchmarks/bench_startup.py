@@ -29,7 +29,7 @@ from dataclasses import dataclass, replace
 from multiprocessing import get_context
 from multiprocessing.connection import Connection
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.distributed as dist
@@ -338,7 +338,8 @@ class Received(TorchDispatchMode):
 @contextmanager
 def counted(row: Row) -> Iterator[None]:
     """Count calls, and what other ranks send this one, into a row."""
-    unpickle, read = dist.distributed_c10d._tensor_to_object, HFWeights.read
+    torch_dist, files = cast(Any, dist.distributed_c10d), cast(Any, HFWeights)
+    unpickle, read = torch_dist._tensor_to_object, files.read
     row |= {"calls": 0, "objects": 0, "received_bytes": 0, "read_bytes": 0}
 
     def count_object(*args: Any) -> Any:
@@ -353,7 +354,7 @@ def counted(row: Row) -> Iterator[None]:
     def count_call(frame: Any, event: str, arg: Any) -> None:
         row["calls"] += event in ("call", "c_call")
 
-    dist.distributed_c10d._tensor_to_object, HFWeights.read = count_object, count_read
+    torch_dist._tensor_to_object, files.read = count_object, count_read
     try:
         with Received() as received:
             sys.setprofile(count_call)
@@ -363,7 +364,7 @@ def counted(row: Row) -> Iterator[None]:
                 sys.setprofile(None)
         row["received_bytes"] = received.num_bytes
     finally:
-        dist.distributed_c10d._tensor_to_object, HFWeights.read = unpickle, read
+        torch_dist._tensor_to_object, files.read = unpickle, read
 
 
 def measure(layout: Layout, place: Path, rounds: int) -> list[Row]:

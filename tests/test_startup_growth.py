@@ -6,6 +6,7 @@ and called. Both worlds have the same tensor, pipeline and expert parallelism, a
 
 import contextlib
 import io
+import json
 import sys
 from pathlib import Path
 from typing import Any
@@ -52,6 +53,28 @@ def counts(world_size: int, place: Path) -> Counts:
             with module.counted(found.setdefault(name, {})):
                 step()
     return found
+
+
+def rehearse(results: Path) -> str:
+    """Run the benchmark of two tiny worlds; return what it prints."""
+    words = ("--world-sizes", "2", "4", "--rounds", "1", "--place", results.parent)
+    sys.argv = ["bench_startup.py", *map(str, words), "--results", str(results)]
+    out = io.StringIO()
+    with contextlib.redirect_stdout(out):
+        bench().main()
+    return out.getvalue()
+
+
+def test_each_step_gets_a_line_of_results_and_of_each_table(tmp_path: Path) -> None:
+    printed = forked.call(rehearse, tmp_path / "results.jsonl")
+    about, *rows = map(json.loads, (tmp_path / "results.jsonl").read_text().splitlines())
+    assert "torch" in about["machine"]
+    assert {row["world_size"] for row in rows} == {2, 4}
+    for row in rows:
+        assert row["bench"] == "startup"
+        assert row["ms"] > 0
+        assert printed.count(f"| {row['step']} | ") == 5
+    assert [path.name for path in tmp_path.iterdir()] == ["results.jsonl"]
 
 
 @pytest.fixture(scope="module")

@@ -1,6 +1,6 @@
 """A Megatron base, on any parallel layout, written as a Hugging Face directory."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
@@ -9,6 +9,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from megalora.adapters.finite import all_finite
+from megalora.adapters.world import first_rank
 from megalora.checkpoint.ranks import on_all_ranks
 from megalora.hf.base import parameters, replicas_of, weights_of
 from megalora.hf.built import check_built_for
@@ -216,11 +217,7 @@ def _gather_layers(
     weights = weights_of(model_chunks[0], config)
     sizes = weights.expected()
     for layer in (None, *range(weights.num_layers)):
-        received: list[Any] | None = None
-        if dist.get_rank() == 0:
-            received = [None] * dist.get_world_size()
-        dist.gather_object(own.get(layer, []), received, dst=0)
-        tensors = _assemble(received or [], sizes)
+        tensors = _assemble(_on_rank_0(own.get(layer, [])), sizes)
         if layer is None:
             # A copy of the embedding is one in the files too.
             copies = weights.copies().items()
@@ -239,9 +236,27 @@ def _parts(param: Tensor, pieces: list[Piece]) -> Iterator[Part]:
         yield piece.name, piece.hf_first, piece.columns, rows
 
 
-def _assemble(received: list[list[Part]], sizes: dict[str, tuple[int, ...]]) -> dict[str, Tensor]:
+def _on_rank_0(parts: list[Part]) -> Iterator[Part]:
+    """Yield the parts that all ranks have on rank 0, a sender's at a time; nothing elsewhere.
+
+    A gather of objects would need room there for as many of the largest as there are ranks.
+    """
+    has_parts, rank = bool(parts), dist.get_rank()
+    while (sender := first_rank(has_parts)) is not None:
+        told = [parts]
+        if rank == sender:
+            has_parts = False
+            if rank:
+                dist.send_object_list(told, 0)
+        elif rank == 0:
+            dist.recv_object_list(told, sender)
+        if rank == 0:
+            yield from told[0]
+
+
+def _assemble(parts: Iterable[Part], sizes: dict[str, tuple[int, ...]]) -> dict[str, Tensor]:
     whole: dict[str, Tensor] = {}
-    for name, first, columns, rows in (part for parts in received for part in parts):
+    for name, first, columns, rows in parts:
         if name not in whole:
             # NaN would show a part that no rank sent.
             whole[name] = torch.full(sizes[name], float("nan"), dtype=rows.dtype)

@@ -139,3 +139,11 @@ def test_those_who_speak_are_heard_in_the_order_of_their_numbers() -> None:
     assert [one["rank"] for one in found] == [rank for rank in range(size)[::-1] if rank % 2]
     assert all(one["more"] == list(range(3 * one["rank"])) for one in found)
     assert world.told_by_each(None if rank else 0, None, 1) == [None]
+
+
+@in_worlds
+def test_tensors_go_where_the_backend_takes_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert world.device_of() == torch.device("cpu")
+    for config, device in (("cuda:nccl", "cuda"), ("cpu:gloo,cuda:nccl", "cpu")):
+        monkeypatch.setattr(dist, "get_backend_config", lambda group, config=config: config)
+        assert world.device_of(dist.group.WORLD).type == device
