@@ -14,6 +14,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from megalora.checkpoint import layout as files_of
+from megalora.checkpoint import sums
 from megalora.checkpoint.layout import MANIFEST, find_damage
 from megalora.checkpoint.sums import verify_on_all_ranks, with_all_ranks
 from megalora.hf.base import load_hf_base
@@ -83,7 +84,7 @@ def test_damage_is_told_on_all_as_one_rank_finds_it(checkpoint: Path, numbers: l
     dist.barrier()
     (*alone,) = find_damage(checkpoint)
     assert len(alone) == len(numbers)
-    assert told_alike(with_all_ranks(lambda sums: find_damage(checkpoint, sums))) == alone
+    assert told_alike(with_all_ranks(lambda check: find_damage(checkpoint, check))) == alone
     with pytest.raises(ValueError, match=r"is damaged: __\d_0.distcp does not match") as error:
         verify_on_all_ranks(checkpoint)
     told_alike(str(error.value))
@@ -105,8 +106,25 @@ def test_a_rank_that_does_not_see_the_files_damages_none(
 
 @in_worlds
 @DISAGREES
+def test_a_rank_with_a_copy_of_its_own_tells_of_no_other(
+    checkpoint: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    last = dist.get_world_size() - 1
+    if dist.get_rank() == 0:
+        (checkpoint / f"__{last}_0.distcp").write_bytes(b"other")
+    dist.barrier()
+    if dist.get_rank() == last:
+        # It finds its files intact, but they are not those of rank 0.
+        monkeypatch.setattr(sums, "check_sums", lambda directory, digests: {})
+        monkeypatch.setattr(sums, "_identity", lambda directory: (1, 2, 3))
+    with pytest.raises(ValueError, match=rf"__{last}_0.distcp does not match its checksum"):
+        verify_on_all_ranks(checkpoint)
+
+
+@in_worlds
+@DISAGREES
 def test_work_that_fails_on_rank_0_fails_on_all() -> None:
-    def work(sums: files_of.Sums) -> None:
+    def work(check: files_of.Sums) -> None:
         raise OSError("lost")
 
     with pytest.raises(ValueError, match=r"^lost$"):
