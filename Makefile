@@ -45,6 +45,7 @@ bench: .venv/built
 	$(BIN)/python benchmarks/bench_padding.py
 	$(BIN)/python benchmarks/bench_exchange.py
 	$(BIN)/python benchmarks/bench_sync.py
+	$(BIN)/python benchmarks/bench_startup.py
 
 parity: .venv/built
 	$(BIN)/python benchmarks/parity.py
