@@ -150,7 +150,8 @@ def _computes_as_given(x: Tensor) -> bool:
     """Say whether a linear computes here in the dtype of x, which is a plain tensor."""
     return (
         type(x) in _PLAIN
-        and not torch.is_autocast_enabled(x.device.type)
+        # torch knows of no autocast on meta, where a plan's tensors are.
+        and (x.is_meta or not torch.is_autocast_enabled(x.device.type))
         and not (te.HAVE_TE and _quantizes())
     )
 

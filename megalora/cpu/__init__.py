@@ -7,7 +7,7 @@ process, before Megatron is imported; a run on GPUs never calls it.
 import multiprocessing
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import torch
 
@@ -27,9 +27,13 @@ def installed() -> bool:
     return hasattr(torch, _INSTALLED)
 
 
-def install() -> None:
+def install(
+    collectives: Iterable[replace.Patch] = gloo.PATCHES, *, has_kernels: bool = False
+) -> None:
     """Make Megatron run on CPU tensors and gloo in this process; a second call does nothing.
 
+    collectives: what stands in the place of NCCL. has_kernels: TransformerEngine's layers run here,
+    as a plan's do, which need no numbers.
     Raises:
         RuntimeError: megatron.core was imported before, with its JIT fuser and CUDA names bound.
     """
@@ -42,20 +46,21 @@ def install() -> None:
         )
     setattr(torch, _INSTALLED, True)
     wgrad.install()
-    install_devices()
+    install_devices(collectives)
     # It imports megatron, which must see the facade.
     from megalora.cpu import kernels
 
-    replace.install(kernels.PATCHES)
+    if not has_kernels:
+        replace.install(kernels.PATCHES)
     mends.install()
 
 
-def install_devices() -> None:
+def install_devices(collectives: Iterable[replace.Patch] = gloo.PATCHES) -> None:
     """Put the CPU in place of CUDA devices and gloo in place of NCCL, and mend nothing else."""
     # Megatron asserts or warns on this CUDA launch order setting under tensor parallelism.
     os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
     cuda_facade.install()
-    replace.install(gloo.PATCHES)
+    replace.install(collectives)
     with cuda_facade.without_jit_fuser():
         from megalora.cpu import megatron_devices
     replace.install(megatron_devices.PATCHES)

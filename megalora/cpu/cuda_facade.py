@@ -1,4 +1,7 @@
-"""A look-alike of torch.cuda, and "cuda" devices that mean the CPU."""
+"""A look-alike of torch.cuda, and "cuda" devices that mean the CPU.
+
+Or, for a plan, that mean the meta device (`on_meta`): shapes and sizes without memory.
+"""
 
 import collections
 import contextlib
@@ -19,6 +22,9 @@ import torch._dynamo
 from torch.utils._device import _device_constructors
 
 CPU = torch.device("cpu")
+META = torch.device("meta")
+# What "cuda" means now.
+_device = CPU
 _MEMORY = 16 << 30
 
 # Every function that makes a tensor and takes `device`. Patching these few costs nothing elsewhere;
@@ -102,6 +108,34 @@ def install() -> None:
     _patch_cuda()
     _patch_rng()
     _redirect_devices()
+
+
+@contextlib.contextmanager
+def on_meta() -> Iterator[None]:
+    """Let "cuda" mean the meta device in this context: tensors of a GPU have shapes, no numbers."""
+    global _device
+    before, _device = _device, META
+    try:
+        with mock.patch.object(torch.nn.Module, "cuda", _marked(torch.nn.Module.cuda)):
+            yield
+    finally:
+        _device = before
+
+
+def _marked(cuda: Callable[..., torch.nn.Module]) -> Callable[..., torch.nn.Module]:
+    """Keep what is written on parameters, such as `sequence_parallel`.
+
+    A module moves to a GPU by new data of its parameters, but to the meta device by new parameters.
+    """
+
+    def moved(module: torch.nn.Module, *args: object, **kwargs: object) -> torch.nn.Module:
+        marks = {name: dict(vars(param)) for name, param in module.named_parameters()}
+        cuda(module, *args, **kwargs)
+        for name, param in module.named_parameters():
+            vars(param).update(marks[name])
+        return module
+
+    return moved
 
 
 @contextlib.contextmanager
@@ -190,25 +224,25 @@ def _patch_rng() -> None:
         patched.manual_seed_all = _nothing()
 
 
-def _on_cpu(device: object) -> object:
-    """Turn "cuda", "cuda:0", torch.device("cuda") and device indices into the CPU."""
+def _meant(device: object) -> object:
+    """Turn "cuda", "cuda:0", torch.device("cuda") and device indices into what stands for them."""
     if isinstance(device, str):
-        return CPU if device.startswith("cuda") else device
+        return _device if device.startswith("cuda") else device
     if isinstance(device, torch.device):
-        return CPU if device.type == "cuda" else device
-    return CPU if isinstance(device, int) and not isinstance(device, bool) else device
+        return _device if device.type == "cuda" else device
+    return _device if isinstance(device, int) and not isinstance(device, bool) else device
 
 
-def _with_cpu_device[T](function: Callable[..., T]) -> Callable[..., T]:
+def _with_device[T](function: Callable[..., T]) -> Callable[..., T]:
     @functools.wraps(function)
-    def on_cpu(*args: object, **kwargs: object) -> T:
+    def made(*args: object, **kwargs: object) -> T:
         if kwargs.get("device") is not None:
-            kwargs["device"] = _on_cpu(kwargs["device"])
+            kwargs["device"] = _meant(kwargs["device"])
         # Pinned memory needs a CUDA context.
         kwargs.pop("pin_memory", None)
         return function(*args, **kwargs)
 
-    return on_cpu
+    return made
 
 
 def _redirect_devices() -> None:
@@ -216,29 +250,30 @@ def _redirect_devices() -> None:
     # filled after the patches, it would miss them, and transformers would load garbage buffers.
     _device_constructors()
     for name in _FACTORIES:
-        setattr(torch, name, _with_cpu_device(getattr(torch, name)))
+        setattr(torch, name, _with_device(getattr(torch, name)))
     tensor: Any = torch.Tensor
     for name in _TENSOR_FACTORIES:
-        setattr(tensor, name, _with_cpu_device(getattr(tensor, name)))
+        setattr(tensor, name, _with_device(getattr(tensor, name)))
     # A method and not a variable: Dynamo can trace `self._to`, but not the bare C function.
     tensor._to = tensor.to
     type_ = tensor.type
 
-    def to_cpu(self: torch.Tensor, *args: object, **kwargs: object) -> torch.Tensor:
+    def to(self: torch.Tensor, *args: object, **kwargs: object) -> torch.Tensor:
         if args:
-            args = (_on_cpu(args[0]), *args[1:])
+            args = (_meant(args[0]), *args[1:])
         if "device" in kwargs:
-            kwargs["device"] = _on_cpu(kwargs["device"])
+            kwargs["device"] = _meant(kwargs["device"])
         return self._to(*args, **kwargs)  # type: ignore[attr-defined]
 
     def cuda_type(self: torch.Tensor, *args: object, **kwargs: object) -> object:
         result = type_(self, *args, **kwargs)
         # Megatron's optimizers sort parameters by names such as "torch.cuda.FloatTensor".
         if isinstance(result, str) and _called_by_megatron():
-            return result.replace("torch.", "torch.cuda.", 1)
+            return result.replace("torch.meta.", "torch.").replace("torch.", "torch.cuda.", 1)
         return result
 
-    tensor.to, tensor.type = to_cpu, cuda_type
-    tensor.cuda = lambda self, *args, **kwargs: self
+    tensor.to, tensor.type = to, cuda_type
+    # The test keeps Dynamo, which traces this too, from `_to` where nothing has to move.
+    tensor.cuda = lambda self, *args, **kwargs: self if _device is CPU else self._to(_device)
     tensor.pin_memory = lambda self, *args, **kwargs: self
     tensor.record_stream = _nothing()

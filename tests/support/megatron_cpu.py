@@ -23,6 +23,7 @@ import megalora.builder  # noqa: E402
 import megalora.checkpoint.base  # noqa: E402
 import megalora.checkpoint.save  # noqa: E402
 import megalora.hf.exchange  # noqa: E402
+import megalora.plan.child  # noqa: E402
 import megalora.run  # noqa: E402
 from megalora.ops.fused import load  # noqa: E402
 
