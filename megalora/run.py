@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
     from megatron.training.config import PretrainConfigContainer
 
+Provider = Callable[[argparse.ArgumentParser], argparse.ArgumentParser]
 Built = tuple[list[torch.nn.Module], "MegatronOptimizer | None", "OptimizerParamScheduler | None"]
 
 
@@ -40,23 +41,46 @@ def run_script(script: str, argv: Sequence[str]) -> None:
 
     Raises ValueError where the script does not exist, or has --lora-rank and trains nothing.
     """
-    path = Path(script).resolve()
-    if not path.is_file():
-        problem = "is no file" if path.exists() else "does not exist"
-        raise ValueError(f"script {script!r} {problem}: give the path of a launch script")
+    path = script_path(script)
     sys.path.insert(0, str(path.parent))
     prepare_megatron(argv)
     with clear_errors():
         sys.argv = [script, *with_hf_flags(argv)]
         launcher = Launcher()
         launcher.install()
-        # NOTE: exec in __main__, not runpy: Megatron's checkpoint writers are spawned and import
-        # __main__ again by its spec, which must be our light module and not the script.
-        namespace = sys.modules["__main__"].__dict__
-        namespace["__file__"] = str(path)
-        namespace["__spec__"] = importlib.util.find_spec("megalora.__main__")
         with at_end(launcher.finish):
-            exec(compile(path.read_bytes(), str(path), "exec"), namespace)
+            execute(path)
+
+
+def script_path(script: str) -> Path:
+    """Return where a launch script is; ValueError where it is no file."""
+    path = Path(script).resolve()
+    if not path.is_file():
+        problem = "is no file" if path.exists() else "does not exist"
+        raise ValueError(f"script {script!r} {problem}: give the path of a launch script")
+    return path
+
+
+def execute(path: Path) -> None:
+    """Run a script in `__main__`."""
+    # NOTE: not runpy: Megatron's checkpoint writers are spawned and import __main__ again by its
+    # spec, which must be our light module and not the script.
+    namespace = sys.modules["__main__"].__dict__
+    namespace["__file__"] = str(path)
+    namespace["__spec__"] = importlib.util.find_spec("megalora.__main__")
+    exec(compile(path.read_bytes(), str(path), "exec"), namespace)
+
+
+def add_flags(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
+    """Add the flags of a run to Megatron's and a script's, but for those that the script has."""
+    known = parser._option_string_actions
+    if "--lora-rank" not in known:
+        add_lora_args(parser)
+    if "--hf-model" not in known:
+        add_exchange_args(parser)
+    if "--cpu" not in known:
+        parser.add_argument("--cpu", action="store_true", help="run on the CPU over gloo")
+    return parser
 
 
 class Launcher:
@@ -64,6 +88,7 @@ class Launcher:
 
     def __init__(self) -> None:
         self.run: LoRARun | None = None
+        self._is_scripts_own = False
 
     def install(self) -> None:
         """Replace Megatron's parser and model building; RuntimeError for an unknown Megatron."""
@@ -81,9 +106,9 @@ class Launcher:
         return (
             Patch(
                 arguments,
-                "add_megatron_arguments",
-                ("parser",),
-                around(self._add_arguments),
+                "parse_args",
+                ("extra_args_provider",),
+                around(self._parse),
                 "the flags of LoRA",
             ),
             Patch(
@@ -102,19 +127,22 @@ class Launcher:
         """
         if self.run is not None:
             self.run.finish(early=early)
-        elif _wants_lora() and not early:
+        elif _wants_lora() and not early and not self._is_scripts_own:
             raise ValueError(
                 "lora_rank is set, but the script built no model through megatron.training.pretrain"
             )
 
-    def _add_arguments(
+    def _parse(
         self,
-        original: Callable[[argparse.ArgumentParser], argparse.ArgumentParser],
-        parser: argparse.ArgumentParser,
-    ) -> argparse.ArgumentParser:
-        parser = add_exchange_args(add_lora_args(original(parser)))
-        parser.add_argument("--cpu", action="store_true", help="run on the CPU over gloo")
-        return parser
+        original: Callable[..., argparse.Namespace],
+        extra_args_provider: Provider | None = None,
+        *args: object,
+        **kwargs: object,
+    ) -> argparse.Namespace:
+        def provide(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
+            return add_flags(extra_args_provider(parser) if extra_args_provider else parser)
+
+        return original(provide, *args, **kwargs)
 
     def _setup(
         self,
@@ -127,8 +155,14 @@ class Launcher:
     ) -> Built:
         args_of_run = _get_args()
         check_eval_args(args_of_run)
-        self.run = LoRARun(args_of_run)
         config = getattr(cfg_container, "model", None)
+        self._is_scripts_own = any(map(_is_of_a_run, getattr(config, "pre_wrap_hooks", ())))
+        if self._is_scripts_own:
+            # It has a LoRARun, and finishes it.
+            return original(
+                model_type, model_provider_func, *args, cfg_container=cfg_container, **kwargs
+            )
+        self.run = LoRARun(args_of_run)
         if config is not None:
             if not hasattr(config, "pre_wrap_hooks"):
                 raise RuntimeError(
@@ -165,6 +199,10 @@ class ProviderHook:
                 _set_default_attributes(chunk)
             self.run.prepare(self.chunks)
         return self.chunks[-1]
+
+
+def _is_of_a_run(hook: object) -> bool:
+    return isinstance(getattr(hook, "__self__", None), LoRARun)
 
 
 def _wants_lora() -> bool:

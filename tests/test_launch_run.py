@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from megalora.__main__ import main
+from tests.support.examples import EXAMPLES
 from tests.support.forked import SCRIPT, Ranks, free_port, with_root
 from tests.support.tiny import LORA, MODEL, TRAIN, flags, train
 from tests.support.watchdog import run_watched
@@ -110,6 +111,22 @@ def test_a_script_with_a_model_provider_trains_the_same(base: Path, tmp_path: Pa
     provider = start(base, tmp_path / "two", *more, ranks=2, script=PROVIDER_SCRIPT).succeed()
     assert provider.losses() == builder
     assert "> LoRA: " in provider.text()
+
+
+def test_a_script_with_lora_of_its_own_gets_its_flags_and_adapters_once(
+    base: Path, tmp_path: Path
+) -> None:
+    given = [*MODEL, *TRAIN, *LORA, "--pretrained-checkpoint", base, "--train-iters", 2, "--cpu"]
+    given += ["--mock-data", "--tokenizer-type", "NullTokenizer"]
+    script = EXAMPLES / "pretrain_lora.py"
+    runs = [
+        Ranks(1, given, tmp_path / str(by_megalora), script=script, by_megalora=by_megalora)
+        for by_megalora in (False, True)
+    ]
+    alone, ours = (run.succeed() for run in runs)
+    assert ours.losses() == alone.losses()
+    assert len(ours.losses()) == 2
+    assert ours.text().count("> LoRA: ") == alone.text().count("> LoRA: ") == 1
 
 
 def test_a_script_that_trains_nothing_says_so(tmp_path: Path) -> None:
