@@ -1,6 +1,8 @@
 """Bytes of weights, gradients and optimizer on each GPU."""
 
+import argparse
 import dataclasses
+from collections import Counter
 from typing import Any
 
 import pytest
@@ -13,6 +15,7 @@ from megalora.recommend import (
     gpu_memory,
 )
 from megalora.recommend.linears import base_parameters
+from megalora.recommend.stages import stages_of_layers
 from tests.support.sizes import LLAMA, MOE, lora, trainable
 
 
@@ -27,7 +30,7 @@ def test_lora_takes_two_bytes_for_the_base_and_eighteen_for_the_adapters() -> No
 
 
 def test_adapters_are_divided_by_every_parallel_dimension() -> None:
-    layout = Layout(tp=2, dp=4, ep=4, etp=2, pp=1)
+    layout = Layout(tp=2, dp=4, ep=4, etp=2, pp=1, vocab_multiple=1)
     counts = adapter_parameters(MOE, lora(32))
     dense, experts = counts["attention"] + counts["unembedding"], counts["experts"]
     memory = gpu_memory(MOE, lora(32), layout)
@@ -70,6 +73,50 @@ def test_a_tied_table_is_held_once_on_one_stage_and_on_both_ends_of_a_pipeline()
     layers = base_parameters(tied) - tied.vocab_size * 2048 - 2048
     weights = gpu_memory(tied, None, Layout(pp=2)).weights
     assert weights == 2 * (layers / 2 + tied.vocab_size * 2048 + 2048)
+
+
+def test_the_vocabulary_is_padded_as_megatron_pads_it() -> None:
+    # 151,936 rows are padded to 152,064, and the adapter of the unembedding has as many.
+    exact, padded = (gpu_memory(MOE, lora(32), Layout(tp=4, vocab_multiple=n)) for n in (1, 128))
+    rows = (152064 - 151936) / 4
+    assert padded.weights - exact.weights == 2 * rows * (2 * 2048 + 32)
+    assert padded.gradients - exact.gradients == 4 * rows * 32
+
+
+STAGES: dict[str, tuple[dict[str, Any], list[int]]] = {
+    "even": ({}, [0, 0, 0, 1, 1, 1, 2, 2, 2, 3, 3, 3]),
+    "chunks": (
+        {"virtual_pipeline_model_parallel_size": 3},
+        [0, 1, 2, 3, 0, 1, 2, 3, 0, 1, 2, 3],
+    ),
+    "first and last": (
+        {"decoder_first_pipeline_num_layers": 3, "decoder_last_pipeline_num_layers": 1},
+        [0, 0, 0, 1, 1, 1, 1, 2, 2, 2, 2, 3],
+    ),
+    "last": ({"decoder_last_pipeline_num_layers": 0}, [0, 0, 0, 0, 1, 1, 1, 1, 2, 2, 2, 2]),
+    "last in chunks": (
+        {"decoder_last_pipeline_num_layers": 0, "virtual_pipeline_model_parallel_size": 2},
+        [0, 0, 1, 1, 2, 2, 0, 0, 1, 1, 2, 2],
+    ),
+}
+
+
+@pytest.mark.parametrize("case", STAGES)
+def test_layers_stand_where_megatrons_flags_put_them(case: str) -> None:
+    flags, expected = STAGES[case]
+    args = argparse.Namespace(num_layers=12, pipeline_model_parallel_size=4, **flags)
+    assert stages_of_layers(args) == tuple(expected)
+
+
+def test_the_embedding_and_the_loss_may_count_as_layers() -> None:
+    args = argparse.Namespace(
+        num_layers=126,
+        pipeline_model_parallel_size=16,
+        account_for_embedding_in_pipeline_split=True,
+        account_for_loss_in_pipeline_split=True,
+    )
+    counts = Counter(stages_of_layers(args))
+    assert [counts[stage] for stage in range(16)] == [7, *[8] * 14, 7]
 
 
 @pytest.mark.parametrize(

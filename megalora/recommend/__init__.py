@@ -7,7 +7,8 @@ print(recommend(shape, LoRAConfig(rank=32), tokens=10_000_000).table())
 from megalora.model.presets import preset_shape
 from megalora.model.shape import ModelShape
 from megalora.recommend.cli import add_parser
-from megalora.recommend.costs import Layout, adapter_parameters, gpu_memory, step_flops
+from megalora.recommend.costs import adapter_parameters, gpu_memory, step_flops
+from megalora.recommend.layout import Layout
 from megalora.recommend.recommendation import (
     Recommendation,
     recommend,

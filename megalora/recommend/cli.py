@@ -11,7 +11,7 @@ from megalora.model.megatron import args_shape
 from megalora.model.presets import PRESETS, named_shape
 from megalora.model.shape import ModelShape
 from megalora.reading import check_plain, parse_json
-from megalora.recommend.costs import Layout
+from megalora.recommend.layout import Layout
 from megalora.recommend.recommendation import recommend
 
 if TYPE_CHECKING:
@@ -26,7 +26,8 @@ def add_parser(
         "recommend",
         help="learning rate, rank, parameters, FLOPs and memory of a LoRA run",
         description="Apply the rules of 'LoRA Without Regret' to a model. The model is --model, or "
-        "Megatron's own size flags.",
+        "Megatron's own size flags. `megalora plan` says what each rank of a run would hold, "
+        "activations included.",
     )
     _add_model(parser)
     _add_adapter(parser)

@@ -1,13 +1,13 @@
 """What adapters cost: exact parameter counts, FLOPs of a step, bytes on each GPU."""
 
-import argparse
 from collections.abc import Iterator
-from dataclasses import dataclass
-from typing import Self
+from dataclasses import dataclass, replace
 
 from megalora.config import LoRAConfig
 from megalora.model.shape import ModelShape
+from megalora.recommend.layout import Layout
 from megalora.recommend.linears import Group, Linear, layer_extras, linears
+from megalora.recommend.stages import even_stages
 from megalora.targets import (
     AdapterSpec,
     ModelFacts,
@@ -50,59 +50,6 @@ class AdapterSize:
     def b_copies(self) -> int:
         """Number of B factors: one, or one for each expert."""
         return 1 if self.spec.shared_b else max(1, self.linear.num_experts)
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Layout:
-    """Sizes of Megatron's parallel groups; `dp` copies of the dense weights, context included.
-
-    etp: expert-tensor-parallel size, Megatron's default is tp.
-    """
-
-    tp: int = 1
-    ep: int = 1
-    pp: int = 1
-    dp: int = 1
-    etp: int | None = None
-    distributed_optimizer: bool = True
-
-    def __post_init__(self) -> None:
-        for name in ("tp", "ep", "pp", "dp", "expert_tp"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} is {getattr(self, name)}: it must be at least 1")
-        if self.tp * self.dp % (self.ep * self.expert_tp):
-            raise ValueError(
-                f"ep {self.ep} x etp {self.expert_tp} does not divide tp {self.tp} x dp {self.dp}: "
-                "experts are spread over the same GPUs, so raise --dp or lower --ep"
-            )
-
-    @classmethod
-    def from_megatron_args(cls, args: argparse.Namespace) -> Self:
-        """Read Megatron's parsed arguments."""
-        tp, pp = args.tensor_model_parallel_size, args.pipeline_model_parallel_size
-        return cls(
-            tp=tp,
-            ep=args.expert_model_parallel_size,
-            pp=pp,
-            dp=args.world_size // (tp * pp),
-            etp=args.expert_tensor_parallel_size,
-            distributed_optimizer=args.use_distributed_optimizer,
-        )
-
-    @property
-    def expert_tp(self) -> int:
-        """Expert-tensor-parallel size."""
-        return self.tp if self.etp is None else self.etp
-
-    @property
-    def expert_dp(self) -> int:
-        """Number of copies of each expert."""
-        return self.tp * self.dp // (self.ep * self.expert_tp)
-
-    @property
-    def num_gpus(self) -> int:
-        """Number of GPUs of the whole job."""
-        return self.tp * self.pp * self.dp
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -170,22 +117,30 @@ def step_flops(shape: ModelShape, config: LoRAConfig) -> Flops:
 
 
 def gpu_memory(shape: ModelShape, config: LoRAConfig | None, layout: Layout) -> Memory:
-    """Return the bytes of weights, gradients and optimizer on the fullest GPU.
+    """Return the bytes of weights, gradients and optimizer on the fullest GPU."""
+    return max(stage_memory(shape, config, layout), key=lambda memory: memory.total)
+
+
+def stage_memory(shape: ModelShape, config: LoRAConfig | None, layout: Layout) -> list[Memory]:
+    """Return the bytes of weights, gradients and optimizer on a GPU of each pipeline stage.
 
     config: None means full fine-tuning. Weights are bf16, gradients fp32, Adam's master weights
-    and moments fp32, these split over data-parallel copies by the distributed optimizer. Raises
-    ValueError where the layout does not divide the model.
+    and moments fp32, these split over data-parallel copies by the distributed optimizer. Buffers
+    of gradients have no padding here; what `megalora plan` reads off them has. Raises ValueError
+    where the layout does not divide the model.
     """
     _check_divides(shape, layout)
+    shape = replace(shape, vocab_size=layout.padded(shape.vocab_size))
     stages = [_Stage(layout) for _ in range(layout.pp)]
+    places = layout.stages or even_stages(shape.num_layers, layout.pp)
     for linear, size in _planned(shape, config) if config else _unplanned(shape):
-        stage = stages[linear.layer * layout.pp // shape.num_layers]
+        stage = stages[places[linear.layer]]
         if linear.group != "unembedding":  # may be tied: _add_embeddings counts it
             stage.add_base(linear, trained=config is None)
         if size is not None:
             stage.add_adapter(size)
-    _add_embeddings(shape, stages, trained=config is None)
-    return max((stage.memory() for stage in stages), key=lambda memory: memory.total)
+    _add_embeddings(shape, stages, places, trained=config is None)
+    return [stage.memory() for stage in stages]
 
 
 class _Stage:
@@ -265,7 +220,9 @@ def _unplanned(shape: ModelShape) -> Iterator[tuple[Linear, None]]:
     return ((linear, None) for linear in linears(shape))
 
 
-def _add_embeddings(shape: ModelShape, stages: list[_Stage], *, trained: bool) -> None:
+def _add_embeddings(
+    shape: ModelShape, stages: list[_Stage], places: tuple[int, ...], *, trained: bool
+) -> None:
     table = shape.vocab_size * shape.hidden_size / stages[0].layout.tp
     stages[0].add(table, trained=trained)
     # Tied weights exist once on one stage, and as a copy on the last of several.
@@ -275,7 +232,7 @@ def _add_embeddings(shape: ModelShape, stages: list[_Stage], *, trained: bool) -
     if shape.mtp_num_layers and not shape.tied_embeddings and len(stages) > 1:
         stages[-1].add(table, trained=trained)
     for layer, extras in enumerate(layer_extras(shape)):
-        stages[layer * len(stages) // shape.num_layers].add(extras, trained=trained)
+        stages[places[layer]].add(extras, trained=trained)
     stages[-1].add(shape.hidden_size, trained=trained)
 
 

@@ -11,12 +11,12 @@ from megalora.model.presets import named_shape
 from megalora.model.shape import ModelShape
 from megalora.recommend.costs import (
     Flops,
-    Layout,
     Memory,
     adapter_parameters,
     gpu_memory,
     step_flops,
 )
+from megalora.recommend.layout import Layout
 from megalora.recommend.linears import Group
 from megalora.recommend.notes import batch_notes, capacity_notes, exchange_notes, rate_notes
 from megalora.recommend.output import table, to_dict

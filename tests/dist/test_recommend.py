@@ -126,7 +126,7 @@ def test_the_base_is_counted_as_megatron_builds_it(layout: Layout, fields: dict[
 @pytest.mark.parametrize("mode", ["all", "shared-outer"])
 def test_memory_counts_the_shards_of_a_rank(layout: Layout, mode: str) -> None:
     config = LoRAConfig(rank=4, ops="reference", **MODES[mode])
-    gpus = GpuLayout(tp=layout.tp, dp=layout.dp, ep=layout.ep, etp=layout.etp)
+    gpus = GpuLayout(tp=layout.tp, dp=layout.dp, ep=layout.ep, etp=layout.etp, vocab_multiple=1)
     with model_parallel(layout):
         model = apply_lora([*build_model(layout, **WITH_SHARED_EXPERT)], config)
         trained = sum(p.numel() for p in model[0].parameters() if p.requires_grad)
@@ -147,7 +147,7 @@ def test_memory_counts_down_projections_whole(layout: Layout) -> None:
     split = sum(
         linear.parameters for linear in linears(shape_of(LATENT)) if "_down_" in linear.name
     )
-    memory = gpu_memory(shape_of(LATENT), config, GpuLayout(tp=2))
+    memory = gpu_memory(shape_of(LATENT), config, GpuLayout(tp=2, vocab_multiple=1))
     assert memory.gradients == 4 * trained
     assert memory.weights == 2 * (held + split / 2)
 
