@@ -11,10 +11,15 @@ from typing import Any
 
 import megalora
 from megalora.hf.signals import Stopped, stopping
+from megalora.plan.cli import split
 from megalora.printable import printable
 
 # Modules with parsers of commands, and the function that adds them.
-_PARSERS = (("megalora.recommend", "add_parser"), ("megalora.hf.cli", "add_parsers"))
+_PARSERS = (
+    ("megalora.recommend", "add_parser"),
+    ("megalora.plan.cli", "add_parser"),
+    ("megalora.hf.cli", "add_parsers"),
+)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -53,6 +58,9 @@ def _script_first(argv: list[str]) -> tuple[list[str], list[str]]:
 
     What follows the script's name is the script's, --help included, and so is --cpu before it.
     """
+    if argv[:1] == ["plan"]:
+        ours, rest = split(argv[1:])
+        return ["plan", *ours], rest
     words, moved = list(argv), []
     while words and words[0] == "--cpu" and "run" in words:
         moved.append(words.pop(0))
@@ -84,7 +92,8 @@ def make_parser(command: str) -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="megalora",
         description="LoRA for NVIDIA Megatron. Start with `megalora recommend`, which says what to "
-        "train with; then `torchrun ... -m megalora run SCRIPT.py`; then `megalora export`.",
+        "train with; `megalora plan` checks a run of any size here; then `torchrun ... -m megalora "
+        "run SCRIPT.py`; then `megalora export`.",
     )
     parser.add_argument("--version", action="version", version=megalora.__version__)
     subparsers = parser.add_subparsers(metavar="COMMAND", required=True)

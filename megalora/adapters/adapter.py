@@ -160,7 +160,8 @@ class LoRAAdapter(torch.nn.Module):
             return parallel_state.get_data_parallel_rank(with_context_parallel=True)
         return parallel_state.get_expert_data_parallel_rank()
 
-    def _route(self, tensor_state: State) -> Route:
+    def route(self, tensor_state: State) -> Route:
+        """Return how s travels and what is done with the shards, in a state of the wide tensor."""
         route = ROUTES[self.base.split, tensor_state]
         # A factor shared over experts is split over the dense group, over which every rank holds
         # a part of its gradient, so its gradient is summed wherever it is used.
@@ -187,7 +188,7 @@ class LoRAAdapter(torch.nn.Module):
         seed = self._seed(tensor_state, x.device)
         return Call(
             ops=self.ops,
-            route=self._route(tensor_state),
+            route=self.route(tensor_state),
             scale=self.spec.scale,
             segments=self.segments(),
             group=self.base.group,

@@ -47,14 +47,14 @@ def route(split: Split, state: State, **broken: Any) -> Break:
 
 
 def one_sum_missing(patch: pytest.MonkeyPatch) -> None:
-    right = LoRAAdapter._route
+    right = LoRAAdapter.route
 
     def wrong(self: LoRAAdapter, state: State) -> Any:
         broken = self.spec.name == "decoder.layers.0.mlp.linear_fc1"
         route = right(self, state)
         return dataclasses.replace(route, backward=Collective.NONE) if broken else route
 
-    patch.setattr(LoRAAdapter, "_route", wrong)
+    patch.setattr(LoRAAdapter, "route", wrong)
 
 
 def slice_of_another_rank(patch: pytest.MonkeyPatch) -> None:

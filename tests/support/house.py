@@ -10,7 +10,7 @@ ROOMS = (
     *("replace", "printable", "reading", "config", "arguments", "model", "targets", "ops", "mends"),
     *("cpu", "data"),
     *("adapters", "recommend", "checkpoint", "hf", "builder", "__init__"),
-    *("losses", "sync", "rollouts", "policy", "training", "launch", "run", "__main__"),
+    *("losses", "sync", "rollouts", "policy", "training", "launch", "run", "plan", "__main__"),
 )
 # Everything else can be imported before Megatron is.
 IMPORT_MEGATRON = (
@@ -33,6 +33,10 @@ IMPORT_MEGATRON = (
     *("training/session.py", "training/outputs.py", "training/patches.py"),
     *("training/compared.py", "training/not_finite.py", "training/replicas.py"),
     "training/vocabulary.py",
+    *("plan/assumed.py", "plan/step.py", "plan/script.py", "plan/pretrain.py", "plan/rank.py"),
+    *("plan/memory.py", "plan/traffic.py", "plan/work.py", "plan/child.py", "plan/untouched.py"),
+    *("plan/gpu.py", "plan/flags.py", "plan/holdings.py", "plan/ranks.py", "plan/contract.py"),
+    "plan/floor.py",
 )
 BEFORE_MEGATRON = ("mends/__init__.py", "cpu/__init__.py")
 
