@@ -4,6 +4,7 @@ Each call returns at once with what this rank sent: shapes are right, numbers ar
 """
 
 import datetime
+import functools
 import inspect
 import os
 from collections.abc import Callable, Iterable
@@ -33,6 +34,7 @@ def become(rank: int, world_size: int, *, gpus_per_node: int = 8) -> None:
     }
 
 
+@functools.cache
 def install() -> None:
     """Let Megatron run without a GPU and without any other rank.
 
