@@ -46,7 +46,7 @@ CASES = {
 # In others gloo holds copies of what it sends ahead or scatters when most is held, and a plan keeps
 # the choice of experts beside the GPU.
 AS_ON_GLOO = ("bf16", "fp32", "tp2", "pp2", "dp2-do")
-STATIC = ("frozen", "trained", "weights", "gradients", "optimizer", "buffers", "parts", "other")
+STATIC = ("frozen", "trained", "weights", "gradients", "optimizer", "buffers", "parts")
 
 
 @pytest.fixture(scope="module", params=CASES)
@@ -83,6 +83,9 @@ def test_each_rank_holds_the_bytes_that_were_planned(results: Any) -> None:
         for planned, ran in by_rank:
             for field in STATIC:
                 assert planned["memory"][field] == ran["memory"][field], (name, field)
+            # Nothing is left to explain but a number that gloo still has.
+            assert planned["memory"]["other"] == 0, name
+            assert ran["memory"]["other"] <= 8, name
 
 
 def test_what_was_planned_is_what_parameters_and_states_add_up_to(results: Any) -> None:
@@ -125,9 +128,13 @@ def test_activations_are_those_of_a_step_with_numbers(results: Any) -> None:
     compared = [name for name in results if name in AS_ON_GLOO]
     for name in compared:
         for planned, ran in results[name]:
-            # But for single numbers, which a run without a GPU has in the same memory.
-            difference = ran["memory"]["activations"] - planned["memory"]["activations"]
-            assert 0 <= difference <= 8, name
+            wanted, found = (
+                one["memory"]["other"] + one["memory"]["activations"] for one in (planned, ran)
+            )
+            # Single numbers, which a run without a GPU has in the same memory; and gloo's threads
+            # let go of what they sent a moment after it is there.
+            most = 8 if len(results[name]) == 1 else wanted * 0.02
+            assert 0 <= found - wanted <= most, name
     assert compared or 4 in map(len, results.values())
 
 

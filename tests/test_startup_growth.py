@@ -108,9 +108,15 @@ def test_no_step_loops_over_ranks(both: tuple[Counts, Counts]) -> None:
     assert not grown, {n: (small[n]["calls"], large[n]["calls"]) for n in grown}
 
 
+def bytes_of_the_embedding() -> int:
+    """Return the bytes of a rank's part of it."""
+    config = layout(SMALL).config()
+    size = config["vocab_size"] * config["hidden_size"] * bench().DTYPE_BYTES
+    return size // layout(SMALL).tp
+
+
 def test_replicas_share_what_is_read_of_a_base(both: tuple[Counts, Counts]) -> None:
     # The embedding is one tensor, which rank 0 reads in both; the rest, 4 and 512 replicas share.
-    module, config = bench(), layout(SMALL).config()
-    table = config["vocab_size"] * config["hidden_size"] * module.DTYPE_BYTES // layout(SMALL).tp
+    table = forked.call(bytes_of_the_embedding)
     small, large = (counted["base"]["read_bytes"] - table for counted in both)
     assert 0 < large < small / 4
