@@ -111,6 +111,8 @@ def _planned(rank: int, case: Case, lora: bool) -> Found:
         with model_parallel(layout), cuda_facade.on_meta():
             trainer = trainer_of(case, lora)
             batch, meter = NUM_SEQUENCES, Meter()
+            # Another test may have made one.
+            num_microbatches_calculator.unset_num_microbatches_calculator()
             num_microbatches_calculator.init_num_microbatches_calculator(
                 rank, None, batch, run.size_on(layout), layout.dp, False
             )
