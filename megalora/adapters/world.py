@@ -34,6 +34,20 @@ def first_rank(speaks: bool, group: ProcessGroup | None = None) -> int | None:
     return None if int(first) == size else int(first)
 
 
+def sent_by(speaker: int, tensor: Tensor, group: ProcessGroup) -> None:
+    """Fill a tensor with that of one rank of a group, as the group counts them.
+
+    By way of the GPU where the group sends from nowhere else: with --use-cpu-initialization a model
+    is on the CPU until it is wrapped.
+    """
+    if f"{tensor.device.type}:" in dist.get_backend_config(group):
+        dist.broadcast(tensor, group=group, group_src=speaker)
+        return
+    passing = tensor.to(device_of(group), copy=True)
+    dist.broadcast(passing, group=group, group_src=speaker)
+    tensor.copy_(passing)
+
+
 def told_by[T](speaker: int, value: T, group: ProcessGroup | None = None) -> T:
     """Return the value of one rank, as the group counts them, on all; it must be pickled."""
     told = [value]

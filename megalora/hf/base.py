@@ -8,11 +8,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
 from megalora.adapters.finite import all_finite
+from megalora.adapters.world import sent_by
 from megalora.checkpoint.ranks import on_all_ranks
 from megalora.hf.built import check_built_for
 from megalora.hf.factors import summarise
@@ -78,7 +78,7 @@ def load_hf_base(
     on_all_ranks(lambda: _read(jobs, files, progress))
     for job in jobs:
         if job.replicas.size() > 1:
-            dist.broadcast(job.param, group=job.replicas, group_src=job.reader)
+            sent_by(job.reader, job.param, job.replicas)
         if progress and not job.is_own:
             progress(job.name)
     for chunk in chunks:

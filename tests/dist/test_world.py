@@ -39,6 +39,28 @@ def test_the_first_rank_that_speaks_is_known_to_all() -> None:
 
 
 @in_worlds
+@pytest.mark.parametrize("sends", ["cpu:gloo,cuda:gloo", "cuda:nccl"])
+def test_a_tensor_is_sent_from_where_the_group_sends(
+    sends: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    broadcast, sent = dist.broadcast, list[torch.Tensor]()
+
+    def seen(tensor: torch.Tensor, **where: Any) -> None:
+        sent.append(tensor)
+        broadcast(tensor, **where)
+
+    group: Any = dist.group.WORLD
+    monkeypatch.setattr(dist, "broadcast", seen)
+    monkeypatch.setattr(dist, "get_backend_config", lambda group=None: sends)
+    parameter = torch.nn.Parameter(torch.full((2, 3), float(dist.get_rank())))
+    with torch.no_grad():
+        world.sent_by(1, parameter, group)
+    assert parameter.tolist() == [[1.0] * 3] * 2
+    # On the CPU, a model that is not on its GPU yet, from which NCCL sends nothing.
+    assert (sent[0] is parameter) == ("cpu:" in sends)
+
+
+@in_worlds
 @pytest.mark.bad_input("a rank that disagrees")
 @pytest.mark.parametrize("kind", [ValueError, OSError])
 def test_what_the_first_rank_finds_wrong_is_raised_on_all(kind: type[Exception]) -> None:
