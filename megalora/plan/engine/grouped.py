@@ -5,11 +5,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.distributed import ProcessGroup
 
 from megalora.plan.engine import base
-from megalora.plan.engine.base import Device, Kept, TransformerEngineBaseModule
+from megalora.plan.engine.base import Kept
 from megalora.plan.engine.kernels import ops
+from megalora.plan.engine.linear import SplitLinear
 
 
 class _Grouped(torch.autograd.Function):
@@ -34,7 +34,7 @@ class _Grouped(torch.autograd.Function):
         return dx, None, *ops.experts_wgrad(dy, x, weights)
 
 
-class GroupedLinear(TransformerEngineBaseModule):
+class GroupedLinear(SplitLinear):
     """Linears W [o, i] of `num_gemms` experts, over tokens sorted by expert."""
 
     def __init__(
@@ -42,37 +42,16 @@ class GroupedLinear(TransformerEngineBaseModule):
         num_gemms: int,
         in_features: int,
         out_features: int,
-        sequence_parallel: bool = False,
-        fuse_wgrad_accumulation: bool = False,
-        tp_group: ProcessGroup | None = None,
-        tp_size: int = 1,
-        bias: bool = True,
-        return_bias: bool = False,
-        params_dtype: torch.dtype | None = None,
-        parallel_mode: str | None = None,
-        device: Device = "cuda",
+        *,
         single_grouped_weight: bool = False,
-        **_unused: object,
+        **how: Any,
     ) -> None:
-        super().__init__()
         if single_grouped_weight:
             raise ValueError(
                 "a plan has no experts in one weight: leave out --moe-single-grouped-weight"
             )
-        self.tp_group = tp_group
-        self.tp_size = tp_size if tp_group is None else tp_group.size()
-        self.parallel_mode, self.num_gemms = parallel_mode, num_gemms
-        self.in_features, self.out_features = in_features, out_features
-        if parallel_mode == "column":
-            self.out_features = out_features // self.tp_size
-        if parallel_mode == "row":
-            self.in_features = in_features // self.tp_size
-        self.sequence_parallel = self.tp_size > 1 and sequence_parallel
-        self.fuse_wgrad_accumulation = fuse_wgrad_accumulation
-        self.use_bias, self.return_bias = bias, return_bias
-        self.apply_bias = bias and not return_bias
-        self.single_grouped_weight = single_grouped_weight
-        self._add_parameters({"dtype": params_dtype, "device": device})
+        self.num_gemms, self.single_grouped_weight = num_gemms, single_grouped_weight
+        super().__init__(in_features, out_features, **how)
 
     def _add_parameters(self, where: dict[str, Any]) -> None:
         for index in range(self.num_gemms):

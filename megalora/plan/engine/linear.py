@@ -128,8 +128,8 @@ def _bias_gradient(ctx: Kept, dy: Tensor, index: int) -> Tensor | None:
     return dy.new_empty(dy.shape[-1])
 
 
-class Linear(TransformerEngineBaseModule):
-    """A linear W [o, i], split over tensor-parallel ranks as `parallel_mode` says."""
+class SplitLinear(TransformerEngineBaseModule):
+    """What linears have whose weights are split over tensor-parallel ranks by `parallel_mode`."""
 
     def __init__(
         self,
@@ -144,7 +144,6 @@ class Linear(TransformerEngineBaseModule):
         params_dtype: torch.dtype | None = None,
         parallel_mode: str | None = None,
         device: Device = "cuda",
-        save_original_input: bool = False,
         **_unused: object,
     ) -> None:
         super().__init__()
@@ -160,8 +159,20 @@ class Linear(TransformerEngineBaseModule):
         self.fuse_wgrad_accumulation = fuse_wgrad_accumulation
         self.use_bias, self.return_bias = bias, return_bias
         self.apply_bias = bias and not return_bias
-        self.save_original_input = save_original_input
         self._add_parameters({"dtype": params_dtype, "device": device})
+
+    def _add_parameters(self, where: dict[str, Any]) -> None:
+        raise NotImplementedError
+
+
+class Linear(SplitLinear):
+    """A linear W [o, i]."""
+
+    def __init__(
+        self, in_features: int, out_features: int, *, save_original_input: bool = False, **how: Any
+    ) -> None:
+        self.save_original_input = save_original_input
+        super().__init__(in_features, out_features, **how)
 
     def _add_parameters(self, where: dict[str, Any]) -> None:
         is_row = self.parallel_mode == "row"
