@@ -22,8 +22,9 @@ def counted(flags: Sequence[str]) -> Any:
     """Return the work of a plan of one rank alone, and the FLOPs of a token by formula."""
     with in_a_world(0, 1):
         from megalora.arguments import lora_config_from_args
+        from megalora.plan.processes import OWN_SCRIPT
         from megalora.plan.rank import read_rank
-        from megalora.plan.script import OWN_SCRIPT, Built, build
+        from megalora.plan.script import Built, build
         from megalora.recommend import recommend_for_args
 
         def read(built: Built) -> Any:

@@ -13,6 +13,7 @@ import torch
 from megalora.plan.engine import attention, kernels
 from megalora.plan.meter import Meter
 from tests.support import gpu_plans
+from tests.support.plans import rank_plan
 
 RESULTS = Path(__file__).parents[1] / "benchmarks" / "results" / "NVIDIA-H200"
 MIB = 2**20
@@ -79,7 +80,8 @@ class Measured(NamedTuple):
 def measures(argv: Sequence[str]) -> dict[str, float]:
     """Plan a run of one rank, as benchmarks/bench_model.py measures one."""
     from megalora.plan import step, world
-    from megalora.plan.script import OWN_SCRIPT, Built, build
+    from megalora.plan.processes import OWN_SCRIPT
+    from megalora.plan.script import Built, build
 
     saved: dict[int, int] = {}
 
@@ -144,7 +146,8 @@ def held(argv: Sequence[str], world_size: int) -> int:
 
     from megalora.plan import world
     from megalora.plan.assumed import assumptions
-    from megalora.plan.script import OWN_SCRIPT, Built, build
+    from megalora.plan.processes import OWN_SCRIPT
+    from megalora.plan.script import Built, build
 
     def use(built: Built) -> int:
         (model,) = built.model
@@ -226,7 +229,8 @@ def stand_ins(argv: Sequence[str]) -> set[tuple[int, ...]]:
     """Return the shapes of what stands for gradients that kernels add to main_grad."""
     from megalora.plan import gpu, world
     from megalora.plan.engine import base
-    from megalora.plan.script import OWN_SCRIPT, Built, build
+    from megalora.plan.processes import OWN_SCRIPT
+    from megalora.plan.script import Built, build
 
     def use(built: Built) -> set[tuple[int, ...]]:
         gpu.keep_stand_ins(built.model)
@@ -275,10 +279,7 @@ def activations(stage: int, microbatches: int, *flags: str) -> int:
 
 
 def peak_of(stage: int, argv: Sequence[str]) -> int:
-    from megalora.plan.rank import plan_rank
-    from megalora.plan.script import OWN_SCRIPT
-
-    step = plan_rank(stage, OWN_SCRIPT, argv, world_size=4, gpus_per_node=4).step
+    step = rank_plan(stage, argv, world_size=4).step
     return step.peak - step.before
 
 
@@ -292,10 +293,7 @@ def test_the_first_stage_holds_a_microbatch_for_each_stage_and_the_last_holds_on
 
 
 def purposes_of(argv: Sequence[str]) -> set[tuple[str, str]]:
-    from megalora.plan.rank import plan_rank
-    from megalora.plan.script import OWN_SCRIPT
-
-    found = plan_rank(0, OWN_SCRIPT, argv, world_size=4, gpus_per_node=8).traffic
+    found = rank_plan(0, argv, world_size=4).traffic
     return {(one.purpose, one.kind) for one in found}
 
 
@@ -312,10 +310,7 @@ def test_backward_starts_in_the_schedule_and_is_not_the_pipelines() -> None:
 
 
 def notes_of(argv: Sequence[str]) -> list[str]:
-    from megalora.plan.rank import plan_rank
-    from megalora.plan.script import OWN_SCRIPT
-
-    return plan_rank(0, OWN_SCRIPT, argv, world_size=2, gpus_per_node=8).notes
+    return rank_plan(0, argv, world_size=2).notes
 
 
 def test_what_is_planned_otherwise_is_said() -> None:

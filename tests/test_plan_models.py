@@ -81,7 +81,8 @@ def elements_of_a_stage(
 ) -> Counter[str]:
     """Build a rank and run a step; return its stage's parameters, over all ranks that share it."""
     from megalora.plan.meter import Meter
-    from megalora.plan.script import OWN_SCRIPT, Built, build
+    from megalora.plan.processes import OWN_SCRIPT
+    from megalora.plan.script import Built, build
     from megalora.plan.step import run_step
 
     found: Counter[str] = Counter()

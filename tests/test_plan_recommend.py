@@ -30,7 +30,8 @@ def read(rank: int, world_size: int, argv: Sequence[str]) -> tuple[Any, Layout]:
     from megalora.plan.assumed import assumptions
     from megalora.plan.memory import static
     from megalora.plan.meter import Meter
-    from megalora.plan.script import OWN_SCRIPT, Built, build
+    from megalora.plan.processes import OWN_SCRIPT
+    from megalora.plan.script import Built, build
 
     def use(built: Built) -> tuple[Any, Layout]:
         with assumptions(), Meter():

@@ -2,7 +2,20 @@
 
 import errno
 import os
+import socket
 from pathlib import Path
+
+
+def write_whole(path: Path, text: str) -> None:
+    """Write a file, whole or not at all; OSError where that fails."""
+    beside = path.with_name(f".{path.name}.{socket.gethostname()}.{os.getpid()}")
+    try:
+        beside.write_text(text)
+        sync(beside)
+        beside.replace(path)
+        sync(path.parent)
+    finally:
+        beside.unlink(missing_ok=True)
 
 
 def sync(path: Path) -> None:

@@ -14,14 +14,13 @@ here which one it is, and whether its files are those that were saved.
 
 import hashlib
 import os
-import socket
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from megalora.checkpoint.durable import sync
+from megalora.checkpoint.durable import write_whole
 from megalora.reading import NotJSONError, check_plain, open_plain, parse_json, read_json
 
 TRACKER = "latest_checkpointed_iteration.txt"
@@ -92,16 +91,7 @@ def read_iteration(root: Path) -> int | None:
 
 def write_tracker(root: Path, newest: Iteration) -> None:
     """Write the tracker file, whole or not at all."""
-    beside = root / f".{TRACKER}.{socket.gethostname()}.{os.getpid()}"
-    try:
-        with beside.open("w") as file:
-            file.write(str(newest))
-            file.flush()
-            os.fsync(file.fileno())
-        beside.replace(root / TRACKER)
-        sync(root)
-    finally:
-        beside.unlink(missing_ok=True)
+    write_whole(root / TRACKER, str(newest))
 
 
 def find_directory(path: Path) -> Path:

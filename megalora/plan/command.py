@@ -1,25 +1,22 @@
 """`megalora plan` from its arguments to what it prints."""
 
 import argparse
-import importlib
 import json
 import os
 import sys
 from pathlib import Path
-from typing import Any
 
-from megalora.checkpoint.durable import sync
+from megalora.checkpoint.durable import write_whole
 from megalora.model.megatron import megatron_flags
 from megalora.model.presets import PRESETS, preset_shape
 from megalora.plan.devices import DEVICES, NETWORKS
 from megalora.plan.fit import proposals
+from megalora.plan.floor import floor
 from megalora.plan.job import Planned, plan_job
-from megalora.plan.processes import FailedError, Job
+from megalora.plan.processes import OWN_SCRIPT, FailedError, Job
 from megalora.plan.report import Found, table, to_dict
 from megalora.printable import printable
 from megalora.run import script_path
-
-_OWN_SCRIPT = Path(__file__).with_name("pretrain.py")
 
 
 def plan(args: argparse.Namespace) -> int:
@@ -42,7 +39,7 @@ def plan(args: argparse.Namespace) -> int:
     else:
         print("\n".join(map(printable, table(found))))
     if args.json not in (None, "-"):
-        _write_whole(Path(args.json), _as_json(found) + "\n")
+        write_whole(Path(args.json), _as_json(found) + "\n")
     return int(not found.fits)
 
 
@@ -57,7 +54,7 @@ def job_of(args: argparse.Namespace) -> Job:
         )
     if args.json not in (None, "-"):
         _check_file(Path(args.json))
-    script = _OWN_SCRIPT if args.script is None else script_path(args.script)
+    script = OWN_SCRIPT if args.script is None else script_path(args.script)
     flags = list(args.rest)
     if args.model is not None:
         # It says which there are.
@@ -71,9 +68,7 @@ def _judged(planned: Planned, args: argparse.Namespace) -> Found:
     device, network = DEVICES[args.device], NETWORKS[args.network]
     memory = int(args.gpu_memory * 2**30) if args.gpu_memory else device.memory
     facts = planned.facts
-    # It imports Megatron, which the plan has imported by now.
-    floors: Any = importlib.import_module("megalora.plan.floor")
-    floor = floors.floor(
+    least = floor(
         planned.ranks,
         device,
         network,
@@ -84,7 +79,7 @@ def _judged(planned: Planned, args: argparse.Namespace) -> Found:
     )
     fits = planned.fullest.memory.peak <= memory
     others = [] if fits else proposals(planned.job, planned, memory)
-    return Found(planned, memory, floor, others)
+    return Found(planned, memory, least, others)
 
 
 def _as_json(found: Found) -> str:
@@ -99,14 +94,3 @@ def _check_file(path: Path) -> None:
     if not folder.is_dir() or not os.access(folder, os.W_OK | os.X_OK):
         what = "cannot be written to" if folder.is_dir() else "is no directory"
         raise ValueError(f"json {str(path)!r}: {folder} {what}: give another file")
-
-
-def _write_whole(path: Path, text: str) -> None:
-    """Write a file, whole or not at all; OSError names it where that fails."""
-    beside = path.with_name(f".{path.name}.megalora-{os.getpid()}")
-    try:
-        beside.write_text(text)
-        sync(beside)
-        beside.replace(path)
-    finally:
-        beside.unlink(missing_ok=True)

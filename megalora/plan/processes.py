@@ -22,6 +22,8 @@ from megalora.plan.refusal import refusal
 if TYPE_CHECKING:
     from megalora.plan.child import Answer
 
+# Of a plan without a script.
+OWN_SCRIPT = Path(__file__).with_name("pretrain.py")
 # Lines of a rank's output that are shown where it failed without a sentence of its own.
 _SHOWN = 15
 # Frames of a traceback: the innermost.

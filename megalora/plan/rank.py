@@ -1,18 +1,15 @@
 """One rank of a plan: built, run for a step on shapes alone, and read."""
 
-from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 from megatron.core import parallel_state
 
-from megalora.plan import world
 from megalora.plan.contract import LinearTraffic, contract
 from megalora.plan.flags import notes
 from megalora.plan.memory import Memory, memory
 from megalora.plan.meter import Meter
 from megalora.plan.phases import Step
-from megalora.plan.script import Built, build
+from megalora.plan.script import Built
 from megalora.plan.step import run_step
 from megalora.plan.traffic import Traffic, traffic
 from megalora.plan.work import Work, work
@@ -45,17 +42,6 @@ class RankPlan:
     work: Work
     step: Step
     notes: list[str]
-
-
-def plan_rank(
-    rank: int, script: Path, argv: Sequence[str], *, world_size: int, gpus_per_node: int
-) -> RankPlan:
-    """Plan one rank in this process, which is of no use for anything else afterwards.
-
-    Raises what Megatron and megalora find wrong with the flags.
-    """
-    world.become(rank, world_size, gpus_per_node=gpus_per_node)
-    return build(script, argv, lambda built: read_rank(rank, built, gpus_per_node=gpus_per_node))
 
 
 def read_rank(rank: int, built: Built, *, gpus_per_node: int) -> RankPlan:

@@ -21,8 +21,6 @@ from megalora.replace import Patch, around, install
 from megalora.run import Launcher, execute
 from megalora.training import patches, session
 
-OWN_SCRIPT = Path(__file__).with_name("pretrain.py")
-
 
 @dataclass(frozen=True, slots=True)
 class Built:
@@ -74,14 +72,14 @@ def _no_base(original: object, *args: object, **kwargs: object) -> dict[str, obj
     return {"source": None}
 
 
-def _nothing(original: object, *args: object, **kwargs: object) -> None:
-    return None
+def nothing(original: object, *args: object, **kwargs: object) -> None:
+    """Stand in the place of what a plan leaves alone."""
 
 
 # What a run does with a base's numbers and with files, which a plan leaves alone.
 _NUMBERS = (
     Patch(session, "load_own_base", ("model_chunks", "args"), around(_no_base), "shapes alone"),
-    Patch(session, "check_replicas", ("model_chunks",), around(_nothing), "shapes alone"),
-    Patch(session, "check_sources", ("args",), around(_nothing), "one process"),
-    Patch(initialize, "_warmup_jit_function", (), around(_nothing), "nothing is compiled"),
+    Patch(session, "check_replicas", ("model_chunks",), around(nothing), "shapes alone"),
+    Patch(session, "check_sources", ("args",), around(nothing), "one process"),
+    Patch(initialize, "_warmup_jit_function", (), around(nothing), "nothing is compiled"),
 )

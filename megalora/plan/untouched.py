@@ -14,6 +14,7 @@ from megatron.training import arguments, ft_integration, global_vars, initialize
 from megalora import cpu
 from megalora.checkpoint import find, lock
 from megalora.data import arguments as data_arguments
+from megalora.plan.script import nothing
 from megalora.replace import Patch, around
 from megalora.training import alarm, outputs, session
 
@@ -38,7 +39,7 @@ class Untouched:
         self.notes: list[str] = []
 
     def patches(self) -> tuple[Patch, ...]:
-        """Return the table; `_nothing` stands where something is only written or sent."""
+        """Return the table; `nothing` stands where something is only written or sent."""
         silent = (
             (alarm, "start", ("environ",), "there is one process"),
             # The run is for GPUs.
@@ -60,7 +61,7 @@ class Untouched:
         )
         return (
             *(
-                Patch(owner, name, needs, around(_nothing), why)
+                Patch(owner, name, needs, around(nothing), why)
                 for owner, name, needs, why in silent
             ),
             Patch(training, "load_checkpoint", ("ddp_model",), around(_from_the_start), "shapes"),
@@ -151,10 +152,6 @@ def _is_here(path: str) -> bool:
     if path.startswith("stdlib-"):
         return True
     return Path(path).exists() or Path(f"{path}.idx").exists()
-
-
-def _nothing(original: object, *args: object, **kwargs: object) -> None:
-    return None
 
 
 def _from_the_start(original: object, *args: object, **kwargs: object) -> tuple[int, int]:

@@ -29,8 +29,9 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from megalora.plan import gpu, step, world
 from megalora.plan.memory import memory
 from megalora.plan.meter import META, Meter
+from megalora.plan.processes import OWN_SCRIPT
 from megalora.plan.ranks import positions
-from megalora.plan.script import OWN_SCRIPT, Built, build
+from megalora.plan.script import Built, build
 from megalora.run import Launcher, execute
 from megalora.training import patches
 

@@ -39,10 +39,20 @@ def planned(rank: int, world_size: int, *flags: str, script: Path | None = None)
 def plan_here(rank: int, world_size: int, argv: Sequence[str], script: Path | None) -> Any:
     """Plan a rank in this process, which cannot be used for anything else afterwards."""
     with in_a_world(rank, world_size):
-        from megalora.plan.rank import plan_rank
-        from megalora.plan.script import OWN_SCRIPT
+        return rank_plan(rank, argv, world_size=world_size, script=script)
 
-        return plan_rank(rank, script or OWN_SCRIPT, argv, world_size=world_size, gpus_per_node=8)
+
+def rank_plan(
+    rank: int, argv: Sequence[str], *, world_size: int, script: Path | None = None
+) -> Any:
+    """Plan a rank in this process, where a plan's world is installed."""
+    from megalora.plan import world
+    from megalora.plan.processes import OWN_SCRIPT
+    from megalora.plan.rank import read_rank
+    from megalora.plan.script import build
+
+    world.become(rank, world_size)
+    return build(script or OWN_SCRIPT, argv, lambda built: read_rank(rank, built, gpus_per_node=8))
 
 
 @contextlib.contextmanager
