@@ -162,8 +162,6 @@ def _takes_boundaries(args: argparse.Namespace) -> bool:
         args.context_parallel_size == 1
         and not _joins_for_stages(args)
         and not args.multi_latent_attention
-        # Megatron's own attention, which takes a mask only, stays for others.
-        and args.softmax_type == "vanilla"
     )
 
 

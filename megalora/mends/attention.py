@@ -5,36 +5,37 @@ import math
 from typing import Any
 
 import torch
+from megatron.core.dist_checkpointing.mapping import ShardedStateDict
 from megatron.core.models.backends import LocalSpecProvider
 from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.tensor_parallel import get_cuda_rng_tracker
 from megatron.core.tensor_parallel.mappings import gather_from_sequence_parallel_region
-from megatron.core.transformer.dot_product_attention import DotProductAttention
 from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.transformer_config import TransformerConfig
-from megatron.core.transformer.utils import is_layer_window_attention
-from torch.nn.functional import scaled_dot_product_attention
+from megatron.core.transformer.utils import (
+    ensure_metadata_has_dp_cp_group,
+    is_layer_window_attention,
+    make_sharded_tensors_for_checkpoint,
+)
+from torch.nn.functional import pad, scaled_dot_product_attention
 
 from megalora.replace import Patch, instead
 
 _CAUSAL = (AttnMaskType.causal, AttnMaskType.padding_causal)
+# torch's padding of [s, b, heads, d], and of a mask [..., queries, keys].
+_ONE_BEFORE_AND_ONE_FEATURE = (0, 1, 0, 0, 0, 0, 1, 0)
+_ONE_BEFORE = (1, 0, 1, 0)
 
 
 class CoreAttention(MegatronModule):
     """Stand where Megatron's DotProductAttention stands.
 
     That one takes no multi-latent attention, context parallelism or packed sequences, forgets the
-    mask that it is given where it has a window, and holds all scores of a layer in memory. It stays
-    where this one is less: softmax offsets.
+    mask that it is given where it has a window, and holds all scores of a layer in memory.
+    softmax_offset: of each head, what it may look at beside the keys; None where it may not.
     """
-
-    def __new__(cls, config: TransformerConfig, *args: Any, **kwargs: Any) -> MegatronModule:
-        """Build Megatron's own for what torch's attention has not."""
-        if config.softmax_type == "vanilla":
-            return super().__new__(cls)
-        return DotProductAttention(config, *args, **kwargs)
 
     def __init__(
         self,
@@ -66,6 +67,41 @@ class CoreAttention(MegatronModule):
         self.softmax_scale = softmax_scale or 1 / math.sqrt(k_channels)
         if config.apply_query_key_layer_scaling:
             self.softmax_scale /= max(1, layer_number)
+        self.tp_group = pg_collection.tp
+        self._make_softmax_offset(config)
+
+    def _make_softmax_offset(self, config: TransformerConfig) -> None:
+        """Give each head of this rank its offset: a parameter, 0, or none."""
+        self.softmax_offset: torch.Tensor | None
+        if config.softmax_type == "vanilla":
+            self.softmax_offset = None
+            return
+        heads = config.num_attention_heads // self.tp_group.size()
+        device = torch.cuda.current_device()
+        offset = torch.zeros(heads, device=device, dtype=config.params_dtype)
+        if config.softmax_type != "learnable":
+            self.register_buffer("softmax_offset", offset, persistent=False)
+            return
+        if config.perform_initialization:
+            assert config.init_method is not None
+            config.init_method(offset)
+        self.register_parameter("softmax_offset", torch.nn.Parameter(offset))
+
+    def sharded_state_dict(
+        self,
+        prefix: str = "",
+        sharded_offsets: tuple[tuple[int, int, int], ...] = (),
+        metadata: dict[str, Any] | None = None,
+    ) -> ShardedStateDict:
+        """Return the offsets, which are cut by heads, as Megatron's own attention names them."""
+        return make_sharded_tensors_for_checkpoint(
+            self.state_dict(prefix="", keep_vars=True),
+            prefix,
+            {"softmax_offset": 0},
+            sharded_offsets,
+            tp_group=self.tp_group,
+            dp_cp_group=ensure_metadata_has_dp_cp_group(metadata)["dp_cp_group"],
+        )
 
     def forward(
         self,
@@ -148,6 +184,29 @@ class CoreAttention(MegatronModule):
         bias: torch.Tensor | None,
     ) -> torch.Tensor:
         """Return [s, b, heads, d_v] from [s, b, heads, d] by torch's fused attention."""
+        if self.softmax_offset is None:
+            return self._attend_to_keys(query, key, value, allowed, causal, bias)
+        # A token before the first, at which all look: its value is 0, and its score the offset
+        # alone, by a feature that it and the queries have and the keys have not.
+        query, key, value = (pad(x, _ONE_BEFORE_AND_ONE_FEATURE) for x in (query, key, value))
+        offset = (self.softmax_offset / self.softmax_scale).to(query.dtype)
+        query = query + pad(offset[:, None], (query.shape[-1] - 1, 0))
+        key[0, ..., -1] = 1.0
+        if allowed is not None:
+            allowed = pad(allowed, _ONE_BEFORE, value=True)
+        if bias is not None:
+            bias = pad(bias, _ONE_BEFORE)
+        return self._attend_to_keys(query, key, value, allowed, causal, bias)[1:, ..., :-1]
+
+    def _attend_to_keys(
+        self,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        allowed: torch.Tensor | None,
+        causal: bool,
+        bias: torch.Tensor | None,
+    ) -> torch.Tensor:
         if bias is not None:
             # torch takes one mask, boolean or additive.
             if causal:
