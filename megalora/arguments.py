@@ -32,6 +32,12 @@ def add_lora_args(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
         default=None,
         help="one A for each fused linear instead of one for each of q, k, v, gate and up",
     )
+    add(
+        "--lora-delta-gates",
+        action="store_true",
+        default=None,
+        help="adapt also what makes beta and alpha of gated delta nets",
+    )
     add("--lora-seed", type=int, help="seed of the start values (default 1234)")
     add("--lora-rslora", action="store_true", default=None, help="scale by alpha / sqrt(rank)")
     add("--lora-init", choices=get_args(Init), help="default uniform")

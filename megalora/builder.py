@@ -1,11 +1,14 @@
 """Attach adapters to the model chunks that Megatron's builders build, and freeze the base."""
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import cast
+from typing import Any, cast
 
 import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
+from megatron.core.models.gpt.experimental_attention_variant_module_specs import (
+    get_linear_attention_pattern,
+)
 from megatron.core.ssm.mamba_layer import MambaLayer
 from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.transformer_config import TransformerConfig
@@ -25,10 +28,12 @@ from megalora.checkpoint.state import install_checkpointing
 from megalora.checkpoint.unpickle import PICKLES
 from megalora.config import LoRAConfig
 from megalora.model.hybrid import config_of, equals_gpt, gpt_name, layers_of, pattern_in
+from megalora.model.layer_kinds import mamba_sizes
+from megalora.model.shape import DELTA_SIZES
 from megalora.targets import (
     ADAPTER_SUFFIX,
-    MAMBA,
     PRESETS,
+    PROJECTIONS,
     ModelFacts,
     check_all_matched,
     check_targets,
@@ -122,6 +127,8 @@ def model_facts(chunk: MegatronModule) -> ModelFacts:
         num_moe_experts=config.num_moe_experts or 0,
         moe_layer_freq=_moe_layer_freq(config),
         q_lora_rank=getattr(config, "q_lora_rank", None) or 0,
+        **_delta_nets(config, pattern),
+        **mamba_sizes(config, pattern),
         hybrid_layer_pattern="" if equals_gpt(pattern) else layers_of(pattern),
     )
 
@@ -131,6 +138,16 @@ def _moe_layer_freq(config: TransformerConfig) -> list[int]:
     if isinstance(frequency, int):
         frequency = [layer % frequency == 0 for layer in range(config.num_layers)]
     return [int(moe) for moe in frequency]
+
+
+def _delta_nets(config: TransformerConfig, pattern: str) -> dict[str, Any]:
+    is_delta_net = [0] * config.num_layers
+    if config.experimental_attention_variant == "gated_delta_net":
+        is_delta_net = get_linear_attention_pattern(config)
+    elif "G" not in pattern:
+        return {}
+    sizes = {name: getattr(config, name) for name in DELTA_SIZES}
+    return {**sizes, "linear_attention_freq": is_delta_net if any(is_delta_net) else 0}
 
 
 def _sizes(chunk: MegatronModule, vocab_size: int | None) -> dict[str, int]:
@@ -266,11 +283,11 @@ def _say(sentence: str) -> None:
 
 def _refuse_bypasses(chunk: torch.nn.Module, chosen: list[_Candidate]) -> None:
     for candidate in chosen:
-        if candidate.leaf in MAMBA and parts_of(candidate.parent) is None:
+        if candidate.leaf in PROJECTIONS and parts_of(candidate.parent) is None:
             raise ValueError(
                 f"lora_targets select {candidate.name} of {type(candidate.parent).__name__}: of "
-                f"{' and '.join(MAMBA)}, only Mamba-2's (MambaMixer) have adapters; use "
-                "--lora-targets attn mlp unembed, or a pattern of the layers that you want"
+                f"{' and '.join(PROJECTIONS)}, only those of Mamba-2 (MambaMixer) and of gated "
+                "delta nets (GatedDeltaNet) have adapters; use names of the linears that you want"
             )
     bases = {candidate.base.module for candidate in chosen}
     for name, module in chunk.named_modules():

@@ -32,6 +32,8 @@ class LoRAConfig:
     expert_mode: `per_expert` gives every expert its own A and B; `shared_outer` shares A of
         linear_fc1 and B of linear_fc2 over all experts, at full rank.
     shared_a: one A for each fused Megatron linear instead of one for each Hugging Face projection.
+    delta_gates: adapt also the rows of a gated delta net's in_proj that make beta and alpha, one
+        of each for a head of values, both with an A of their own.
     seed: seed of the start values, which are the same on every parallel layout.
     rslora: scale by alpha / sqrt(r).
     init: `uniform` draws A from U(-1/sqrt(d_in), 1/sqrt(d_in)) and sets B to zero; `pissa` takes
@@ -49,6 +51,7 @@ class LoRAConfig:
     expert_rank: int | None = None
     expert_mode: ExpertMode = "per_expert"
     shared_a: bool = False
+    delta_gates: bool = False
     seed: int = 1234
     rslora: bool = False
     init: Init = "uniform"
@@ -100,7 +103,7 @@ class LoRAConfig:
             _require(
                 eps is None or (is_number(eps) and eps >= 0), name, eps, "a finite number >= 0"
             )
-        for name in ("shared_a", "rslora"):
+        for name in ("shared_a", "delta_gates", "rslora"):
             value = getattr(self, name)
             _require(isinstance(value, bool), name, value, "true or false")
 

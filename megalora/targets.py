@@ -2,11 +2,12 @@
 
 import itertools
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 
 from megalora.config import LoRAConfig
+from megalora.model.facts import DELTA_GATES, MAMBA_WIDE, ModelFacts
 
 ATTENTION = (
     "linear_qkv",
@@ -21,57 +22,34 @@ ATTENTION = (
     "linear_qkv_down_proj",
 )
 MLP = ("linear_fc1", "linear_fc2")
-MAMBA = ("in_proj", "out_proj")
-ALL = (*ATTENTION, *MLP, *MAMBA, "output_layer")
-# Thinking Machines' service leaves out what expands a latent, by the sizes that it publishes.
+# Of Mamba-2 and of gated delta nets, by the module that they are in.
+PROJECTIONS = ("in_proj", "out_proj")
+MAMBA = tuple(f"mixer.{name}" for name in PROJECTIONS)
+DELTA_NET = tuple(f"self_attention.{name}" for name in PROJECTIONS)
+ALL = (*ATTENTION, *DELTA_NET, *MLP, *MAMBA, "output_layer")
+# Thinking Machines' service leaves out what expands a latent, and of Mamba-2's in_proj all but
+# z and x, which have an A each, by the sizes that it publishes.
 EXPANDING = ("linear_q_up_proj", "linear_kv_up_proj")
+TINKER = "tinker"
 PRESETS: dict[str, tuple[str, ...]] = {
-    "attn": ATTENTION,
+    "attn": (*ATTENTION, *DELTA_NET),
     "mlp": MLP,
     "mamba": MAMBA,
     "unembed": ("output_layer",),
     "all": ALL,
-    "tinker": tuple(name for name in ALL if name not in EXPANDING),
+    TINKER: tuple(name for name in ALL if name not in EXPANDING),
 }
 # Behind the name of its base in an adapter's.
 ADAPTER_SUFFIX = "_lora"
-ADAPTABLE = (*ALL, "router", "eh_proj")
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class ModelFacts:
-    """The sizes of a model that decide the form of its adapters.
-
-    moe_layer_freq: 0 or 1 for each layer, or 1 for experts in all of them.
-    hybrid_layer_pattern: kinds of a HybridModel's layers, without pipeline stages; empty for GPT.
-    """
-
-    num_attention_heads: int
-    num_query_groups: int
-    kv_channels: int
-    gated_linear_unit: bool
-    attention_output_gate: bool = False
-    moe_router_topk: int = 1
-    num_moe_experts: int = 0
-    moe_layer_freq: int | Sequence[int] = 1
-    q_lora_rank: int = 0
-    hybrid_layer_pattern: str = ""
-
-    def __post_init__(self) -> None:
-        # One form of each model: facts of a checkpoint are compared with those of a run, and
-        # Megatron's defaults for experts are not those of a config.json that has none.
-        frequency = self.moe_layer_freq
-        if not self.num_moe_experts:
-            object.__setattr__(self, "moe_router_topk", 1)
-        if not self.num_moe_experts or (not isinstance(frequency, int) and all(frequency)):
-            object.__setattr__(self, "moe_layer_freq", 1)
+ADAPTABLE = (*ATTENTION, *MLP, *PROJECTIONS, "output_layer", "router", "eh_proj")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Rows:
     """How the rows of an output [o, ...] are ordered, whole and on a tensor-parallel rank.
 
-    What it means for tensors is in `adapters.rows`.
+    What it means for tensors is in `adapters.rows`. A base may have more rows than its adapter:
+    those without come last on every rank.
 
     blocks: sizes of the blocks that the whole consists of; a rank owns a part of each, one after
         the other: gate and up of a gated linear, the parts of Mamba's in_proj, else one block.
@@ -161,11 +139,11 @@ def matching_target(name: str, targets: Iterable[str]) -> str | None:
     A target is a preset, a module name (`linear_fc1`, `shared_experts.linear_fc1`), or a pattern
     with `*` over the whole name.
     """
-    leaf = name.rpartition(".")[2]
     for target in targets:
-        if leaf in PRESETS.get(target, ()):
+        named = PRESETS.get(target, (target,))
+        if any(name == each or name.endswith("." + each) for each in named):
             return target
-        if name == target or name.endswith("." + target) or fnmatchcase(name, target):
+        if fnmatchcase(name, target):
             return target
     return None
 
@@ -210,16 +188,22 @@ def plan(
 ) -> AdapterSpec:
     """Return the form of the adapter of the base linear with this global name.
 
-    parts: names and sizes of the blocks of output rows, where these have names.
+    parts: names and sizes of the blocks of output rows, where these have names. Those of a gated
+        delta net's gates come last, and have no adapter unless the configuration asks for it; so do
+        those of Mamba-2 that the preset `tinker` leaves out.
     """
     leaf = name.rpartition(".")[2]
     rank = config.resolve_expert_rank(facts.moe_router_topk) if is_expert else config.rank
     gated = is_gated(name, facts)
     blocks = (out_features // 2,) * 2 if gated else (out_features,)
+    if parts and not config.delta_gates:
+        parts = {part: size for part, size in parts.items() if part not in DELTA_GATES}
+    if parts and has_wide_parts_alone(name, config):
+        parts = {part: parts[part] for part in MAMBA_WIDE}
     rows = Rows(
         blocks=tuple(parts.values()) if parts else blocks,
         names=tuple(parts or ()),
-        period=() if config.shared_a else _period(leaf, blocks, facts),
+        period=() if config.shared_a else _period(name, blocks, parts or {}, config, facts),
         padded=leaf == "output_layer",
     )
     shared = is_expert and config.expert_mode == "shared_outer"
@@ -263,7 +247,21 @@ def global_name(name: str, layer_numbers: dict[str, int]) -> str:
     return f"{found.group(1)}.{layer_numbers[found.group(0)] - 1}{name[found.end() :]}"
 
 
-def _period(leaf: str, blocks: tuple[int, ...], facts: ModelFacts) -> tuple[int, ...]:
+def has_wide_parts_alone(name: str, config: LoRAConfig) -> bool:
+    """Say whether a linear is Mamba-2's in_proj of which z and x alone have adapters, an A each."""
+    return name.endswith(MAMBA[0]) and matching_target(name, config.targets) == TINKER
+
+
+def _period(
+    name: str,
+    blocks: tuple[int, ...],
+    parts: Mapping[str, int],
+    config: LoRAConfig,
+    facts: ModelFacts,
+) -> tuple[int, ...]:
+    leaf = name.rpartition(".")[2]
+    if name.endswith(DELTA_NET[0]) or has_wide_parts_alone(name, config):
+        return tuple(parts.values())
     if len(blocks) > 1:
         return blocks
     if leaf == "linear_qkv":

@@ -79,6 +79,12 @@ class LoRAAdapter(torch.nn.Module):
         """Local experts along B, 0 where it has no such dimension."""
         return 0 if self.spec.shared_b else self.base.num_experts
 
+    @property
+    def own_rows(self) -> int:
+        """Rows of this rank's weights that it adapts, the first ones."""
+        is_cut = self.base.split is Split.COLUMN
+        return self.spec.rows.size // (self.base.tp_size if is_cut else 1)
+
     def factors(self) -> Iterator[tuple[torch.nn.Parameter, Sharding]]:
         """Yield this rank's shard of every factor, and how it lies over the ranks."""
         for name, sharding in self.shardings.items():
@@ -191,6 +197,7 @@ class LoRAAdapter(torch.nn.Module):
             route=self.route(tensor_state),
             scale=self.spec.scale,
             segments=self.segments(),
+            columns=None if self._adapts_all() else self.own_rows,
             group=self.base.group,
             a_group=self.a_group,
             b_group=self.b_group,
@@ -218,9 +225,12 @@ class LoRAAdapter(torch.nn.Module):
         return kept
 
     def _is_whole(self) -> bool:
-        """Say whether this rank has the whole weight and both whole factors."""
+        """Say whether this rank has the whole weight, and both whole factors for all of it."""
         groups = (self.base.group, self.a_group, self.b_group)
-        return all(group_size(group) == 1 for group in groups)
+        return self._adapts_all() and all(group_size(group) == 1 for group in groups)
+
+    def _adapts_all(self) -> bool:
+        return self.spec.rows.size == self.base.out_features
 
     def _drops(self) -> bool:
         return self.config.dropout > 0.0 and self.training

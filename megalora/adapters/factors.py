@@ -23,7 +23,14 @@ from megalora.adapters.rows import (
     to_stored,
     to_whole,
 )
-from megalora.targets import ADAPTER_SUFFIX, AdapterSpec, ModelFacts, Rows, is_gated
+from megalora.model.facts import (
+    DELTA_GATES,
+    MAMBA_WIDE,
+    ModelFacts,
+    delta_parts,
+    mamba_parts,
+)
+from megalora.targets import ADAPTER_SUFFIX, DELTA_NET, MAMBA, AdapterSpec, Rows, is_gated
 
 
 class Axis(Enum):
@@ -199,20 +206,31 @@ def from_checkpoint(
 def to_checkpoint(
     whole: Mapping[str, Tensor], factors: Sequence[Factor], facts: ModelFacts
 ) -> dict[str, Tensor]:
-    """Return what a checkpoint stores of whole tensors; the inverse of `from_checkpoint`.
-
-    For models without Mamba's in_proj, which Hugging Face's names are of.
-    """
+    """Return what a checkpoint stores of whole tensors; the inverse of `from_checkpoint`."""
     stored = {}
     for key, tensor in whole.items():
         name, factor = _factor_of(key, factors)
         size = tensor.shape[factor.dim]
-        rows = Rows(blocks=(size,))
-        if factor.is_output and is_gated(name, facts):
-            rows = Rows(blocks=(size // 2, size // 2))
+        rows = _output_rows(name, size, facts) if factor.is_output else Rows(blocks=(size,))
         parts = to_stored(tensor, rows, 1, factor.dim)
         stored |= {key + end: part.contiguous() for end, part in parts.items()}
     return stored
+
+
+def _output_rows(name: str, size: int, facts: ModelFacts) -> Rows:
+    """Return the order of so many rows of a base's output."""
+    if is_gated(name, facts):
+        return Rows(blocks=(size // 2, size // 2))
+    if name.endswith(DELTA_NET[0]):
+        parts = delta_parts(facts)
+        wide = {part: rows for part, rows in parts.items() if part not in DELTA_GATES}
+    elif name.endswith(MAMBA[0]):
+        parts = mamba_parts(facts)
+        wide = {part: parts[part] for part in MAMBA_WIDE}
+    else:
+        return Rows(blocks=(size,))
+    parts = parts if size == sum(parts.values()) else wide
+    return Rows(blocks=tuple(parts.values()), names=tuple(parts))
 
 
 def _factor_of(key: str, factors: Sequence[Factor]) -> tuple[str, Factor]:

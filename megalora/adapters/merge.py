@@ -35,7 +35,7 @@ def check(model_chunks: Sequence[torch.nn.Module]) -> None:
 
 
 def base_weights(adapter: LoRAAdapter) -> list[Tensor]:
-    """Return the local base weights that an adapter adds to, one for each local expert.
+    """Return views of what an adapter adds to of the local base weights, one for each expert.
 
     Raises ValueError where one is shared (tied embeddings) or quantized.
     """
@@ -48,7 +48,7 @@ def base_weights(adapter: LoRAAdapter) -> list[Tensor]:
             raise ValueError(
                 f"base weight of {adapter.spec.name} is {weight.dtype}: changing it needs 16 bits"
             )
-    return weights
+    return [weight[: adapter.own_rows] for weight in weights]
 
 
 @torch.no_grad()

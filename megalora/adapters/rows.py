@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from megalora.model.facts import DELTA_GATES, MAMBA_WIDE
 from megalora.targets import Rows
 
 
@@ -92,6 +93,13 @@ PARTS: dict[str, dict[str, Callable[[Any], int]]] = {
         "C": lambda mixer: mixer.ngroups * mixer.d_state,
         "dt": lambda mixer: mixer.nheads,
     },
+    "GatedDeltaNet": {
+        "query": lambda net: net.qk_dim,
+        "key": lambda net: net.qk_dim,
+        "value": lambda net: net.v_dim,
+        "z": lambda net: net.v_dim,
+        **dict.fromkeys(DELTA_GATES, lambda net: net.num_value_heads),
+    },
     "FusedMLASelfAttention": {
         "q": lambda attention: attention.config.q_lora_rank,
         "kv": lambda attention: (
@@ -99,6 +107,12 @@ PARTS: dict[str, dict[str, Callable[[Any], int]]] = {
         ),
     },
 }
+# The parts that may be stored of one tensor: all that there are, or those that have adapters.
+_ORDERS = (
+    *map(tuple, PARTS.values()),
+    tuple(part for part in PARTS["GatedDeltaNet"] if part not in DELTA_GATES),
+    MAMBA_WIDE,
+)
 # The linears that have such parts.
 IN_PARTS = ("in_proj", "linear_qkv_down_proj")
 
@@ -121,7 +135,7 @@ def stored_by_tensor(stored: Mapping[str, Tensor]) -> dict[str, list[Tensor]]:
     """Return what is stored of each whole tensor: its parts in their order, or the one that is."""
     found: dict[str, list[Tensor]] = {}
     for key in sorted({whole_key(key) for key in stored}):
-        orders = [[f"{key}.{part}" for part in parts] for parts in PARTS.values()]
+        orders = [[f"{key}.{part}" for part in parts] for parts in _ORDERS]
         complete = (order for order in orders if all(name in stored for name in order))
         found[key] = [stored[name] for name in next(complete, [key])]
     return found

@@ -38,7 +38,8 @@ class Call:
     group: tensor-parallel group of the token tensors; a_group, b_group: groups over which lora_A
     and lora_B are sharded. a_offsets, b_offsets: token offsets [E] of a grouped factor, None where
     the factor is one for all tokens. segments: of the columns of y that lora_B (gathered where the
-    route says so) covers. seed: int64 [1] of the dropout mask, None without dropout.
+    route says so) covers. columns: how many of y's it covers, the first ones; None for all.
+    seed: int64 [1] of the dropout mask, None without dropout.
     a_param, b_param: the factors' parameters where backward adds their gradients to Megatron's
     main_grad (gradient accumulation fusion), None where autograd gets them.
     """
@@ -47,6 +48,7 @@ class Call:
     route: Route
     scale: float
     segments: list[int]
+    columns: int | None = None
     group: ProcessGroup | None = None
     a_group: ProcessGroup | None = None
     b_group: ProcessGroup | None = None
@@ -56,6 +58,10 @@ class Call:
     seed: Tensor | None = None
     a_param: torch.nn.Parameter | None = None
     b_param: torch.nn.Parameter | None = None
+
+    def covered(self, y: Tensor) -> Tensor:
+        """Return the columns of y, or of its gradient, that lora_B covers: a view."""
+        return y if self.columns is None else y[..., : self.columns]
 
 
 class _InFlight:
@@ -127,7 +133,7 @@ class AfterBase(torch.autograd.Function):
         ctx.save_for_backward(s, full_b)
         ctx.lora_A = in_flight.lora_A
         in_flight.x = in_flight.lora_A = in_flight.s = in_flight.b = None
-        call.ops.expand_(y, s, full_b, call.scale, call.b_offsets, call.segments)
+        call.ops.expand_(call.covered(y), s, full_b, call.scale, call.b_offsets, call.segments)
         # A fresh handle: y may be a view that autograd forbids to change in place.
         return y.detach()
 
@@ -135,7 +141,7 @@ class AfterBase(torch.autograd.Function):
     def backward(ctx: Any, dy: Tensor):  # type: ignore[override]
         """Start ds and dB."""
         s, full_b = ctx.saved_tensors
-        _start_backward(dy, s, full_b, ctx.lora_A, ctx.call, ctx.in_flight)
+        _start_backward(ctx.call.covered(dy), s, full_b, ctx.lora_A, ctx.call, ctx.in_flight)
         return dy, dy.new_empty(0), None, None
 
 

@@ -80,9 +80,10 @@ def _part(description: Mapping[str, Any], name: str) -> dict[str, Any]:
 
 
 def _fits(name: str, value: object, kind: object) -> bool:
-    if name == "moe_layer_freq" and isinstance(value, Sequence) and not isinstance(value, str):
+    by_layer = name in ("moe_layer_freq", "linear_attention_freq")
+    if by_layer and isinstance(value, Sequence) and not isinstance(value, str):
         return len(value) <= MAX_SIZES["num_layers"] and all(each in (0, 1) for each in value)
-    if kind is int or name == "moe_layer_freq":
+    if kind is int or by_layer:
         limit = MAX_SIZES.get(name, 2**24)
         return isinstance(value, int) and not isinstance(value, bool) and 0 <= value <= limit
     return isinstance(value, bool if kind is bool else str)

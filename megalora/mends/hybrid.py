@@ -20,6 +20,7 @@ from megatron.core.transformer.torch_norm import WrappedTorchNorm
 from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.transformer_layer import TransformerLayerSubmodules
 
+from megalora.mends.delta_net import STORED_NORMS
 from megalora.replace import Patch, around
 
 _ATTENTION = ("input_layernorm", "self_attention", "self_attn_bda", "sharded_state_dict_keys_map")
@@ -54,13 +55,14 @@ def _submodules(spec: object) -> Any:
 def _local(layers: HybridStackSubmodules, config: TransformerConfig) -> HybridStackSubmodules:
     """Return the stack with the halves of GPT models' local layers, which compute and store alike.
 
-    Gated delta nets and sparse attention stay TransformerEngine's.
+    Sparse attention stays TransformerEngine's.
     """
     latent = config.multi_latent_attention
     attention = _half(_ATTENTION, config, latent=latent)
     return replace(
         layers,
         mamba_layer=_local_mamba(layers.mamba_layer),
+        gdn_layer=_local_delta_net(layers.gdn_layer),
         **{"mla_layer" if latent else "attention_layer": _with(layers.attention_layer, attention)},
         mlp_layer=_with(layers.mlp_layer, _half(_MLP, config, latent=latent)),
         moe_layer=_with(layers.moe_layer, _half(_MLP, config, latent=latent, num_experts=1)),
@@ -95,6 +97,21 @@ def _local_mamba(spec: object) -> ModuleSpec:
     linears = {"in_proj": ColumnParallelLinear, "out_proj": RowParallelLinear}
     mixer = _with(layer.mixer, replace(_submodules(layer.mixer), **linears))
     return _with(spec, replace(layer, norm=WrappedTorchNorm, mixer=mixer))
+
+
+def _local_delta_net(spec: object) -> ModuleSpec:
+    layer = _submodules(spec)
+    own: dict[str, object] = {
+        "in_proj": ColumnParallelLinear,
+        "out_norm": WrappedTorchNorm,
+        "out_proj": RowParallelLinear,
+    }
+    attention = _with(layer.self_attention, replace(_submodules(layer.self_attention), **own))
+    norm = {
+        "input_layernorm": WrappedTorchNorm,
+        "sharded_state_dict_keys_map": STORED_NORMS["in_proj"],
+    }
+    return _with(spec, replace(layer, self_attention=attention, **norm))
 
 
 def _local_mtp(block: ModuleSpec | None) -> ModuleSpec | None:

@@ -10,8 +10,10 @@ import os
 from collections.abc import Callable
 
 import torch
+import torch.nn.functional as F
 from megatron.core.extensions.transformer_engine import HAVE_TE
 from megatron.core.tensor_parallel import layers
+from megatron.core.tensor_parallel.random import CheckpointWithoutOutput
 from megatron.core.transformer.torch_norm import WrappedTorchNorm
 from megatron.core.transformer.transformer_config import TransformerConfig
 
@@ -60,6 +62,42 @@ def _say_once(message: str) -> None:
         print(f"megalora: {message}", flush=True)
 
 
+class _AroundZero(torch.nn.Module):
+    """A norm of torch's whose factors are 1 + weight, as TransformerEngine's zero-centred gamma."""
+
+    weight: torch.nn.Parameter
+
+    def reset_parameters(self) -> None:
+        """Start with factors of 1."""
+        super().reset_parameters()  # type: ignore[misc]
+        torch.nn.init.zeros_(self.weight)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Norm in fp32: 1 + weight in half precision forgets small weights. x: [..., h]."""
+        precise = x.to(torch.promote_types(x.dtype, torch.float32))
+        return self.scaled(precise, 1 + self.weight.to(precise.dtype)).to(x.dtype)
+
+    def scaled(self, x: torch.Tensor, factors: torch.Tensor) -> torch.Tensor:
+        """Return the norm of x times factors [h]."""
+        raise NotImplementedError
+
+
+class RMSNormAroundZero(_AroundZero, torch.nn.RMSNorm):
+    """`--apply-layernorm-1p` of an RMSNorm."""
+
+    def scaled(self, x: torch.Tensor, factors: torch.Tensor) -> torch.Tensor:
+        """Divide by the root of the mean square."""
+        return F.rms_norm(x, self.normalized_shape, factors, self.eps)
+
+
+class LayerNormAroundZero(_AroundZero, torch.nn.LayerNorm):
+    """`--apply-layernorm-1p` of a LayerNorm."""
+
+    def scaled(self, x: torch.Tensor, factors: torch.Tensor) -> torch.Tensor:
+        """Subtract the mean, divide by the standard deviation, add the bias."""
+        return F.layer_norm(x, self.normalized_shape, factors, self.bias.to(x.dtype), self.eps)
+
+
 def build_norm(
     cls: type, config: TransformerConfig, hidden_size: int, eps: float = 1e-5, **kwargs: object
 ) -> torch.nn.Module:
@@ -70,11 +108,9 @@ def build_norm(
     are ignored.
     """
     if config.layernorm_zero_centered_gamma:
-        raise ValueError(
-            "layernorm_zero_centered_gamma True is not in torch's norm: leave out "
-            "--apply-layernorm-1p, or install TransformerEngine"
-        )
-    kinds = {"RMSNorm": torch.nn.RMSNorm, "LayerNorm": torch.nn.LayerNorm}
+        kinds = {"RMSNorm": RMSNormAroundZero, "LayerNorm": LayerNormAroundZero}
+    else:
+        kinds = {"RMSNorm": torch.nn.RMSNorm, "LayerNorm": torch.nn.LayerNorm}
     if config.normalization not in kinds:
         raise ValueError(
             f"normalization {config.normalization!r} is not in torch: use {' or '.join(kinds)}"
@@ -83,6 +119,13 @@ def build_norm(
     for parameter in norm.parameters():
         setattr(parameter, "sequence_parallel", config.sequence_parallel)  # noqa: B010
     return norm
+
+
+def without_fp8(
+    init: Callable[..., None], self: CheckpointWithoutOutput, fp8: object = False
+) -> None:
+    """Ask for no state of FP8, which is TransformerEngine's, where that is missing."""
+    init(self, fp8 if HAVE_TE else None)
 
 
 PATCHES = (
@@ -98,6 +141,13 @@ PATCHES = (
         "__new__",
         ("config", "hidden_size", "eps"),
         instead(build_norm),
-        "it refuses `persist_layer_norm`, a default, and sequence parallelism",
+        "it refuses `persist_layer_norm`, a default, sequence parallelism and zero-centred gamma",
+    ),
+    Patch(
+        CheckpointWithoutOutput,
+        "__init__",
+        ("fp8",),
+        around(without_fp8),
+        "recomputing outputs asks for TransformerEngine's FP8 state, also where there is none",
     ),
 )
