@@ -4,12 +4,17 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from megalora.model.delta_net import delta_sizes
 from megalora.model.experts import expert_sizes, router_problem
 from megalora.model.families import FAMILIES
 from megalora.model.family import Family
 from megalora.model.fields import switch, whole_number
 from megalora.model.latent import latent_sizes
+from megalora.model.layer_kinds import EXPERTS, hybrid_sizes, layer_kinds
 from megalora.model.loaded import check_readable, with_own_head
+from megalora.model.multimodal import language_config
+from megalora.model.mxfp4 import as_plain
+from megalora.model.not_yet import why_not_yet
 from megalora.model.rope import rope_problem
 from megalora.model.shape import ModelShape, head_size
 from megalora.model.stored import check_stored_sizes, stored_files
@@ -43,12 +48,17 @@ def checked_config(config: Mapping[str, Any], directory: str | Path) -> dict[str
     files = stored_files(directory)
     check_readable(config, files)
     if files is not None and config.get("model_type") in tuple(FAMILIES):
-        check_stored_sizes(model_shape(config), files)
+        check_stored_sizes(model_shape(config), as_plain(files))
     return with_own_head(config, files)
+
+
+# What layer_types says of a layer: without and with a window.
+LAYER_KINDS = ("full_attention", "sliding_attention")
 
 
 def hidden_size_of(config: Mapping[str, Any]) -> int | None:
     """Return the hidden size of a configuration of whatever family, None where it has none."""
+    config = language_config(config)
     return None if config.get("hidden_size") is None else whole_number(config, "hidden_size")
 
 
@@ -56,8 +66,9 @@ def family_of(config: Mapping[str, Any]) -> Family:
     """Return the row of a configuration; ValueError for a family that is not in the table."""
     model_type = config.get("model_type")
     if not isinstance(model_type, str) or model_type not in FAMILIES:
+        why = why_not_yet(model_type) if isinstance(model_type, str) else ""
         raise ValueError(
-            f"config.json model_type is {model_type!r:.100}: supported are "
+            f"config.json model_type is {model_type!r:.100}: {why and why + '; '}supported are "
             f"{', '.join(sorted(FAMILIES))}; or, for recommendations, the sizes as "
             "Megatron's flags (not linear attention or multimodal models)"
         )
@@ -74,30 +85,74 @@ def mapped_family(config: Mapping[str, Any]) -> Family:
 
 def mapping_problem(config: Mapping[str, Any], family: Family) -> str:
     """Say why a configuration's weights cannot be exchanged; empty where they can."""
+    config = language_config(config)
     for name, supported in {"hidden_act": "silu", **family.refused}.items():
         if config.get(name, supported) not in (supported, None):
             return (
                 f"config.json {name} is {config[name]!r:.100}, {family.model_type} is supported "
                 f"with {supported!r} only"
             )
+    if family.hybrid:
+        return _hybrid_problem(config, family)
     if family.experts and (problem := router_problem(with_defaults(config), family.experts)):
         return problem
-    kinds = config.get("layer_types") or []
-    if not isinstance(kinds, list) or any(kind != "full_attention" for kind in kinds):
-        return f"config.json layer_types is {kinds!r:.100}: full_attention alone is supported"
+    kinds = [] if family.delta_net else config.get("layer_types") or []
+    known = LAYER_KINDS if family.window_in_some else LAYER_KINDS[:1]
+    if not isinstance(kinds, list) or any(kind not in known for kind in kinds):
+        alone = f"{' and '.join(known)} alone {'are' if family.window_in_some else 'is'}"
+        return f"config.json layer_types is {kinds!r:.100}: {alone} supported"
     return ""
+
+
+def _hybrid_problem(config: Mapping[str, Any], family: Family) -> str:
+    try:
+        has_experts = EXPERTS in layer_kinds(config)
+    except ValueError as error:
+        return str(error)
+    of_experts = family.experts if has_experts else None
+    return router_problem(with_defaults(config), of_experts) if of_experts else ""
 
 
 def attention_window(config: Mapping[str, Any], family: Family) -> int | None:
     """Return the tokens that one attends to, itself and those before it; None for all of these."""
+    config = language_config(config)
     if not family.window_field or config.get(family.window_field) is None:
         return None
     return whole_number(config, family.window_field, size="max_position_embeddings")
 
 
+def layers_with_window(config: Mapping[str, Any], family: Family) -> list[int]:
+    """Say of each layer whether it has the window: 0 or 1; nothing in a family without windows.
+
+    Raises ValueError where config.json does not say it of each.
+    """
+    if not family.window_field:
+        return []
+    count = whole_number(config, "num_hidden_layers", size="num_layers")
+    has_window = attention_window(config, family) is not None
+    if not family.window_in_some:
+        return [int(has_window)] * count
+    kinds = config.get("layer_types") or [LAYER_KINDS[1 - layer % 2] for layer in range(count)]
+    if not isinstance(kinds, list) or len(kinds) != count:
+        raise ValueError(
+            f"config.json layer_types is {kinds!r:.100}: must be a list of "
+            f"{' or '.join(LAYER_KINDS)} for each of {count:,} layers"
+        )
+    windows = [int(kind == LAYER_KINDS[1]) for kind in kinds]
+    if any(windows) and not has_window:
+        raise ValueError(
+            f"config.json {family.window_field} is null, and layer_types has {LAYER_KINDS[1]}: "
+            "give the tokens that one attends to there"
+        )
+    return windows
+
+
 def with_defaults(config: Mapping[str, Any]) -> dict[str, Any]:
-    """Return a configuration with the numbers that transformers takes for fields it has not."""
-    return {**family_of(config).defaults, **config}
+    """Return a configuration with the numbers that transformers takes for fields it has not.
+
+    Of a multimodal model, that of its language model.
+    """
+    return {**family_of(config).defaults, **language_config(config)}
 
 
 def model_shape(config: Mapping[str, Any], *, name: str = "") -> ModelShape:
@@ -110,7 +165,9 @@ def model_shape(config: Mapping[str, Any], *, name: str = "") -> ModelShape:
     try:
         attention_window(config, family)
         stored_predictions(config)
-        return _shape(with_defaults(config), family, name)
+        shape = _shape(with_defaults(config), family, name)
+        layers_with_window(with_defaults(config), family)
+        return shape
     except ValueError as error:
         sentence = str(error).removeprefix("config.json ")
         raise ValueError(f"config.json {sentence}") from None
@@ -119,22 +176,39 @@ def model_shape(config: Mapping[str, Any], *, name: str = "") -> ModelShape:
 def _shape(config: Mapping[str, Any], family: Family, name: str) -> ModelShape:
     heads, hidden = whole_number(config, "num_attention_heads"), whole_number(config, "hidden_size")
     attention = latent_sizes if family.latent else _attention_sizes
+    # Where all layers have experts, some families have no number for others.
+    other = (family.experts.size,) if family.experts and family.experts.in_all_layers else ()
     return ModelShape(
-        num_layers=whole_number(config, "num_hidden_layers", size="num_layers"),
         hidden_size=hidden,
         num_attention_heads=heads,
         vocab_size=whole_number(config, "vocab_size"),
-        ffn_hidden_size=whole_number(config, "intermediate_size", size="ffn_hidden_size"),
+        ffn_hidden_size=whole_number(config, "intermediate_size", *other, size="ffn_hidden_size"),
+        attention_output_gate=family.output_gate,
         qk_layernorm=switch(config, family.qk_norm_field, default=family.qk_norm),
         add_qkv_bias=switch(config, family.qkv_bias_field, default=family.qkv_bias),
+        add_bias_linear=family.bias,
+        softmax_type="learnable" if family.softmax_offsets else "vanilla",
         tied_embeddings=switch(config, "tie_word_embeddings", default=family.tied),
         family=family.rate.name,
         name=name or str(config.get("_name_or_path") or family.model_type),
         model_type=family.model_type,
         unmapped=mapping_problem(config, family) or rope_problem(config),
         **attention(config, heads, hidden),
-        **(expert_sizes(config, family.experts) if family.experts else {}),
+        **(delta_sizes(config) if family.delta_net else {}),
+        **_layers(config, family),
     )
+
+
+def _layers(config: Mapping[str, Any], family: Family) -> dict[str, Any]:
+    """Return how many layers there are, of which kinds, and the sizes of what is in them."""
+    if family.hybrid:
+        found = {**hybrid_sizes(config), "gated_linear_unit": False}
+        has_experts = EXPERTS in found["hybrid_layer_pattern"]
+    else:
+        found = {"num_layers": whole_number(config, "num_hidden_layers", size="num_layers")}
+        has_experts = True
+    of_experts = expert_sizes(config, family.experts) if family.experts and has_experts else {}
+    return {**found, **of_experts}
 
 
 def _attention_sizes(config: Mapping[str, Any], heads: int, hidden_size: int) -> dict[str, int]:

@@ -133,9 +133,9 @@ def _shared(config: Mapping[str, Any], experts: Experts, size: int) -> dict[str,
 
 
 def _layer_freq(config: Mapping[str, Any], experts: Experts) -> int | list[int]:
-    count = whole_number(config, "num_hidden_layers", size="num_layers")
     if experts.in_all_layers:
         return 1
+    count = whole_number(config, "num_hidden_layers", size="num_layers")
     layers = range(count)
     if experts.kinds and (kinds := config.get(experts.kinds)):
         frequency = _frequency_of(kinds, experts.kinds, count)

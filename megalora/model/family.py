@@ -3,58 +3,15 @@
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
+from typing import Any
+
+from megalora.model.decoder_names import DECODER, STACKED
 
 _NUMBER = re.compile(r"(?<=\.)\d+(?=\.)")
+_MODEL = "model."
 
-# Of a decoder layer as transformers writes it: Llama's names, and those that others added.
-DECODER: Mapping[str, tuple[str, ...]] = {
-    "input_layernorm": ("input_layernorm",),
-    "self_attention.linear_qkv": ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
-    "self_attention.q_layernorm": ("self_attn.q_norm",),
-    "self_attention.k_layernorm": ("self_attn.k_norm",),
-    "self_attention.linear_proj": ("self_attn.o_proj",),
-    "pre_mlp_layernorm": ("post_attention_layernorm",),
-    "mlp.linear_fc1": ("mlp.gate_proj", "mlp.up_proj"),
-    "mlp.linear_fc2": ("mlp.down_proj",),
-    "mlp.router": ("mlp.gate",),
-    "mlp.experts.linear_fc1": ("mlp.experts.{}.gate_proj", "mlp.experts.{}.up_proj"),
-    "mlp.experts.linear_fc2": ("mlp.experts.{}.down_proj",),
-    "mlp.shared_experts.linear_fc1": ("mlp.shared_experts.gate_proj", "mlp.shared_experts.up_proj"),
-    "mlp.shared_experts.linear_fc2": ("mlp.shared_experts.down_proj",),
-    # Of a layer behind the decoder's that predicts one token more.
-    "enorm": ("enorm",),
-    "hnorm": ("hnorm",),
-    "eh_proj": ("eh_proj",),
-    "final_layernorm": ("shared_head.norm",),
-}
-# Only a layer that predicts one token more has it.
-PREDICTING = ".eh_proj.weight"
-# transformers 5 may store all experts of a layer in one tensor [E, rows, columns].
-STACKED: Mapping[str, str] = {
-    "mlp.experts.gate_up_proj": "mlp.experts.linear_fc1",
-    "mlp.experts.down_proj": "mlp.experts.linear_fc2",
-}
-
-
-# The other way to attend: keys and values, and perhaps queries, pass through a few numbers, their
-# latent (DeepSeek-V2). A model has either the fused down projection or the two that it fuses.
-LATENT_ATTENTION: Mapping[str, tuple[str, ...]] = {
-    "self_attention.linear_q_proj": ("self_attn.q_proj",),
-    "self_attention.linear_q_down_proj": ("self_attn.q_a_proj",),
-    "self_attention.q_layernorm": ("self_attn.q_a_layernorm",),
-    "self_attention.linear_q_up_proj": ("self_attn.q_b_proj",),
-    "self_attention.linear_kv_down_proj": ("self_attn.kv_a_proj_with_mqa",),
-    "self_attention.kv_layernorm": ("self_attn.kv_a_layernorm",),
-    "self_attention.linear_kv_up_proj": ("self_attn.kv_b_proj",),
-    "self_attention.linear_qkv_down_proj": ("self_attn.q_a_proj", "self_attn.kv_a_proj_with_mqa"),
-}
-_HEADS = tuple(f"self_attention.{name}" for name in ("linear_qkv", "q_layernorm", "k_layernorm"))
-LATENT_DECODER: Mapping[str, tuple[str, ...]] = {
-    **{module: names for module, names in DECODER.items() if module not in _HEADS},
-    **LATENT_ATTENTION,
-}
-# The last parts of the names of an expert's gate, up and down.
-type Projections = tuple[str, str, str]
+# The last parts of the names of an expert's projections: gate, up and down, or up and down.
+type Projections = tuple[str, ...]
 
 
 def _last(name: str) -> str:
@@ -82,10 +39,20 @@ class Names:
     layer: what the names of a layer's modules start with, `{}` being the layer's number.
     modules: Megatron module of a layer -> the Hugging Face modules whose rows it stacks, in order,
         `{}` being an expert's number. linear_qkv stacks them once for each query group.
-    stacked: tensor of all experts of a layer -> the Megatron module whose modules it stacks.
+    stacked: tensor of all experts of a layer -> the Megatron module whose modules it stacks, that
+        of linear_fc1 first.
+    interleaved: tensors of all experts are [experts, in, out], and of their gate and up the
+        features alternate, also in biases [experts, out].
     copies: of the embedding and the unembedding, in a layer that predicts one token more.
     loaded_as: part of modules' names -> what transformers' class has in its place.
     experts_by_parameters: PEFT finds experts by their parameters alone, not by their projections.
+    joined: module of a layer -> Megatron's names of the parts of its rows, where it has these;
+        several have an adapter of their own each there.
+    joined_by_head: the parts' rows alternate for each key head, and are not one after the other.
+    language: what files may have for `model.`, as that of a part of a multimodal one. written,
+        adapted: what files that are written have for it, and adapters of the class.
+    beside: what the names of tensors start with that are no part of the language model, and stay
+        as they are.
     """
 
     embedding: str = "model.embed_tokens"
@@ -94,28 +61,74 @@ class Names:
     layer: str = "model.layers.{}."
     modules: Mapping[str, tuple[str, ...]] = field(default_factory=lambda: DECODER)
     stacked: Mapping[str, str] = field(default_factory=lambda: STACKED)
+    interleaved: bool = False
     copies: tuple[str, str] = ("embed_tokens", "shared_head.head")
     loaded_as: Mapping[str, str] = field(default_factory=dict)
     experts_by_parameters: bool = False
+    joined: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    joined_by_head: bool = False
+    language: str = ""
+    written: str = "model."
+    adapted: str = "model."
+    beside: tuple[str, ...] = ()
 
     @property
     def projections(self) -> Projections:
-        """Return the last parts of the names of an expert's gate, up and down."""
-        gate, up = self.modules["mlp.experts.linear_fc1"]
-        [down] = self.modules["mlp.experts.linear_fc2"]
-        return _last(gate), _last(up), _last(down)
+        """Return the last parts of the names of an expert's projections, its down one last."""
+        linears = ("mlp.experts.linear_fc1", "mlp.experts.linear_fc2")
+        return tuple(_last(name) for linear in linears for name in self.modules[linear])
+
+    @property
+    def parameters(self) -> tuple[str, str]:
+        """Return the last parts of the names of the two tensors of a layer's experts."""
+        first, second = self.stacked
+        return _last(first), _last(second)
 
     def as_loaded(self, name: str) -> str:
         """Return the whole name that transformers' class has for one in files."""
         return _renamed(name, self.loaded_as.items())
 
     def as_stored(self, name: str) -> str:
-        """Return the whole name that files have for one in transformers' class, or in files."""
-        return _renamed(name, ((loaded, stored) for stored, loaded in self.loaded_as.items()))
+        """Return the whole name that files of the language model alone have, whoever named it."""
+        renamed = ((loaded, stored) for stored, loaded in self.loaded_as.items())
+        return _renamed(self.as_alone(name), renamed)
+
+    def as_alone(self, name: str) -> str:
+        """Return the whole name that the language model alone has for one of a multimodal model."""
+        if self.language and name.startswith(self.language):
+            return f"{_MODEL}{name.removeprefix(self.language)}"
+        # What transformers 4 had for the whole language model, its unembedding too.
+        return name.removeprefix("language_model.") if self.language else name
+
+    def as_adapted(self, name: str) -> str:
+        """Return the whole name that adapters have for one of `as_stored`."""
+        is_part = name.startswith(_MODEL)
+        return f"{self.adapted}{name.removeprefix(_MODEL)}" if is_part else name
+
+    def is_beside(self, name: str) -> bool:
+        """Say whether a tensor is no part of the language model."""
+        return name.startswith(self.beside)
+
+    def in_files(self, name: str) -> str:
+        """Return the whole name that files that are written have for one of `as_stored`."""
+        return self.written + name.removeprefix(_MODEL) if name.startswith(_MODEL) else name
 
     def in_layer(self, module: str) -> tuple[str, ...]:
         """Return the whole names for a Megatron module, `{}` for the layer and for the expert."""
         return tuple(self.layer + name for name in self.modules[module])
+
+    def parts_in_layer(self, module: str) -> tuple[str, ...]:
+        """Return `in_layer`, with the parts of joined modules in place of them."""
+        return tuple(
+            f"{self.layer}{name}.{part}" if len(parts) > 1 else f"{self.layer}{name}"
+            for name in self.modules[module]
+            for parts in [self.parts_of(name)]
+            for part in parts
+        )
+
+    def parts_of(self, name: str) -> tuple[str, ...]:
+        """Return Megatron's names of the parts of a module of a layer, one where it says none."""
+        return self.joined.get(name, ("",))
 
 
 DEFAULT_NAMES = Names()
@@ -188,14 +201,24 @@ class Family:
     qk_norm: q and k are normalised per head; qk_norm_field: of config.json, which says otherwise.
     partial_rotary: partial_rotary_factor may say that only a part of a head's features is rotated.
     latent: attention is multi-latent.
+    hybrid: each layer is of one kind alone, which config.json lists (`model.layer_kinds`).
+    epsilon_field: of config.json: what norms add to a mean of squares.
+    delta_net: layer_types says which layers are gated delta nets.
+    text_type: model_type of its language model alone, which text_config of config.json describes;
+        empty where there is no other part.
     rope_scalings: kinds of scaled rotary embeddings that Megatron has for it.
     prediction_field: of config.json: number of layers that predict one token more each, behind the
         decoder's in the files (multi-token prediction). Empty where there are none.
     window_field: of config.json: the tokens that one attends to, itself and those before it; null
         for all before it. Empty where all do.
+    window_in_some: layer_types says which layers have that window; where it says nothing, every
+        second does, from the first on.
+    softmax_offsets: each head may look at a number of its own beside the keys.
+    bias: all linears, routers' included, have one.
+    clamp_field: of config.json: at which gate and up of an expert are clamped. Empty where not.
     experts: None where all MLPs are dense.
     tied: whether embeddings are tied where config.json does not say.
-    defaults: transformers' numbers for fields that config.json has not (null is another thing).
+    defaults: transformers' values for fields that config.json has not (null is another thing).
     refused: fields that would change the computation, with the value that is supported.
     """
 
@@ -203,17 +226,30 @@ class Family:
     architecture: str
     rate: Rate
     names: Names = DEFAULT_NAMES
-    megatron: Mapping[str, str | bool] = field(default_factory=lambda: LLAMA_LIKE)
+    megatron: Mapping[str, str | bool | float] = field(default_factory=lambda: LLAMA_LIKE)
     qkv_bias: bool = False
     qkv_bias_field: str = ""
     qk_norm: bool = False
     qk_norm_field: str = ""
     partial_rotary: bool = False
     latent: bool = False
+    hybrid: bool = False
+    epsilon_field: str = "rms_norm_eps"
+    delta_net: bool = False
+    text_type: str = ""
     rope_scalings: tuple[str, ...] = ("llama3",)
     prediction_field: str = ""
     window_field: str = ""
+    window_in_some: bool = False
+    softmax_offsets: bool = False
+    bias: bool = False
+    clamp_field: str = ""
     experts: Experts | None = None
     tied: bool = False
-    defaults: Mapping[str, float] = field(default_factory=dict)
+    defaults: Mapping[str, Any] = field(default_factory=dict)
     refused: Mapping[str, object] = field(default_factory=dict)
+
+    @property
+    def output_gate(self) -> bool:
+        """Say whether a gate of its own weighs what each head of attention returns."""
+        return bool(self.megatron.get("attention_output_gate"))

@@ -2,20 +2,30 @@
 
 A layer of a GPT model is two of a HybridModel's: attention, then an MLP or experts. Where a pattern
 has nothing but such pairs, adapters have the GPT model's names and sizes, so that checkpoints,
-exports and start values are the same both ways.
+exports and start values are the same both ways. A family whose layers are of one kind each
+(Nemotron-H) has the HybridModel's layers, one for one, and their names.
 """
 
 import functools
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from types import SimpleNamespace
 from typing import Any, Protocol
 
+from megalora.model.families import FAMILIES
+from megalora.model.layer_kinds import KINDS, MAMBA
 from megalora.model.shape import ModelShape
 
-_ATTENTION = {"*": "attention", "+": "latent attention"}
+_ATTENTION = {"*": "attention", "+": "latent attention", "G": "a gated delta net"}
 _MLP = {"-": "an MLP", "E": "experts"}
-_OTHERS = {"M": "Mamba", "G": "a gated delta net", "D": "sparse attention"}
+_OTHERS = {"M": "Mamba", "D": "sparse attention"}
+# Megatron's arguments of a GPT model that a HybridModel's pattern says.
+_OF_PATTERN = (
+    "num_layers",
+    "moe_layer_freq",
+    "linear_attention_freq",
+    "experimental_attention_variant",
+)
 _STAGE, _PREDICTED = "|", "/"
 _LAYER = re.compile(r"(decoder\.layers)\.(\d+)(?=\.|$)")
 _PREDICTING = re.compile(r"(?<=\.mtp_model_layer)\.layers\.\d+")
@@ -32,13 +42,21 @@ class Chunk(Protocol):
 
 
 def pattern_of(shape: ModelShape, *, stages: int = 1, predictions: int = 0) -> str:
-    """Return the pattern of the HybridModel that equals a GPT model, cut into pipeline stages.
+    """Return the pattern of the HybridModel that a model is or equals, cut into pipeline stages.
 
     predictions: layers behind the decoder's that predict one token more (`mtp_num_layers`).
-    Raises ValueError where the GPT model's layers cannot be dealt out evenly.
+    Raises ValueError where the model's layers cannot be dealt out evenly.
     """
+    if shape.hybrid_layer_pattern and predictions:
+        raise ValueError(
+            f"mtp_num_layers is {predictions}: of {shape.model_type} the layers that predict one "
+            "token more are not loaded: leave --mtp-num-layers out"
+        )
     attention = "+" if shape.multi_latent_attention else "*"
-    pairs = [attention + ("E" if is_moe else "-") for is_moe in shape.moe_pattern]
+    kinds = zip(shape.delta_net_pattern, shape.moe_pattern, strict=True)
+    pairs = [("G" if is_delta else attention) + ("E" if moe else "-") for is_delta, moe in kinds]
+    if shape.hybrid_layer_pattern:
+        pairs = list(shape.hybrid_layer_pattern)
     if stages < 1:
         raise ValueError(f"pipeline_model_parallel_size is {stages}: must be 1 or more")
     each, rest = divmod(len(pairs), stages)
@@ -67,7 +85,8 @@ def mismatch(pattern: str) -> str:
             continue
         layer = f"{whose} layer {number}"
         if kind not in _ATTENTION | _MLP:
-            return f"{layer} is {_named(kind)}, which no family here has"
+            who = "Nemotron-H alone" if kind == MAMBA else "no family here"
+            return f"{layer} is {_named(kind)}, which {who} has"
         wanted = " or ".join(map(_named, _ATTENTION if is_first else _MLP))
         return f"{layer} is {_named(kind)}, where a family has {wanted}"
     if len(layers) % 2:
@@ -87,9 +106,29 @@ def _named(kind: str) -> str:
     return f"{known[kind]} ({kind})" if kind in known else repr(kind)
 
 
-def refuse_other(pattern: str | None) -> None:
-    """Raise ValueError for a HybridModel that equals no GPT model, naming the layer."""
-    if pattern and (problem := mismatch(pattern)):
+def is_own(pattern: str | None, model_type: str) -> bool:
+    """Say whether a pattern is that of a model of this family, whose layers are of one kind each.
+
+    So it has these layers' names, and no GPT model's.
+    """
+    family = FAMILIES.get(model_type)
+    layers = layers_of(pattern or "")
+    return bool(family and family.hybrid) and MAMBA in layers and not set(layers) - set(KINDS)
+
+
+def refuse_other(pattern: str | None, model_type: str = "") -> None:
+    """Raise ValueError for a HybridModel that equals no GPT model, naming the layer.
+
+    model_type: of its family, whose models it may be.
+    """
+    if not pattern or is_own(pattern, model_type):
+        return
+    others = [kind for kind in layers_of(pattern) if kind not in KINDS]
+    if is_own(MAMBA, model_type) and others:
+        problem = f"hybrid_layer_pattern is {pattern!r:.200}, which has {_named(others[0])}"
+    else:
+        problem = mismatch(pattern)
+    if problem:
         raise ValueError(
             f"{problem}: it has no Hugging Face form; keep the adapter as --save's checkpoint, or "
             "write W + c B A by --save-merged"
@@ -105,21 +144,51 @@ def equals_gpt(pattern: str | None) -> bool:
 def as_gpt(fields: Mapping[str, Any], pattern: str | None) -> dict[str, Any]:
     """Return a model's sizes, by Megatron's names, as those of the GPT model that it equals.
 
-    fields: of a TransformerConfig, or Megatron's args. They stay where it equals none.
+    fields: of a TransformerConfig, or Megatron's args. Where it equals none they stay, with the
+    pattern beside them.
     """
-    if not pattern or not equals_gpt(pattern):
+    if not pattern:
         return dict(fields)
     layers = layers_of(pattern).partition(_PREDICTED)[0]
+    if not equals_gpt(pattern):
+        return {**fields, "num_layers": len(layers), "hybrid_layer_pattern": layers}
     moe_pattern = [int(kind == "E") for kind in layers[1::2]]
+    delta_pattern = [int(kind == "G") for kind in layers[0::2]]
     changed: dict[str, Any] = {
         "num_layers": len(moe_pattern),
         "moe_layer_freq": moe_pattern,
         "multi_latent_attention": "+" in layers,
         "hybrid_layer_pattern": None,
     }
+    if fields.get("window_attn_skip_freq") is not None:
+        windows = windows_of(fields["window_attn_skip_freq"], len(layers))
+        changed["window_attn_skip_freq"] = windows[::2]
+    if any(delta_pattern):
+        changed["experimental_attention_variant"] = "gated_delta_net"
+        changed["linear_attention_freq"] = delta_pattern
     if not any(moe_pattern):
         changed |= {"num_moe_experts": None, "num_experts": None}
     return {**fields, **changed}
+
+
+def hybrid_args(args: Mapping[str, Any]) -> dict[str, Any]:
+    """Return Megatron's arguments of a GPT model for the HybridModel of twice the layers.
+
+    Its pattern is left out.
+    """
+    args = {name: value for name, value in args.items() if name not in _OF_PATTERN}
+    if windows := args.get("window_attn_skip_freq"):
+        args["window_attn_skip_freq"] = [own for own in windows for _ in range(2)]
+    return args
+
+
+def windows_of(frequency: int | Sequence[int] | None, num_layers: int) -> list[int]:
+    """Say of each layer whether it has a window, where some have: 0 or 1, as Megatron does."""
+    if frequency is None:
+        return [1] * num_layers
+    if isinstance(frequency, int):
+        return [int(number % frequency != 0) for number in range(1, num_layers + 1)]
+    return [int(bool(each)) for each in frequency]
 
 
 def pattern_in(chunk: object) -> str:

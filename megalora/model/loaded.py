@@ -5,12 +5,15 @@ from collections.abc import Mapping
 from typing import Any, NoReturn
 
 from megalora.model.families import names_of
+from megalora.model.multimodal import language_config
+from megalora.model.mxfp4 import check_mxfp4, is_mxfp4
 from megalora.model.stored import TensorFiles
 
 # Where a config.json says how its weights are quantised, newest spelling first.
 QUANTISATION = ("quantization_config", "compression_config", "quantization")
 SCALE = "_scale_inv"
 _FLOATS = ("F64", "F32", "F16", "BF16")
+_MXFP4 = "MXFP4"
 _WEIGHT = re.compile(r"weight|.+\.(weight|gate_up_proj|down_proj)")
 # Tensors that only quantised weights have, and what writes them.
 _MARKS = {
@@ -19,7 +22,7 @@ _MARKS = {
     ),
     re.compile(r"\.(qweight|qzeros|g_idx)$"): "GPTQ or AWQ",
     re.compile(r"\.weight_(packed|shape|zero_point|global_scale)$"): "compressed-tensors",
-    re.compile(r"_(blocks|scales)$"): "MXFP4",
+    re.compile(r"_(blocks|scales)$"): _MXFP4,
     re.compile(r"\.(W_q|Wq_packed)$"): "HQQ",
     re.compile(r"\.weight_scale(_2)?$|\.(input|output)_scale$"): "compressed-tensors or ModelOpt",
     re.compile(r"\.(scales|biases)$"): "MLX, GPTQ or AWQ",
@@ -57,6 +60,11 @@ def scale_block(config: Mapping[str, Any]) -> tuple[int, int] | None:
     return rows, columns
 
 
+def is_read(config: Mapping[str, Any]) -> bool:
+    """Say whether weights that are quantised as a config.json says are read as plain numbers."""
+    return scale_block(config) is not None or is_mxfp4(config)
+
+
 def without_quantisation(config: Mapping[str, Any]) -> dict[str, Any]:
     """Return a config.json of the same model with its weights as plain numbers."""
     return {field: value for field, value in config.items() if field not in QUANTISATION}
@@ -65,20 +73,24 @@ def without_quantisation(config: Mapping[str, Any]) -> dict[str, Any]:
 def check_readable(config: Mapping[str, Any], files: TensorFiles | None) -> None:
     """Raise ValueError, by what says so, where a model's weights are quantised and not read.
 
-    FP8 with block scales is read. Without files, config.json alone is looked at.
+    FP8 with block scales is read, and MXFP4 of gpt-oss. Without files, config.json alone is looked
+    at.
     """
-    block = scale_block(config)
-    if (field := quantisation(config)) and not block:
+    if (field := quantisation(config)) and not is_read(config):
         given = config[field]
         method = given.get("quant_method", "") if isinstance(given, dict) else ""
         named = f" of quant_method {method!r:.50}" if method else ""
         _refuse(f"config.json has {field}{named}, {given!r:.200}")
     if files is not None:
-        _check_tensors(files, block)
+        if is_mxfp4(config):
+            check_mxfp4(files)
+        _check_tensors(files, scale_block(config), is_mxfp4(config))
 
 
-def _check_tensors(files: TensorFiles, block: tuple[int, int] | None) -> None:
+def _check_tensors(files: TensorFiles, block: tuple[int, int] | None, is_packed: bool) -> None:
     for mark, who in _MARKS.items():
+        if is_packed and who == _MXFP4:
+            continue
         if name := next(filter(mark.search, files), None):
             _refuse(f"{files.directory} has {name}, as {who} writes it")
     for name in files:
@@ -118,8 +130,8 @@ def _check_scaled(name: str, files: TensorFiles, block: tuple[int, int] | None) 
 
 def _refuse(what: str) -> NoReturn:
     raise ValueError(
-        f"{what}: quantised weights are read as FP8 with block scales only: give the unquantised "
-        "base, in bfloat16, float16 or float32"
+        f"{what}: quantised weights are read as FP8 with block scales, or as gpt-oss' MXFP4, "
+        "only: give the unquantised base, in bfloat16, float16 or float32"
     )
 
 
@@ -130,10 +142,14 @@ def with_own_head(config: Mapping[str, Any], files: TensorFiles | None) -> dict[
     """
     names = names_of(str(config.get("model_type")))
     pair = f"{names.embedding}.weight", f"{names.unembedding}.weight"
-    said = config.get("tie_word_embeddings") is True
-    if not said or files is None or not all(name in files for name in pair):
+    said = language_config(config).get("tie_word_embeddings") is True
+    if not said or files is None:
         return {**config}
-    return {**config, "tie_word_embeddings": _equal(files, *pair)}
+    stored = {names.as_alone(name): name for name in files}
+    if not all(name in stored for name in pair):
+        return {**config}
+    one, other = (stored[name] for name in pair)
+    return {**config, "tie_word_embeddings": _equal(files, one, other)}
 
 
 def _equal(headers: TensorFiles, first: str, second: str, *, at_once: int = 1024) -> bool:

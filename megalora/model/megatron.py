@@ -1,28 +1,25 @@
-"""A model's sizes in Megatron's arguments, both ways."""
+"""A model's sizes in Megatron's arguments."""
 
-import argparse
 import json
 from collections.abc import Mapping
 from typing import Any
 
 from megalora.model.config_json import (
     attention_window,
+    layers_with_window,
     mapped_family,
     model_shape,
     with_defaults,
 )
+from megalora.model.delta_net import delta_args
 from megalora.model.experts import router_args
+from megalora.model.family import Family
 from megalora.model.fields import real_number, whole_number
-from megalora.model.hybrid import as_gpt, pattern_of, refuse_other
+from megalora.model.hybrid import hybrid_args, pattern_of
 from megalora.model.latent import latent_args
-from megalora.model.presets import as_preset
-from megalora.model.rope import rope
-from megalora.model.shape import MAX_SIZES, ModelShape, head_size
-
-_UNDESCRIBED = (
-    "mtp_use_repeated_layer",
-    "experimental_attention_variant",
-)
+from megalora.model.layer_kinds import mamba_args
+from megalora.model.rope import Rope, rope, yarn_args
+from megalora.model.shape import ModelShape
 
 
 def megatron_args(config: Mapping[str, Any]) -> dict[str, Any]:
@@ -38,27 +35,55 @@ def megatron_args(config: Mapping[str, Any]) -> dict[str, Any]:
         "vocab_size": shape.vocab_size,
         "untie_embeddings_and_output_weights": not shape.tied_embeddings,
         **family.megatron,
-        "rotary_base": int(rotary.theta),
-        "rotary_percent": rotary.part,
-        "use_rope_scaling": rotary.factor != 1.0,
-        "layernorm_epsilon": _epsilon(config),
+        **({} if family.hybrid else _rotary_args(rotary)),
+        "layernorm_epsilon": _epsilon(config, family.epsilon_field),
         # Megatron's defaults are 0.1; transformers has none of the hidden state.
         "hidden_dropout": 0.0,
         "attention_dropout": float(real_number(config, "attention_dropout", low=0, high=1) or 0),
         "add_qkv_bias": shape.add_qkv_bias,
         "qk_layernorm": shape.qk_layernorm,
+        **delta_args(shape),
     }
-    if rotary.factor != 1.0:
-        args["rope_scaling_factor"] = rotary.factor
+    if rotary.yarn and not shape.multi_latent_attention:
+        args |= yarn_args(rotary.yarn)
     # With latents Megatron refuses groups, and counts heads' features by sizes of their own.
     args |= latent_args(shape, rotary) if shape.multi_latent_attention else _head_args(shape)
+    args |= _more_args(config, family)
+    if shape.num_moe_experts:
+        args |= _expert_args(shape)
+    if family.hybrid:
+        pattern = shape.hybrid_layer_pattern
+        args = {**hybrid_args(args), **mamba_args(shape), "hybrid_layer_pattern": pattern}
+    if family.experts and (shape.num_moe_experts or not family.hybrid):
+        args |= router_args(config, family.experts)
+    return args
+
+
+def _rotary_args(rotary: Rope) -> dict[str, Any]:
+    is_scaled = rotary.factor != 1.0
+    return {
+        "rotary_base": int(rotary.theta),
+        "rotary_percent": rotary.part,
+        "use_rope_scaling": is_scaled,
+        **({"rope_scaling_factor": rotary.factor} if is_scaled else {}),
+    }
+
+
+def _more_args(config: Mapping[str, Any], family: Family) -> dict[str, Any]:
+    """Return the arguments for windows, softmax offsets and clamped gates, where there are some."""
+    args: dict[str, Any] = {}
     if window := attention_window(config, family):
         # Megatron counts the tokens beside one itself: those before it, those behind it.
         args["window_size"] = (window - 1, 0)
-    if shape.num_moe_experts:
-        args |= _expert_args(shape)
-    if family.experts:
-        args |= router_args(config, family.experts)
+        if 0 in (windows := layers_with_window(config, family)):
+            args["window_attn_skip_freq"] = windows
+    if family.softmax_offsets:
+        args["softmax_type"] = "learnable"
+    if family.clamp_field:
+        limit = real_number(config, family.clamp_field, low=0, high=1e6)
+        if limit is None:
+            raise ValueError(f"config.json {family.clamp_field} is null: must be a number")
+        args["activation_func_clamp_value"] = limit
     return args
 
 
@@ -83,18 +108,21 @@ def _expert_args(shape: ModelShape) -> dict[str, Any]:
     return sizes
 
 
-def _epsilon(config: Mapping[str, Any]) -> float:
-    given = real_number(config, "rms_norm_eps", low=0, high=1)
+def _epsilon(config: Mapping[str, Any], field: str) -> float:
+    given = real_number(config, field, low=0, high=1)
     return 1e-6 if given is None else given
 
 
 # Names in the namespace whose flag is not the name with dashes.
-_FLAGS = {"layernorm_epsilon": "--norm-epsilon"}
-# What a HybridModel's pattern says.
-_OF_PATTERN = ("num_layers", "moe_layer_freq")
+_FLAGS = {
+    "layernorm_epsilon": "--norm-epsilon",
+    "layernorm_zero_centered_gamma": "--apply-layernorm-1p",
+}
 _SWITCHES_OFF = {
     "add_bias_linear": "--disable-bias-linear",
     "apply_rope_fusion": "--no-rope-fusion",
+    "bias_dropout_fusion": "--no-bias-dropout-fusion",
+    "yarn_correction_range_round_to_int": "--no-yarn-correction-range-round-to-int",
 }
 
 
@@ -104,14 +132,13 @@ def megatron_flags(
     """Return `megatron_args` as command-line flags; flags that follow them override them.
 
     hybrid: of the HybridModel that equals the model, in so many pipeline stages, and with so many
-        layers that predict one token more.
+        layers that predict one token more. A family whose layers are of one kind each is one.
     """
     args, flags = megatron_args(config), list[str]()
-    if hybrid:
-        args = {name: value for name, value in args.items() if name not in _OF_PATTERN}
+    if hybrid or "hybrid_layer_pattern" in args:
         shape = model_shape(config)
         pattern = pattern_of(shape, stages=stages, predictions=predictions)
-        args["hybrid_layer_pattern"] = pattern
+        args = {**hybrid_args(args), "hybrid_layer_pattern": pattern}
     given = {name: value for name, value in args.items() if value is not None}
     for name, value in given.items():
         if name in _SWITCHES_OFF:
@@ -129,112 +156,3 @@ def megatron_flags(
 
 def _flag(name: str) -> str:
     return _FLAGS.get(name, "--" + name.replace("_", "-"))
-
-
-def args_shape(args: argparse.Namespace, *, family: str = "") -> ModelShape:
-    """Return the sizes that Megatron's parsed arguments give, or the same flags of a command.
-
-    family: the learning rate rule's; where it is empty and the sizes are a preset's, the preset's.
-    Raises ValueError where a size is missing, for linear and sparse attention, and for hybrid
-    models that equal no GPT model.
-    """
-    args = _gpt_args(args)
-
-    def given[T](name: str, default: T) -> T:
-        value = getattr(args, name, None)
-        return default if value is None else value
-
-    _check_described(args)
-    vocab_size = given("padded_vocab_size", given("vocab_size", 0))
-    if not vocab_size:
-        raise ValueError("vocab_size is missing: give --vocab-size")
-    hidden, heads = args.hidden_size, args.num_attention_heads
-    gated = given("swiglu", False) or given("quick_geglu", False)
-    # Megatron's own default, arguments.py: about 4 hidden, a third less where gated.
-    ffn = given("ffn_hidden_size", int(4 * hidden * 2 / 3 / 64) * 64 if gated else 4 * hidden)
-    shape = ModelShape(
-        num_layers=args.num_layers,
-        hidden_size=hidden,
-        num_attention_heads=heads,
-        **_attention_sizes(args),
-        ffn_hidden_size=ffn,
-        vocab_size=vocab_size,
-        gated_linear_unit=gated,
-        tied_embeddings=not given("untie_embeddings_and_output_weights", False),
-        qk_layernorm=given("qk_layernorm", False),
-        add_qkv_bias=given("add_qkv_bias", False),
-        mtp_num_layers=given("mtp_num_layers", 0),
-        attention_output_gate=given("attention_output_gate", False),
-        family=family,
-        name="Megatron flags",
-        **(_expert_sizes(args, ffn) if given("num_experts", 0) else {}),
-    )
-    return shape if family else as_preset(shape)
-
-
-# Megatron's own defaults, arguments.py.
-_LATENT_SIZES = {
-    "q_lora_rank": 0,
-    "kv_lora_rank": 32,
-    "qk_head_dim": 128,
-    "qk_pos_emb_head_dim": 64,
-    "v_head_dim": 128,
-}
-
-
-def _attention_sizes(args: argparse.Namespace) -> dict[str, Any]:
-    heads = args.num_attention_heads
-    if not getattr(args, "multi_latent_attention", False):
-        grouped = getattr(args, "group_query_attention", False)
-        groups = getattr(args, "num_query_groups", None) or 1
-        size = getattr(args, "kv_channels", None) or head_size(args.hidden_size, heads)
-        return {"num_query_groups": groups if grouped else heads, "kv_channels": size}
-    given = {name: getattr(args, name, None) for name in _LATENT_SIZES}
-    return {
-        "num_query_groups": heads,
-        # It decides nothing.
-        "kv_channels": max(1, args.hidden_size // heads),
-        "multi_latent_attention": True,
-        **{name: given[name] or default for name, default in _LATENT_SIZES.items()},
-    }
-
-
-def _gpt_args(args: argparse.Namespace) -> argparse.Namespace:
-    pattern = getattr(args, "hybrid_layer_pattern", None)
-    refuse_other(pattern)
-    return argparse.Namespace(**as_gpt(vars(args), pattern))
-
-
-def _check_described(args: argparse.Namespace) -> None:
-    for flag in _UNDESCRIBED:
-        if value := getattr(args, flag, None):
-            raise ValueError(
-                f"{flag} is {value!r}, whose linears are not described here: "
-                "count the adapters of the built model with `megalora inspect`"
-            )
-    for flag in ("num_layers", "hidden_size", "num_attention_heads"):
-        if not getattr(args, flag, None):
-            raise ValueError(f"{flag} is missing: give --{flag.replace('_', '-')}")
-    if args.num_layers > MAX_SIZES["num_layers"]:
-        limit = MAX_SIZES["num_layers"]
-        raise ValueError(f"num_layers is {args.num_layers}: must be {limit:,} at most")
-
-
-def _expert_sizes(args: argparse.Namespace, ffn: int) -> dict[str, Any]:
-    frequency, layers = getattr(args, "moe_layer_freq", None) or 1, range(args.num_layers)
-    if isinstance(frequency, int):
-        frequency = [int(layer % frequency == 0) for layer in layers]
-    if len(frequency) != len(layers):
-        raise ValueError(
-            f"moe_layer_freq has {len(frequency)} entries for {len(layers)} layers: give one for "
-            "each"
-        )
-    shared = getattr(args, "moe_shared_expert_intermediate_size", None)
-    return {
-        "num_moe_experts": args.num_experts,
-        "moe_router_topk": args.moe_router_topk,
-        "moe_ffn_hidden_size": getattr(args, "moe_ffn_hidden_size", None) or ffn,
-        "moe_layer_freq": 1 if all(frequency) else frequency,
-        "moe_shared_expert_intermediate_size": shared or 0,
-        "moe_shared_expert_gate": getattr(args, "moe_shared_expert_gate", False),
-    }

@@ -5,7 +5,8 @@ from pathlib import Path
 from typing import Any
 
 from megalora.model.config_json import load_config, model_shape
-from megalora.model.loaded import quantisation, scale_block, with_own_head
+from megalora.model.loaded import is_read, quantisation, with_own_head
+from megalora.model.mxfp4 import as_plain
 from megalora.model.shape import ModelShape
 from megalora.model.stored import check_stored_sizes, stored_files
 
@@ -142,8 +143,8 @@ def named_shape(name: str, *, family: str = "") -> ModelShape:
         config = with_own_head(load_config(path), files)
         found = model_shape(config, name=folder.name)
         # Quantised tensors may be packed to other sizes.
-        if files is not None and (not quantisation(config) or scale_block(config)):
-            check_stored_sizes(found, files)
+        if files is not None and (not quantisation(config) or is_read(config)):
+            check_stored_sizes(found, as_plain(files))
     else:
         found = preset_shape(name)
     return replace(found, family=family) if family else found

@@ -2,12 +2,13 @@
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 from megalora.model.families import FAMILIES
 from megalora.model.family import Family
-from megalora.model.fields import real_number, whole_number
+from megalora.model.fields import real_number, switch, whole_number
+from megalora.model.multimodal import language_config
 
 # Megatron hard-codes these parameters of Llama 3's rope scaling.
 _LLAMA3_ROPE = {
@@ -19,7 +20,10 @@ _LLAMA3_ROPE = {
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Yarn:
-    """YaRN's numbers by config.json's names; attention's scores are scaled by mscale_all_dim."""
+    """YaRN's numbers by config.json's names; attention's scores are scaled by mscale_all_dim.
+
+    truncate: where the scaling begins and ends is rounded to whole features.
+    """
 
     factor: float = 1.0
     original_max_position_embeddings: int = 4096
@@ -27,6 +31,7 @@ class Yarn:
     beta_slow: float = 1.0
     mscale: float = 1.0
     mscale_all_dim: float = 0.0
+    truncate: bool = True
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,11 +55,11 @@ def rope(config: Mapping[str, Any]) -> Rope:
     theirs that it has not.
     """
     family = FAMILIES.get(str(config.get("model_type")))
-    config = {**(family.defaults if family else {}), **config}
+    config = {**(family.defaults if family else {}), **language_config(config)}
     # transformers 5 has rope_parameters, earlier ones rope_theta and rope_scaling. Where both are
     # there it prefers the latter, and nothing of the former counts, theta neither.
     field = "rope_scaling" if config.get("rope_scaling") else "rope_parameters"
-    values = config.get(field) or {}
+    values = config.get(field) or (family.defaults.get(field) if family else None) or {}
     if not isinstance(values, dict):
         raise ValueError(f"config.json {field} is {values!r:.100}: must be an object")
     _check_one_for_all(field, values)
@@ -71,8 +76,12 @@ def rope(config: Mapping[str, Any]) -> Rope:
             f"config.json rope_type is {kind!r:.100} in {field}: supported are {known}; remove the "
             "scaling where sequences are no longer than the model was trained with"
         )
+    if kind == "mrope":
+        # Of a text all three positions of a token are one.
+        return Rope(theta, 1.0, part)
     if kind == "yarn":
-        return Rope(theta, 1.0, part, _yarn(values, config))
+        truncates = bool(family and family.latent)
+        return Rope(theta, 1.0, part, _yarn(values, config, truncates=truncates))
     return Rope(theta, _llama3_factor(values, config), part)
 
 
@@ -95,12 +104,14 @@ def _rotated_part(
     return float(part)
 
 
-def _yarn(values: Mapping[str, Any], config: Mapping[str, Any]) -> Yarn:
+def _yarn(values: Mapping[str, Any], config: Mapping[str, Any], *, truncates: bool) -> Yarn:
     """Return YaRN's numbers as transformers takes them, for one that Megatron has.
 
     Its cosines and sines are multiplied with mscale's factor over mscale_all_dim's.
+    truncates: Megatron rounds where it begins and ends, whatever is asked for.
     """
-    for name, supported in {"attention_factor": None, "truncate": True}.items():
+    alone = {"attention_factor": None, **({"truncate": True} if truncates else {})}
+    for name, supported in alone.items():
         if values.get(name, supported) != supported:
             raise ValueError(
                 f"config.json {name} of the yarn rope is {values[name]!r:.100}: Megatron computes "
@@ -123,6 +134,8 @@ def _yarn(values: Mapping[str, Any], config: Mapping[str, Any]) -> Yarn:
         # One alone is not looked at.
         mscale=mscale if mscale and all_dim else 1.0,
         mscale_all_dim=all_dim,
+        # null is no.
+        truncate=switch(values, "truncate", default="truncate" not in values),
     )
 
 
@@ -154,9 +167,46 @@ def _llama3_factor(values: Mapping[str, Any], config: Mapping[str, Any]) -> floa
     return float(factor)
 
 
+def yarn_args(yarn: Yarn) -> dict[str, Any]:
+    """Return Megatron's arguments for an embedding that is scaled so, but that of latents."""
+    return {
+        "position_embedding_type": "yarn",
+        **_numbers_of(yarn),
+        # The fused kernel does not know of the size of cosines, and packed sequences do not ask.
+        "apply_rope_fusion": False,
+    }
+
+
+def yarn_options(args: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what Megatron's configuration has of the YaRN that arguments ask for, by its names."""
+    if args["position_embedding_type"] != "yarn":
+        return {}
+    return {f"yarn_{name.removeprefix('yarn_')}": args[name] for name in _numbers_of(Yarn())}
+
+
+def _numbers_of(yarn: Yarn) -> dict[str, Any]:
+    return {
+        "rotary_scaling_factor": yarn.factor,
+        "yarn_original_max_position_embeddings": yarn.original_max_position_embeddings,
+        "yarn_beta_fast": yarn.beta_fast,
+        "yarn_beta_slow": yarn.beta_slow,
+        "mscale": yarn.mscale,
+        "mscale_all_dim": yarn.mscale_all_dim,
+        "yarn_correction_range_round_to_int": yarn.truncate,
+    }
+
+
+def yarn_fields(theta: float, yarn: Yarn | None) -> dict[str, Any]:
+    """Return the fields of a config.json for a rotary embedding that is scaled so, or not."""
+    if yarn is None:
+        return {"rope_parameters": {"rope_type": "default", "rope_theta": theta}}
+    return {"rope_parameters": {"rope_type": "yarn", "rope_theta": theta, **asdict(yarn)}}
+
+
 def rope_without_flags(config: Mapping[str, Any]) -> str:
     """Say which numbers of a rotary embedding Megatron has no flags for; empty where it has."""
-    own, default = rope(config).yarn, Yarn()
+    family = FAMILIES.get(str(config.get("model_type")))
+    own, default = rope(config).yarn if family and family.latent else None, Yarn()
     names = ("beta_fast", "beta_slow", "original_max_position_embeddings")
     others = [name for name in names if own and getattr(own, name) != getattr(default, name)]
     return " and ".join(f"{name} {getattr(own, name):g}" for name in others)

@@ -1,7 +1,8 @@
 """What servers take of which model: one table, by transformers' class, which they choose theirs by.
 
-Read in the wheels of vLLM 0.33.0 and PEFT 0.21.2 with transformers 5.24 on 2026-11-27. What a class
-of vLLM declares is held against this table by tests/test_vllm_reader.py, where the wheel is.
+Read in the wheels of vLLM 0.33.0, SGLang 0.5.23 and PEFT 0.21.2 with transformers 5.24 on
+2026-11-27. What a class of vLLM declares is held against this table by tests/test_vllm_reader.py,
+where the wheel is.
 """
 
 from collections.abc import Mapping
@@ -38,6 +39,7 @@ _VLLM_WITHOUT_UNEMBEDDING = _names("""
     InternLM2ForCausalLM LongcatFlashForCausalLM MiMoForCausalLM MiniMaxM2ForCausalLM
     Ministral3ForCausalLM MistralForCausalLM OPTForCausalLM OlmoHybridForCausalLM OlmoeForCausalLM
     Plamo3ForCausalLM Qwen2ForCausalLM Qwen2MoeForCausalLM Qwen3NextForCausalLM
+    Mistral3ForConditionalGeneration Qwen2_5_VLForConditionalGeneration
 """)
 # Their classes are no `SupportsLoRA`.
 _VLLM_WITHOUT_LORA = _names("""
@@ -64,6 +66,12 @@ _PEFT_EXPERTS_IN_ONE = _names("""
     Gemma4ForCausalLM GptOssForCausalLM NemotronHForCausalLM Qwen3_5MoeForCausalLM
     Qwen3_5MoeForConditionalGeneration
 """)
+# Of these it refuses adapters of out_proj.
+_PEFT_WITHOUT_OUT_PROJ = _names("NemotronHForCausalLM FalconH1ForCausalLM")
+# Of SGLang's classes, one that leaves the sizes of gated attention and delta nets to a default, and
+# those that say how large their shared expert is.
+_SGLANG_WITHOUT_ATTENTION = _names("Qwen3NextForCausalLM")
+_SGLANG_WITH_SHARED_EXPERT = _names("Qwen3_5MoeForCausalLM Qwen3_5MoeForConditionalGeneration")
 _SIZES = ("intermediate_size", "shared_expert_intermediate_size")
 _NUM_EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts")
 
@@ -123,6 +131,16 @@ class ServedModel:
         return self.architecture not in _VLLM_WITHOUT_GATE
 
     @property
+    def sglang_sizes_attention(self) -> bool:
+        """Say whether SGLang knows how large what attends is."""
+        return self.architecture not in _SGLANG_WITHOUT_ATTENTION
+
+    @property
+    def sglang_sizes_shared_experts(self) -> bool:
+        """Say whether SGLang knows how large a shared expert is, not a dense MLP alone."""
+        return self.architecture in _SGLANG_WITH_SHARED_EXPERT
+
+    @property
     def peft_experts_in_one(self) -> bool | None:
         """Say whether PEFT needs a layer's experts in one tensor; None where it is not known."""
         if self.architecture in _PEFT_EXPERTS_IN_ONE:
@@ -134,6 +152,11 @@ class ServedModel:
     def peft_renames_targets(self) -> bool:
         """Say whether PEFT takes the names of an expert's projections for those of all experts."""
         return self.architecture in _PEFT_SINGLE_EXPERTS
+
+    @property
+    def peft_refuses_out_proj(self) -> bool:
+        """Say whether PEFT refuses adapters of the linear out of a layer of Mamba-2."""
+        return self.architecture in _PEFT_WITHOUT_OUT_PROJ
 
     @property
     def names(self) -> Names:

@@ -23,8 +23,28 @@ MAX_SIZES: Mapping[str, int] = {
     "moe_router_topk": 2**16,
     "moe_ffn_hidden_size": 2**24,
     "moe_shared_expert_intermediate_size": 2**24,
+    "moe_latent_size": 2**20,
+    "mamba_num_heads": 2**16,
+    "mamba_head_dim": 2**16,
+    "mamba_num_groups": 2**16,
+    "mamba_state_dim": 2**16,
     "max_position_embeddings": 2**40,
+    "linear_conv_kernel_dim": 2**16,
+    "linear_key_head_dim": 2**16,
+    "linear_value_head_dim": 2**16,
+    "linear_num_key_heads": 2**16,
+    "linear_num_value_heads": 2**16,
 }
+# Of a gated delta net, as Megatron's TransformerConfig names them.
+DELTA_SIZES = (
+    "linear_conv_kernel_dim",
+    "linear_key_head_dim",
+    "linear_value_head_dim",
+    "linear_num_key_heads",
+    "linear_num_value_heads",
+)
+# Of layers of Mamba-2.
+MAMBA_SIZES = ("mamba_num_heads", "mamba_head_dim", "mamba_num_groups", "mamba_state_dim")
 
 
 def head_size(hidden_size: int, num_attention_heads: int) -> int:
@@ -48,9 +68,22 @@ class ModelShape:
         qk_pos_emb_head_dim with one, and v_head_dim of values; kv_channels says nothing then.
     mla_down_proj_fusion: both are projected to their latents by one linear, as only
         TransformerEngine's layers may.
+    add_bias_linear: all linears have a bias, those of experts and routers too.
+    softmax_type: `learnable` where each head may look at a number of its own beside the keys.
     num_moe_experts: 0 for a dense model. moe_layer_freq: 1 for experts in all layers, or as
         Megatron takes it: every so many layers, or 0 or 1 for each layer.
+    linear_attention_freq: 0 where all layers attend; every so many layers attends and those between
+        are gated delta nets, or 1 for each layer that is one and 0 for one that attends. A delta
+        net has linear_num_key_heads of linear_key_head_dim features each for queries and keys,
+        linear_num_value_heads of linear_value_head_dim for values, and convolves each feature over
+        linear_conv_kernel_dim tokens; all 0 in a model without any.
     mtp_num_layers: layers behind the decoder's that predict one token more each.
+    moe_latent_size: experts read and write so many numbers, to which the hidden state is projected;
+        0 where they read it itself.
+    hybrid_layer_pattern: kind of each layer where it has one alone, as Megatron's HybridModel has
+        it: M for Mamba-2, * for attention, - for an MLP, E for experts. Empty where each layer has
+        attention, then an MLP or experts. mamba_*: sizes of the layers of Mamba-2; all 0 in a model
+        without any, and their number of heads Megatron's own where it is 0.
     tied_embeddings: the unembedding's weight is the embedding's.
     family: of the learning rate rule, `llama`, `qwen`, ...; empty where it is unknown.
     name: for people. model_type: Hugging Face's, the model's row in the table of families; empty
@@ -78,10 +111,24 @@ class ModelShape:
     moe_layer_freq: int | Sequence[int] = 1
     moe_shared_expert_intermediate_size: int = 0
     moe_shared_expert_gate: bool = False
+    moe_latent_size: int = 0
+    hybrid_layer_pattern: str = ""
+    mamba_num_heads: int = 0
+    mamba_head_dim: int = 0
+    mamba_num_groups: int = 0
+    mamba_state_dim: int = 0
     gated_linear_unit: bool = True
     attention_output_gate: bool = False
     qk_layernorm: bool = False
     add_qkv_bias: bool = False
+    add_bias_linear: bool = False
+    softmax_type: str = "vanilla"
+    linear_attention_freq: int | Sequence[int] = 0
+    linear_conv_kernel_dim: int = 0
+    linear_key_head_dim: int = 0
+    linear_value_head_dim: int = 0
+    linear_num_key_heads: int = 0
+    linear_num_value_heads: int = 0
     mtp_num_layers: int = 0
     tied_embeddings: bool = False
     family: str = ""
@@ -99,6 +146,7 @@ class ModelShape:
         for name, limit in MAX_SIZES.items():
             if getattr(self, name, 0) > limit:
                 raise ValueError(f"{name} is {getattr(self, name)}: must be {limit:,} at most")
+        self._check_layers()
         if self.num_attention_heads % self.num_query_groups:
             raise ValueError(
                 f"num_attention_heads {self.num_attention_heads} is not divisible by "
@@ -109,6 +157,7 @@ class ModelShape:
                 f"moe_router_topk {self.moe_router_topk} exceeds num_moe_experts "
                 f"{self.num_moe_experts}: the configuration is broken"
             )
+        self._check_delta_nets()
 
     def _check_more(self) -> None:
         names = ("kv_lora_rank", "qk_head_dim", "qk_pos_emb_head_dim", "v_head_dim")
@@ -118,6 +167,48 @@ class ModelShape:
         for name in ("q_lora_rank", "mtp_num_layers"):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name} is {getattr(self, name)!r}: must be an integer >= 0")
+
+    def _check_layers(self) -> None:
+        pattern = self.hybrid_layer_pattern
+        if pattern and len(pattern) != self.num_layers:
+            raise ValueError(
+                f"hybrid_layer_pattern {pattern!r:.200} has {len(pattern)} layers, num_layers is "
+                f"{self.num_layers}: the configuration is broken"
+            )
+        if "M" not in pattern:
+            # One form of each model: Megatron's defaults have sizes for Mamba-2 everywhere.
+            for name in MAMBA_SIZES:
+                object.__setattr__(self, name, 0)
+        elif not self.mamba_num_heads:
+            heads = 2 * self.hidden_size // (self.mamba_head_dim or 1)
+            object.__setattr__(self, "mamba_num_heads", heads)
+        groups = self.mamba_num_groups
+        if groups and self.mamba_num_heads % groups:
+            raise ValueError(
+                f"mamba_num_heads {self.mamba_num_heads} is not divisible by mamba_num_groups "
+                f"{groups}: the configuration is broken"
+            )
+
+    def _check_delta_nets(self) -> None:
+        frequency = self.linear_attention_freq
+        if not isinstance(frequency, int) and len(frequency) != self.num_layers:
+            raise ValueError(
+                f"linear_attention_freq has {len(frequency)} entries for {self.num_layers} layers: "
+                "give one for each"
+            )
+        if not any(self.delta_net_pattern):
+            # One form of each model: Megatron's defaults have sizes for delta nets everywhere.
+            for name in ("linear_attention_freq", *DELTA_SIZES):
+                object.__setattr__(self, name, 0)
+            return
+        for name in DELTA_SIZES:
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} is {getattr(self, name)!r}: must be an integer >= 1")
+        if self.linear_num_value_heads % self.linear_num_key_heads:
+            raise ValueError(
+                f"linear_num_value_heads {self.linear_num_value_heads} is not divisible by "
+                f"linear_num_key_heads {self.linear_num_key_heads}: the configuration is broken"
+            )
 
     @property
     def heads_per_group(self) -> int:
@@ -140,6 +231,37 @@ class ModelShape:
         gates = 2 if self.attention_output_gate else 1
         return gates * self.query_size + 2 * self.num_query_groups * self.kv_channels
 
+    def kind(self, layer: int) -> str:
+        """Return the kind of a layer, numbered from 0; empty where it has several in one."""
+        return self.hybrid_layer_pattern[layer] if self.hybrid_layer_pattern else ""
+
+    @property
+    def delta_net_pattern(self) -> list[int]:
+        """Say of each layer whether it is a gated delta net: 0 or 1."""
+        return [int(self.is_delta_net(layer)) for layer in range(self.num_layers)]
+
+    def is_delta_net(self, layer: int) -> bool:
+        """Say whether a layer, numbered from 0, is a gated delta net and does not attend."""
+        frequency = self.linear_attention_freq
+        if isinstance(frequency, int):
+            return frequency > 0 and (layer + 1) % frequency != 0
+        return bool(frequency[layer])
+
+    @property
+    def delta_key_size(self) -> int:
+        """Features of a delta net's queries, and of its keys."""
+        return self.linear_num_key_heads * self.linear_key_head_dim
+
+    @property
+    def delta_value_size(self) -> int:
+        """Features of a delta net's values, and of its output gate z."""
+        return self.linear_num_value_heads * self.linear_value_head_dim
+
+    @property
+    def delta_layers(self) -> list[int]:
+        """Numbers of the layers that are gated delta nets."""
+        return [layer for layer, is_one in enumerate(self.delta_net_pattern) if is_one]
+
     @property
     def moe_pattern(self) -> list[int]:
         """Say of each layer whether it has experts: 0 or 1."""
@@ -150,6 +272,8 @@ class ModelShape:
         frequency = self.moe_layer_freq
         if not self.num_moe_experts:
             return False
+        if self.hybrid_layer_pattern:
+            return self.kind(layer) == "E"
         return layer % frequency == 0 if isinstance(frequency, int) else bool(frequency[layer])
 
     @property
@@ -161,12 +285,14 @@ class ModelShape:
     def dense_layers(self) -> list[int]:
         """Numbers of the layers that have a plain MLP beside others that have experts."""
         pattern = self.moe_pattern if self.num_moe_experts else []
-        return [layer for layer, moe in enumerate(pattern) if not moe]
+        return [n for n, moe in enumerate(pattern) if not moe and self.kind(n) in ("", "-")]
 
     @classmethod
     def from_mapping(cls, values: Mapping[str, Any]) -> Self:
         """Take the fields that a mapping has: a TransformerConfig's, or a checkpoint's facts."""
         known = {field.name for field in fields(cls)}
+        if values.get("experimental_attention_variant", "gated_delta_net") != "gated_delta_net":
+            known.discard("linear_attention_freq")
         try:
             return cls(**{k: v for k, v in values.items() if k in known and v is not None})
         except TypeError as error:

@@ -7,8 +7,9 @@ from typing import TYPE_CHECKING, Any
 
 from safetensors import SafetensorError, safe_open
 
+from megalora.model.decoder_names import PREDICTING
 from megalora.model.families import names_of
-from megalora.model.family import PREDICTING, without_numbers
+from megalora.model.family import without_numbers
 from megalora.model.shape import ModelShape
 from megalora.reading import open_plain, read_json
 
@@ -207,8 +208,9 @@ def _said(shape: ModelShape) -> dict[str, int]:
 
 
 def _said_of_heads(shape: ModelShape) -> dict[str, int]:
+    gates = 2 if shape.attention_output_gate else 1
     return {
-        _QUERIES: shape.query_size,
+        _QUERIES: gates * shape.query_size,
         _KEYS: shape.num_query_groups * shape.kv_channels,
     }
 
@@ -249,7 +251,9 @@ def _stored_sizes(files: TensorFiles, shape: ModelShape) -> dict[str, int]:
     layers, experts = {-1}, {-1}
     predicting: set[int] = set()
     for name in files:
-        pattern, numbers = without_numbers(name)
+        if names.is_beside(name):
+            continue
+        pattern, numbers = without_numbers(names.as_stored(name))
         one.setdefault(pattern, name)
         if pattern.startswith(names.layer):
             layers.add(numbers[0])
@@ -269,7 +273,8 @@ def _stored_sizes(files: TensorFiles, shape: ModelShape) -> dict[str, int]:
         ("hidden_size", names.embedding, 1),
     ]
     for size, module, number, dimension in _IN_LAYERS:
-        if module in names.modules:
+        stacked = names.modules.get(module, ())
+        if number < len(stacked) and stacked[number] not in names.joined:
             places.append((size, names.in_layer(module)[number], dimension))
     for size, module, dimension in places:
         name = one.get(f"{module}.weight")

@@ -2,7 +2,8 @@
 
 from dataclasses import replace
 
-from megalora.model.family import LATENT_DECODER, SIGMOID_EXPERTS, Family, Names, Rate
+from megalora.model.decoder_names import LATENT_DECODER
+from megalora.model.family import SIGMOID_EXPERTS, Family, Names, Rate
 
 FAMILIES = (
     Family(

@@ -1,6 +1,7 @@
 """Mistral and Mixtral."""
 
-from megalora.model.family import DECODER, Experts, Family, Names, Rate
+from megalora.model.decoder_names import DECODER
+from megalora.model.family import Experts, Family, Names, Rate
 
 EXPERTS = "block_sparse_moe.experts.{}."
 MIXTRAL = {
@@ -10,6 +11,10 @@ MIXTRAL = {
     "mlp.experts.linear_fc2": (EXPERTS + "w2",),
 }
 
+STACKED = {
+    "block_sparse_moe.experts.gate_up_proj": "mlp.experts.linear_fc1",
+    "block_sparse_moe.experts.down_proj": "mlp.experts.linear_fc2",
+}
 LOADED = {f"block_sparse_moe.{part}": f"mlp.{part}" for part in ("gate", "experts")}
 
 FAMILIES = (
@@ -28,7 +33,7 @@ FAMILIES = (
         model_type="mixtral",
         architecture="MixtralForCausalLM",
         rate=Rate("mixtral"),
-        names=Names(modules=MIXTRAL, loaded_as=LOADED),
+        names=Names(modules=MIXTRAL, stacked=STACKED, loaded_as=LOADED),
         window_field="sliding_window",
         experts=Experts(
             count=("num_local_experts", "num_experts"),

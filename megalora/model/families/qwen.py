@@ -1,6 +1,7 @@
 """Qwen2, Qwen2.5 and Qwen3, dense and with experts."""
 
-from megalora.model.family import DECODER, Experts, Family, Names, Rate
+from megalora.model.decoder_names import DECODER
+from megalora.model.family import Experts, Family, Names, Rate
 
 RATE = Rate("qwen", 0.0775)
 ONE_SHARED = {
