@@ -8,7 +8,7 @@ from typing import Any
 from megalora.hf.factors import LoRAFactors
 from megalora.hf.patterns import matches
 from megalora.hf.peft_config import choose_patterns, layer_of, most_common, target_modules
-from megalora.hf.peft_experts import DOWN, GATE_UP, Experts
+from megalora.hf.peft_experts import Experts
 from megalora.hf.stacked_experts import from_tinker_projection
 from megalora.hf.uniform import largest_rank
 from megalora.model.family import Names, without_numbers
@@ -29,12 +29,26 @@ _CONSTANT_FIELDS: dict[str, Any] = {
 
 @dataclass(frozen=True, slots=True)
 class AdaptedBase:
-    """What is known of the base: its layers, those of them that may have experts, if any do."""
+    """What is known of the base: its layers, those of them that may have experts, if any do.
+
+    delta_layers: those that are gated delta nets, and do not attend.
+    """
 
     num_layers: int
     moe_layers: list[int]
     is_moe: bool
     names: Names
+    delta_layers: list[int]
+
+    def num_with(self, place: str) -> int:
+        """Return the layers that have a module, by its name there, where all are alike."""
+        if self.names.adapted != "model.":
+            # What is beside the language model may have modules of the same name.
+            return 0
+        if place.startswith("linear_attn."):
+            return len(self.delta_layers)
+        attending = place.startswith("self_attn.")
+        return self.num_layers - (len(self.delta_layers) if attending else 0)
 
 
 def adapter_config(
@@ -47,17 +61,19 @@ def adapter_config(
     rank_pattern, alpha_pattern = choose_patterns(wanted, default)
     by_weight = _wrapped_by_weight(dense, base)
     rank_pattern, alpha_pattern = (_of_weights(p, by_weight) for p in (rank_pattern, alpha_pattern))
-    targets = target_modules([name for name in dense if name not in by_weight], base.num_layers)
+    targets = target_modules([name for name in dense if name not in by_weight], base.num_with)
     parameters = [f"{base.names.as_loaded(name)}.weight" for name in by_weight]
     if experts:
         infix = experts.prefixes[0].split(".", 3)[3]
         places = _places_of_parameters(experts, infix, format, base)
-        parameters += [f"{place}.{name}" for place in places for name in (GATE_UP, DOWN)]
-        if places:
-            pattern = re.escape(f"{infix}.{GATE_UP}")
-            rank_pattern[pattern], alpha_pattern[pattern] = 2 * default[0], _whole(2 * default[1])
-        else:
-            targets += experts.projections
+        parameters += [f"{place}.{name}" for place in places for name in base.names.parameters]
+        count = experts.num_stacked
+        if places and count > 1:
+            pattern = re.escape(f"{infix}.{base.names.parameters[0]}")
+            rank_pattern[pattern] = count * default[0]
+            alpha_pattern[pattern] = _whole(count * default[1])
+        if not places:
+            targets += experts.names.projections
     if format == "uniform":
         # SGLang serves no module that is not named here, and knows w1, w3 and w2 as keys alone.
         targets += [name.rpartition(".")[2] for name in by_weight if not _is_router(name, base)]
@@ -65,11 +81,20 @@ def adapter_config(
     rank_pattern, alpha_pattern = (_both(p, base.names) for p in (rank_pattern, alpha_pattern))
     return _fields(
         *default,
-        rank_pattern=rank_pattern,
-        alpha_pattern=alpha_pattern,
-        target_modules=sorted(set(targets)),
-        target_parameters=parameters or None,
+        rank_pattern=_of_whole(rank_pattern, base.names),
+        alpha_pattern=_of_whole(alpha_pattern, base.names),
+        target_modules=sorted({base.names.as_adapted(name) for name in targets}),
+        target_parameters=[base.names.as_adapted(name) for name in parameters] or None,
     )
+
+
+def _of_whole(patterns: Mapping[str, Any], names: Names) -> dict[str, Any]:
+    """Let patterns of whole names match what adapters call these."""
+    start, adapted = re.escape("model."), re.escape(names.adapted)
+    return {
+        f"{adapted}{pattern.removeprefix(start)}" if pattern.startswith(start) else pattern: value
+        for pattern, value in patterns.items()
+    }
 
 
 def _ranks(

@@ -14,7 +14,11 @@ from megalora.config import LoRAConfig
 from megalora.hf.adapters_in import from_hf
 from megalora.hf.factors import LoRAFactors, summarise
 from megalora.hf.fused import split_qkv
+from megalora.hf.joined import join_parts
 from megalora.hf.linears import Linear, find_linear
+from megalora.hf.wide_parts import join_wide
+from megalora.model.facts import delta_parts
+from megalora.model.families import FAMILIES
 from megalora.model.shape import ModelShape
 
 __all__ = ["from_hf", "to_hf"]
@@ -28,12 +32,15 @@ def to_hf(
     shape: ModelShape,
     *,
     initial: Mapping[str, Tensor] | None = None,
+    by_values: bool = True,
 ) -> dict[str, LoRAFactors]:
     """Turn full adapter tensors by global Megatron name into factors by Hugging Face name.
 
     tensors: `decoder.layers.3.self_attention.linear_qkv_lora.lora_A` and the like, unsharded.
     initial: start values of a `pissa` adapter, whose base lost them: the update is then the
         difference, of rank 2 r.
+    by_values: parts that a module joins have one A where their values are the same, so that the
+        rank depends on these; see `megalora.hf.joined`.
     Raises ValueError for a module that has no Hugging Face adapter, and for sizes that do not fit.
     """
     if config.init == "pissa" and initial is None:
@@ -41,9 +48,9 @@ def to_hf(
             "adapter starts from `pissa`, which took its start values from the base: give them as "
             "`initial`, or merge the adapter into its base"
         )
-    factors = _to_hf(tensors, config, shape)
+    factors = join_parts(_to_hf(tensors, config, shape), shape, by_values=by_values)
     if config.init == "pissa" and initial is not None:
-        start = _to_hf(initial, config, shape)
+        start = join_parts(_to_hf(initial, config, shape), shape, by_values=by_values)
         factors = {name: _difference(module, start[name]) for name, module in factors.items()}
     return factors
 
@@ -54,6 +61,7 @@ def _to_hf(
     factors: dict[str, LoRAFactors] = {}
     for name, (a, b) in _pairs(tensors).items():
         layer, linear = find_linear(name, shape)
+        linear = linear.adapted(config, layer)
         rank = linear.rank(config, shape)
         _check_sizes(name, a, b, linear, config, rank)
         scale = config.scale(rank)
@@ -65,7 +73,7 @@ def _to_hf(
                 factors |= _split(hf_names, one_a, one_b, linear, rank, scale, shape)
         else:
             factors |= _split(linear.hf_names(layer), a, b, linear, rank, scale, shape)
-    return factors
+    return join_wide(factors, shape)
 
 
 def _difference(module: LoRAFactors, start: LoRAFactors) -> LoRAFactors:
@@ -118,9 +126,10 @@ def _split(
 ) -> dict[str, LoRAFactors]:
     count = len(hf_names)
     if linear.is_qkv:
-        if shape.attention_output_gate:
+        family = FAMILIES.get(shape.model_type)
+        if shape.attention_output_gate and not (family and family.output_gate):
             raise ValueError(
-                f"{hf_names[0]}: attention_output_gate is set, and no family here has gates among "
+                f"{hf_names[0]}: attention_output_gate is set, and this family has no gates among "
                 "its queries: keep the adapter as --save's checkpoint, or write W + c B A by "
                 "--save-merged"
             )
@@ -134,6 +143,8 @@ def _split(
         rows = [_trim_vocabulary(b, shape)]
     elif linear.is_joint_down:
         rows = list(b.split(shape.latent_rows))
+    elif linear.is_of_delta_net:
+        rows = list(b.split(list(delta_parts(shape).values())[:count]))
     else:
         rows = list(b.chunk(count))
     factors_a = list(a.chunk(count)) if a.shape[0] == count * rank else [a] * count

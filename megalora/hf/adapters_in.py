@@ -13,8 +13,11 @@ from megalora.config import LoRAConfig
 from megalora.hf.factors import LoRAFactors, check_factors, summarise
 from megalora.hf.fused import join_qkv
 from megalora.hf.head_rows import check_head_rows
+from megalora.hf.joined import split_joined
 from megalora.hf.linears import Linear, locate
 from megalora.hf.misfits import why_not_in_model
+from megalora.hf.wide_parts import split_wide
+from megalora.model.facts import delta_parts
 from megalora.model.shape import ModelShape
 from megalora.targets import matching_target
 
@@ -42,6 +45,7 @@ def from_hf(
     rank, and for factors that differ where the configuration shares them.
     """
     check_factors(factors)
+    factors = split_wide(split_joined(factors, shape), config, shape)
     if shape.vocab_size:
         check_head_rows(factors, shape.vocab_size)
     join = _Join(config, shape, fresh_a)
@@ -77,19 +81,27 @@ def _group(
     groups: dict[tuple[int | None, Linear], Modules] = {}
     unknown: list[str] = []
     untargeted: dict[str, str] = {}
+    gates: list[str] = []
     for name, module in factors.items():
         place = locate(name, shape)
         if place is None:
             unknown.append(name)
             continue
         layer, linear, expert, projection = place
+        if linear.is_delta_gate(projection) and not config.delta_gates:
+            gates.append(name)
         if matching_target(linear.name(layer), config.targets) is None:
             untargeted[name] = linear.megatron
-        groups.setdefault((layer, linear), {})[expert, projection] = module
+        groups.setdefault((layer, linear.adapted(config, layer)), {})[expert, projection] = module
     if unknown:
         raise ValueError(
             f"adapter has modules that this model has no adapter for: {summarise(unknown)}: "
             f"{why_not_in_model(unknown, shape)}"
+        )
+    if gates:
+        raise ValueError(
+            f"adapter has what makes beta and alpha of gated delta nets: {summarise(gates)}: adapt "
+            "them too, by --lora-delta-gates"
         )
     if untargeted:
         wanted = shlex.join([*config.targets, *sorted(set(untargeted.values()))])
@@ -185,14 +197,16 @@ class _Join:
         """Return the rows of every projection; the given ones must agree with the model."""
         one = next(iter(fitted.values()))
         heads, d = self.shape.heads_per_group * self.shape.num_query_groups, self.shape.kv_channels
-        kv = self.shape.num_query_groups * d
+        kv, gates = self.shape.num_query_groups * d, 2 if self.shape.attention_output_gate else 1
         outs = (
-            [heads * d, kv, kv]
+            [gates * heads * d, kv, kv]
             if linear.is_qkv
             else [one.lora_B.shape[0]] * len(linear.projections)
         )
         if linear.is_joint_down:
             outs = list(self.shape.latent_rows)
+        if linear.is_of_delta_net:
+            outs = list(delta_parts(self.shape).values())[: len(linear.projections)]
         if linear.is_unembedding and self.shape.vocab_size:
             outs = [self.shape.vocab_size]
         if linear.is_router:

@@ -15,11 +15,12 @@ from megalora.adapters.finite import all_finite
 from megalora.adapters.world import sent_by
 from megalora.checkpoint.ranks import on_all_ranks
 from megalora.hf.built import check_built_for
+from megalora.hf.cuts import Piece, Placement, Shard
 from megalora.hf.factors import summarise
 from megalora.hf.latent_norms import set_latent_norms
 from megalora.hf.rotary import set_rotary
 from megalora.hf.safetensors_files import HFWeights
-from megalora.hf.weights import Piece, Placement, Shard, Weights
+from megalora.hf.weights import Weights
 from megalora.model.config_json import read_config
 from megalora.model.families import names_of
 from megalora.model.hybrid import config_of, gpt_name, pattern_in
@@ -134,6 +135,8 @@ def _fill(param: Tensor, pieces: list[Piece], files: HFWeights) -> None:
     param[filled:].zero_()
     for piece in pieces:
         part = files.read(piece.name, piece.hf_first, piece.count, piece.columns)
+        if piece.more:
+            part = part.double() - piece.more
         param[piece.first : piece.first + piece.count].copy_(part)
 
 

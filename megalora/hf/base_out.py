@@ -13,23 +13,31 @@ from megalora.adapters.world import first_rank
 from megalora.checkpoint.ranks import on_all_ranks
 from megalora.hf.base import parameters, replicas_of, weights_of
 from megalora.hf.built import check_built_for
+from megalora.hf.cuts import Piece
 from megalora.hf.directories import whole_directory
 from megalora.hf.factors import summarise
 from megalora.hf.files import MODEL, save_tensors, write_json
-from megalora.hf.rotary import latent_attentions, rope_theta, yarn_of
-from megalora.hf.weights import EXPERT_BIAS, Piece
-from megalora.model.config_json import mapped_family
+from megalora.hf.rotary import rope_theta, yarn_of
+from megalora.hf.stacked_weights import stacked
+from megalora.hf.weights import EXPERT_BIAS
+from megalora.model.config_json import LAYER_KINDS, mapped_family
+from megalora.model.delta_net import delta_fields
 from megalora.model.experts import expert_fields
 from megalora.model.families import FAMILIES
 from megalora.model.family import Family
-from megalora.model.hybrid import config_of
+from megalora.model.hybrid import config_of, layers_of, pattern_in, windows_of
 from megalora.model.latent import latent_fields
+from megalora.model.layer_kinds import hybrid_fields
 from megalora.model.loaded import without_quantisation
+from megalora.model.multimodal import as_text_model
+from megalora.model.rope import yarn_fields
 
 if TYPE_CHECKING:
     from megatron.core.models.gpt.gpt_model import GPTModel
     from megatron.core.transformer import MLATransformerConfig
 
+# Where a family's are left out, none are written.
+_PREDICTIONS = "num_nextn_predict_layers"
 MAX_SHARD_BYTES = 5_000_000_000
 Part = tuple[str, int, tuple[int, int] | None, Tensor]
 
@@ -54,19 +62,20 @@ def save_hf_base(
     """
     for chunk in model_chunks:
         check_built_for(chunk, config)
-    layers = _gather_layers(model_chunks, config)
+    layers, names = _gather_layers(model_chunks, config), mapped_family(config).names
     if dist.get_rank() != 0:
         # The other ranks only send.
         for _ in layers:
             pass
         on_all_ranks(lambda: None, only=0)
         return
+    names = mapped_family(config).names
     with whole_directory(directory, overwrite=overwrite) as target:
         writer = ShardWriter(target, max_shard_bytes)
         for tensors in layers:
-            for name, tensor in tensors.items():
+            for name, tensor in stacked(tensors, names).items():
                 keeps_own = dtype is None or name.endswith(EXPERT_BIAS)
-                writer.add(name, tensor if keeps_own else tensor.to(dtype))
+                writer.add(names.in_files(name), tensor if keeps_own else tensor.to(dtype))
         on_all_ranks(writer.check, only=0)
         writer.finish()
         first = next(iter(writer.dtypes))
@@ -75,10 +84,11 @@ def save_hf_base(
 
 def _as_saved(config: Mapping[str, Any], dtype: torch.dtype, chunk: "GPTModel") -> dict[str, Any]:
     """Return the config.json of what is written, of which the model's own may say otherwise."""
-    saved = without_quantisation(config)
+    saved = as_text_model(without_quantisation(config))
     # transformers 5 prefers its new spelling, earlier ones know the old one alone.
     saved.pop("dtype", None)
-    if field := mapped_family(config).prediction_field:
+    family = mapped_family(config)
+    if field := family.prediction_field or (_PREDICTIONS if _PREDICTIONS in saved else ""):
         saved[field] = chunk.config.mtp_num_layers or 0
     return {**saved, "torch_dtype": str(dtype).removeprefix("torch.")}
 
@@ -108,12 +118,11 @@ def hf_config(
         "num_key_value_heads": built.num_query_groups or built.num_attention_heads,
         "hidden_act": "silu",
         "max_position_embeddings": max_position_embeddings or chunk.max_sequence_length,
-        "rms_norm_eps": built.layernorm_epsilon,
-        "rope_theta": rope_theta(chunk),
+        family.epsilon_field: built.layernorm_epsilon,
         "tie_word_embeddings": chunk.share_embeddings_and_output_weights,
         **_family_fields(chunk, family),
     }
-    if family.experts:
+    if family.experts and built.num_moe_experts:
         config |= expert_fields(built, family.experts)
     mapped_family(config)
     check_built_for(chunk, config)
@@ -130,12 +139,19 @@ def _named_family(model_type: str) -> Family:
 def _family_fields(chunk: "GPTModel", family: Family) -> dict[str, Any]:
     """Return the fields that some families have and others do not."""
     built = config_of(chunk)
-    fields: dict[str, Any] = {"attention_bias": False}
+    fields: dict[str, Any] = {"attention_bias": family.bias}
+    if family.hybrid:
+        fields |= hybrid_fields(built, layers_of(pattern_in(chunk)))
+    else:
+        fields["rope_theta"] = rope_theta(chunk)
     if family.latent:
-        yarns = (yarn_of(attention) for attention in latent_attentions(chunk))
-        fields |= latent_fields(cast("MLATransformerConfig", built), next(yarns, None))
+        fields |= latent_fields(cast("MLATransformerConfig", built), yarn_of(chunk))
     else:
         fields["head_dim"] = built.kv_channels
+        if "yarn" in family.rope_scalings:
+            fields |= yarn_fields(rope_theta(chunk), yarn_of(chunk))
+    if family.delta_net:
+        fields |= delta_fields(built)
     if family.prediction_field:
         fields[family.prediction_field] = built.mtp_num_layers or 0
     if family.qkv_bias_field not in ("", *family.refused):
@@ -144,6 +160,12 @@ def _family_fields(chunk: "GPTModel", family: Family) -> dict[str, Any]:
         fields[family.qk_norm_field] = built.qk_layernorm
     if family.window_field:
         fields[family.window_field] = built.window_size and built.window_size[0] + 1
+    if family.window_in_some:
+        skipped = built.window_attn_skip_freq if built.window_size else [0] * built.num_layers
+        windows = windows_of(skipped, built.num_layers)
+        fields["layer_types"] = [LAYER_KINDS[own] for own in windows]
+    if family.clamp_field:
+        fields[family.clamp_field] = built.activation_func_clamp_value
     if family.partial_rotary:
         rotated = 2 * len(chunk.rotary_pos_emb.inv_freq)
         fields["partial_rotary_factor"] = rotated / built.kv_channels
@@ -233,6 +255,8 @@ def _is_sender(chunk: "GPTModel", name: str) -> bool:
 def _parts(param: Tensor, pieces: list[Piece]) -> Iterator[Part]:
     for piece in pieces:
         rows = param.detach()[piece.first : piece.first + piece.count].cpu().clone()
+        if piece.more:
+            rows = (rows.double() + piece.more).to(rows.dtype)
         yield piece.name, piece.hf_first, piece.columns, rows
 
 

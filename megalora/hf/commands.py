@@ -72,6 +72,7 @@ def export(args: argparse.Namespace) -> None:
         num_layers=shape.num_layers,
         num_experts=shape.num_moe_experts or None,
         moe_layers=shape.moe_layers or None,
+        delta_layers=shape.delta_layers,
         overwrite=args.overwrite,
     )
     _say_done("exported", factors, args.output, start)

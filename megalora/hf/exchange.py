@@ -115,7 +115,7 @@ def export_adapter(
     directory: str | os.PathLike[str],
     *,
     config: LoRAConfig,
-    format: Format = "peft",
+    format: Format | None = None,
     base_model_name: str = "",
     vocab_size: int | None = None,
     hf_model: str | None = None,
@@ -125,9 +125,10 @@ def export_adapter(
     Raises ValueError, on all ranks, where the adapters are not finite or cannot be written.
     vocab_size: rows of the Hugging Face vocabulary; None for those that `apply_lora` was told,
     which was told none for Megatron's padded ones.
-    hf_model: directory of the base, whose family names the modules.
+    hf_model: directory of the base, whose family names the modules. format: None for PEFT's.
     """
     shape = model_shape(model_chunks, hf_model)
+    chosen = choose_format(None, format, served_model(hf_model, shape), shares_outer=False)
     tensors = gather_adapters(model_chunks)
     initial = start_values(model_chunks) if config.init == "pissa" else None
 
@@ -138,11 +139,12 @@ def export_adapter(
             directory,
             without_untrained(to_hf(tensors, config, sizes, initial=initial)),
             base_model_name=base_model_name,
-            format=format,
+            format=chosen,
             names=names_of(sizes.model_type),
             num_layers=sizes.num_layers,
             num_experts=sizes.num_moe_experts or None,
             moe_layers=sizes.moe_layers or None,
+            delta_layers=sizes.delta_layers,
             overwrite=True,
         )
         print(f"> LoRA: exported the adapter to {directory}", flush=True)
@@ -189,11 +191,10 @@ def check_export(
 def model_shape(model_chunks: Sequence[torch.nn.Module], hf_model: str | None = None) -> ModelShape:
     """Return the sizes of a model that Hugging Face names depend on.
 
-    Raises ValueError for a hybrid that equals no GPT model.
+    Raises ValueError for a hybrid that is of no family and equals no GPT model.
     vocab_size: 0 where a model with adapters was not told it (`apply_lora`). hf_model: directory of
     its base; where it is None, the names are those of the family that the run found, or of most.
     """
-    refuse_other(pattern_in(model_chunks[0]))
     described = read_sizes(getattr(model_chunks[0], "megalora_description", {}))
     known = {"vocab_size": 0, **described}
     modules = (name for chunk in model_chunks for name, _ in chunk.named_modules())
@@ -201,6 +202,7 @@ def model_shape(model_chunks: Sequence[torch.nn.Module], hf_model: str | None = 
     known["mla_down_proj_fusion"] = any(name.endswith("linear_qkv_down_proj") for name in modules)
     if hf_model:
         known["model_type"] = _model_type(hf_model)
+    refuse_other(pattern_in(model_chunks[0]), known.get("model_type", ""))
     config = config_of(cast("Chunk", model_chunks[0]))
     return ModelShape.from_mapping({**vars(config), **known})
 

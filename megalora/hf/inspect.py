@@ -15,6 +15,7 @@ from megalora.hf.factors import LoRAFactors, summarise
 from megalora.hf.peft import CONFIG_NAME, read_adapter_directory
 from megalora.hf.peft_config import layer_of, split_expert
 from megalora.hf.whole_layers import said_of_whole
+from megalora.model.family import Names
 from megalora.printable import printable
 
 
@@ -94,12 +95,16 @@ def measure(name: str, module: LoRAFactors) -> ModuleReport:
     )
 
 
+# Of a base that is not known, which may be a part of a multimodal model.
+_ANY = Names(language="model.language_model.")
+
+
 def inspect_peft(directory: str | Path) -> AdapterReport:
     """Describe a PEFT directory; what is wrong with its values becomes a warning."""
     problems: list[str] = []
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        found = read_adapter_directory(directory, on_problem=problems.append)
+        found = read_adapter_directory(directory, names=_ANY, on_problem=problems.append)
     if found.whole:
         problems.append(said_of_whole(found.whole))
     problems += [str(warning.message) for warning in caught]

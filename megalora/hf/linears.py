@@ -3,12 +3,15 @@
 import functools
 import re
 from collections import defaultdict
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from megalora.config import LoRAConfig
+from megalora.model.facts import DELTA_GATES, MAMBA_WIDE
 from megalora.model.families import names_of
 from megalora.model.family import Names, without_numbers
+from megalora.model.layer_kinds import ATTENTION, EXPERTS, MAMBA, MLP
 from megalora.model.shape import ModelShape
+from megalora.targets import has_wide_parts_alone
 
 _LAYER = re.compile(r"decoder\.layers\.(\d+)\.(.+)")
 
@@ -49,6 +52,11 @@ class Linear:
         return self.megatron == _JOINT_DOWN
 
     @property
+    def is_of_delta_net(self) -> bool:
+        """Say whether it projects the hidden state to all that a gated delta net reads."""
+        return self.megatron == _DELTA_NET[0]
+
+    @property
     def is_fc1(self) -> bool:
         """Say whether it is the first of an MLP, which reads the hidden state."""
         return self.megatron.endswith("linear_fc1")
@@ -65,10 +73,15 @@ class Linear:
 
     def fits(self, layer: int, shape: ModelShape) -> bool:
         """Say whether a layer has this linear: either a dense MLP or experts, and so on."""
+        kind = shape.kind(layer)
+        if kind and not self.megatron.startswith(_OF_KIND[kind]):
+            return False
         if self.megatron in _LATENT_QUERIES:
             return self.megatron in _latent_queries(shape)
+        if self.megatron in _DELTA_NET:
+            return shape.is_delta_net(layer)
         if not self.megatron.startswith("mlp."):
-            return True
+            return not shape.is_delta_net(layer)
         if self.is_shared and not shape.moe_shared_expert_intermediate_size:
             return False
         is_dense = self.megatron in ("mlp.linear_fc1", "mlp.linear_fc2")
@@ -82,12 +95,34 @@ class Linear:
         """Return the whole Hugging Face names in a layer, of one expert where it has them."""
         return [name.format(layer, expert) for name in self.modules]
 
+    def is_delta_gate(self, projection: str) -> bool:
+        """Say whether a projection makes a delta net's beta or alpha."""
+        return self.is_of_delta_net and projection in self.projections[-len(DELTA_GATES) :]
+
+    def adapted(self, config: LoRAConfig, layer: int | None) -> "Linear":
+        """Return what of it has an adapter in a layer.
+
+        A delta net's gates only where they are asked for; of Mamba-2's in_proj perhaps z and x.
+        """
+        if has_wide_parts_alone(self.name(layer), config):
+            [module] = self.modules
+            return replace(self, modules=tuple(f"{module}.{part}" for part in MAMBA_WIDE))
+        if not self.is_of_delta_net or config.delta_gates:
+            return self
+        return replace(self, modules=self.modules[: -len(DELTA_GATES)])
+
     def rank(self, config: LoRAConfig, shape: ModelShape) -> int:
         """Return the rank of one projection's adapter."""
         return config.resolve_expert_rank(shape.moe_router_topk) if self.is_expert else config.rank
 
 
 _UNEMBEDDING, _ROUTER = "output_layer", "mlp.router"
+_DELTA_NET = ("self_attention.in_proj", "self_attention.out_proj")
+# Linears by other names than `linear_*`.
+MAMBA_IN_PROJ = "mixer.in_proj"
+_OTHERS = (_ROUTER, MAMBA_IN_PROJ, "mixer.out_proj", *_DELTA_NET)
+# What is in a layer of one kind.
+_OF_KIND = {MAMBA: "mixer.", ATTENTION: "self_attention.", MLP: "mlp.", EXPERTS: "mlp."}
 
 
 _DIRECT, _DOWN, _UP, _KV_DOWN, _JOINT_DOWN = (
@@ -109,8 +144,8 @@ def linears(names: Names) -> dict[str, Linear]:
     """Return the linears that can have adapters by their Megatron names in a layer."""
     found = {_UNEMBEDDING: Linear(_UNEMBEDDING, (names.unembedding,))}
     for module in names.modules:
-        if module == _ROUTER or module.rpartition(".")[2].startswith("linear_"):
-            found[module] = Linear(module, names.in_layer(module))
+        if module in _OTHERS or module.rpartition(".")[2].startswith("linear_"):
+            found[module] = Linear(module, names.parts_in_layer(module))
     return found
 
 
@@ -121,6 +156,8 @@ def _by_hf_name(names: Names) -> dict[str, list[tuple[Linear, str]]]:
     for linear in linears(names).values():
         for name, projection in zip(linear.modules, linear.projections, strict=True):
             found[name].append((linear, projection))
+        for part in MAMBA_WIDE if linear.megatron == MAMBA_IN_PROJ else ():
+            found[f"{linear.modules[0]}.{part}"].append((linear, part))
     return found
 
 

@@ -17,17 +17,18 @@ from megalora.hf.factors import LoRAFactors, check_factors, summarise
 from megalora.hf.files import read_json, save_tensors, write_json
 from megalora.hf.head_rows import HEAD, check_head_rows
 from megalora.hf.misfits import why_not
-from megalora.hf.peft_experts import DOWN
 from megalora.hf.safetensors_files import HFWeights
+from megalora.hf.stacked_weights import projection_of
 from megalora.hf.written import MANIFEST
 from megalora.model.config_json import checked_config, load_config
 from megalora.model.families import names_of
 from megalora.model.fields import switch
 from megalora.model.loaded import without_quantisation
+from megalora.model.multimodal import as_untied, language_config
 
 _WEIGHTS = (".safetensors", ".index.json", ".bin", ".pth", ".pt", ".gguf", ".h5", ".msgpack")
 _EMBEDDING, _UNEMBEDDING = "model.embed_tokens.weight", "lm_head.weight"
-_FUSED = re.compile(r"(.+\.experts)\.(gate_up_proj|down_proj)")
+_FUSED = re.compile(r"(.+\.experts)\.(gate_up_proj|up_proj|down_proj)")
 
 
 def merge_adapter(
@@ -53,7 +54,7 @@ def merge_adapter(
     config = without_quantisation(checked_config(load_config(source), source))
     weights, trained = HFWeights(source, names_of(str(config.get("model_type")))), trained or {}
     untie = _unties(config, {*factors, *trained})
-    config |= {"tie_word_embeddings": False} if untie else {}
+    config = as_untied(config) if untie else config
     _check_fits(weights, factors, untie=untie)
     others = other_files(source, skip=_is_rewritten)
     with whole_directory(output, overwrite=overwrite, inputs={"--hf-model": source}) as target:
@@ -74,6 +75,7 @@ def merge_adapter(
 
 def _unties(config: Mapping[str, Any], changed: set[str]) -> bool:
     of_unembedding = not changed.isdisjoint(("lm_head", _EMBEDDING, _UNEMBEDDING))
+    config = language_config(config)
     return of_unembedding and switch(config, "tie_word_embeddings", default=False)
 
 
@@ -127,15 +129,16 @@ def _merged_file(
         module = factors.get(known.removesuffix(".weight"))
         if fused:
             parts = weights.names.projections
-            parts = parts[2:] if fused.group(2) == DOWN else parts[:2]
-            _add_experts(tensor, fused.group(1), parts, factors)
+            parts = parts[-1:] if fused.group(2) == weights.names.parameters[1] else parts[:-1]
+            alternate = weights.names.interleaved
+            _add_experts(tensor, fused.group(1), parts, factors, alternate=alternate)
         elif module is not None and not (untie and name == _UNEMBEDDING):
             add_update(tensor, module)
         if untie and name == _UNEMBEDDING:
             # A copy that a tied model carries along: the embedding's file writes it anew.
             continue
         tensors[name] = tensor.bfloat16() if weights.files.is_scaled(name) else tensor
-        if untie and name == _EMBEDDING:
+        if untie and known == _EMBEDDING:
             head = trained.get(_UNEMBEDDING, own).to(own.dtype, copy=True)
             tensors[_UNEMBEDDING] = _updated(head, factors.get("lm_head"))
     for name, tensor in tensors.items():
@@ -146,7 +149,7 @@ def _merged_file(
 
 def _refuse(weights: HFWeights, file_name: str, name: str, dtype: torch.dtype) -> NoReturn:
     """Raise ValueError for a merged tensor that is not finite, saying whose fault it is."""
-    base = _EMBEDDING if name not in weights.files else name
+    base = weights.stored(_EMBEDDING) if name not in weights.files else name
     path = weights.files.directory / file_name
     # NOTE: opened anew, for updates are added into the memory that the file was mapped to.
     if not all_finite(PlainFiles(weights.files.directory).tensor(base)):
@@ -158,14 +161,23 @@ def _refuse(weights: HFWeights, file_name: str, name: str, dtype: torch.dtype) -
 
 
 def _add_experts(
-    tensor: Tensor, prefix: str, parts: Sequence[str], factors: Mapping[str, LoRAFactors]
+    tensor: Tensor,
+    prefix: str,
+    parts: Sequence[str],
+    factors: Mapping[str, LoRAFactors],
+    *,
+    alternate: bool,
 ) -> None:
-    """Add the updates of all experts into one tensor of them [E, out, in] that stacks parts."""
+    """Add the updates of all experts into one tensor of them that stacks parts.
+
+    It is [E, P out, in]; alternate: [E, in, P out], and the features of the parts alternate.
+    """
+    count = len(parts)
     for expert, stacked in enumerate(tensor):
-        for part, rows in zip(parts, stacked.chunk(len(parts)), strict=True):
+        for number, part in enumerate(parts):
             module = factors.get(f"{prefix}.{expert}.{part}")
             if module is not None:
-                add_update(rows, module)
+                add_update(projection_of(stacked, number, count, alternate=alternate), module)
 
 
 def _updated(weight: Tensor, module: LoRAFactors | None) -> Tensor:
@@ -182,7 +194,7 @@ def _write_index(weights: HFWeights, target: Path, total: int, *, untie: bool) -
     index = read_json(weights.files.index)
     weight_map = dict(weights.files.files)
     if untie:
-        weight_map[_UNEMBEDDING] = weight_map[_EMBEDDING]
+        weight_map[_UNEMBEDDING] = weight_map[weights.stored(_EMBEDDING)]
     metadata = index.get("metadata")
     metadata = {**(metadata if isinstance(metadata, dict) else {}), "total_size": total}
     write_json(

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from megalora.config import LoRAConfig
 from megalora.hf.factors import LoRAFactors, same_scale
+from megalora.hf.joined import split_joined
 from megalora.hf.linears import Linear, locate
 from megalora.hf.misfits import why_not_in_model
 from megalora.hf.run_flags import Place, targets_of
@@ -37,8 +38,9 @@ def checkpoint_shape(
     """
     layers = [int(name.split(".")[2]) for name in tensors if name.startswith("decoder.layers.")]
     wide = ("linear_qkv_lora.lora_A", "linear_fc1_lora.lora_A", "output_layer_lora.lora_A")
+    wide = (*wide, "in_proj_lora.lora_A")
     hidden = [tensor.shape[-1] for name, tensor in tensors.items() if name.endswith(wide)]
-    narrow = ("linear_proj_lora.lora_B", "linear_fc2_lora.lora_B")
+    narrow = ("linear_proj_lora.lora_B", "linear_fc2_lora.lora_B", "out_proj_lora.lora_B")
     hidden += [tensor.shape[-2] for name, tensor in tensors.items() if name.endswith(narrow)]
     if not hidden and "hidden_size" not in stored:
         raise ValueError("checkpoint has no adapters that Hugging Face's models have")
@@ -62,7 +64,8 @@ def infer_config(factors: Mapping[str, LoRAFactors], shape: ModelShape) -> LoRAC
     experts: dict[tuple[str, Linear, str], list[LoRAFactors]] = defaultdict(list)
     dense: list[LoRAFactors] = []
     places: set[Place] = set()
-    for name, module in factors.items():
+    delta_gates = False
+    for name, module in split_joined(factors, shape).items():
         place = locate(name, shape)
         if place is None:
             raise ValueError(
@@ -70,6 +73,7 @@ def infer_config(factors: Mapping[str, LoRAFactors], shape: ModelShape) -> LoRAC
                 f"{why_not_in_model([name], shape)}"
             )
         layer, linear, _, projection = place
+        delta_gates |= linear.is_delta_gate(projection)
         places.add((layer, linear))
         group = experts[linear.name(layer), linear, projection] if linear.is_expert else dense
         group.append(module.trimmed())
@@ -85,6 +89,7 @@ def infer_config(factors: Mapping[str, LoRAFactors], shape: ModelShape) -> LoRAC
         expert_rank=expert_rank,
         expert_mode="shared_outer" if _share_outer(experts, shape) else "per_expert",
         alpha=alpha,
+        delta_gates=delta_gates,
         targets=targets_of(places, shape),
     )
 

@@ -15,10 +15,17 @@ from unittest import mock
 import torch
 import torch.distributed as dist
 from megatron.core import dist_checkpointing, parallel_state, tensor_parallel
+from megatron.core.activations import squared_relu
 from megatron.core.dist_checkpointing.mapping import ShardedTensor
 from megatron.core.dist_checkpointing.strategies import filesystem_async
+from megatron.core.fusions.fused_bias_geglu import quick_gelu
+from megatron.core.models.gpt.experimental_attention_variant_module_specs import (
+    get_transformer_block_with_experimental_attention_variant_spec,
+)
 from megatron.core.models.gpt.gpt_layer_specs import get_gpt_decoder_block_spec
 from megatron.core.models.gpt.gpt_model import GPTModel
+from megatron.core.models.hybrid.hybrid_layer_specs import hybrid_stack_spec
+from megatron.core.models.hybrid.hybrid_model import HybridModel
 from megatron.core.transformer.transformer_config import MLATransformerConfig, TransformerConfig
 from torch import Tensor
 from torch._C._distributed_c10d import HashStore
@@ -37,11 +44,11 @@ from megalora.hf.base import load_hf_base
 from megalora.hf.directories import whole_directory
 from megalora.hf.factors import LoRAFactors
 from megalora.model.config_json import family_of, model_shape, read_config
-from megalora.model.hybrid import refuse_other
+from megalora.model.facts import ModelFacts, facts_of
+from megalora.model.hybrid import is_own, refuse_other
 from megalora.model.megatron import megatron_args
-from megalora.model.rope import rope_without_flags
+from megalora.model.rope import rope_without_flags, yarn_options
 from megalora.model.shape import ModelShape
-from megalora.targets import ModelFacts
 
 
 @contextmanager
@@ -60,11 +67,13 @@ def one_process() -> Iterator[None]:
 def read_adapter(directory: str | Path) -> tuple[dict[str, Tensor], LoRAConfig, ModelFacts]:
     """Read an adapter checkpoint; see `megalora.checkpoint.read.read_adapter_checkpoint`.
 
-    Raises ValueError for that of a hybrid model that equals no GPT model.
+    Raises ValueError for that of a hybrid model that is of no family and equals no GPT model.
     """
     with one_process():
         found = read_adapter_checkpoint(directory)
-    if pattern := found[2].hybrid_layer_pattern:
+    model_type = str(stored_sizes(directory).get("model_type", ""))
+    pattern = found[2].hybrid_layer_pattern
+    if pattern and not is_own(pattern, model_type):
         refuse_other(pattern)
         raise ValueError(
             f"checkpoint {directory} has names of the hybrid_layer_pattern {pattern!r}, as an "
@@ -110,16 +119,7 @@ def write_adapter_checkpoint(
     It is a release, as there was no training: --load begins at iteration 0.
     tensors: by global Megatron name, as `megalora.hf.adapters.from_hf` returns them.
     """
-    facts = ModelFacts(
-        num_attention_heads=shape.num_attention_heads,
-        num_query_groups=shape.num_query_groups,
-        kv_channels=shape.kv_channels,
-        gated_linear_unit=True,
-        moe_router_topk=shape.moe_router_topk,
-        num_moe_experts=shape.num_moe_experts,
-        moe_layer_freq=shape.moe_layer_freq,
-        q_lora_rank=shape.q_lora_rank,
-    )
+    facts = facts_of(shape)
     with whole_directory(directory, overwrite=overwrite) as target, one_process():
         stored = to_checkpoint(tensors, kind_named(config.kind).factors, facts)
         model: dict[str, Any] = {
@@ -189,30 +189,56 @@ def import_base(
         return sum(param.numel() for param in model.parameters())
 
 
-def build_base(config: Mapping[str, Any], dtype: torch.dtype) -> GPTModel:
+def _layers(built: TransformerConfig) -> Any:
+    """Return the layers of a model, Megatron's own."""
+    if built.experimental_attention_variant:
+        return get_transformer_block_with_experimental_attention_variant_spec(built)
+    return get_gpt_decoder_block_spec(built, use_transformer_engine=False)
+
+
+def build_base(config: Mapping[str, Any], dtype: torch.dtype) -> GPTModel | HybridModel:
     """Build the unsharded Megatron model that a config.json describes, weights undefined."""
     args = megatron_args(config)
     kind = MLATransformerConfig if "multi_latent_attention" in args else TransformerConfig
     known = kind.__dataclass_fields__
+    pattern, is_gated = args.get("hybrid_layer_pattern"), not args.get("squared_relu")
+    given = {"num_layers": len(pattern), "is_hybrid_model": True} if pattern else {}
     built = kind(
-        **{name: value for name, value in args.items() if name in known},
+        **{name: value for name, value in {**args, **given}.items() if name in known},
         num_moe_experts=args.get("num_experts"),
-        gated_linear_unit=True,
-        activation_func=torch.nn.functional.silu,
+        gated_linear_unit=is_gated,
+        activation_func=_activation(args),
         bias_activation_fusion=False,
         params_dtype=dtype,
         pipeline_dtype=dtype,
+        transformer_impl="local",
         use_cpu_initialization=True,
         perform_initialization=False,
     )
-    spec: Any = get_gpt_decoder_block_spec(built, use_transformer_engine=False)
-    return GPTModel(
-        built,
-        spec,
-        vocab_size=args["vocab_size"],
-        max_sequence_length=args["max_position_embeddings"],
-        position_embedding_type="rope",
-        rotary_base=args["rotary_base"],
-        rotary_percent=args["rotary_percent"],
-        share_embeddings_and_output_weights=not args["untie_embeddings_and_output_weights"],
-    )
+    vars(built).update(yarn_options(args))
+    options: dict[str, Any] = {
+        "vocab_size": args["vocab_size"],
+        "max_sequence_length": args["max_position_embeddings"],
+        "position_embedding_type": args["position_embedding_type"],
+        "share_embeddings_and_output_weights": not args["untie_embeddings_and_output_weights"],
+    }
+    if pattern:
+        return _hybrid(built, pattern, options)
+    options |= {name: args[name] for name in ("rotary_base", "rotary_percent")}
+    return GPTModel(built, _layers(built), **options)
+
+
+def _hybrid(built: TransformerConfig, pattern: str, options: Mapping[str, Any]) -> HybridModel:
+    try:
+        return HybridModel(built, hybrid_stack_spec, hybrid_layer_pattern=pattern, **options)
+    except ImportError as error:
+        raise ValueError(
+            f"a model with the layers {pattern!r:.200} is not built here: {error}: train with "
+            "--hf-model where mamba-ssm is installed"
+        ) from error
+
+
+def _activation(args: Mapping[str, Any]) -> Callable[[Tensor], Tensor]:
+    if args.get("quick_geglu"):
+        return quick_gelu
+    return squared_relu if args.get("squared_relu") else torch.nn.functional.silu

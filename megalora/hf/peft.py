@@ -27,13 +27,8 @@ from megalora.hf.peft_config import (
     read_rules,
     split_expert,
 )
-from megalora.hf.peft_experts import (
-    Experts,
-    Pair,
-    complete_experts,
-    join_3d,
-    split_3d,
-)
+from megalora.hf.peft_experts import Experts, complete_experts, join_3d
+from megalora.hf.peft_experts_in import Pair, split_3d
 from megalora.hf.peft_keys import check_keys, read_keys, read_pairs
 from megalora.hf.peft_targets import check_targets
 from megalora.hf.stacked_experts import (
@@ -80,6 +75,7 @@ def write_adapter(
     num_layers: int | None = None,
     num_experts: int | None = None,
     moe_layers: Collection[int] | None = None,
+    delta_layers: Collection[int] = (),
     overwrite: bool = False,
 ) -> None:
     """Write a PEFT adapter directory, whole or not at all.
@@ -93,10 +89,12 @@ def write_adapter(
     names: of the base's family.
     num_layers, num_experts: of the base; where left out, the highest numbers in `factors` count.
     moe_layers: those with experts; where left out, all that have no adapter of a dense MLP.
+    delta_layers: those that are gated delta nets.
     Raises ValueError for values that are not finite, and for what the format cannot say.
     """
     _check_writable(factors, format)
-    base = adapted_base(factors, names, num_layers, moe_layers, is_moe=bool(num_experts))
+    is_moe = bool(num_experts)
+    base = adapted_base(factors, names, num_layers, moe_layers, delta_layers, is_moe=is_moe)
     tensors, config = adapter_files(factors, format, base, num_experts)
     with whole_directory(directory, overwrite=overwrite) as target:
         save_tensors(target / f"{ADAPTER}.safetensors", tensors)
@@ -124,13 +122,14 @@ def adapter_files(
         factors,
         base.moe_layers,
         num_experts,
-        projections=base.names.projections,
+        names=base.names,
         must_agree=agree,
     )
     dense = {name: module for name, module in factors.items() if not split_expert(name)}
     tensors = _tensors(dense, experts, format, one and one[0])
     config = adapter_config(dense, experts, format, base)
-    return {_PREFIX + key: tensor for key, tensor in tensors.items()}, config
+    names = base.names
+    return {_PREFIX + names.as_adapted(key): tensor for key, tensor in tensors.items()}, config
 
 
 def adapted_base(
@@ -138,6 +137,7 @@ def adapted_base(
     names: Names,
     num_layers: int | None,
     moe_layers: Collection[int] | None,
+    delta_layers: Collection[int],
     *,
     is_moe: bool,
 ) -> AdaptedBase:
@@ -151,7 +151,7 @@ def adapted_base(
     beside = {*names.in_layer("mlp.router"), *names.in_layer("mlp.shared_experts.linear_fc1")}
     beside |= {*names.in_layer("mlp.shared_experts.linear_fc2")}
     is_moe |= any(split_expert(name) or without_numbers(name)[0] in beside for name in modules)
-    return AdaptedBase(num_layers, sorted(moe_layers), is_moe, names)
+    return AdaptedBase(num_layers, sorted(moe_layers), is_moe, names, sorted(delta_layers))
 
 
 def _tensors(
@@ -212,7 +212,7 @@ def read_adapter_directory(
     config = read_json(path / CONFIG_NAME)
     rules = read_rules(config)
     files = TensorFiles(path, ADAPTER)
-    keys = read_keys(files)
+    keys = read_keys(files, language=names.language)
     check_keys(keys, config, on_problem)
     rules = replace(rules, prefix=keys.prefix)
     factors = _factors(read_pairs(files, keys), config, rules, names, hidden_size, on_problem)
@@ -247,7 +247,7 @@ def _factors(
     factors |= split_stacked(stacked, rules, names.projections)
     if of_parameters:
         hidden_size = hidden_size or _hidden_size(factors)
-        factors |= split_3d(of_parameters, rules, config, hidden_size, names.projections)
+        factors |= split_3d(of_parameters, rules, config, hidden_size, names)
     return {names.as_stored(name): module for name, module in factors.items()}
 
 
@@ -261,6 +261,7 @@ def _is_3d(name: str) -> bool:
 
 def _hidden_size(factors: Mapping[str, LoRAFactors]) -> int | None:
     inputs = ("q_proj", "k_proj", "v_proj", "q_a_proj", "kv_a_proj_with_mqa", "lm_head")
+    inputs += ("in_proj_qkv", "in_proj_z", "in_proj_qkvz")
     sizes = [m.lora_A.shape[1] for name, m in factors.items() if name.endswith(inputs)]
     return sizes[0] if sizes else None
 

@@ -3,7 +3,7 @@
 import math
 import re
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -143,17 +143,18 @@ def most_common(values: Iterable[tuple[int, float]]) -> tuple[int, float]:
     return min(counts, key=lambda value: (-counts[value], value))
 
 
-def target_modules(names: Iterable[str], num_layers: int) -> list[str]:
+def target_modules(names: Iterable[str], num_with: Callable[[str], int]) -> list[str]:
     """Return PEFT target_modules that select these modules and no others.
 
-    A leaf name such as `q_proj` where every layer has it, else the whole name.
+    A leaf name such as `q_proj` where every layer of the base that has such a module is there, else
+    the whole name. num_with: number of these layers, by the module's name there.
     """
     layers: dict[str, list[str]] = defaultdict(list)
     for name in names:
         layers[_place(name)].append(name)
     targets: list[str] = []
     for place, members in layers.items():
-        everywhere = len(members) == num_layers or not _LAYER.match(members[0])
+        everywhere = len(members) == num_with(place) or not _LAYER.match(members[0])
         # `gate_proj` alone would also select the dense layers beside a shared expert.
         short = place if place.startswith("shared_expert") else place.rpartition(".")[2]
         targets += [short] if everywhere else members

@@ -29,8 +29,8 @@ _PEFT = ["base_model", "model"]
 _FACTOR = re.compile(r"(.+)\.lora_([AB])(?:\.([^.]+))?\.weight")
 # The language model, by itself or as the part of another.
 _LANGUAGE = re.compile(
-    r"((?:(?:model|language_model|text_model|llm|thinker)\.)*)"
-    r"(?:(layers\.\d+\..+|embed_tokens|norm)|(lm_head))"
+    r"((?:(?:model|language_model|text_model|llm|thinker|backbone)\.)*)"
+    r"(?:(layers\.\d+\..+|embed_tokens|embeddings|norm|norm_f)|(lm_head))"
 )
 # A layer that PEFT copied, for its adapter to be around or to be trained in place of it.
 _WHOLE = re.compile(
@@ -61,9 +61,10 @@ class AdapterKeys:
     prefix: str = "model."
 
 
-def read_keys(keys: Iterable[str]) -> AdapterKeys:
+def read_keys(keys: Iterable[str], *, language: str = "") -> AdapterKeys:
     """Sort an adapter's keys; says in one warning where they were not PEFT's own.
 
+    language: what the base's family may have for `model.` as a part of a multimodal model.
     Raises ValueError where a file holds several adapters, names with several prefixes, or a factor
     twice.
     """
@@ -90,7 +91,8 @@ def read_keys(keys: Iterable[str]) -> AdapterKeys:
     _check_one("adapters, by name", names, "save each by itself, by PEFT's save_pretrained")
     _check_one("prefixes", prefixes, "they are of several models: save the adapter of one of them")
     found.prefix = next(iter(prefixes), "model.")
-    _say_renamed(found)
+    if not language or found.prefix != language:
+        _say_renamed(found)
     return found
 
 

@@ -17,6 +17,14 @@ if TYPE_CHECKING:
     from megatron.core.transformer.multi_latent_attention import MultiLatentAttention
 
 
+# config.json's name of a number of YaRN -> that of Megatron's embedding.
+_YARN_FIELDS = {
+    **{name: name for name in asdict(Yarn())},
+    "factor": "scaling_factor",
+    "truncate": "correction_range_round_to_int",
+}
+
+
 def set_rotary(chunk: "GPTModel", config: Mapping[str, Any]) -> None:
     """Set the frequencies of a model chunk, of all its layers or of each, from config.json."""
     wanted = rope(config)
@@ -67,15 +75,15 @@ def latent_attentions(chunk: torch.nn.Module) -> "list[MultiLatentAttention]":
     return cast("list[MultiLatentAttention]", found)
 
 
-def yarn_of(attention: "MultiLatentAttention") -> Yarn | None:
-    """Return the numbers of an attention's embedding, None where it is not scaled so."""
-    if attention.config.rope_type != "yarn":
+def yarn_of(chunk: "GPTModel") -> Yarn | None:
+    """Return the numbers of a chunk's embeddings, None where they are not scaled so."""
+    found: Any = getattr(chunk, "rotary_pos_emb", None)
+    for attention in latent_attentions(chunk):
+        found = attention.rotary_pos_emb
+    if not hasattr(found, "scaling_factor"):
         return None
-    embedding = cast("YarnRotaryEmbedding", attention.rotary_pos_emb)
-    names = [name for name in asdict(Yarn()) if name != "factor"]
-    return Yarn(
-        factor=embedding.scaling_factor, **{name: getattr(embedding, name) for name in names}
-    )
+    numbers = {field: getattr(found, name) for field, name in _YARN_FIELDS.items()}
+    return Yarn(**numbers)
 
 
 def _set_frequencies(embedding: "RotaryEmbedding", wanted: Rope) -> None:
@@ -87,6 +95,11 @@ def _set_frequencies(embedding: "RotaryEmbedding", wanted: Rope) -> None:
     if wanted.factor != 1.0:
         fresh = embedding._apply_scaling(fresh, factor=cast("int", wanted.factor))
     embedding.inv_freq = fresh.to(frequencies)
+    if wanted.yarn:
+        scaled = cast("YarnRotaryEmbedding", embedding)
+        scaled.rotary_base = wanted.theta
+        scaled.inv_freq_extra = fresh.to(frequencies)
+        scaled.inv_freq_inter = (fresh / wanted.yarn.factor).to(frequencies)
     # The embedding of a length is cached over calls, with the frequencies that it was made of.
     type(embedding).forward.cache_clear()
 
@@ -94,11 +107,10 @@ def _set_frequencies(embedding: "RotaryEmbedding", wanted: Rope) -> None:
 def _set_yarn(attention: "MultiLatentAttention", theta: float, yarn: Yarn) -> None:
     """Make the embedding anew: what Megatron computes of its numbers is kept in several places."""
     own = cast("YarnRotaryEmbedding", attention.rotary_pos_emb)
-    fields = asdict(yarn)
+    fields = {_YARN_FIELDS[name]: value for name, value in asdict(yarn).items()}
     attention.rotary_pos_emb = type(own)(
         attention.config.qk_pos_emb_head_dim,
         rotary_base=theta,
-        scaling_factor=fields.pop("factor"),
         cp_group=attention.pg_collection.cp,
         **fields,
     )

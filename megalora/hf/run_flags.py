@@ -7,6 +7,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from megalora.arguments import flags_of
 from megalora.config import LoRAConfig
 from megalora.hf.factors import LoRAFactors, summarise
+from megalora.hf.joined import split_joined
 from megalora.hf.linears import Linear, linears, locate
 from megalora.model.families import names_of
 from megalora.model.shape import ModelShape
@@ -53,7 +54,7 @@ def how_to_go_on(
     """Say by which flags a run goes on from an adapter that was imported, and what it adds."""
     flags = ["--hf-model", hf_model, "--load", checkpoint, *flags_of(config)]
     said = f"train on with: {shlex.join(flags)}"
-    if new := sorted(_without_factors(factors, shape)):
+    if new := sorted(_without_factors(split_joined(factors, shape), shape)):
         said += (
             f"\nwhich trains {summarise(new)} too, without factors in the adapter: they are in one "
             "linear of Megatron with others that have some, and start without an update"

@@ -7,9 +7,9 @@ from torch import Tensor
 
 from megalora.hf.block_scaled import PlainFiles
 from megalora.hf.factors import summarise
-from megalora.model.family import DEFAULT_NAMES, Names, without_numbers
+from megalora.hf.stacked_weights import InStack, stacked_module, unstack
+from megalora.model.family import DEFAULT_NAMES, Names
 from megalora.model.loaded import is_harmless
-from megalora.model.shape import MAX_SIZES
 
 
 class HFWeights:
@@ -18,17 +18,14 @@ class HFWeights:
     def __init__(self, directory: str | Path, names: Names = DEFAULT_NAMES) -> None:
         self.files, self.names = PlainFiles(Path(directory)), names
         self.shapes: dict[str, tuple[int, ...]] = {}
-        # Of an expert's weight: the tensor of all experts, its number there, its first row.
-        self._stacked: dict[str, tuple[str, int, int]] = {}
+        self._stacked: dict[str, InStack] = {}
         self._stored_as: dict[str, str] = {}
         for name in self.files:
-            if is_harmless(name):
+            if is_harmless(name) or names.is_beside(name):
                 continue
-            pattern, numbers = without_numbers(name)
-            module = names.stacked.get(pattern.removeprefix(names.layer))
-            if module:
-                parts = names.in_layer(module)
-                self._unstack(name, [part.format(*numbers, "{}") for part in parts])
+            if module := stacked_module(names.as_stored(name), names):
+                for known, shape, place in unstack(name, self.files.shape(name), module, names):
+                    self.shapes[known], self._stacked[known] = shape, place
             else:
                 known = names.as_stored(name)
                 self.shapes[known] = self.files.shape(name)
@@ -37,23 +34,6 @@ class HFWeights:
         # Of a tied model the one or the other may be stored.
         self._alone = {table: head} if head in self.shapes and table not in self.shapes else {}
         self._stored_as |= self._alone
-
-    def _unstack(self, name: str, parts: list[str]) -> None:
-        """Take down where each expert's parts are; `{}` in a part's name is its number."""
-        shape = self.files.shape(name)
-        if len(shape) != 3:
-            raise ValueError(f"{name} has shape {list(shape)}: expected [experts, out, in]")
-        num_experts, rows = shape[0], shape[1] // len(parts)
-        if not 0 < num_experts <= MAX_SIZES["num_moe_experts"] or shape[1] % len(parts):
-            raise ValueError(
-                f"{name} has shape {list(shape)}: expected [experts, out, in] of at most "
-                f"{MAX_SIZES['num_moe_experts']:,} experts, and gate and up of one size"
-            )
-        for expert in range(num_experts):
-            for number, part in enumerate(parts):
-                weight = f"{part.format(expert)}.weight"
-                self.shapes[weight] = (rows, shape[2])
-                self._stacked[weight] = (name, expert, number * rows)
 
     def check(
         self,
@@ -90,20 +70,22 @@ class HFWeights:
                 f"not of one model{cure}"
             )
 
+    def stored(self, name: str) -> str:
+        """Return what the files call a tensor."""
+        return self._stored_as.get(name, name)
+
     def path(self, name: str) -> Path:
         """Return the file that holds a tensor."""
-        name = self._stored_as.get(name, name)
-        stored, _, _ = self._stacked.get(name, (name, 0, 0))
+        name = self.stored(name)
+        stored = self._stacked[name].tensor if name in self._stacked else name
         return self.files.directory / self.files.files[stored]
 
     def read(
         self, name: str, first: int, count: int, columns: tuple[int, int] | None = None
     ) -> Tensor:
         """Read rows first:first + count, and of them `columns`, of one tensor."""
-        name = self._stored_as.get(name, name)
+        name = self.stored(name)
+        if place := self._stacked.get(name):
+            return place.read(self.files, first, count, columns)
         rest = () if columns is None else (slice(*columns),)
-        if name not in self._stacked:
-            return self.files.part(name, (slice(first, first + count), *rest))
-        stacked, expert, offset = self._stacked[name]
-        rows = slice(offset + first, offset + first + count)
-        return self.files.part(stacked, (slice(expert, expert + 1), rows, *rest))[0]
+        return self.files.part(name, (slice(first, first + count), *rest))

@@ -17,7 +17,8 @@ from megalora.config import LoRAConfig
 from megalora.hf.factors import LoRAFactors, check_tensors
 from megalora.hf.files import Planned
 from megalora.hf.peft_config import PeftRules, split_expert
-from megalora.hf.peft_experts import GATE_UP, Experts, Pair, split_experts
+from megalora.hf.peft_experts import Experts
+from megalora.hf.peft_experts_in import Pair, split_experts
 from megalora.model.family import Projections
 from megalora.model.shape import MAX_SIZES
 
@@ -25,6 +26,7 @@ _UNEMBEDDING, _UNEMBED_TOKENS = "lm_head", "model.unembed_tokens"
 # Gate, up and down.
 _TINKER: Projections = ("w1", "w3", "w2")
 _PROJECTIONS: Projections = ("gate_proj", "up_proj", "down_proj")
+_GATE_UP = "gate_up_proj"
 _STACKED = re.compile(r"(.+\.experts)\.(w[123]|gate_proj|up_proj|down_proj|gate_up_proj)")
 
 
@@ -71,14 +73,35 @@ def split_stacked(
             "one number of experts, and 1 where they share a factor"
         )
     factors: dict[str, LoRAFactors] = {}
-    of_tinker = dict(zip(_TINKER, projections, strict=True))
+    known = _parts_by_name(projections)
     for name, (a, b) in pairs.items():
         prefix, _, last = name.rpartition(".")
-        parts = projections[:2] if last == GATE_UP else [of_tinker[to_tinker_projection(last)]]
+        if last not in known:
+            raise ValueError(
+                f"{name} is of a gate, and the experts of this base have {', '.join(projections)}: "
+                "this adapter belongs to another model"
+            )
+        parts = known[last]
         every = (*numbers, -1, -1)
         whole = (a.expand(every), b.expand(every))
         factors |= split_experts(prefix, parts, *whole, rules.scale(name))
     return factors
+
+
+def _letters(projections: Projections) -> Projections:
+    """Return Tinker's names: w1, w3 and w2 of a gate, up and down, w1 and w2 where none gates."""
+    return _TINKER if len(projections) == len(_TINKER) else (_TINKER[0], _TINKER[-1])
+
+
+def _parts_by_name(projections: Projections) -> dict[str, Projections]:
+    """Return the projections that are in a stacked tensor, by the last part of its name."""
+    named = _PROJECTIONS[-len(projections) :]
+    found = {
+        name: (projection,)
+        for names in (_letters(projections), named)
+        for name, projection in zip(names, projections, strict=True)
+    }
+    return {**found, _GATE_UP: projections[:-1]} if len(projections) == len(_TINKER) else found
 
 
 def _check_pair(name: str, pair: Pair, rank: int) -> None:
@@ -113,7 +136,8 @@ def join_tinker(experts: Experts) -> dict[str, Planned]:
     """
     planned: dict[str, Planned] = {}
     for prefix in experts.prefixes:
-        for letter, projection in zip(_TINKER, experts.projections, strict=True):
+        projections = experts.names.projections
+        for letter, projection in zip(_letters(projections), projections, strict=True):
             names = [f"{prefix}.{expert}.{projection}" for expert in range(experts.num_experts)]
             modules = [experts.factors[name] for name in names]
             outer = "lora_B" if letter == "w2" else "lora_A"

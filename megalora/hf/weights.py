@@ -6,11 +6,13 @@ needs Megatron or process groups.
 
 import re
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
 from typing import Any
 
-from megalora.hf.attention_sizes import Sizes, attention_sizes
+from megalora.hf import cuts
+from megalora.hf.cuts import Block, Piece, Placement, Shard
+from megalora.hf.layer_sizes import BARE, has_bias, layer_sizes, tensor_name
 from megalora.model.config_json import mapped_family, model_shape, stored_predictions
+from megalora.model.facts import delta_parts, mamba_parts
 from megalora.model.families import names_of
 from megalora.model.family import without_numbers
 from megalora.model.shape import ModelShape
@@ -23,59 +25,41 @@ _NORMS_IN_LINEARS = {
     "self_attention.linear_q_up_proj.layer_norm_weight": "self_attention.q_layernorm.weight",
     "self_attention.linear_kv_up_proj.layer_norm_weight": "self_attention.kv_layernorm.weight",
     "self_attention.linear_qkv_down_proj.layer_norm_weight": "input_layernorm.weight",
+    "mixer.in_proj.layer_norm_weight": "norm.weight",
+    # Megatron has the convolution's as parameters of the layer.
+    "mixer.conv1d_weight": "mixer.conv1d.weight",
+    "mixer.conv1d_bias": "mixer.conv1d.bias",
+    "self_attention.in_proj.layer_norm_weight": "input_layernorm.weight",
 }
 # DeepSeek-V3's bias of the choice of experts, a buffer of Megatron's router.
 EXPERT_BIAS = "e_score_correction_bias"
 # SequentialMLP has a module for each local expert, TransformerEngine's grouped linear a parameter.
 _EXPERT_NAMES = (
-    re.compile(r"mlp\.experts\.local_experts\.(?P<expert>\d+)\.(?P<linear>linear_fc[12])\.weight"),
-    re.compile(r"mlp\.experts\.(?P<linear>linear_fc[12])\.weight(?P<expert>\d+)"),
+    re.compile(
+        r"mlp\.experts\.local_experts\.(?P<expert>\d+)\.(?P<linear>linear_fc[12])\."
+        r"(?P<kind>weight|bias)"
+    ),
+    re.compile(r"mlp\.experts\.(?P<linear>linear_fc[12])\.(?P<kind>weight|bias)(?P<expert>\d+)"),
 )
 # Split along their input; all other linears are along their output.
-_ROW_PARALLEL = ("linear_proj", "linear_fc2")
+_ROW_PARALLEL = ("linear_proj", "linear_fc2", "out_proj")
+# Of Mamba-2's tensors whose rows are those of its in_proj's parts: which parts.
+_MAMBA_PARTS = {"mixer.in_proj": ("z", "x", "B", "C", "dt"), "mixer.conv1d": ("x", "B", "C")}
+# Norms whose factors Hugging Face's tensors are, where Megatron's are 1 + weight.
+_AROUND_ONE = ("self_attention.out_norm",)
+_IN_PROJ, _CONVOLUTION = "self_attention.in_proj", "self_attention.conv1d"
+_OF_DELTA_NET = (_IN_PROJ, _CONVOLUTION)
 # Fuses what another build of the same model has apart.
 _OTHERWISE_BUILT = ("self_attention.linear_qkv_down_proj",)
 # Every rank has all of them.
-_WHOLE = ("mlp.router", "mlp.shared_experts.gate")
+_WHOLE = (
+    "mlp.router",
+    "mlp.shared_experts.gate",
+    "mlp.fc1_latent_proj",
+    "mlp.fc2_latent_proj",
+)
+_FINAL_NORMS = ("decoder.final_layernorm.weight", "decoder.final_norm.weight")
 _LAYER = re.compile(r"(?:decoder\.layers\.\d+|mtp\.layers\.\d+(?:\.mtp_model_layer)?)\.(.+)")
-
-
-@dataclass(frozen=True, slots=True)
-class Shard:
-    """Which of how many equal parts of a dimension a rank holds."""
-
-    index: int = 0
-    count: int = 1
-
-    def of(self, size: int, what: str) -> tuple[int, int]:
-        """Return the first and one past the last index of this part of `size`."""
-        if size % self.count:
-            raise ValueError(f"{what} {size} is not divisible by {self.count} ranks")
-        part = size // self.count
-        return self.index * part, (self.index + 1) * part
-
-
-@dataclass(frozen=True, slots=True)
-class Placement:
-    """This rank's parts: of dense linears, of experts' linears, and of the experts."""
-
-    tp: Shard
-    expert_tp: Shard
-    ep: Shard
-
-
-@dataclass(frozen=True, slots=True)
-class Piece:
-    """Rows first:first + count of a parameter are rows hf_first and on of a Hugging Face tensor.
-
-    columns: of the Hugging Face tensor; None means all.
-    """
-
-    name: str
-    first: int
-    count: int
-    hf_first: int
-    columns: tuple[int, int] | None = None
 
 
 class Weights:
@@ -92,8 +76,8 @@ class Weights:
         self.shape: ModelShape = model_shape(config)
         self.has_expert_bias = self.family.experts is not None and self.family.experts.sigmoid
         self.placement = placement
-        dense, moe = self._sizes(is_moe=False), self._sizes(is_moe=True)
-        self._layers = [moe if is_moe else dense for is_moe in self.shape.moe_pattern]
+        layers = range(self.shape.num_layers)
+        self._layers = [layer_sizes(self.shape, self.names, layer) for layer in layers]
         self._num_stored = self.shape.num_layers + stored_predictions(config)
         h = self.shape.hidden_size
         prediction = dict.fromkeys(("enorm", "hnorm", "final_layernorm"), ((h,),))
@@ -116,11 +100,11 @@ class Weights:
         """
         names = self.names
         if name == "embedding.word_embeddings.weight":
-            return self._vocabulary(names.embedding, num_rows)
+            return self._table(names.embedding, num_rows)
         if name == "output_layer.weight":
             tied = self.shape.tied_embeddings
-            return self._vocabulary(names.embedding if tied else names.unembedding, num_rows)
-        if name == "decoder.final_layernorm.weight":
+            return self._table(names.embedding if tied else names.unembedding, num_rows)
+        if name in _FINAL_NORMS:
             return [Piece(f"{names.final_norm}.weight", 0, self.shape.hidden_size, 0)]
         found = _LAYER.fullmatch(name)
         pieces = self._in_layer(found[1], layer, num_rows) if found and layer is not None else None
@@ -166,26 +150,6 @@ class Weights:
             for copy, original in zip(names.copies, originals, strict=True)
         }
 
-    def _sizes(self, *, is_moe: bool) -> Sizes:
-        """Return, by Megatron's module of a layer, the shapes of the weights that it stacks."""
-        shape, h = self.shape, self.shape.hidden_size
-        sizes: Sizes = dict.fromkeys(("input_layernorm", "pre_mlp_layernorm"), ((h,),))
-        sizes |= {f"self_attention.{name}": size for name, size in attention_sizes(shape).items()}
-        mlp, ffn = "mlp", shape.ffn_hidden_size
-        if is_moe:
-            mlp, ffn = "mlp.experts", shape.moe_ffn_hidden_size
-            sizes["mlp.router"] = ((shape.num_moe_experts, h),)
-            if shared := shape.moe_shared_expert_intermediate_size:
-                sizes["mlp.shared_experts.linear_fc1"] = ((shared, h), (shared, h))
-                sizes["mlp.shared_experts.linear_fc2"] = ((h, shared),)
-            if shape.moe_shared_expert_gate:
-                sizes["mlp.shared_experts.gate"] = ((1, h),)
-        return {
-            **sizes,
-            f"{mlp}.linear_fc1": ((ffn, h), (ffn, h)),
-            f"{mlp}.linear_fc2": ((h, ffn),),
-        }
-
     def _layer_shapes(self, layer: int) -> Iterator[tuple[str, tuple[int, ...]]]:
         for module, sizes in self._layers[layer].items():
             if module in _OTHERWISE_BUILT:
@@ -193,10 +157,10 @@ class Weights:
             count = self.shape.num_moe_experts if ".experts." in module else 1
             for expert in range(count):
                 for name, size in zip(self._hf_names(module, layer, expert), sizes, strict=True):
-                    yield f"{name}.weight", size
+                    yield tensor_name(name), size
                     if module == "mlp.router" and self.has_expert_bias:
                         yield f"{name}.{EXPERT_BIAS}", size[:1]
-                    if module.endswith("linear_qkv") and self.shape.add_qkv_bias:
+                    if has_bias(module, self.shape):
                         yield f"{name}.bias", size[:1]
 
     def _hf_names(self, module: str, layer: int, expert: int = 0) -> list[str]:
@@ -205,77 +169,77 @@ class Weights:
     def _in_layer(self, name: str, layer: int, num_rows: int) -> list[Piece] | None:
         found = next(filter(None, (pattern.fullmatch(name) for pattern in _EXPERT_NAMES)), None)
         if found:
-            return self._expert(f"mlp.experts.{found['linear']}", int(found["expert"]), layer)
-        module, _, kind = _NORMS_IN_LINEARS.get(name, name).rpartition(".")
+            module, local = f"mlp.experts.{found['linear']}", int(found["expert"])
+            return self._expert(module, found["kind"], local, layer)
         if name == "mlp.router.expert_bias" and self.has_expert_bias:
-            router, size = self._hf_names(module, layer)[0], self.shape.num_moe_experts
+            router, size = self._hf_names("mlp.router", layer)[0], self.shape.num_moe_experts
             return [Piece(f"{router}.{EXPERT_BIAS}", 0, size, 0)]
-        biased = module.endswith("linear_qkv") and self.shape.add_qkv_bias
-        kinds = ("weight", "bias") if biased else ("weight",)
-        sizes = self._layers[layer].get(module)
-        if sizes is None or ".experts." in module or kind not in kinds:
+        name = _NORMS_IN_LINEARS.get(name, name)
+        module, _, kind = name.rpartition(".")
+        if kind in BARE:
+            module, kind = name, "weight"
+        if kind not in self._kinds(module) or ".experts." in module:
             return None
-        hf_names = [f"{hf_name}.{kind}" for hf_name in self._hf_names(module, layer)]
+        if (sizes := self._layers[layer].get(module)) is None:
+            return None
+        hf_names = [tensor_name(hf_name, kind) for hf_name in self._hf_names(module, layer)]
         if module.endswith("linear_qkv"):
-            return self._qkv(hf_names)
-        if len(sizes[0]) == 1 or module in _WHOLE:
-            return [Piece(hf_names[0], 0, sizes[0][0], 0)]
+            blocks = cuts.query_groups(hf_names, self.shape)
+            return cuts.by_period(blocks, self.placement.tp, "linear_qkv rows")
+        if parts := _MAMBA_PARTS.get(module):
+            blocks = cuts.consecutive(hf_names[0], [mamba_parts(self.shape)[p] for p in parts])
+            return cuts.by_blocks(blocks, self.placement.tp)
+        if module in _OF_DELTA_NET:
+            return self._delta_net(module, hf_names)
+        is_norm = len(sizes[0]) == 1 and not module.endswith((*BARE, "mixer.norm"))
+        if is_norm or module in _WHOLE:
+            return [Piece(hf_names[0], 0, sizes[0][0], 0, more=float(module in _AROUND_ONE))]
+        if module == "mlp.linear_fc1" and self.names.parts_of(self.names.modules[module][0])[1:]:
+            half = sizes[0][0] // 2
+            blocks = [Block(hf_names[0], half, first) for first in (0, half)]
+            return cuts.by_blocks(blocks, self.placement.tp)
         # TransformerEngine's down projections are whole on every rank.
         is_whole = num_rows == sum(rows for rows, *_ in sizes) and module.endswith("down_proj")
-        return self._linear(module, hf_names, sizes, Shard() if is_whole else self.placement.tp)
+        return _linear(module, hf_names, sizes, Shard() if is_whole else self.placement.tp)
 
-    def _expert(self, module: str, local: int, layer: int) -> list[Piece] | None:
+    def _delta_net(self, module: str, hf_names: list[str]) -> list[Piece]:
+        """Cut what stacks a delta net's parts, whose heads ranks share out."""
+        rows, what = delta_parts(self.shape), f"rows of {module}"
+        if module == _IN_PROJ:
+            parts = cuts.delta_blocks(hf_names, self.names, self.shape)
+            return cuts.by_parts(parts, self.placement.tp, what)
+        blocks = [Block(hf_names[0], rows["query"])]
+        for part in ("key", "value"):
+            blocks.append(Block(hf_names[0], rows[part], blocks[-1].first + blocks[-1].rows))
+        return cuts.by_blocks(blocks, self.placement.tp)
+
+    def _kinds(self, module: str) -> tuple[str, ...]:
+        return ("weight", "bias") if has_bias(module, self.shape) else ("weight",)
+
+    def _expert(self, module: str, kind: str, local: int, layer: int) -> list[Piece] | None:
         sizes = self._layers[layer].get(module)
-        if sizes is None:
+        if sizes is None or kind not in self._kinds(module):
             return None
         first, _ = self.placement.ep.of(self.shape.num_moe_experts, "num_experts")
-        hf_names = [f"{name}.weight" for name in self._hf_names(module, layer, first + local)]
-        return self._linear(module, hf_names, sizes, self.placement.expert_tp)
+        hf_names = self._hf_names(module, layer, first + local)
+        hf_names = [tensor_name(hf_name, kind) for hf_name in hf_names]
+        return _linear(module, hf_names, sizes, self.placement.expert_tp)
 
-    def _linear(
-        self, module: str, hf_names: list[str], sizes: tuple[tuple[int, ...], ...], shard: Shard
-    ) -> list[Piece]:
-        """Cut a linear along its input where it reads what ranks share out, else along its output.
+    def _table(self, module: str, num_rows: int) -> list[Piece]:
+        size = self.shape.vocab_size
+        return cuts.of_vocabulary(f"{module}.weight", size, num_rows, self.placement.tp)
 
-        Of one that fuses several a rank holds a part of each, as [gate_k; up_k], and not a slice of
-        the whole.
-        """
-        if module.endswith(_ROW_PARALLEL):
-            columns = shard.of(sizes[0][1], hf_names[0])
-            return [Piece(hf_names[0], 0, sizes[0][0], 0, columns)]
-        pieces: list[Piece] = []
-        row = 0
-        for name, (rows, *_) in zip(hf_names, sizes, strict=True):
-            first, last = shard.of(rows, f"rows of {name}")
-            pieces.append(Piece(name, row, last - first, first))
-            row += last - first
-        return pieces
 
-    def _vocabulary(self, hf_name: str, num_rows: int) -> list[Piece]:
-        size, tp = self.shape.vocab_size, self.placement.tp
-        if num_rows * tp.count < size:
-            raise ValueError(
-                f"the model's vocabulary has {num_rows * tp.count} rows, config.json says {size}: "
-                f"build it with --vocab-size {size}"
-            )
-        first = tp.index * num_rows
-        count = min(num_rows, size - first)
-        return [Piece(f"{hf_name}.weight", 0, count, first)] if count > 0 else []
+def _linear(
+    module: str, hf_names: list[str], sizes: tuple[tuple[int, ...], ...], shard: Shard
+) -> list[Piece]:
+    """Cut a linear along its input where it reads what ranks share out, else along its output.
 
-    def _qkv(self, hf_names: list[str]) -> list[Piece]:
-        """Cut a rank's rows of the fused linear at the borders of q, k and v of every group.
-
-        A rank may hold a part of a group only, where there are fewer groups than ranks.
-        """
-        first, last = self.placement.tp.of(self.shape.qkv_rows, "linear_qkv rows")
-        d, queries = self.shape.kv_channels, self.shape.heads_per_group * self.shape.kv_channels
-        pieces: list[Piece] = []
-        row = 0
-        for group in range(self.shape.num_query_groups):
-            for name, size in zip(hf_names, (queries, d, d), strict=True):
-                begin, end = max(row, first), min(row + size, last)
-                if begin < end:
-                    hf_row = group * size + begin - row
-                    pieces.append(Piece(name, begin - first, end - begin, hf_row))
-                row += size
-        return pieces
+    The bias of the former is whole on every rank.
+    """
+    if not module.endswith(_ROW_PARALLEL):
+        named = zip(hf_names, sizes, strict=True)
+        return cuts.by_blocks([Block(name, rows) for name, (rows, *_) in named], shard)
+    if hf_names[0].endswith(".bias"):
+        return [Piece(hf_names[0], 0, sizes[0][0], 0)]
+    return cuts.along_input(hf_names[0], sizes[0], shard)

@@ -22,6 +22,8 @@ _TIED = {
     "lm_head.weight": "model.embed_tokens.weight",
     "model.embed_tokens.weight": "lm_head.weight",
 }
+# What a multimodal model's files have for `model.`.
+_LANGUAGE = "model.language_model."
 
 
 def trained_layers(
@@ -36,8 +38,8 @@ def trained_layers(
     files = _weights(base, whole) if whole else None
     for name, key in whole.items():
         assert files is not None
-        stored = name if name in files else _TIED.get(name, name)
-        if stored not in files:
+        stored = next((place for place in _places(name) if place in files), None)
+        if stored is None:
             raise ValueError(
                 f"adapter has the whole layer {key}, which its base does not have: it was trained "
                 "on another class of the model (such as one that classifies), or on another model"
@@ -47,6 +49,12 @@ def trained_layers(
         if not _is_same(copy, files.tensor(stored)):
             trained[name] = copy
     return trained
+
+
+def _places(name: str) -> list[str]:
+    """Return what files may call a tensor, the likeliest first."""
+    alone = (name, _TIED.get(name, name))
+    return [*alone, *(f"{_LANGUAGE}{each.removeprefix('model.')}" for each in alone)]
 
 
 def refuse_trained(names: Iterable[str]) -> None:

@@ -52,13 +52,14 @@ class Plan:
             name: torch.full((), 1 / 3, dtype=dtype).expand(*size)
             for name, (size, dtype) in whole.items()
         }
-        factors = to_hf(values, config, self._shape, initial=values)
+        factors = to_hf(values, config, self._shape, initial=values, by_values=False)
         self._one = one_rank_and_scale(factors.values())
         self._base = adapted_base(
             factors,
             names_of(shape.model_type),
             shape.num_layers,
             shape.moe_layers or None,
+            shape.delta_layers,
             is_moe=bool(shape.num_moe_experts),
         )
         tensors, fields = self._files(factors)
@@ -74,7 +75,7 @@ class Plan:
         values that are not finite.
         """
         start = {name: initial[name] for name in layers} if initial else None
-        factors = to_hf(layers, self._config, self._shape, initial=start)
+        factors = to_hf(layers, self._config, self._shape, initial=start, by_values=False)
         check_factors(factors)
         for name, tensor in self._files(factors)[0].items():
             values = tensor.make() if isinstance(tensor, Planned) else tensor

@@ -37,11 +37,12 @@ def choose_format(
 ) -> Format:
     """Return the format of an export: the one that is asked for, or its server's.
 
-    name: of `SERVERS`, None where none is named. shares_outer: experts share their outer factors.
+    name: of `SERVERS`; PEFT's is the format where none is named.
+    shares_outer: experts share their outer factors.
     Raises ValueError where the format is none that the server reads.
     """
     if name is None:
-        return format or "peft"
+        return format or peft.SERVER.choose(model, shares_outer)
     server = SERVERS[name]
     if format is None:
         return server.choose(model, shares_outer)
@@ -79,7 +80,7 @@ def judge_export(
     factors: of any values. name: of `SERVERS`; None for warnings of what vLLM would refuse. Raises
     ValueError where the server refuses it, or would load it wrongly.
     """
-    outline = outline_of_export(factors, format)
+    outline = outline_of_export(factors, format, model.names)
     if name is None:
         problems = SERVERS["vllm"].judge(outline, model).problems
         return [f"{'; '.join(problems)} (or name who it is for: --export-for)"] if problems else []

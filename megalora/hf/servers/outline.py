@@ -16,6 +16,7 @@ from megalora.hf.stacked_experts import (
     to_tinker_name,
     to_tinker_projection,
 )
+from megalora.model.family import DEFAULT_NAMES, Names
 
 # How the experts of a layer lie: `experts.3.up_proj`; `experts` and `experts.base_layer`, 2-D; or
 # `experts.w1`, 3-D.
@@ -117,9 +118,11 @@ def _check_numbers(config: Mapping[str, Any]) -> None:
                 raise ValueError(f"adapter_config {field_name} is {value!r:.100}: must be {limits}")
 
 
-def outline_of_export(factors: Mapping[str, LoRAFactors], format: str) -> Outline:
+def outline_of_export(
+    factors: Mapping[str, LoRAFactors], format: str, names: Names = DEFAULT_NAMES
+) -> Outline:
     """Return the outline of what `megalora.hf.peft.write_adapter` would write, values apart."""
-    pairs = {name: (module.rank, module.scale) for name, module in factors.items()}
+    pairs = {names.as_adapted(name): (m.rank, m.scale) for name, m in factors.items()}
     if format in ("uniform", "tinker"):
         largest = max(rank for rank, _ in pairs.values())
         pairs = dict.fromkeys(pairs, (largest, 1.0))

@@ -4,7 +4,6 @@ from collections import defaultdict
 
 from megalora.hf.factors import summarise
 from megalora.hf.peft import Format
-from megalora.hf.peft_experts import DOWN, GATE_UP
 from megalora.hf.servers.outline import Outline, layout_of
 from megalora.hf.servers.verdict import Server, Verdict, convert
 from megalora.model.served import ServedModel
@@ -30,6 +29,12 @@ def judge(outline: Outline, model: ServedModel) -> Verdict:
         )
     if "single" in outline.layouts:
         _judge_single(outline, model, verdict)
+    if model.peft_refuses_out_proj and "out_proj" in outline.leaves():
+        verdict.problems.append(
+            f"{TITLE} refuses adapters of {model.architecture}'s out_proj, whose weight Mamba-2's "
+            "kernels take without calling it: leave it out by --lora-targets attn mlp in_proj "
+            "unembed, or merge the adapter into its base (megalora merge)"
+        )
     if model.peft_renames_targets:
         _judge_beside(outline, model, verdict)
     return verdict
@@ -63,7 +68,7 @@ def _names_experts(outline: Outline, model: ServedModel) -> bool:
     return all(
         _names_parameter(outline, f"{model.names.as_loaded(prefix)}.{part}")
         for prefix, *_ in outline.experts()
-        for part in (GATE_UP, DOWN)
+        for part in model.names.parameters
     )
 
 
@@ -93,7 +98,8 @@ def _judge_single(outline: Outline, model: ServedModel, verdict: Verdict) -> Non
     layers: dict[str, set[str]] = defaultdict(set)
     for prefix, _, projection, _ in outline.experts():
         layers[prefix].add(projection)
-    lacking = sorted(prefix for prefix, of in layers.items() if of not in _PROJECTIONS)
+    complete = (*_PROJECTIONS, set(model.names.projections))
+    lacking = sorted(prefix for prefix, of in layers.items() if of not in complete)
     if lacking:
         verdict.problems.append(
             f"{TITLE} loads experts wrongly where a projection has no adapter: "

@@ -49,6 +49,7 @@ _CHOICES = _names("""
 # Of keys it knows them, of target_modules it does not.
 _KEYS_ALONE = _names("w1 w2 w3")
 _ALL = ("all", "all-linear")
+_PARTS_OF_DELTA = ("in_proj_q", "in_proj_k", "in_proj_v")
 _LAYER = re.compile(r".*\.layers?\.\d+\.")
 
 
@@ -69,15 +70,29 @@ def judge(outline: Outline, model: ServedModel) -> Verdict:
     _judge_scales(outline, verdict)
     _judge_targets(outline, verdict)
     _judge_layout(outline, verdict)
-    _judge_parts(outline, verdict)
+    _judge_parts(outline, model, verdict)
     _judge_shared(outline, model, verdict)
+    _judge_attention(outline, model, verdict)
+    _judge_delta_nets(outline, verdict)
     return verdict
+
+
+def _judge_attention(outline: Outline, model: ServedModel, verdict: Verdict) -> None:
+    """Find adapters of gated attention and of delta nets where it does not know their sizes."""
+    attention = sorted(n for n in outline.ranks if ".self_attn." in n or ".linear_attn." in n)
+    if attention and not model.sglang_sizes_attention:
+        verdict.problems.append(
+            f"{TITLE} takes {model.architecture}'s attention for one without gates and delta nets, "
+            f"and ends at {summarise(attention)}: train with --lora-targets mlp, or merge the "
+            "adapter into its base (megalora merge)"
+        )
 
 
 def _judge_shared(outline: Outline, model: ServedModel, verdict: Verdict) -> None:
     """Find adapters of Qwen2-MoE's shared expert, which it takes for as wide as a dense MLP."""
     shared, dense = model.shared_expert_intermediate_size, model.intermediate_size
-    if any(".shared_expert." in name for name in outline.ranks) and shared and shared != dense:
+    has_some = any(".shared_expert." in name for name in outline.ranks)
+    if has_some and shared not in (0, dense) and not model.sglang_sizes_shared_experts:
         verdict.problems.append(
             f"{TITLE} makes room for adapters of the shared expert by intermediate_size {dense}, "
             f"and shared_expert_intermediate_size is {shared}: leave shared_experts.linear_fc1 and "
@@ -182,8 +197,14 @@ def _judge_layout(outline: Outline, verdict: Verdict) -> None:
         )
 
 
-def _judge_parts(outline: Outline, verdict: Verdict) -> None:
-    """Find what it cannot stack: q without v, k or v without q, up without gate."""
+def _judge_parts(outline: Outline, model: ServedModel, verdict: Verdict) -> None:
+    """Find what it cannot stack: q without v, k or v without q, up without gate.
+
+    Of MLPs without a gate it is not known whether it serves them rightly.
+    """
+    cure = "train q, k and v (linear_qkv), and gate and up (linear_fc1), together"
+    if not model.vllm_gated_experts:
+        cure = "merge the adapter into its base (megalora merge)"
     modules: dict[str, set[str]] = defaultdict(set)
     for name in outline.ranks:
         if _LAYER.match(name):
@@ -197,11 +218,21 @@ def _judge_parts(outline: Outline, verdict: Verdict) -> None:
             problem = f"{parent} has an adapter of up_proj and none of gate_proj"
         else:
             continue
-        verdict.problems.append(
-            f"{TITLE} cannot fuse them: {problem}: train q, k and v (linear_qkv), and gate and up "
-            "(linear_fc1), together"
-        )
+        verdict.problems.append(f"{TITLE} cannot fuse them: {problem}: {cure}")
         return
+
+
+def _judge_delta_nets(outline: Outline, verdict: Verdict) -> None:
+    """Find in_proj_z without what it stacks it with, which it drops without a word."""
+    places = {name.rpartition(".")[0] for name in outline.ranks if name.endswith(".in_proj_z")}
+    for place in sorted(places):
+        if not all(f"{place}.{part}" in outline.ranks for part in _PARTS_OF_DELTA):
+            verdict.problems.append(
+                f"{TITLE} drops {place}.in_proj_z without {', '.join(_PARTS_OF_DELTA)} of their "
+                "own: leave in_proj out of --lora-targets, or merge the adapter into its base "
+                "(megalora merge)"
+            )
+            return
 
 
 def choose(model: ServedModel, shares_outer: bool) -> Format:

@@ -121,11 +121,19 @@ def _judge_unembedding(outline: Outline, model: ServedModel, verdict: Verdict) -
 
 def _judge_names(outline: Outline, model: ServedModel, verdict: Verdict) -> None:
     """Find modules under the names of transformers' class, where vLLM's has those of files."""
-    renamed = sorted(name for name in outline.ranks if model.names.as_stored(name) != name)
+    names = model.names
+    wanted = {name: names.as_adapted(names.as_stored(name)) for name in outline.ranks}
+    # What published files have for `model.` it takes as well.
+    files = {name: names.in_files(names.as_stored(name)) for name in wanted}
+    renamed = sorted(
+        name
+        for name, other in wanted.items()
+        if other != name and not (names.written == names.language and files[name] == name)
+    )
     if renamed:
         verdict.problems.append(
             f"{TITLE}'s {model.architecture} calls {summarise(renamed)} as the base's files do "
-            f"({model.names.as_stored(renamed[0])}), and would serve without a word and without "
+            f"({wanted[renamed[0]]}), and would serve without a word and without "
             f"them: {convert('peft')}"
         )
 
