@@ -103,12 +103,22 @@ def notes(args: argparse.Namespace) -> list[str]:
     ]
     if args.num_experts:
         found.append("experts: each is taken to get as many tokens as any other")
+    if _has_delta_nets(args):
+        found.append(
+            "gated delta nets: as torch computes them where fla is not installed, whose kernels "
+            "hold less"
+        )
     if args.gradient_accumulation_fusion:
         found.append(
             "gradients: added to main_grad by the kernel of apex; without it, a weight's gradient "
             "is held beside"
         )
     return [*found, *getattr(args, _NOTES, [])]
+
+
+def _has_delta_nets(args: argparse.Namespace) -> bool:
+    is_variant = args.experimental_attention_variant == "gated_delta_net"
+    return is_variant or "G" in (args.hybrid_layer_pattern or "")
 
 
 def _validated(

@@ -6,10 +6,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, get_args
 
 from megalora.config import ExpertMode, LoRAConfig
+from megalora.model.arguments import args_shape
 from megalora.model.families import rate_exponents
-from megalora.model.megatron import args_shape
 from megalora.model.presets import PRESETS, named_shape
-from megalora.model.shape import ModelShape
+from megalora.model.shape import DELTA_SIZES, ModelShape
 from megalora.reading import check_plain, parse_json
 from megalora.recommend.layout import Layout
 from megalora.recommend.recommendation import recommend
@@ -89,6 +89,7 @@ _SIZES = (
     "moe-ffn-hidden-size",
     "moe-shared-expert-intermediate-size",
     "mtp-num-layers",
+    *(name.replace("_", "-") for name in DELTA_SIZES),
 )
 _SWITCHES = (
     "group-query-attention",
@@ -115,7 +116,9 @@ def _add_model(parser: argparse.ArgumentParser) -> None:
     for name in _SIZES:
         group.add_argument(f"--{name}", type=int)
     group.add_argument("--moe-router-topk", type=int, default=2)
-    group.add_argument("--moe-layer-freq", type=_layer_freq, help="N, or a list of 0 and 1")
+    for name in ("moe-layer-freq", "linear-attention-freq"):
+        group.add_argument(f"--{name}", type=_layer_freq, help="N, or a list of 0 and 1")
+    group.add_argument("--experimental-attention-variant", help="gated_delta_net")
     for name in _SWITCHES:
         group.add_argument(f"--{name}", action="store_true")
 
@@ -136,6 +139,7 @@ def _add_adapter(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--expert-rank", type=int, help="default rank / top-k")
     group.add_argument("--expert-mode", choices=get_args(ExpertMode))
     group.add_argument("--shared-a", action="store_true", default=None)
+    group.add_argument("--delta-gates", action="store_true", default=None)
     group.add_argument("--rslora", action="store_true", default=None)
     group.add_argument("--lr-ratio", type=float, help="learning rate of B over that of A")
 
@@ -171,7 +175,8 @@ def _shape(args: argparse.Namespace) -> ModelShape:
 
 
 def _config(args: argparse.Namespace) -> LoRAConfig:
-    names = ("alpha", "targets", "expert_rank", "expert_mode", "shared_a", "rslora", "lr_ratio")
+    fields = set(LoRAConfig.__dataclass_fields__) - {"rank"}
+    names = [name for name in fields if hasattr(args, name)]
     given = {name: value for name in names if (value := getattr(args, name)) is not None}
     return LoRAConfig(rank=args.rank, **given)
 

@@ -4,13 +4,13 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 from megalora.config import LoRAConfig
+from megalora.model.facts import facts_of
 from megalora.model.shape import ModelShape
 from megalora.recommend.layout import Layout
 from megalora.recommend.linears import Group, Linear, layer_extras, linears
 from megalora.recommend.stages import even_stages
 from megalora.targets import (
     AdapterSpec,
-    ModelFacts,
     check_all_matched,
     check_targets,
     matching_target,
@@ -192,28 +192,22 @@ def _planned(shape: ModelShape, config: LoRAConfig) -> Iterator[tuple[Linear, Ad
     matched = {matching_target(linear.name, config.targets) for linear in linears(shape)}
     leaves = {linear.name.rpartition(".")[2] for linear in linears(shape)}
     check_all_matched(config.targets, {target for target in matched if target}, leaves)
-    facts = _facts(shape)
+    facts = facts_of(shape)
     for linear in linears(shape):
         if matching_target(linear.name, config.targets) is None:
             yield linear, None
             continue
         is_expert = linear.num_experts > 0
-        spec = plan(linear.name, linear.out_features, config, facts, is_expert=is_expert)
+        spec = plan(
+            linear.name,
+            linear.out_features,
+            config,
+            facts,
+            is_expert=is_expert,
+            parts=linear.parts,
+        )
         a_elements = spec.num_projections * spec.rank * linear.in_features
-        yield linear, AdapterSize(linear, spec, a_elements, spec.rank * linear.out_features)
-
-
-def _facts(shape: ModelShape) -> ModelFacts:
-    return ModelFacts(
-        num_attention_heads=shape.num_attention_heads,
-        num_query_groups=shape.num_query_groups,
-        kv_channels=shape.kv_channels,
-        gated_linear_unit=shape.gated_linear_unit,
-        attention_output_gate=shape.attention_output_gate,
-        moe_router_topk=shape.moe_router_topk,
-        num_moe_experts=shape.num_moe_experts,
-        q_lora_rank=shape.q_lora_rank,
-    )
+        yield linear, AdapterSize(linear, spec, a_elements, spec.rank * spec.rows.size)
 
 
 def _unplanned(shape: ModelShape) -> Iterator[tuple[Linear, None]]:
@@ -243,6 +237,14 @@ def _check_divides(shape: ModelShape, layout: Layout) -> None:
             f"tp {layout.tp} does not divide {heads} attention heads in {groups} query groups: "
             "use a divisor of both"
         )
+    for what, count in (
+        ("key heads of gated delta nets", shape.linear_num_key_heads),
+        ("groups of Mamba-2's heads", shape.mamba_num_groups),
+    ):
+        if count % layout.tp:
+            raise ValueError(
+                f"tp {layout.tp} does not divide {count} {what}: use a divisor of both"
+            )
     if layout.pp > shape.num_layers:
         raise ValueError(f"pp {layout.pp} exceeds {shape.num_layers} layers: lower --pp")
     if layout.ep > 1 and (not shape.num_moe_experts or shape.num_moe_experts % layout.ep):

@@ -5,8 +5,8 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from megalora.config import LoRAConfig
+from megalora.model.arguments import args_shape
 from megalora.model.families import rate_exponents
-from megalora.model.megatron import args_shape
 from megalora.model.presets import named_shape
 from megalora.model.shape import ModelShape
 from megalora.recommend.costs import (

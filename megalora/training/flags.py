@@ -146,10 +146,10 @@ def _check_pattern(args: argparse.Namespace) -> None:
     pattern = getattr(args, "hybrid_layer_pattern", None)
     if args.hybrid and not args.hf_model:
         raise ValueError("hybrid is set without hf_model: give --hf-model, whose layers it means")
-    if args.hf_model or args.export_hf:
-        refuse_other(pattern)
-    if args.hf_model and pattern:
-        shape = model_shape(read_config(args.hf_model))
+    shape = model_shape(read_config(args.hf_model)) if args.hf_model else None
+    if shape or args.export_hf:
+        refuse_other(pattern, shape.model_type if shape else "")
+    if shape and pattern:
         wanted = pattern_of(shape, predictions=pattern.count("/"))
         if layers_of(pattern) != wanted:
             raise ValueError(

@@ -89,7 +89,7 @@ class DotProductAttention(torch.nn.Module):
         self.cp_comm_type = cp_comm_type
         self.set_context_parallel_group(cp_group, None, None, cp_comm_type)
         if softmax_type == "learnable":
-            shape = 1, num_attention_heads // tp_size, 1, 1
+            shape = num_attention_heads // tp_size
             self.softmax_offset = torch.nn.Parameter(torch.empty(shape, device="cuda"))
 
     def set_context_parallel_group(
