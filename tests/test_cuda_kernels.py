@@ -125,6 +125,23 @@ def test_gradients_at_odd_addresses_are_added_to(emulated: Ops) -> None:
     assert relative_error(d_b, expected) < TOLERANCE[torch.bfloat16]
 
 
+@pytest.mark.parametrize("more", [5, 8], ids=["odd", "whole vectors"])
+def test_columns_before_others_are_read_and_written_alone(emulated: Ops, more: int) -> None:
+    """As of a delta net's in_proj, whose last columns have no adapter."""
+    given = draw(Case(70, 8, (24, 24, 40, 40), 1, rank=4), torch.bfloat16)
+    wide = torch.cat([given.y, torch.ones(70, more, dtype=torch.bfloat16)], 1).view(10, 7, -1)
+    columns, s = wide[..., :128], given.s.view(10, 7, -1)
+    arguments = (s, given.lora_B, 0.7, None, given.segments)
+    found = emulated.expand_backward(columns, *arguments)
+    for gradient, right in zip(found, reference.expand_backward(columns, *arguments), strict=True):
+        assert relative_error(gradient, right) < TOLERANCE[torch.bfloat16]
+    expected = columns.clone()
+    reference.expand_(expected, *arguments)
+    emulated.expand_(columns, *arguments)
+    assert relative_error(wide[..., :128], expected) < TOLERANCE[torch.bfloat16]
+    assert wide[..., 128:].eq(1).all()
+
+
 def test_the_kernels_repeat_themselves_bit_for_bit(emulated: Ops) -> None:
     given = draw(CASES[7], torch.bfloat16)
     arguments = (given.y, given.s, given.lora_B, 1.0, given.offsets, given.segments)

@@ -12,10 +12,11 @@ from safetensors.torch import load_file, save_file
 from megalora.config import LoRAConfig
 from megalora.hf.adapters import from_hf
 from megalora.hf.block_scaled import PlainFiles
+from megalora.hf.cuts import Placement, Shard
 from megalora.hf.factors import LoRAFactors
 from megalora.hf.merge import merge_adapter
 from megalora.hf.safetensors_files import HFWeights
-from megalora.hf.weights import Placement, Shard, Weights
+from megalora.hf.weights import Weights
 from megalora.model.config_json import model_shape, read_config
 from megalora.model.megatron import megatron_args
 from megalora.model.presets import named_shape

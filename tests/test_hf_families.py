@@ -9,7 +9,8 @@ import pytest
 import torch
 import transformers
 
-from megalora.hf.weights import EXPERT_BIAS, Piece, Placement, Shard, Weights
+from megalora.hf.cuts import Piece, Placement, Shard
+from megalora.hf.weights import EXPERT_BIAS, Weights
 from megalora.model.config_json import model_shape, read_config
 from megalora.model.families import FAMILIES
 from megalora.model.megatron import megatron_args, megatron_flags
@@ -129,7 +130,23 @@ def model_type(config: dict[str, object]) -> str:
 # transformers' own defaults.
 DEEPSEEK_V3 = {"model_type": "deepseek_v3", "n_routed_experts": 256}
 GLM_47_FLASH = {"model_type": "glm4_moe_lite"}
-GIVEN = [MIXTRAL_8X7B, QWEN15_MOE, GLM_45_AIR, GLM_47_FLASH, DEEPSEEK_V3]
+PHI_4 = {"model_type": "phi3", "num_key_value_heads": 8}
+# Nemotron-H-8B, of 8,100,852,736 parameters.
+NEMOTRON_H = {
+    "model_type": "nemotron_h",
+    "hybrid_override_pattern": "M-M-M-M*-M-M-M-M-M*-M-M-M-M-M*-M-M-M-M-M*-M-M-M-M-M-",
+}
+# Of latent experts, as Nemotron 3 Super has them.
+NEMOTRON_LATENT = {**NEMOTRON_H, "hybrid_override_pattern": "ME*-E", "moe_latent_size": 1024}
+# Its numbers are those of gpt-oss 120b; of 20b two are others.
+GPT_OSS = {"model_type": "gpt_oss"}
+GPT_OSS_20B = {"model_type": "gpt_oss", "num_hidden_layers": 24, "num_local_experts": 32}
+QWEN3_NEXT = {"model_type": "qwen3_next"}
+QWEN3_5 = {"model_type": "qwen3_5_text"}
+QWEN3_5_MOE = {"model_type": "qwen3_5_moe_text"}
+GIVEN = [MIXTRAL_8X7B, QWEN15_MOE, GLM_45_AIR, GLM_47_FLASH, DEEPSEEK_V3, GPT_OSS, GPT_OSS_20B]
+GIVEN += [QWEN3_NEXT, QWEN3_5, QWEN3_5_MOE]
+GIVEN += [PHI_4, NEMOTRON_H, NEMOTRON_LATENT]
 
 
 @pytest.mark.parametrize("given", GIVEN, ids=model_type)
@@ -200,7 +217,7 @@ def test_both_spellings_of_the_number_of_experts_are_read():
     [
         (
             {"model_type": "gpt2"},
-            "model_type is 'gpt2': supported are .*, kimi_k2, llama, mistral, mixtral, qwen2",
+            "'gpt2': supported are .*, kimi_k2, llama, mistral, .*mixtral, nemotron_h, phi3, qwen2",
         ),
         ({"model_type": None}, "model_type is None"),
         ({"hidden_size": None}, "hidden_size is None"),
@@ -299,13 +316,24 @@ def test_every_mapped_family_is_named_by_its_architecture():
         "DeepseekV3ForCausalLM",
         "Glm4MoeForCausalLM",
         "Glm4MoeLiteForCausalLM",
+        "GptOssForCausalLM",
         "LlamaForCausalLM",
+        "Mistral3ForConditionalGeneration",
         "MistralForCausalLM",
         "MixtralForCausalLM",
+        "NemotronHForCausalLM",
+        "Phi3ForCausalLM",
         "Qwen2MoeForCausalLM",
         "Qwen2ForCausalLM",
+        "Qwen2_5_VLForConditionalGeneration",
         "Qwen3ForCausalLM",
         "Qwen3MoeForCausalLM",
+        "Qwen3NextForCausalLM",
+        "Qwen3VLForConditionalGeneration",
+        "Qwen3_5ForCausalLM",
+        "Qwen3_5ForConditionalGeneration",
+        "Qwen3_5MoeForCausalLM",
+        "Qwen3_5MoeForConditionalGeneration",
     }
 
 

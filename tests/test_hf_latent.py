@@ -12,11 +12,12 @@ from safetensors.torch import load_file, save_file
 
 from megalora.config import LoRAConfig
 from megalora.hf.adapters import from_hf, to_hf
+from megalora.hf.cuts import Piece, Placement, Shard
 from megalora.hf.factors import LoRAFactors
 from megalora.hf.linears import linears
 from megalora.hf.merge import merge_adapter
 from megalora.hf.run_flags import targets_of
-from megalora.hf.weights import Piece, Placement, Shard, Weights
+from megalora.hf.weights import Weights
 from megalora.model.config_json import model_shape, read_config
 from megalora.model.families import names_of
 from megalora.model.megatron import megatron_args, megatron_flags

@@ -22,7 +22,7 @@ def save(model: torch.nn.Module, directory: Path, **options: object) -> Path:
     return directory
 
 
-@pytest.mark.parametrize("family", ["llama", "qwen2", "qwen3_moe"])
+@pytest.mark.parametrize("family", ["llama", "phi3", "qwen2", "qwen3_moe"])
 def test_the_merged_directory_has_the_logits_of_the_merged_model(family, tmp_path):
     model = hf_model(family)
     factors = random_factors(model, RANKS)

@@ -11,9 +11,10 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from megalora.__main__ import main
+from megalora.hf.cuts import Placement, Shard
 from megalora.hf.factors import LoRAFactors
 from megalora.hf.peft import write_adapter
-from megalora.hf.weights import Placement, Shard, Weights
+from megalora.hf.weights import Weights
 from tests.support.forked import call
 
 NUMBERS = pytest.mark.bad_input("a number that is not one")

@@ -5,9 +5,10 @@ from typing import Any
 
 import pytest
 
+from megalora.model.arguments import args_shape
 from megalora.model.config_json import model_shape
 from megalora.model.hybrid import as_gpt, equals_gpt, gpt_name, pattern_of
-from megalora.model.megatron import args_shape, megatron_flags
+from megalora.model.megatron import megatron_flags
 from megalora.model.shape import ModelShape
 from megalora.training.flags import with_hf_flags
 from tests.support.hf_models import hf_config
@@ -72,8 +73,8 @@ def test_a_hybrid_s_flags_give_the_sizes_of_the_gpt_model() -> None:
     hybrid = argparse.Namespace(**vars(dense), num_layers=8, hybrid_layer_pattern="*-*-|*-*-")
     dense.num_layers = 4
     assert args_shape(hybrid) == args_shape(dense)
-    hybrid.hybrid_layer_pattern = "*-*-*-M-"
-    with pytest.raises(ValueError, match=r"whose layer 6 is Mamba \(M\)"):
+    hybrid.hybrid_layer_pattern = "*-*-*-D-"
+    with pytest.raises(ValueError, match=r"whose layer 6 is sparse attention \(D\)"):
         args_shape(hybrid)
 
 

@@ -82,7 +82,7 @@ def distances_of_parts(one: Path, other: Path) -> dict[str, float]:
 @pytest.mark.parametrize(
     ("more", "message"),
     [
-        (["--export-hf", "adapter"], "whose layer 0 is Mamba (M), which no family here has"),
+        (["--export-hf", "adapter"], "whose layer 0 is Mamba (M), which Nemotron-H alone has"),
         (
             ["--lr", "auto"],
             "lr is auto, but hybrid_layer_pattern is 'M*-E', whose layer 0 is Mamba",
@@ -100,7 +100,7 @@ def test_what_a_hybrid_run_cannot_do_is_refused(
 
 def test_an_adapter_of_a_hybrid_model_is_not_exported(trained: Trained) -> None:
     text = call(_error_of_reading, trained.directory)
-    assert "hybrid_layer_pattern is 'M*-E', whose layer 0 is Mamba (M), which no family" in text
+    assert "hybrid_layer_pattern is 'M*-E', whose layer 0 is Mamba (M), which Nemotron-H" in text
 
 
 def _error_of_reading(checkpoint: Path) -> str:

@@ -25,28 +25,48 @@ def test_make_runs_where_there_is_a_makefile(tmp_path: Path) -> None:
     assert not call(replaces_make, tmp_path)
 
 
-def attention_of(fields: dict[str, Any]) -> str:
-    """Return the class of the local layers' core attention of such a configuration."""
+def differences(softmax_type: str, layer: int) -> list[float]:
+    """Return how far our attention of the local layers is from Megatron's: output and gradients.
+
+    Of a layer with a window (1) and one without (2).
+    """
+    import torch
+    from megatron.core import parallel_state, tensor_parallel
     from megatron.core.models.backends import LocalSpecProvider
+    from megatron.core.transformer.dot_product_attention import DotProductAttention
     from megatron.core.transformer.enums import AttnMaskType
     from megatron.core.transformer.transformer_config import TransformerConfig
 
-    config = TransformerConfig(num_layers=1, hidden_size=16, num_attention_heads=2, **fields)
+    parallel_state._set_global_memory_buffer()
+    tensor_parallel.model_parallel_cuda_manual_seed(1, tp_rank=0, ep_rank=0, etp_rank=0)
     alone: Any = SimpleNamespace(size=lambda: 1, rank=lambda: 0)
-    attention = LocalSpecProvider().core_attention()(
-        config=config,
-        layer_number=1,
-        attn_mask_type=AttnMaskType.causal,
-        attention_type="self",
-        pg_collection=SimpleNamespace(tp=alone, cp=alone),
-    )
-    return type(attention).__name__
+    sizes = {"num_attention_heads": 4, "num_query_groups": 2, "kv_channels": 16}
+    window = {"window_size": (3, 0), "window_attn_skip_freq": 2}
+    own = {"softmax_type": softmax_type, "init_method": torch.nn.init.normal_}
+    fields: Any = {**sizes, **window, **own, "attention_dropout": 0.0}
+    config = TransformerConfig(num_layers=2, hidden_size=32, **fields)
+    # The last is of the output's gradient.
+    sources = [torch.randn(9, 2, *size) for size in ((4, 16), (2, 16), (2, 16), (64,))]
+    mask = torch.ones(9, 9, dtype=torch.bool).triu(1)[None, None]
+    found = []
+    for kind in (LocalSpecProvider().core_attention(), DotProductAttention):
+        torch.manual_seed(1)
+        groups: Any = SimpleNamespace(tp=alone, cp=alone)
+        built: Any = kind(config, layer, AttnMaskType.causal, "self", pg_collection=groups)
+        inputs = [source.clone().requires_grad_() for source in sources[:3]]
+        output = built(*inputs, mask)
+        output.backward(sources[3])
+        offsets = built.parameters()
+        found.append([output, *(x.grad for x in (*inputs, *offsets))])
+    return [float((x - y).abs().max()) for x, y in zip(*found, strict=True)]
 
 
-def test_softmax_offsets_stay_with_megatron() -> None:
-    assert call(attention_of, {}) == "CoreAttention"
-    assert call(attention_of, {"window_size": (4, 0)}) == "CoreAttention"
-    assert call(attention_of, {"softmax_type": "off-by-one"}) == "DotProductAttention"
+@pytest.mark.parametrize("layer", [1, 2])
+@pytest.mark.parametrize(("softmax_type", "tensors"), [("learnable", 5), ("off-by-one", 4)])
+def test_softmax_offsets_are_those_of_megatron(softmax_type: str, tensors: int, layer: int) -> None:
+    found = call(differences, softmax_type, layer)
+    assert len(found) == tensors
+    assert max(found) < 1e-5
 
 
 def message_of(part: str) -> str:
@@ -56,7 +76,7 @@ def message_of(part: str) -> str:
     from megalora.mends.layers import build_norm
     from megalora.mends.optimizer import FusedAdam
 
-    config = SimpleNamespace(layernorm_zero_centered_gamma=part == "gamma", normalization="L2Norm")
+    config = SimpleNamespace(layernorm_zero_centered_gamma=False, normalization="L2Norm")
     try:
         if part == "adam":
             FusedAdam([torch.nn.Parameter(torch.zeros(1))], capturable=True)
@@ -69,13 +89,42 @@ def message_of(part: str) -> str:
 @pytest.mark.parametrize(
     ("part", "message"),
     [
-        ("gamma", "leave out --apply-layernorm-1p"),
         ("norm", "normalization 'L2Norm' is not in torch: use RMSNorm or LayerNorm"),
         ("adam", "leave out --optimizer-cuda-graph"),
     ],
 )
 def test_what_torch_lacks_is_refused(part: str, message: str) -> None:
     assert message in call(message_of, part)
+
+
+def norms_around_zero(normalization: str) -> tuple[list[list[float]], list[list[float]], float]:
+    """Return a norm in bf16 of small weights, the same by its formula, and its first weight."""
+    import torch
+
+    from megalora.mends.layers import build_norm
+
+    config = SimpleNamespace(
+        layernorm_zero_centered_gamma=True, normalization=normalization, sequence_parallel=False
+    )
+    norm = build_norm(object, config, 8, eps=1e-6).bfloat16()  # type: ignore[arg-type]
+    start = float(norm.weight[0])
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        # 1 + 0.003 is 1 in bf16.
+        norm.weight.copy_(torch.arange(8) * 1e-3)
+    x = torch.randn(4, 8, generator=generator).bfloat16()
+    wide = x.double()
+    wide = wide - wide.mean(-1, keepdim=True) if normalization == "LayerNorm" else wide
+    expected = wide / (wide.square().mean(-1, keepdim=True) + 1e-6).sqrt()
+    expected = (expected * (1 + norm.weight.double())).bfloat16()
+    return norm(x).tolist(), expected.tolist(), start
+
+
+@pytest.mark.parametrize("normalization", ["RMSNorm", "LayerNorm"])
+def test_a_gamma_around_zero_is_added_to_one_in_fp32(normalization: str) -> None:
+    found, expected, start = call(norms_around_zero, normalization)
+    assert found == expected
+    assert start == 0.0
 
 
 def counts_of(padding: list[bool]) -> list[float]:

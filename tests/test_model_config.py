@@ -9,9 +9,11 @@ from typing import Any
 import pytest
 
 from megalora.config import LoRAConfig
-from megalora.hf.weights import Placement, Shard, Weights
+from megalora.hf.cuts import Placement, Shard
+from megalora.hf.weights import Weights
+from megalora.model.arguments import args_shape
 from megalora.model.config_json import read_config
-from megalora.model.megatron import args_shape, megatron_args
+from megalora.model.megatron import megatron_args
 from megalora.model.shape import ModelShape
 from megalora.recommend import add_parser, recommend_for_args
 from megalora.training.flags import with_hf_flags
@@ -80,7 +82,7 @@ IMPOSSIBLE = [
     ({**TINY_MOE, "mlp_only_layers": 3}, "mlp_only_layers is 3: must be a list"),
     (
         {**TINY_LLAMA, "model_type": "gpt2"},
-        "model_type is 'gpt2': supported are deepseek_v3, glm4_moe, glm4_moe_lite, kimi_k2",
+        "model_type is 'gpt2': supported are deepseek_v3, glm4_moe, glm4_moe_lite, gpt_oss",
     ),
     ({**TINY_LLAMA, "model_type": ["llama"]}, r"model_type is ['llama']"),
     ([TINY_LLAMA], "holds a JSON list, expected an object"),

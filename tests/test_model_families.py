@@ -12,10 +12,11 @@ from safetensors.torch import save_file
 
 from megalora.config import LoRAConfig
 from megalora.hf.adapters import from_hf, to_hf
+from megalora.hf.cuts import Piece, Placement, Shard
 from megalora.hf.linears import linears
 from megalora.hf.run_flags import targets_of
 from megalora.hf.safetensors_files import HFWeights
-from megalora.hf.weights import Piece, Placement, Shard, Weights
+from megalora.hf.weights import Weights
 from megalora.model import families
 from megalora.model.config_json import mapped_family, model_shape
 from megalora.model.megatron import megatron_flags
@@ -25,7 +26,8 @@ from tests.support.sizes import TINY_GLM, TINY_MOE
 
 PACKAGE = Path(families.__file__).parents[2]
 TOY = """
-from megalora.model.family import DECODER, LLAMA_LIKE, Experts, Family, Names, Rate
+from megalora.model.decoder_names import DECODER
+from megalora.model.family import LLAMA_LIKE, Experts, Family, Names, Rate
 
 MODULES = {
     **DECODER,

@@ -10,8 +10,8 @@ from typing import Any
 
 import pytest
 
+from megalora.model.arguments import args_shape
 from megalora.model.config_json import load_config, model_shape
-from megalora.model.megatron import args_shape
 from megalora.model.presets import named_shape, preset_shape
 from megalora.recommend.linears import base_parameters
 from tests.support.sizes import (
@@ -86,6 +86,7 @@ def test_a_layer_that_predicts_one_token_more_is_counted_as_published() -> None:
         TINY_MOE,
         {**TINY_MOE, "mlp_only_layers": [], "decoder_sparse_step": 2, "num_hidden_layers": 3},
         TINY_QWEN2_MOE,
+        {**TINY_LLAMA, "model_type": "gpt_oss", "num_local_experts": 4, "num_experts_per_tok": 2},
     ],
     ids=lambda config: config["model_type"],
 )
@@ -154,12 +155,12 @@ def test_latent_attention_is_read_from_megatrons_flags() -> None:
     ("make", "message"),
     [
         (lambda: preset_shape("llama-9"), r"'llama-9' is neither .* llama-3.1-8b"),
-        (lambda: model_shape({"model_type": "gpt_oss"}), "linear attention"),
+        (lambda: model_shape({"model_type": "t5"}), "linear attention"),
         (lambda: model_shape({"model_type": "llama"}), "num_attention_heads is None"),
         (lambda: load_config("/nonexistent"), "/nonexistent/config.json does not exist"),
         (
-            lambda: args_shape(argparse.Namespace(hybrid_layer_pattern="M*-")),
-            r"hybrid_layer_pattern is 'M\*-', whose layer 0 is Mamba",
+            lambda: args_shape(argparse.Namespace(hybrid_layer_pattern="D*-")),
+            r"hybrid_layer_pattern is 'D\*-', whose layer 0 is sparse attention",
         ),
         (
             lambda: args_shape(argparse.Namespace(**MEGATRON_LLAMA, mtp_num_layers=-1)),
@@ -185,3 +186,40 @@ def test_sizes_and_recommendations_need_neither_torch_nor_megatron() -> None:
     line = "import sys, megalora.recommend; print(sys.modules.keys() & {'torch', 'megatron'})"
     found = subprocess.run([sys.executable, "-c", line], capture_output=True, text=True)
     assert found.stdout.strip() == "set()", found.stderr
+
+
+DELTA_NETS = {
+    **MEGATRON_LLAMA,
+    "experimental_attention_variant": "gated_delta_net",
+    "linear_attention_freq": 4,
+    "linear_num_value_heads": 48,
+}
+
+
+def test_delta_nets_have_megatrons_sizes_where_none_are_given() -> None:
+    shape = args_shape(argparse.Namespace(**DELTA_NETS))
+    assert shape.delta_net_pattern == [1, 1, 1, 0] * 8
+    assert (shape.delta_key_size, shape.delta_value_size) == (16 * 128, 48 * 128)
+    listed = {**DELTA_NETS, "linear_attention_freq": [1, 1, 1, 0] * 8}
+    assert base_parameters(args_shape(argparse.Namespace(**listed))) == base_parameters(shape)
+    # Megatron's defaults have sizes for delta nets in every model.
+    assert dataclasses.replace(LLAMA, linear_key_head_dim=128, linear_num_key_heads=16) == LLAMA
+
+
+@pytest.mark.bad_input("a malformed file")
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        ({"linear_attention_freq": None}, "linear_attention_freq is missing"),
+        ({"linear_attention_freq": [1, 0]}, "linear_attention_freq has 2 entries for 32 layers"),
+        ({"linear_num_key_heads": 5}, "linear_num_value_heads 48 is not divisible by .* 5"),
+        ({"linear_key_head_dim": -1}, "linear_key_head_dim is -1: must be an integer >= 1"),
+        ({"linear_key_head_dim": 10**9}, "linear_key_head_dim is 1000000000: must be 65,536"),
+        ({"experimental_attention_variant": "dsa"}, "'dsa', whose linears are not described"),
+    ],
+)
+def test_sizes_of_delta_nets_that_are_none_are_refused(
+    changed: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(ValueError, match=message):
+        args_shape(argparse.Namespace(**{**DELTA_NETS, **changed}))

@@ -62,6 +62,30 @@ def test_tinkers_attention_through_latents_is_what_it_publishes(
     assert adapter_parameters(shape, lora(1, **shared))["attention"] == published + expanding
 
 
+def test_tinkers_attention_of_delta_nets_is_what_it_publishes() -> None:
+    # Qwen3.5-27B: three of four layers are delta nets, the others attend with an output gate.
+    shape = ModelShape(
+        num_layers=64,
+        hidden_size=5120,
+        num_attention_heads=24,
+        num_query_groups=4,
+        kv_channels=256,
+        ffn_hidden_size=17408,
+        vocab_size=248320,
+        attention_output_gate=True,
+        linear_attention_freq=4,
+        linear_conv_kernel_dim=4,
+        linear_key_head_dim=128,
+        linear_value_head_dim=128,
+        linear_num_key_heads=16,
+        linear_num_value_heads=48,
+    )
+    assert adapter_parameters(shape, lora(1))["attention"] == 2_965_504
+    gates = adapter_parameters(shape, lora(1, delta_gates=True))["attention"] - 2_965_504
+    # Two projections of 48 rows in each of 48 layers.
+    assert gates == 48 * 2 * (5120 + 48)
+
+
 def test_tinkers_experts_are_what_it_publishes() -> None:
     tinker = lora(1, targets=("tinker",), expert_mode="shared_outer")
     counts = adapter_parameters(MOE, tinker)

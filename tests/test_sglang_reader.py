@@ -40,7 +40,8 @@ def sglang() -> Iterator[sglang_reader.Reader]:
 @pytest.mark.parametrize("head", [True, False], ids=["lm_head", "no lm_head"])
 @pytest.mark.parametrize("format", FORMATS)
 @pytest.mark.parametrize(
-    "family", ["llama", "qwen2", "qwen3", "qwen3_moe", "mixtral", "qwen2_moe", "glm4_moe"]
+    "family",
+    ["llama", "qwen2", "qwen3", "qwen3_moe", "mixtral", "qwen2_moe", "glm4_moe", "qwen3_next"],
 )
 @has_sglang
 def test_sglang_agrees(

@@ -84,6 +84,21 @@ def test_vllm_serves_without_experts_that_are_named_as_transformers_5_loads_them
     assert "serves without" in vllm.refusal(directory, config, **vllm_flags(found))
 
 
+@pytest.mark.parametrize("family", ["qwen3_5", "qwen3_5_moe"])
+@has_vllm
+def test_vllm_serves_a_multimodal_model_without_what_names_its_language_model_alone(
+    family: str, vllm: vllm_reader.Reader, tmp_path: Path
+) -> None:
+    config = config_of(family)
+    directory = written(tmp_path, factors_of(family, (2, 4), head=False), "peft-3d", family)
+    path = directory / "adapter_model.safetensors"
+    tensors = {n.replace("language_model.", ""): t for n, t in load_file(path).items()}
+    save_file(tensors, path)
+    found = verdict("vllm", directory, config)
+    assert "model.language_model.layers.0." in "".join(found.problems)
+    assert "serves without" in vllm.refusal(directory, config, **vllm_flags(found))
+
+
 @pytest.mark.parametrize(
     ("family", "format", "missing"),
     [

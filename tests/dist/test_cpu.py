@@ -10,13 +10,18 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from megalora.mends import attention
 from tests.dist.support.layouts import Layout, model_parallel, one_rank, over
-from tests.dist.support.models import MLA, MOE, SEQ_LENGTH, build_model
+from tests.dist.support.models import DELTA_NET, MLA, MOE, SEQ_LENGTH, build_model
 from tests.dist.support.training import NUM_SEQUENCES, Run, packed, train
 
 TOLERANCE = 1e-5
 DISTRIBUTED_OPTIMIZER = Run(distributed_optimizer=True, overlap=True)
 PACKED = Run(cu_seqlens=(0, 4, 12, SEQ_LENGTH), micro_batch_size=1)
-KINDS: dict[str, dict[str, Any]] = {"dense": {}, "moe": MOE, "mla": MLA}
+KINDS: dict[str, dict[str, Any]] = {
+    "dense": {},
+    "moe": MOE,
+    "mla": MLA,
+    "delta nets": {**DELTA_NET, "num_layers": 2},
+}
 
 
 @functools.cache
@@ -98,9 +103,10 @@ def test_bf16_trains_close_to_fp32(layout: Layout) -> None:
     assert not torch.equal(history, expected)
 
 
+@pytest.mark.parametrize("kind", ["dense", "delta nets"])
 @over(Layout(cp=2), Layout(tp=2, sp=True))
-def test_packed_sequences_train_as_one_rank(layout: Layout) -> None:
-    assert_trains_as_one_rank(layout, "dense", PACKED)
+def test_packed_sequences_train_as_one_rank(layout: Layout, kind: str) -> None:
+    assert_trains_as_one_rank(layout, kind, PACKED)
 
 
 def _logits(
@@ -110,13 +116,11 @@ def _logits(
     return model(tokens[None], positions, None, packed_seq_params=packed(cu_seqlens))
 
 
-@pytest.mark.parametrize("window", [None, (3, 0)])
+@pytest.mark.parametrize("fields", [{}, {"window_size": (3, 0)}, KINDS["delta nets"]])
 @over(Layout())
-def test_packed_sequences_do_not_see_each_other(
-    layout: Layout, window: tuple[int, int] | None
-) -> None:
+def test_packed_sequences_do_not_see_each_other(layout: Layout, fields: dict[str, Any]) -> None:
     with model_parallel(layout):
-        (model,) = build_model(layout, window_size=window)
+        (model,) = build_model(layout, **fields)
         packed = _logits(model, torch.arange(SEQ_LENGTH), PACKED.cu_seqlens)
         alone = _logits(model, torch.arange(4, 12))
         mixed = _logits(model, torch.arange(SEQ_LENGTH))

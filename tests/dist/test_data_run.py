@@ -65,7 +65,6 @@ def test_the_attention_format_follows_what_the_attention_can(
         micro_batch_size=2,
         multi_latent_attention=False,
         window_size=None,
-        softmax_type="vanilla",
     )
     assert attention_format(args) == "mask"  # on the CPU
     monkeypatch.setattr("megatron.core.extensions.transformer_engine.HAVE_TE", True)
@@ -83,11 +82,8 @@ def test_the_attention_format_follows_what_the_attention_can(
     assert attention_format(args) == "thd"
     args.window_size = (8, 0)
     assert attention_format(args) == "thd"
-    for name, value in (("softmax_type", "off-by-one"), ("multi_latent_attention", True)):
-        before = getattr(args, name)
-        setattr(args, name, value)
-        assert attention_format(args) == "mask"
-        setattr(args, name, before)
+    args.multi_latent_attention = True
+    assert attention_format(args) == "mask"
 
 
 @pytest.mark.world_1
@@ -106,7 +102,6 @@ def test_masks_that_no_memory_holds_are_refused() -> None:
         recompute_granularity=None,
         multi_latent_attention=False,
         window_size=None,
-        softmax_type="vanilla",
     )
     check_data_args(args)  # boundaries are enough
     args.multi_latent_attention = True

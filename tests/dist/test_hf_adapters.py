@@ -21,6 +21,7 @@ from megalora.hf.base_out import hf_config, save_hf_base
 from megalora.hf.exchange import export_adapter, load_adapter
 from megalora.hf.factors import LoRAFactors
 from megalora.hf.peft import read_adapter, write_adapter
+from megalora.hf.servers import choose_format, served_model
 from megalora.model.config_json import model_shape, read_config
 from megalora.model.families import names_of
 from tests.dist.support import hf
@@ -31,7 +32,10 @@ from tests.support import hf_models
 TOLERANCE = 1e-4
 CONFIG = LoRAConfig(rank=8, alpha=16.0, expert_rank=4)
 RANKS = {".experts.": (4, 4.0), "": (8, 2.0)}
+# Of Nemotron-H it refuses out_proj, and finds experts in one tensor alone.
+TAKEN_BY_PEFT = {"nemotron_h": ("attn", "mlp", "in_proj", "unembed")}
 WITH_EXPERTS = ["mixtral", "qwen2_moe", "qwen3_moe", "glm4_moe", "glm4_moe_lite", "deepseek_v3"]
+WITH_EXPERTS += ["gpt_oss", "qwen3_next", "nemotron_h"]
 
 
 @functools.cache
@@ -54,7 +58,9 @@ def put(chunks: list[Any], case: str, factors: dict[str, LoRAFactors], config: L
     load_adapters(chunks, from_hf(factors, config, shape, padded_vocab_size=hf.PADDED_VOCAB))
 
 
-def write(directory: Path, case: str, factors: dict[str, LoRAFactors]) -> None:
+def write(
+    directory: Path, case: str, factors: dict[str, LoRAFactors], reader: str | None = None
+) -> None:
     base = reference(case)[0]
     shape = model_shape(read_config(base))
     write_adapter(
@@ -65,6 +71,8 @@ def write(directory: Path, case: str, factors: dict[str, LoRAFactors]) -> None:
         num_layers=shape.num_layers,
         num_experts=shape.num_moe_experts,
         moe_layers=shape.moe_layers,
+        delta_layers=shape.delta_layers,
+        format=choose_format(reader, None, served_model(str(base), shape), shares_outer=False),
     )
 
 
@@ -96,14 +104,25 @@ def assert_exchanges(layout: Layout, case: str, **options: Any) -> None:
 
 @pytest.mark.parametrize(
     "case",
-    ["llama", "mistral", "qwen2", "qwen3_moe-mixed", "deepseek_v3-plain", *WITH_EXPERTS],
+    [
+        "llama",
+        "mistral",
+        "phi3",
+        "qwen2",
+        "qwen3_moe-mixed",
+        "deepseek_v3-plain",
+        "qwen3_next-mixed",
+    ]
+    + ["qwen3_5_text", "qwen3_5_moe", "qwen2_5_vl", "qwen3_vl", "mistral3", *WITH_EXPERTS],
 )
 @over(Layout())
 def test_imported_adapters_give_the_logits_of_the_merged_model(layout: Layout, case: str) -> None:
     assert_exchanges(layout, case)
 
 
-@pytest.mark.parametrize("case", ["qwen2", "deepseek_v3-plain", *WITH_EXPERTS])
+@pytest.mark.parametrize(
+    "case", ["qwen2", "phi3", "deepseek_v3-plain", "qwen3_5_text", *WITH_EXPERTS]
+)
 @over(Layout(tp=2, sp=True), Layout(pp=2))
 def test_dense_sharding_exchanges_the_same_adapters(layout: Layout, case: str) -> None:
     assert_exchanges(layout, case)
@@ -132,17 +151,25 @@ def test_all_kinds_of_sharding_exchange_the_same_adapters(layout: Layout, case: 
         ("qwen3_moe", "per_expert"),
         ("qwen3_moe", "shared_outer"),
         ("mixtral", "shared_outer"),
+        ("phi3", "per_expert"),
         ("qwen2_moe", "per_expert"),
         ("glm4_moe", "per_expert"),
         ("deepseek_v3", "per_expert"),
         ("deepseek_v3-plain", "per_expert"),
+        ("nemotron_h", "per_expert"),
+        ("gpt_oss", "per_expert"),
+        ("qwen3_next", "per_expert"),
+        ("qwen3_5_text", "per_expert"),
+        ("qwen3_5_moe", "per_expert"),
+        ("qwen3_vl", "per_expert"),
+        ("mistral3", "per_expert"),
     ],
 )
 @over(Layout())
 def test_a_trained_megatron_adapter_gives_the_same_logits_in_peft(
     layout: Layout, case: str, mode: Any, tmp_path: Path
 ) -> None:
-    config = LoRAConfig(rank=12, expert_mode=mode)
+    config = LoRAConfig(rank=12, expert_mode=mode, targets=TAKEN_BY_PEFT.get(case, ("all",)))
     directory, _ = reference(case)
     with model_parallel(layout):
         chunks = build(layout, case, config)
@@ -152,18 +179,26 @@ def test_a_trained_megatron_adapter_gives_the_same_logits_in_peft(
         tensors = gather_adapters(chunks)
     factors = to_hf(tensors, config, model_shape(read_config(directory)))
     assert min(m.lora_B.abs().max().item() for n, m in factors.items() if "o_proj" in n) > 1e-4
-    write(tmp_path / "a", case, factors)
+    write(tmp_path / "a", case, factors, "peft")
     model = hf_models.hf_model_from(directory)
     plain, loaded = hf_models.logits(model), hf_models.peft_model(model, tmp_path / "a")
     assert (plain - expected).abs().max() > 1e-2
     torch.testing.assert_close(hf_models.logits(loaded), expected, atol=TOLERANCE, rtol=TOLERANCE)
 
 
+# Of gpt-oss, PEFT reaches experts and routers by their parameters alone.
+OF_PARAMETERS = {
+    "target_modules": ["q_proj", "k_proj", "v_proj", "o_proj"],
+    "target_parameters": ["experts.gate_up_proj", "experts.down_proj", "mlp.router.weight"],
+}
+
+
 @functools.cache
 def with_routers(case: str) -> tuple[Path, torch.Tensor]:
     """Return an adapter that PEFT made of all linears, routers among them, and its logits."""
     model = hf_models.hf_model_from(reference(case)[0])
-    config = LoraConfig(r=6, lora_alpha=9, target_modules="all-linear", task_type="CAUSAL_LM")
+    targets: Any = OF_PARAMETERS if case == "gpt_oss" else {"target_modules": "all-linear"}
+    config = LoraConfig(r=6, lora_alpha=9, task_type="CAUSAL_LM", **targets)
     torch.manual_seed(3)
     peft = get_peft_model(model, config)
     with torch.no_grad():
@@ -177,16 +212,16 @@ def with_routers(case: str) -> tuple[Path, torch.Tensor]:
     return directory, hf_models.logits(peft.eval())
 
 
-@pytest.mark.parametrize("case", ["mixtral", "qwen3_moe", "glm4_moe"])
+@pytest.mark.parametrize("case", ["mixtral", "qwen3_moe", "glm4_moe", "gpt_oss"])
 @over(Layout(), Layout(tp=2, sp=True, ep=2))
 def test_adapters_of_routers_give_the_logits_of_peft_both_ways(layout: Layout, case: str) -> None:
     adapter, expected = with_routers(case)
     directory, _ = reference(case)
-    factors = read_adapter(adapter, names=names_of(case))
+    factors = read_adapter(adapter, names=names_of(case), hidden_size=hf_models.HIDDEN)
     # Of GLM-4.5's linears PEFT leaves out those that are named like an expert's.
     targets = ("attn", "experts.linear_fc1", "experts.linear_fc2", "router")
     config = LoRAConfig(rank=8, alpha=12.0, expert_rank=12, targets=targets)
-    routers = {name: module for name, module in factors.items() if name.endswith(".gate")}
+    routers = {name: m for name, m in factors.items() if name.endswith((".gate", ".router"))}
     silent = {n: replace(m, lora_B=torch.zeros_like(m.lora_B)) for n, m in routers.items()}
     with model_parallel(layout):
         chunks = build(layout, case, config)
@@ -244,8 +279,24 @@ GOING_ON: dict[str, tuple[dict[str, list[str]], tuple[str, ...]]] = {
         },
         ("attn", "shared_experts.linear_fc1", "shared_experts.linear_fc2"),
     ),
+    "qwen2_5_vl": (
+        {"target_modules": rf".*language_model\..*({'|'.join([*ATTENTION, *MLP])})"},
+        ("attn", "mlp"),
+    ),
     "deepseek_v3": ({"target_modules": ["q_a_proj", "q_b_proj", *LATENT]}, ("attn",)),
     "deepseek_v3-plain": ({"target_modules": ["q_proj", *LATENT]}, ("attn",)),
+    "phi3": ({"target_modules": ["o_proj", "down_proj"]}, ("linear_proj", "linear_fc2")),
+    "nemotron_h": (
+        {
+            "target_modules": ["in_proj", *ATTENTION, "up_proj", "down_proj"],
+            "target_parameters": ["experts.up_proj", "experts.down_proj"],
+        },
+        ("attn", "mlp", "in_proj"),
+    ),
+    "qwen3_5_text": (
+        {"target_modules": [*ATTENTION, *MLP, "in_proj_z", "out_proj"]},
+        ("attn", "mlp"),
+    ),
 }
 
 
@@ -287,6 +338,7 @@ MODEL_TYPES = {
     "mistral-without-window": "mistral",
     "mixtral": "mixtral",
     "mixtral-window": "mixtral",
+    "phi3": "phi3",
     "qwen2": "qwen2",
     "qwen2_moe": "qwen2_moe",
     "glm4_moe": "glm4_moe",
@@ -294,7 +346,15 @@ MODEL_TYPES = {
     "glm4_moe_lite": "glm4_moe_lite",
     "deepseek_v3": "deepseek_v3",
     "deepseek_v3-plain": "deepseek_v3",
+    "gpt_oss": "gpt_oss",
+    "gpt_oss-plain": "gpt_oss",
     "qwen3_moe-mixed": "qwen3_moe",
+    "nemotron_h": "nemotron_h",
+    "nemotron_h-dense": "nemotron_h",
+    "nemotron_h-latent": "nemotron_h",
+    "qwen3_next": "qwen3_next",
+    "qwen3_next-mixed": "qwen3_next",
+    "qwen3_5_text": "qwen3_5_text",
 }
 
 
@@ -304,6 +364,8 @@ def assert_saves_base(layout: Layout, case: str, *, hybrid: bool = False, **opti
     with model_parallel(layout):
         chunks = hf.load(layout, directory, hybrid=hybrid)
         config = hf_config(chunks[0], model_type=MODEL_TYPES[case], vocab_size=hf_models.VOCAB)
+        # Some have a token by default that is none of so few.
+        config["pad_token_id"] = 0
         save_hf_base(chunks, target, config, **options)
     if dist.get_rank() == 0:
         saved = hf_models.hf_model_from(target)
@@ -322,7 +384,9 @@ def test_a_saved_base_is_the_model_that_was_loaded(layout: Layout, case: str) ->
     assert_saves_base(layout, case, max_shard_bytes=20_000)
 
 
-@pytest.mark.parametrize("case", ["qwen3_moe-mixed", "glm4_moe", "deepseek_v3"])
+@pytest.mark.parametrize(
+    "case", ["qwen3_moe-mixed", "glm4_moe", "deepseek_v3", "gpt_oss", "qwen3_next", "nemotron_h"]
+)
 @over(Layout(tp=2, sp=True, ep=2), Layout(pp=2))
 def test_a_sharded_base_is_saved_whole(layout: Layout, case: str) -> None:
     assert_saves_base(layout, case)

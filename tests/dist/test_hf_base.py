@@ -27,6 +27,7 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "llama-tied": ("llama", {"tied": True}),
     "mistral": ("mistral", {}),
     "mistral-without-window": ("mistral", {"sliding_window": None}),
+    "phi3": ("phi3", {"sliding_window": None}),
     "mixtral": ("mixtral", {}),
     "mixtral-window": ("mixtral", {"sliding_window": 3}),
     "qwen2": ("qwen2", {}),
@@ -46,6 +47,14 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
         },
     ),
     "glm4_moe_lite": ("glm4_moe_lite", {}),
+    "gpt_oss": ("gpt_oss", {}),
+    "gpt_oss-plain": (
+        "gpt_oss",
+        {
+            "layer_types": ["full_attention", "sliding_attention"],
+            "rope_parameters": {"rope_type": "default", "rope_theta": 100.0},
+        },
+    ),
     "deepseek_v3": ("deepseek_v3", {}),
     "deepseek_v3-plain": (
         "deepseek_v3",
@@ -59,6 +68,25 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
             "n_shared_experts": 2,
         },
     ),
+    "nemotron_h": ("nemotron_h", {}),
+    "nemotron_h-dense": ("nemotron_h", {"hybrid_override_pattern": "M-M*-M"}),
+    # Of experts that read and write 20 of 32 features.
+    "nemotron_h-latent": ("nemotron_h", {"moe_latent_size": 20}),
+    "nemotron_h-groups": (
+        "nemotron_h",
+        {"n_group": 4, "topk_group": 2, "num_experts_per_tok": 4},
+    ),
+    "qwen3_next": ("qwen3_next", {}),
+    "qwen3_next-mixed": (
+        "qwen3_next",
+        {"mlp_only_layers": [0], "norm_topk_prob": False, "num_key_value_heads": 4},
+    ),
+    "qwen3_5_text": ("qwen3_5_text", {"tied": True}),
+    "qwen2_5_vl": ("qwen2_5_vl", {}),
+    "qwen3_vl": ("qwen3_vl", {"tied": True}),
+    "mistral3": ("mistral3", {"sliding_window": 3}),
+    # Parts of multimodal directories, as they are published, and by themselves.
+    "qwen3_5_moe": ("qwen3_5_moe", {}),
 }
 
 
@@ -242,7 +270,8 @@ def test_a_wrong_base_weight_shows_in_the_logits(layout: Layout) -> None:
 @pytest.mark.parametrize(
     "case",
     ["llama", "llama-tied", "mistral", "mixtral", "qwen2", "qwen2_moe", "qwen3_moe", "glm4_moe"]
-    + ["deepseek_v3", "deepseek_v3-plain"],
+    + ["deepseek_v3", "deepseek_v3-plain", "qwen3_next", "qwen3_5_text", "qwen3_5_moe", "qwen3_vl"]
+    + ["gpt_oss", "nemotron_h", "phi3"],
 )
 @over(Layout(tp=2), Layout(pp=2), Layout(tp=2, sp=True))
 def test_dense_sharding_keeps_the_logits(layout: Layout, case: str) -> None:
@@ -250,7 +279,9 @@ def test_dense_sharding_keeps_the_logits(layout: Layout, case: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "case", ["mixtral", "qwen2_moe", "qwen3_moe", "glm4_moe", "glm4_moe_lite", "deepseek_v3"]
+    "case",
+    ["mixtral", "qwen2_moe", "qwen3_moe", "glm4_moe", "glm4_moe_lite", "deepseek_v3", "gpt_oss"]
+    + ["qwen3_next", "nemotron_h", "nemotron_h-latent"],
 )
 @over(Layout(dp=2, ep=2), Layout(tp=2, sp=True, ep=2), Layout(tp=2, sp=True, etp=2))
 def test_expert_sharding_keeps_the_logits(layout: Layout, case: str) -> None:
@@ -307,7 +338,7 @@ def broken_copy(case: str, tmp_path: Path, **config: Any) -> Path:
         ("qwen3", {"qk_layernorm": False}, "qk_layernorm is False"),
         ("mistral", {"window_size": None}, r"window_size is None, must be \(2, 0\)"),
         ("mistral", {"window_size": (3, 0)}, r"window_size is \(3, 0\), must be \(2, 0\)"),
-        ("mistral", {"window_attn_skip_freq": 2}, "window_attn_skip_freq is 2, must be None"),
+        ("mistral", {"window_attn_skip_freq": 2}, r"window_layers is \[1, 0\], must be \[1, 1\]"),
         ("llama", {"window_size": (2, 0)}, r"window_size is \(2, 0\), must be None"),
         ("qwen3", {"layernorm_epsilon": 1e-3}, "layernorm_epsilon is 0.001"),
         ("qwen3_moe", {"moe_router_topk": 3}, "moe_router_topk is 3, must be 2"),
@@ -326,6 +357,12 @@ def broken_copy(case: str, tmp_path: Path, **config: Any) -> Path:
         ("qwen3_moe", {"moe_router_topk_scaling_factor": 2.0}, "topk_scaling_factor is 2.0"),
         ("llama", {"num_moe_experts": 4, "moe_ffn_hidden_size": 40}, "num_moe_experts is 4"),
         ("llama", {"mtp_num_layers": 1}, "mtp_num_layers is 1, must be 0"),
+        ("qwen3_next", {"linear_attention_freq": [0, 1]}, r"freq is \[0, 1\], must be \[1, 0\]"),
+        ("qwen3_next", {"linear_key_head_dim": 8}, "linear_key_head_dim is 8, must be 6"),
+        ("qwen3_next", {"layernorm_zero_centered_gamma": False}, "centered_gamma is False"),
+        ("qwen3_5_text", {"attention_output_gate": False}, "attention_output_gate is False"),
+        ("qwen3_5_text", {"rotary_percent": 1.0}, "rotary_percent is 1.0, must be 0.25"),
+        ("qwen3", {"attention_output_gate": True}, "attention_output_gate is True, must be False"),
         ("deepseek_v3", {"q_lora_rank": 16}, "q_lora_rank is 16, must be 20"),
         ("deepseek_v3-plain", {"q_lora_rank": 16}, "q_lora_rank is 16, must be None"),
         ("deepseek_v3", {"kv_lora_rank": 14}, "kv_lora_rank is 14, must be 12"),

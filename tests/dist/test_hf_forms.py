@@ -23,7 +23,7 @@ from megalora.hf.safetensors_files import HFWeights
 from megalora.model.config_json import read_config
 from tests.dist.support import hf
 from tests.dist.support.layouts import Layout, model_parallel, over
-from tests.support import fp8, hf_bases, hf_models
+from tests.support import fp8, hf_bases, hf_models, mxfp4
 from tests.support.hf_bases import LLAMA3
 
 TOLERANCE = 1e-4
@@ -67,6 +67,10 @@ FP8: dict[str, Any] = {
     "tensors": fp8.in_fp8(BLOCK),
     "quantization_config": fp8.fp8_config(BLOCK, modules_to_not_convert=["lm_head"]),
 }
+MXFP4: dict[str, Any] = {
+    "tensors": mxfp4.in_mxfp4,
+    "quantization_config": mxfp4.CONFIG,
+}
 FORMS: dict[str, tuple[str, bool, dict[str, Any]]] = {
     "own head": ("llama", True, {"tensors": hf_bases.own_head}),
     "equal head": ("llama", True, {"tensors": with_equal_head}),
@@ -77,6 +81,7 @@ FORMS: dict[str, tuple[str, bool, dict[str, Any]]] = {
     "fp8": ("qwen3", False, FP8),
     "fp8 experts": ("qwen3_moe", False, FP8),
     "fp8 latents": ("deepseek_v3", False, FP8),
+    "mxfp4": ("gpt_oss", False, MXFP4),
 }
 
 
@@ -87,7 +92,11 @@ def reference(form: str) -> tuple[Path, Tensor]:
     path: list[Any] = [tempfile.mkdtemp(prefix="megalora-") if dist.get_rank() == 0 else None]
     dist.broadcast_object_list(path, src=0)
     directory = Path(path[0]) / "base"
-    hf_models.hf_model(family, tied=tied).save_pretrained(directory)
+    config = hf_models.hf_config(family, tied=tied)
+    if form == "mxfp4":
+        # One block of each expert's columns, of which two ranks have a half each.
+        config.intermediate_size = 32
+    hf_models.hf_model_of(config).save_pretrained(directory)
     plain = directory.with_name("plain")
     if dist.get_rank() == 0:
         fp8.change(directory, **changes)
@@ -111,9 +120,10 @@ def test_a_form_keeps_its_logits_when_it_is_split(layout: Layout, form: str) -> 
     assert_same_logits(layout, form)
 
 
+@pytest.mark.parametrize("form", ["fp8 experts", "mxfp4"])
 @over(Layout(dp=2, ep=2), Layout(tp=2, sp=True, etp=2))
-def test_experts_in_fp8_keep_their_logits_when_they_are_split(layout: Layout) -> None:
-    assert_same_logits(layout, "fp8 experts")
+def test_quantised_experts_keep_their_logits_when_they_are_split(layout: Layout, form: str) -> None:
+    assert_same_logits(layout, form)
 
 
 def assert_same_logits(layout: Layout, form: str) -> None:
@@ -147,9 +157,12 @@ def test_a_rank_reads_its_slice_of_fp8_weights_alone(
     assert all(2 * read[name] == shapes[name][0] * shapes[name][1] for name in split)
 
 
+@pytest.mark.parametrize("form", ["fp8", "mxfp4"])
 @over(ONE)
-def test_a_base_that_was_fp8_is_written_as_plain_numbers(layout: Layout, tmp_path: Path) -> None:
-    directory, expected = reference("fp8")
+def test_a_quantised_base_is_written_as_plain_numbers(
+    layout: Layout, form: str, tmp_path: Path
+) -> None:
+    directory, expected = reference(form)
     with model_parallel(layout):
         chunks = hf.load(layout, directory)
         save_hf_base(chunks, tmp_path / "out", read_config(directory))

@@ -37,7 +37,10 @@ def test_every_family_has_these_logits_as_a_hybrid(layout: Layout, case: str) ->
     assert_same_logits(layout, case, hybrid=True)
 
 
-@pytest.mark.parametrize("case", ["llama", "qwen3_moe-mixed", "glm4_moe", "deepseek_v3"])
+@pytest.mark.parametrize(
+    "case",
+    ["llama", "qwen3_moe-mixed", "glm4_moe", "deepseek_v3", "gpt_oss", "qwen3_next-mixed"],
+)
 @over(Layout(tp=2, sp=True), Layout(pp=2))
 def test_sharding_keeps_the_logits_of_a_hybrid(layout: Layout, case: str) -> None:
     assert_same_logits(layout, case, hybrid=True)
@@ -73,7 +76,7 @@ def test_virtual_stages_keep_the_logits_of_a_hybrid(layout: Layout) -> None:
         ("*-**E", r"whose layer 3 is attention \(\*\), where a family has an MLP \(-\) or exper"),
         ("*-*", r"whose last layer is attention \(\*\), behind which a family has an MLP"),
         ("*-*E-", r"whose layer 4 is an MLP \(-\), where a family has attention"),
-        ("*-*EM", r"whose layer 4 is Mamba \(M\), which no family here has"),
+        ("*-*EM", r"whose layer 4 is Mamba \(M\), which Nemotron-H alone has"),
         ("*-*E/*-", r"part '\*-' behind / predicts one token more, where a family has '\*E'"),
         ("*E*-", r"moe_layers is \[1, 0\], must be \[0, 1\]"),
         ("*-*-", "num_moe_experts is 0, must be 16"),
@@ -89,7 +92,16 @@ def test_a_hybrid_of_other_layers_is_refused(layout: Layout, pattern: str, messa
             load_hf_base(chunks, directory)
 
 
-@pytest.mark.parametrize("case", ["llama", "qwen3_moe-mixed", "deepseek_v3"])
+@over(ONE)
+def test_a_hybrid_that_attends_where_a_family_has_delta_nets_is_refused(layout: Layout) -> None:
+    directory, _ = reference("qwen3_next")
+    with model_parallel(layout):
+        chunks = hf.build(layout, directory, hybrid=True, pattern="*E*E")
+        with pytest.raises(ValueError, match="variant is None, must be 'gated_delta_net'"):
+            load_hf_base(chunks, directory)
+
+
+@pytest.mark.parametrize("case", ["llama", "qwen3_moe-mixed", "deepseek_v3", "qwen3_5_text"])
 @over(Layout(), Layout(tp=2, sp=True), Layout(pp=2))
 def test_a_hybrid_exchanges_the_same_adapters(layout: Layout, case: str) -> None:
     assert_exchanges(layout, case, hybrid=True)
@@ -140,7 +152,7 @@ def test_a_hybrid_exports_the_bytes_of_the_gpt_model_that_it_equals(
         assert (one.name, one.read_bytes()) == (other.name, other.read_bytes())
 
 
-@pytest.mark.parametrize("case", ["mistral", "qwen2", "glm4_moe", "deepseek_v3"])
+@pytest.mark.parametrize("case", ["mistral", "qwen2", "glm4_moe", "deepseek_v3", "qwen3_next"])
 @over(Layout())
 def test_a_saved_base_of_a_hybrid_is_the_model_that_was_loaded(layout: Layout, case: str) -> None:
     assert_saves_base(layout, case, hybrid=True)

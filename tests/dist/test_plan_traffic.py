@@ -29,6 +29,7 @@ CASES = [
     (Case(layout=PP2), True),
     (Case(layout=Layout(pp=2, vpp=2), kind="dense of 4 layers"), True),
     (Case(layout=CP2), True),
+    (Case(layout=CP2, kind="gated delta nets"), True),
     (Case(layout=DP2, **OVERLAPPED), True),
     (Case(layout=DP2, **SPLIT), False),
     (Case(layout=EP2, kind="experts", **SPLIT), True),

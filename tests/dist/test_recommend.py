@@ -13,7 +13,15 @@ from megalora.recommend import Layout as GpuLayout
 from megalora.recommend import ModelShape, adapter_parameters, gpu_memory, step_flops
 from megalora.recommend.linears import base_parameters, linears
 from tests.dist.support.layouts import Layout, model_parallel, over
-from tests.dist.support.models import DENSE, MLA, MOE, SEQ_LENGTH, VOCAB_SIZE, build_model
+from tests.dist.support.models import (
+    DELTA_NET,
+    DENSE,
+    MLA,
+    MOE,
+    SEQ_LENGTH,
+    VOCAB_SIZE,
+    build_model,
+)
 
 MODES: dict[str, dict[str, Any]] = {
     "all": {},
@@ -25,6 +33,7 @@ MODES: dict[str, dict[str, Any]] = {
     "shared-a": {"shared_a": True},
     "prediction": {"targets": ("all", "eh_proj", "router")},
     "tinker": {"targets": ("tinker",), "expert_mode": "shared_outer"},
+    "gates": {"delta_gates": True},
 }
 WITH_SHARED_EXPERT = {**MOE, "moe_shared_expert_intermediate_size": 40}
 
@@ -32,6 +41,7 @@ WITH_SHARED_EXPERT = {**MOE, "moe_shared_expert_intermediate_size": 40}
 LATENT = {**MLA, "qk_layernorm": True, "v_head_dim": 12, "kv_lora_rank": 20}
 DIRECT_QUERY = {**MLA, "q_lora_rank": None}
 PREDICTION = {**MOE, "moe_layer_freq": [0, 0, 0, 1], "mtp_num_layers": 2}
+DELTA_NET_MOE = {**DELTA_NET, **WITH_SHARED_EXPERT}
 LATENT_MOE = {**LATENT, **WITH_SHARED_EXPERT, "moe_layer_freq": [0, 1, 1, 1]}
 
 
@@ -67,12 +77,13 @@ def attached(model: list[Any]) -> dict[str, int]:
 @pytest.mark.parametrize(
     ("mode", "fields"),
     [
-        *((mode, WITH_SHARED_EXPERT) for mode in MODES if mode != "prediction"),
+        *((mode, WITH_SHARED_EXPERT) for mode in MODES if mode not in ("prediction", "gates")),
         *((mode, {}) for mode in ("all", "attn", "mlp-unembed", "shared-a")),
         *((mode, LATENT) for mode in ("all", "attn", "shared-a")),
         ("attn", DIRECT_QUERY),
         *((mode, LATENT_MOE) for mode in ("all", "shared-outer", "tinker")),
         ("prediction", PREDICTION),
+        *((mode, DELTA_NET_MOE) for mode in ("all", "attn", "shared-a", "gates", "tinker")),
     ],
 )
 def test_counts_are_those_of_the_built_adapters(
@@ -113,7 +124,7 @@ def test_tinkers_layout_is_exactly_its_list(layout: Layout) -> None:
 
 @over(Layout())
 @pytest.mark.parametrize(
-    "fields", [{}, WITH_SHARED_EXPERT, LATENT, DIRECT_QUERY, LATENT_MOE, PREDICTION]
+    "fields", [{}, WITH_SHARED_EXPERT, LATENT, DIRECT_QUERY, LATENT_MOE, PREDICTION, DELTA_NET_MOE]
 )
 def test_the_base_is_counted_as_megatron_builds_it(layout: Layout, fields: dict[str, Any]) -> None:
     with model_parallel(layout):
@@ -155,8 +166,8 @@ def test_memory_counts_down_projections_whole(layout: Layout) -> None:
 @over(Layout())
 @pytest.mark.parametrize(
     "fields",
-    [{}, WITH_SHARED_EXPERT, LATENT, PREDICTION],
-    ids=["dense", "moe", "latent", "prediction"],
+    [{}, WITH_SHARED_EXPERT, LATENT, PREDICTION, DELTA_NET],
+    ids=["dense", "moe", "latent", "prediction", "delta nets"],
 )
 def test_flops_are_what_torch_counts_in_megatron(layout: Layout, fields: dict[str, Any]) -> None:
     # One A for each linear: the reference ops spread B over the A of several, which costs more.

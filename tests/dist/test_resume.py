@@ -23,6 +23,7 @@ EXPERTS = ("*.experts.linear_fc1", "*.experts.linear_fc2")
 FIRST, LAST = ("decoder.layers.0.*",), ("decoder.layers.1.*",)
 PP2, VPP2, EP2, DP2 = Layout(pp=2), Layout(pp=2, vpp=2), Layout(dp=2, ep=2), Layout(dp=2)
 PP2_EP2, TP2_PP2 = Layout(pp=2, dp=2, ep=2), Layout(tp=2, sp=True, pp=2)
+TP2_SP = Layout(tp=2, sp=True)
 TP4, TP2_EP4 = Layout(tp=4, sp=True), Layout(tp=2, sp=True, dp=2, ep=4)
 DISTRIBUTED, BF16, FP16 = "--use-distributed-optimizer", "--bf16", "--fp16"
 # Experts in the last stage alone.
@@ -122,6 +123,7 @@ MOVES = [
     (DP2, Cell(layout=PP2, kind="experts", model=LATE, targets=EXPERTS)),
     (DP2, Cell(layout=EP2, kind="experts")),
     (TP4, Cell(layout=Layout(pp=2, dp=2, vpp=2), kind="dense of 4 layers", flags=DISTRIBUTED)),
+    (PP2, Cell(layout=TP2_SP, kind="gated delta nets", flags=DISTRIBUTED)),
     (TP2_EP4, Cell(layout=PP2_EP2, kind="experts", model=LATE, flags=DISTRIBUTED)),
 ]
 

@@ -8,6 +8,7 @@ import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
 from megatron.core.extensions import transformer_engine as te
+from megatron.core.fusions.fused_bias_geglu import quick_gelu
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer.moe.experts import GroupedMLPSubmodules, TEGroupedMLP
 from torch import Tensor
@@ -281,9 +282,9 @@ def test_te_grouped_experts_equal_the_merged_weights(
             assert all(not gradient[empty].any() for gradient in gradients.values())
 
 
-def _grouped_mlp(layout: Layout, num_local: int) -> tuple[Any, Any]:
+def _grouped_mlp(layout: Layout, num_local: int, **more: Any) -> tuple[Any, Any]:
     fields = {**MOE, "moe_grouped_gemm": True, "hidden_size": IN, "moe_ffn_hidden_size": FFN}
-    config = build_config(layout, **{**fields, "num_attention_heads": 4, "kv_channels": 6})
+    config = build_config(layout, **{**fields, "num_attention_heads": 4, "kv_channels": 6, **more})
     experts = TEGroupedMLP(
         num_local,
         config,
@@ -371,3 +372,73 @@ def test_interleaved_gate_and_up_are_refused(layout: Layout) -> None:
         config.moe_mlp_glu_interleave_size = 4
         with pytest.raises(ValueError, match="leave out --moe-mlp-glu-interleave-size"):
             apply_lora([Holder(config, experts=experts)], LoRAConfig(rank=6, targets=("mlp",)))
+
+
+CLAMP = 0.4
+# As gpt-oss has them.
+BIASED = {
+    "add_bias_linear": True,
+    "activation_func": quick_gelu,
+    "activation_func_clamp_value": CLAMP,
+    "glu_linear_offset": 1.0,
+}
+
+
+def _copy_expert_biases(experts: Any, b1: Tensor, b2: Tensor, local: range) -> None:
+    size = parallel_state.get_expert_tensor_parallel_world_size()
+    rank = parallel_state.get_expert_tensor_parallel_rank()
+    for index, expert in enumerate(local):
+        gate_and_up = b1[expert].view(2, FFN).chunk(size, 1)[rank].flatten()
+        getattr(experts.linear_fc1, f"bias{index}").data.copy_(gate_and_up)
+        getattr(experts.linear_fc2, f"bias{index}").data.copy_(b2[expert])
+
+
+@pytest.mark.parametrize("fused", [False, True], ids=["", "fused activation"])
+@over(*GROUPED_LAYOUTS)
+def test_te_grouped_experts_add_their_biases_once(layout: Layout, fused: bool) -> None:
+    drawn = {"w1": (2 * FFN, IN), "w2": (IN, FFN), "b1": (2 * FFN,), "b2": (IN,)}
+    w1, w2, b1, b2 = (draw(name, EXPERTS, *size) for name, size in drawn.items())
+    x, r = draw("x", sum(SPLITS), IN), draw("r", sum(SPLITS), IN)
+    probs = draw("p", sum(SPLITS)).sigmoid()
+    with model_parallel(layout):
+        num_local = EXPERTS // layout.ep
+        first = parallel_state.get_expert_model_parallel_rank() * num_local
+        local = range(first, first + num_local)
+        experts, config = _grouped_mlp(layout, num_local, **BIASED, bias_activation_fusion=fused)
+        _copy_expert_weights(experts, w1, w2, local)
+        _copy_expert_biases(experts, b1, b2, local)
+        chunks = apply_lora([Holder(config, experts=experts)], LoRAConfig(rank=6, alpha=4.0))
+        factors = _factors(chunks)
+        load_adapters(chunks, factors)
+        starts = torch.tensor([0, *SPLITS]).cumsum(0)
+        rows = slice(int(starts[first]), int(starts[first + num_local]))
+        local_x = x[rows].clone().requires_grad_()
+        y, _ = experts(local_x, torch.tensor([SPLITS[e] for e in local]), probs[rows])
+        (y * r[rows]).sum().backward()
+        whole_y, dx = _sum_over_etp(y.detach()), _sum_over_etp(local_x.grad)
+        gradients = assemble(chunks, lambda parameter: parameter.grad)
+    leaves = {key: f.clone().requires_grad_() for key, f in {**factors, "x": x}.items()}
+    outputs = []
+    for expert, (own, p) in enumerate(
+        zip(leaves["x"].split(SPLITS), probs.split(SPLITS), strict=True)
+    ):
+        fc1, fc2 = (_updates(leaves, name)[expert] for name in ("linear_fc1", "linear_fc2"))
+        gate, up = (own @ (w1[expert] + fc1).T + b1[expert]).chunk(2, -1)
+        gate, up = gate.clamp(max=CLAMP), up.clamp(-CLAMP, CLAMP)
+        inner = gate * torch.sigmoid(1.702 * gate) * (up + 1)
+        outputs.append((inner @ (w2[expert] + fc2).T + b2[expert]) * p[:, None])
+    expected = torch.cat(outputs)
+    (expected * r).sum().backward()
+    assert relative(whole_y, expected.detach()[rows]) < TOLERANCE
+    assert relative(dx, leaves["x"].grad[rows]) < TOLERANCE
+    assert largest(gradients, {key: leaves[key].grad for key in factors}) < TOLERANCE
+
+
+def _updates(leaves: Tensors, name: str) -> Tensor:
+    """Return c B A of every expert [E, out, in], gate and up having an A each."""
+    a, b = (leaves[f"experts.{name}_lora.lora_{factor}"] for factor in "AB")
+    rank = b.shape[-1]
+    if name == "linear_fc1":
+        halves = zip(b.chunk(2, 1), (a[:, :rank], a[:, rank:]), strict=True)
+        return 4.0 / rank * torch.cat([own_b @ own_a for own_b, own_a in halves], 1)
+    return 4.0 / rank * b @ a

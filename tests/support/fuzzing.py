@@ -21,11 +21,12 @@ from hypothesis import HealthCheck, Phase, example, given, settings
 
 from megalora.__main__ import main
 from megalora.hf.adapters import from_hf
+from megalora.hf.cuts import Placement, Shard
 from megalora.hf.merge import merge_adapter
 from megalora.hf.offline import infer_config
 from megalora.hf.peft import read_adapter
 from megalora.hf.safetensors_files import HFWeights
-from megalora.hf.weights import Placement, Shard, Weights
+from megalora.hf.weights import Weights
 from megalora.model.config_json import model_shape, read_config
 from megalora.model.families import names_of
 from megalora.model.megatron import megatron_flags

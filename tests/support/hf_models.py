@@ -5,6 +5,7 @@ import dataclasses
 import os
 import warnings
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -24,6 +25,7 @@ TOPK = 2
 FAMILIES = (
     "llama",
     "mistral",
+    "phi3",
     "mixtral",
     "qwen2",
     "qwen2_moe",
@@ -32,7 +34,48 @@ FAMILIES = (
     "glm4_moe",
     "glm4_moe_lite",
     "deepseek_v3",
+    "nemotron_h",
+    "gpt_oss",
+    "qwen3_next",
+    "qwen3_5_text",
+    "qwen3_5_moe_text",
+    "qwen3_5",
+    "qwen3_5_moe",
+    "qwen2_5_vl",
+    "qwen3_vl",
+    "mistral3",
 )
+# Of the part for images, which stays as it is.
+_VISION = {
+    "depth": 1,
+    "hidden_size": 16,
+    "intermediate_size": 20,
+    "num_heads": 2,
+    "out_hidden_size": 32,
+    "patch_size": 4,
+    "num_position_embeddings": 16,
+}
+_PIXTRAL = {
+    "model_type": "pixtral",
+    "num_hidden_layers": 1,
+    "num_attention_heads": 2,
+    "intermediate_size": 20,
+    "head_dim": 8,
+    "image_size": 16,
+    "patch_size": 4,
+}
+# Of gated delta nets: two value heads for each key head.
+_DELTA = {
+    "linear_conv_kernel_dim": 3,
+    "linear_key_head_dim": 6,
+    "linear_value_head_dim": 10,
+    "linear_num_key_heads": 2,
+    "linear_num_value_heads": 4,
+    "layer_types": ["linear_attention", "full_attention"],
+    # Two of 16 tokens' frequencies.
+    "rope_parameters": {"rope_type": "default", "rope_theta": 100.0, "partial_rotary_factor": 0.25},
+}
+_ROUTERS = ("mlp.gate.weight", "mixer.gate.weight", "mlp.router.weight")
 _COMMON = {
     "hidden_size": HIDDEN,
     "intermediate_size": FFN,
@@ -52,6 +95,12 @@ def hf_config(
 ) -> transformers.PretrainedConfig:
     """Return the configuration of a tiny model."""
     common = {**_COMMON, "tie_word_embeddings": tied}
+    if family in ("qwen3_5", "qwen3_5_moe"):
+        text = hf_config(f"{family}_text", tied=tied, **changes).to_dict()
+        kind = transformers.AutoConfig.for_model(family).__class__
+        return kind(text_config=text, vision_config=_VISION, tie_word_embeddings=tied)
+    if family in ("qwen2_5_vl", "qwen3_vl", "mistral3"):
+        return _vision_language(family, {**common, **changes})
     if family == "llama":
         scaling = {
             "rope_type": "llama3",
@@ -68,12 +117,40 @@ def hf_config(
         return transformers.MistralConfig(**{**common, "sliding_window": 3, **changes})
     if family == "qwen2":
         return transformers.Qwen2Config(**{**common, "head_dim": HIDDEN // HEADS, **changes})
+    if family == "phi3":
+        del common["head_dim"]
+        return transformers.Phi3Config(
+            **{**common, "sliding_window": 3, "pad_token_id": 0, **changes}
+        )
     if family == "qwen3":
         return transformers.Qwen3Config(**{**common, **changes})
+    if family == "qwen3_5_text":
+        return transformers.Qwen3_5TextConfig(**{**common, **_DELTA, **changes})
     return _experts_config(family, {**common, "num_experts_per_tok": TOPK, **changes})
 
 
+def _vision_language(family: str, fields: dict[str, object]) -> transformers.PretrainedConfig:
+    """Return a model of texts and images: features of its embedding turn by rows and columns."""
+    rope = {"rope_type": "default", "rope_theta": 100.0}
+    kind = transformers.AutoConfig.for_model(family).__class__
+    if family == "mistral3":
+        fields["model_type"], vision = "mistral", {**_PIXTRAL, "hidden_size": 16}
+    elif family == "qwen3_vl":
+        rope |= {"mrope_section": [3, 3, 2], "mrope_interleaved": True}
+        vision = {**_VISION, "deepstack_visual_indexes": [0]}
+    else:
+        rope |= {"mrope_section": [1, 1, 2]}
+        fields["head_dim"] = HIDDEN // HEADS
+        vision = {**_VISION, "fullatt_block_indexes": [0]}
+    text = {**fields, "rope_parameters": rope}
+    return kind(
+        text_config=text, vision_config=vision, tie_word_embeddings=fields["tie_word_embeddings"]
+    )
+
+
 def _experts_config(family: str, fields: dict[str, object]) -> transformers.PretrainedConfig:
+    if family == "nemotron_h":
+        return _nemotron_h(fields)
     if family == "mixtral":
         experts = {"num_local_experts": NUM_EXPERTS, "intermediate_size": MOE_FFN}
         return transformers.MixtralConfig(**{**fields, **experts})
@@ -84,6 +161,13 @@ def _experts_config(family: str, fields: dict[str, object]) -> transformers.Pret
         kinds = {"attention_bias": True, "use_qk_norm": True, "n_shared_experts": 2}
         own = {"moe_intermediate_size": MOE_FFN, **experts, **groups, **kinds}
         return transformers.Glm4MoeConfig(**{**own, **fields, "num_experts_per_tok": 4})
+    if family == "gpt_oss":
+        own = {"num_local_experts": NUM_EXPERTS, "swiglu_limit": 0.4, "sliding_window": 3}
+        # Of eight frequencies three are kept, two are mixed and three divided.
+        yarn = {"rope_type": "yarn", "rope_theta": 100.0, "factor": 8.0, "truncate": False}
+        begin = {"original_max_position_embeddings": 8, "beta_fast": 1.0, "beta_slow": 0.1}
+        own |= {"rope_parameters": {**yarn, **begin}}
+        return transformers.GptOssConfig(**{**own, **fields, "intermediate_size": MOE_FFN})
     if family == "deepseek_v3":
         own = _deepseek_v3()
         others = {name: value for name, value in fields.items() if name not in _OF_HEADS}
@@ -93,10 +177,35 @@ def _experts_config(family: str, fields: dict[str, object]) -> transformers.Pret
         others = {name: value for name, value in fields.items() if name not in _OF_HEADS}
         return transformers.Glm4MoeLiteConfig(**{**own, **others, "num_experts_per_tok": 4})
     own = {"moe_intermediate_size": MOE_FFN, "num_experts": NUM_EXPERTS, "norm_topk_prob": True}
+    if family in ("qwen3_next", "qwen3_5_moe_text"):
+        kind = {"qwen3_next": transformers.Qwen3NextConfig}.get(
+            family, transformers.Qwen3_5MoeTextConfig
+        )
+        return kind(**{**own, **_DELTA, "shared_expert_intermediate_size": 20, **fields})
     if family == "qwen2_moe":
         shared = {"shared_expert_intermediate_size": 20, "head_dim": HIDDEN // HEADS}
         return transformers.Qwen2MoeConfig(**{**own, **fields, **shared})
     return transformers.Qwen3MoeConfig(**{**own, **fields})
+
+
+def _nemotron_h(fields: dict[str, object]) -> transformers.PretrainedConfig:
+    """Return the configuration of a model with each kind of layer, of sizes that all differ."""
+    # However many layers there are, that of the kinds says.
+    others = {name: value for name, value in fields.items() if name != "num_hidden_layers"}
+    own = {
+        "hybrid_override_pattern": "ME*-EM",
+        "mamba_num_heads": 6,
+        "mamba_head_dim": 10,
+        "n_groups": 2,
+        "ssm_state_size": 12,
+        # transformers lets no step be shorter, which neither Megatron nor servers do.
+        "time_step_min": 1e-9,
+        "n_routed_experts": NUM_EXPERTS,
+        "moe_intermediate_size": MOE_FFN,
+        "moe_shared_expert_intermediate_size": 28,
+        "routed_scaling_factor": 2.5,
+    }
+    return transformers.NemotronHConfig(**{**own, **others})
 
 
 def _deepseek_v3() -> dict[str, object]:
@@ -138,12 +247,12 @@ def hf_model(family: str, *, tied: bool = False, **changes: object) -> torch.nn.
 def hf_model_of(config: transformers.PretrainedConfig) -> torch.nn.Module:
     """Return the model of a configuration, with values everywhere."""
     torch.manual_seed(1)
-    model = transformers.AutoModelForCausalLM.from_config(config)
+    model = _class_of(config).from_config(config, attn_implementation="eager")
     with torch.no_grad():
         for name, param in model.named_parameters():
-            if param.dim() == 1:
+            if param.dim() == 1 or name.endswith("proj_bias"):
                 param.add_(torch.randn_like(param) * 0.3)
-            if name.endswith("mlp.gate.weight"):
+            if name.endswith(_ROUTERS):
                 torch.nn.init.normal_(param, std=0.5)
         for name, buffer in model.named_buffers():
             if name.endswith("e_score_correction_bias"):
@@ -151,16 +260,23 @@ def hf_model_of(config: transformers.PretrainedConfig) -> torch.nn.Module:
     return model.float().eval()
 
 
+def _class_of(config: transformers.PretrainedConfig) -> Any:
+    """Return the class of the whole, of a multimodal model too."""
+    whole = "vision_config" in config.to_dict()
+    return transformers.AutoModelForImageTextToText if whole else transformers.AutoModelForCausalLM
+
+
 def hf_model_from(directory: str | os.PathLike[str]) -> torch.nn.Module:
     """Load a saved model in fp32; whatever does not fit its configuration is an error."""
-    model, info = transformers.AutoModelForCausalLM.from_pretrained(
+    auto = _class_of(transformers.AutoConfig.from_pretrained(str(directory)))
+    model, info = auto.from_pretrained(
         str(directory), dtype=torch.float32, output_loading_info=True, attn_implementation="eager"
     )
     problems = {what: names for what, names in info.items() if names}
     assert not problems, problems
     # NOTE: in a process with `megalora.cpu` installed, transformers leaves the rotary buffers of a
     # loaded model uninitialised; those of a model made from its configuration are right.
-    fresh = transformers.AutoModelForCausalLM.from_config(model.config).float()
+    fresh = auto.from_config(model.config).float()
     fresh.load_state_dict(model.state_dict())
     return fresh.eval()
 
@@ -172,7 +288,12 @@ _STORED = {
         "gate_proj": "w1",
         "up_proj": "w3",
         "down_proj": "w2",
-    }
+    },
+    "Qwen3_5ForConditionalGeneration": {"model.language_model.": "model."},
+    "Qwen3_5MoeForConditionalGeneration": {"model.language_model.": "model."},
+    "Qwen2_5_VLForConditionalGeneration": {"model.language_model.": "model."},
+    "Qwen3VLForConditionalGeneration": {"model.language_model.": "model."},
+    "Mistral3ForConditionalGeneration": {"model.language_model.": "model."},
 }
 
 
@@ -190,29 +311,47 @@ def loaded(model: torch.nn.Module, name: str) -> str:
     return name
 
 
+# Of a delta net's inputs; those of its gates have adapters only where asked for.
+_WIDE = tuple(f"in_proj_{part}.weight" for part in ("qkv", "z", "qkvz"))
+_NARROW = tuple(f"in_proj_{part}.weight" for part in ("b", "a", "ba"))
+
+
 def module_sizes(
-    model: torch.nn.Module, *, lm_head: bool = True, routers: bool = False
+    model: torch.nn.Module, *, lm_head: bool = True, routers: bool = False, gates: bool = False
 ) -> dict[str, tuple[int, int]]:
-    """Return (in, out) of everything that can have an adapter, by its name on disk."""
+    """Return (in, out) of everything that can have an adapter, by its name on disk.
+
+    gates: also of a delta net's.
+    """
     sizes: dict[str, tuple[int, int]] = {}
     for name, param in model.named_parameters():
+        if name.startswith(("model.visual.", "model.vision_tower.", "model.multi_modal")):
+            continue
         if name.endswith("experts.gate_up_proj"):
-            prefix, (num, out, num_in) = name.rpartition(".")[0], param.shape
+            prefix, (num, out, num_in) = name.rpartition(".")[0], _rows_first(model, param).shape
             for e in range(num):
                 sizes[f"{prefix}.{e}.gate_proj"] = sizes[f"{prefix}.{e}.up_proj"] = (
                     num_in,
                     out // 2,
                 )
-        elif name.endswith("experts.down_proj"):
-            prefix, (num, out, num_in) = name.rpartition(".")[0], param.shape
-            sizes |= {f"{prefix}.{e}.down_proj": (num_in, out) for e in range(num)}
-        elif name.endswith(("_proj.weight", "_proj_with_mqa.weight")) or (
-            routers and name.endswith("mlp.gate.weight")
+        elif name.endswith(("experts.down_proj", "experts.up_proj")):
+            prefix, _, last = name.rpartition(".")
+            num, out, num_in = _rows_first(model, param).shape
+            sizes |= {f"{prefix}.{e}.{last}": (num_in, out) for e in range(num)}
+        elif (
+            name.endswith(("_proj.weight", "_proj_with_mqa.weight", *_WIDE))
+            or (routers and name.endswith(_ROUTERS))
+            or (gates and name.endswith(_NARROW))
         ):
             sizes[name.removesuffix(".weight")] = (param.shape[1], param.shape[0])
     if lm_head:
-        sizes["lm_head"] = (HIDDEN, model.config.vocab_size)
+        sizes["lm_head"] = (HIDDEN, model.config.get_text_config().vocab_size)
     return {stored(model, name): size for name, size in sizes.items()}
+
+
+def _rows_first(model: torch.nn.Module, experts: Tensor) -> Tensor:
+    """Return the tensor of all experts as a view [E, out, in]."""
+    return experts.transpose(1, 2) if model.config.model_type == "gpt_oss" else experts
 
 
 def random_factors(
@@ -221,11 +360,12 @@ def random_factors(
     *,
     lm_head: bool = True,
     routers: bool = False,
+    gates: bool = False,
 ) -> dict[str, LoRAFactors]:
     """Return adapters of nonzero A and B; the first key that is part of a name decides its rank."""
     generator = torch.Generator().manual_seed(7)
     factors = {}
-    sizes = module_sizes(model, lm_head=lm_head, routers=routers)
+    sizes = module_sizes(model, lm_head=lm_head, routers=routers, gates=gates)
     for name, (num_in, num_out) in sizes.items():
         rank, scale = next(value for part, value in rank_and_scale.items() if part in name)
         factors[name] = LoRAFactors(
@@ -251,10 +391,12 @@ def merged(model: torch.nn.Module, factors: dict[str, LoRAFactors]) -> torch.nn.
             params[name + ".weight"].add_(delta)
             continue
         prefix, expert, projection = name.rsplit(".", 2)
-        if projection == "down_proj":
-            params[f"{prefix}.down_proj"][int(expert)].add_(delta)
+        if f"{prefix}.{projection}" in params:
+            _rows_first(model, params[f"{prefix}.{projection}"])[int(expert)].add_(delta)
             continue
-        gate, up = params[f"{prefix}.gate_up_proj"][int(expert)].chunk(2)
+        both = _rows_first(model, params[f"{prefix}.gate_up_proj"])[int(expert)]
+        alternate = model.config.model_type == "gpt_oss"
+        gate, up = (both[::2], both[1::2]) if alternate else both.chunk(2)
         (gate if projection == "gate_proj" else up).add_(delta)
     return model
 

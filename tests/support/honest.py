@@ -6,9 +6,10 @@ from pathlib import Path
 import torch
 from safetensors.torch import save_file
 
+from megalora.hf.cuts import Placement, Shard
 from megalora.hf.factors import LoRAFactors
 from megalora.hf.peft import write_adapter
-from megalora.hf.weights import Placement, Shard, Weights
+from megalora.hf.weights import Weights
 
 LLAMA = {
     "model_type": "llama",

@@ -30,6 +30,9 @@ def install() -> None:
     }
     if importlib.util.find_spec("einops") is None:
         stand_ins["einops"] = {"rearrange": reorder_axes, "repeat": repeat_groups}
+        # Gated delta nets have imported it, and so it has looked for einops.
+        context = importlib.import_module("megatron.core.ssm.mamba_context_parallel")
+        vars(context).update(repeat=repeat_groups, HAVE_EINOPS=True)
     held = {name: sys.modules.get(name) for name in stand_ins}
     for name, members in stand_ins.items():
         sys.modules[name] = types.ModuleType(name)

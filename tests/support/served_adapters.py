@@ -24,22 +24,38 @@ FAMILIES = {
     "qwen2": "Qwen2ForCausalLM",
     "qwen3": "Qwen3ForCausalLM",
     "mistral": "MistralForCausalLM",
+    "phi3": "Phi3ForCausalLM",
     "gemma": "GemmaForCausalLM",
     "qwen3_moe": "Qwen3MoeForCausalLM",
     "qwen3_vl_moe": "Qwen3VLMoeForConditionalGeneration",
     "mixtral": "MixtralForCausalLM",
     "qwen2_moe": "Qwen2MoeForCausalLM",
     "glm4_moe": "Glm4MoeForCausalLM",
+    "gpt_oss": "GptOssForCausalLM",
+    "qwen3_next": "Qwen3NextForCausalLM",
+    "qwen3_5": "Qwen3_5ForConditionalGeneration",
+    "qwen3_5_moe": "Qwen3_5MoeForConditionalGeneration",
+    "qwen3_vl": "Qwen3VLForConditionalGeneration",
+    "mistral3": "Mistral3ForConditionalGeneration",
 }
 # What config.json calls the experts, and has of shared ones.
 EXPERTS_OF = {
     "qwen3_moe": {"num_experts": EXPERTS},
     "qwen3_vl_moe": {"num_experts": EXPERTS},
     "mixtral": {"num_local_experts": EXPERTS},
-    "qwen2_moe": {"num_experts": EXPERTS, "shared_expert_intermediate_size": 3 * FFN},
+    "gpt_oss": {"num_local_experts": EXPERTS},
+    **{
+        family: {"num_experts": EXPERTS, "shared_expert_intermediate_size": 3 * FFN}
+        for family in ("qwen2_moe", "qwen3_next", "qwen3_5_moe")
+    },
     "glm4_moe": {"n_routed_experts": EXPERTS, "n_shared_experts": 3, "first_k_dense_replace": 1},
 }
-SHARED = {"qwen2_moe": ("shared_expert", 3 * FFN), "glm4_moe": ("shared_experts", 3 * FFN)}
+SHARED = dict.fromkeys(("qwen2_moe", "qwen3_next", "qwen3_5_moe"), ("shared_expert", 3 * FFN))
+SHARED["glm4_moe"] = ("shared_experts", 3 * FFN)
+# What the first layer has in place of attention, and what servers' classes fuse it to.
+_APART = {"in_proj_qkv": (16, 40), "in_proj_z": (16, 16)}
+DELTA = {"qwen3_next": {"in_proj_qkvz": (16, 56)}, "qwen3_5": _APART, "qwen3_5_moe": _APART}
+OF_DELTA = ("in_proj_qkvz", "in_proj_ba", "out_proj")
 
 
 def config_of(family: str) -> SimpleNamespace:
@@ -79,10 +95,17 @@ def factors_of(family: str, ranks: tuple[int, int], *, head: bool) -> dict[str, 
     """
     attention = {"q_proj": (16, 16), "k_proj": (16, 8), "v_proj": (16, 8), "o_proj": (16, 16)}
     wide, narrow = mlp(2 * FFN), mlp(FFN)
+    if family == "phi3":
+        attention = {"qkv_proj": (16, 32), "o_proj": (16, 16)}
+        wide = {"gate_up_proj": (HIDDEN, 4 * FFN), "down_proj": (2 * FFN, HIDDEN)}
     found: dict[str, LoRAFactors] = {}
     for layer in range(LAYERS):
         prefix = f"model.layers.{layer}"
-        found |= {f"{prefix}.self_attn.{n}": made(ranks[1], s) for n, s in attention.items()}
+        if is_delta_net(family, layer):
+            own = {**DELTA[family], "out_proj": (16, 16)}
+            found |= {f"{prefix}.linear_attn.{n}": made(ranks[1], s) for n, s in own.items()}
+        else:
+            found |= {f"{prefix}.self_attn.{n}": made(ranks[1], s) for n, s in attention.items()}
         if not experts_of(config_of(family), layer):
             found |= {f"{prefix}.mlp.{n}": made(ranks[1], s) for n, s in wide.items()}
             continue
@@ -100,6 +123,11 @@ def factors_of(family: str, ranks: tuple[int, int], *, head: bool) -> dict[str, 
     return found | ({"lm_head": made(ranks[1], (HIDDEN, ROWS))} if head else {})
 
 
+def is_delta_net(family: str, layer: int) -> bool:
+    """Say whether a layer is a gated delta net."""
+    return family in DELTA and layer == 0
+
+
 def mlp(ffn: int) -> dict[str, tuple[int, int]]:
     return {"gate_proj": (HIDDEN, ffn), "up_proj": (HIDDEN, ffn), "down_proj": (ffn, HIDDEN)}
 
@@ -112,6 +140,7 @@ def written(place: Path, factors: dict[str, LoRAFactors], format: Any, family: s
     count = EXPERTS if family in EXPERTS_OF else None
     directory, names = place / "adapter", names_of(family)
     options = {"format": format, "names": names, "num_experts": count}
+    options["delta_layers"] = [0] if family in DELTA else []
     write_adapter(directory, factors, base_model_name="b", **options)
     return directory
 

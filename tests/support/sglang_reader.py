@@ -16,7 +16,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from tests.support.served_adapters import experts_of, shared_of
+from tests.support.served_adapters import OF_DELTA, experts_of, is_delta_net, shared_of
 from tests.support.server_stubs import Quiet, Stub, imported
 
 FOLDER = "sglang-0.5.23"
@@ -192,7 +192,11 @@ class Reader:
         }
         for layer in range(config.num_hidden_layers):
             prefix = f"model.layers.{layer}"
-            found |= {f"{prefix}.self_attn.{leaf}": linear() for leaf in ("qkv_proj", "o_proj")}
+            if is_delta_net(config.model_type, layer):
+                found |= {f"{prefix}.linear_attn.{leaf}": linear() for leaf in OF_DELTA}
+            else:
+                leaves = ("qkv_proj", "o_proj")
+                found |= {f"{prefix}.self_attn.{leaf}": linear() for leaf in leaves}
             if experts_of(config, layer):
                 place = "block_sparse_moe" if config.model_type == "mixtral" else "mlp"
                 found[f"{prefix}.{place}.gate"] = linear()

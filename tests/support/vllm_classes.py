@@ -62,6 +62,28 @@ def registered() -> dict[str, str]:
     return found
 
 
+class _Scope(dict[str, Any]):
+    """Names in a class's body: of other classes, what they declare."""
+
+    def __missing__(self, name: str) -> Any:
+        if name not in _classes():
+            raise KeyError(name)
+        mapper = self["WeightsMapper"]
+
+        class Other:
+            def __getattr__(self, attribute: str) -> Any:
+                value = declaration(name, attribute)
+                assert value is not None, (name, attribute)
+                return _evaluated(value, mapper)
+
+        return Other()
+
+
+def _evaluated(value: ast.expr, mapper: type) -> Any:
+    scope = _Scope({"WeightsMapper": mapper, "re": regex})
+    return eval(compile(ast.Expression(value), "declared", "eval"), {}, scope)
+
+
 def declared(architecture: str, mapper: type) -> dict[str, Any]:
     """Return what vLLM's class for an architecture declares for LoRA, evaluated."""
     name = registered()[architecture]
@@ -71,8 +93,7 @@ def declared(architecture: str, mapper: type) -> dict[str, Any]:
         while isinstance(value, ast.Attribute) and isinstance(value.value, ast.Name):
             value = declaration(value.value.id, value.attr)
         if value is not None:
-            scope = {"WeightsMapper": mapper, "re": regex}
-            found[attribute] = eval(compile(ast.Expression(value), name, "eval"), scope)
+            found[attribute] = _evaluated(value, mapper)
     if takes_unembedding(name):
         found["embedding_modules"] = {"embed_tokens": "", "lm_head": ""}
     # Qwen3-MoE adds it in its __init__, which does not run here.

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from tests.support.served_adapters import experts_of, shared_of
+from tests.support.served_adapters import OF_DELTA, experts_of, is_delta_net, shared_of
 from tests.support.server_stubs import Quiet, Stub, imported
 from tests.support.vllm_classes import FOLDER, declared
 
@@ -207,7 +207,13 @@ class Reader:
         loaded = worker._load_adapter(request)
         manager._create_merged_loras_inplace(loaded)
         # Of other modules a stub model has not always the names that vLLM's class has.
-        left_out = [n for n in loaded.loras if "experts" in n and n not in manager.modules]
+        fused = {part for of in model.packed_modules_mapping.values() for part in of}
+        left_out = [
+            name
+            for name in loaded.loras
+            if "experts" in name or ("linear_attn" in name and name.rpartition(".")[2] not in fused)
+            if name not in manager.modules
+        ]
         assert not left_out, f"vLLM serves without {left_out}"
         for name, module in manager.modules.items():
             weights = manager._get_lora_layer_weights(loaded, name)
@@ -235,11 +241,17 @@ class Reader:
         layers = "vllm.model_executor.layers."
         linear = self.stubs[layers + "linear"]["LinearBase"]
         vocabulary = self.stubs[layers + "vocab_parallel_embedding"]["VocabParallelEmbedding"]
-        found: dict[str, nn.Module] = {"model.embed_tokens": vocabulary()}
+        # vLLM's class of a multimodal model has the language model in it.
+        whole = "language_model." if config.model_type in ("qwen3_5", "qwen3_5_moe") else ""
+        found: dict[str, nn.Module] = {f"{whole}model.embed_tokens": vocabulary()}
         attention = "attn" if config.model_type == "gpt_oss" else "self_attn"
         for layer in range(config.num_hidden_layers):
-            prefix = f"model.layers.{layer}"
-            found |= {f"{prefix}.{attention}.{leaf}": linear() for leaf in ("qkv_proj", "o_proj")}
+            prefix = f"{whole}model.layers.{layer}"
+            if is_delta_net(config.model_type, layer):
+                found |= {f"{prefix}.linear_attn.{leaf}": linear() for leaf in OF_DELTA}
+            else:
+                leaves = ("qkv_proj", "o_proj")
+                found |= {f"{prefix}.{attention}.{leaf}": linear() for leaf in leaves}
             if num_experts := experts_of(config, layer):
                 experts = self.stubs[layers + "fused_moe"]["MoERunner"]()
                 experts.num_experts = num_experts
@@ -259,7 +271,7 @@ class Reader:
         head.embedding_dim, head.weight = config.hidden_size, torch.empty(1)
         head.get_sharded_to_full_mapping = lambda: None
         processor.vocab_size = config.vocab_size
-        return {**found, "lm_head": head, "logits_processor": processor}
+        return {**found, f"{whole}lm_head": head, f"{whole}logits_processor": processor}
 
 
 def expert_names(model_type: str) -> tuple[str, str, str]:

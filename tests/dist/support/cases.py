@@ -10,7 +10,7 @@ import torch
 
 from tests.dist.support.answers import Answers
 from tests.dist.support.layouts import Layout
-from tests.dist.support.models import DSA, MAMBA, MLA, MOE
+from tests.dist.support.models import DELTA, DELTA_NET, DSA, GPT_OSS, MAMBA, MLA, MOE
 from tests.dist.support.training import Run
 
 
@@ -111,8 +111,15 @@ KINDS = {
         **{**MOE, **SHARED_EXPERTS, **CHOSEN_BY_SIGMOID, **GLM},
         lora=WITH_ROUTER,
     ),
+    "gpt-oss's layers": _kind(layers=2, **GPT_OSS, lora=WITH_ROUTER),
+    "gated delta nets": _kind(layers=2, **DELTA_NET),
+    "gated delta nets, gates too": _kind(
+        layers=1, **{**DELTA_NET, "linear_attention_freq": [1]}, lora={"delta_gates": True}
+    ),
+    "hybrid of delta nets and experts": Kind({"pattern": "GE|*G", **DELTA, **MOE}, WITH_ROUTER),
     "hybrid": _hybrid("M*|-M"),
     "hybrid with experts": _hybrid("ME*", **MOE, lora=WITH_ROUTER),
+    "hybrid, z and x": _hybrid("M*", lora={"targets": ("tinker",)}),
     "hybrid in 4 stages": _hybrid("M|*|-|M"),
     "hybrid, multi-token prediction": _hybrid(
         "M|*/M-", mtp_num_layers=1, lora={"targets": ("all", "eh_proj")}
@@ -155,6 +162,7 @@ BF16 = _with("bf16", bf16=True)
 FP16 = {**_with("fp16", fp16=True), "run": Run(loss_scale=2.0**13)}
 FUSED = _with("fused accumulation", gradient_accumulation_fusion=True)
 ALLGATHER = _with("allgather dispatcher", moe_token_dispatcher_type="allgather")
+FUSED_ACTIVATION = _with("fused activation", bias_activation_fusion=True)
 OVERLAPPED_SHARED = _with("overlapped", moe_shared_expert_overlap=True)
 
 
@@ -223,6 +231,11 @@ EXPERTS = [
         Case(layout=layout, kind="GLM-4.5's layers")
         for layout in (Layout(), EP2, ETP2, TP2_EP2, PP2, CP2)
     ),
+    *(
+        Case(layout=layout, kind="gpt-oss's layers")
+        for layout in (Layout(), TP2_SP, EP2, ETP2, TP2_EP2, PP2, CP2)
+    ),
+    Case(layout=EP2, kind="gpt-oss's layers", **FUSED_ACTIVATION),
     Case(layout=TP2_SP, kind="experts"),
     Case(layout=ETP2, kind="ungated experts"),
     Case(layout=Layout(pp=2, vpp=2), kind="experts in 4 layers"),
@@ -260,6 +273,20 @@ HYBRID = [
     Case(layout=Layout(dp=2), kind="hybrid", **OVERLAPPED),
     Case(layout=EP2, kind="hybrid with experts"),
     Case(layout=TP2_EP2, kind="hybrid with experts"),
+    Case(layout=Layout(), kind="hybrid, z and x"),
+    Case(layout=TP2_SP, kind="hybrid, z and x"),
+]
+
+
+DELTA_NETS = [
+    *(Case(layout=o, kind="gated delta nets") for o in (Layout(), TP2_SP, PP2, CP2)),
+    Case(layout=TP2, kind="gated delta nets", ops="reference", note="reference ops"),
+    Case(layout=TP2_SP, kind="gated delta nets", **RECOMPUTED),
+    Case(layout=TP2_SP, kind="gated delta nets", **_selective("gdn_norm_out")),
+    Case(layout=TP2_SP, kind="gated delta nets", **FUSED),
+    Case(layout=DP2, kind="gated delta nets", **OVERLAPPED),
+    Case(layout=TP2, kind="gated delta nets, gates too"),
+    Case(layout=TP2_EP2, kind="hybrid of delta nets and experts"),
 ]
 
 
@@ -293,4 +320,4 @@ ANSWERS = [
     _answers(Layout(pp=2, vpp=2), "dense of 4 layers", BY_MICROBATCH),
     _answers(TP2, "fused cross entropy", BY_MICROBATCH),
 ]
-CASES = [*DENSE, *EXPERTS, *HYBRID, *ANSWERS]
+CASES = [*DENSE, *EXPERTS, *HYBRID, *DELTA_NETS, *ANSWERS]

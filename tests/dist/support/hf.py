@@ -6,13 +6,16 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
+from megatron.core.activations import squared_relu
+from megatron.core.fusions.fused_bias_geglu import quick_gelu
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from megatron.core.transformer.transformer_config import MLATransformerConfig, TransformerConfig
 
 from megalora.hf.base import load_hf_base
 from megalora.model.config_json import model_shape, read_config
-from megalora.model.hybrid import pattern_of
+from megalora.model.hybrid import hybrid_args, pattern_of
 from megalora.model.megatron import megatron_args
+from megalora.model.rope import yarn_options
 from tests.dist.support.layouts import Layout
 from tests.dist.support.models import build_model
 
@@ -33,22 +36,31 @@ def build(
     """
     config = read_config(directory)
     args = megatron_args(config)
-    if hybrid:
-        del args["num_layers"]
-        args.pop("moe_layer_freq", None)
+    if hybrid or "hybrid_layer_pattern" in args:
+        args = hybrid_args(args)
         stages, predictions = layout.pp * (layout.vpp or 1), changes.get("mtp_num_layers", 0)
-        pattern = pattern_of(model_shape(config), stages=stages, predictions=predictions)
-        changes = {"pattern": pattern, **changes}
+        if "pattern" not in changes:
+            pattern = pattern_of(model_shape(config), stages=stages, predictions=predictions)
+            changes["pattern"] = pattern
+    if "experimental_attention_variant" in args:
+        changes = {"transformer_impl": "local", **changes}
     kind = MLATransformerConfig if "kv_lora_rank" in args else TransformerConfig
     known = kind.__dataclass_fields__
     fields = {name: value for name, value in args.items() if name in known}
     if "num_experts" in args:
         fields["num_moe_experts"] = args["num_experts"]
+    if args.get("quick_geglu"):
+        fields["activation_func"] = quick_gelu
+    if args.get("squared_relu"):
+        fields |= {"activation_func": squared_relu, "gated_linear_unit": False}
+    if scaled := yarn_options(args):
+        changes["yarn"] = {**scaled, **changes.get("yarn", {})}
+    options = ("rotary_percent", "position_embedding_type")
     return build_model(
         layout,
         vocab_size=padded_vocab,
         tied=not args["untie_embeddings_and_output_weights"],
-        **{"rotary_percent": args["rotary_percent"], **fields, **changes},
+        **{**{name: args[name] for name in options if name in args}, **fields, **changes},
     )
 
 

@@ -8,6 +8,10 @@ import torch
 from megatron.core import parallel_state
 from megatron.core.dist_checkpointing.dict_utils import nested_values
 from megatron.core.dist_checkpointing.mapping import ShardedTensor, apply_factories
+from megatron.core.fusions.fused_bias_geglu import quick_gelu
+from megatron.core.models.gpt.experimental_attention_variant_module_specs import (
+    get_transformer_block_with_experimental_attention_variant_spec,
+)
 from megatron.core.models.gpt.gpt_layer_specs import (
     get_gpt_decoder_block_spec,
     get_gpt_mtp_block_spec,
@@ -58,6 +62,27 @@ MLA = {
     "v_head_dim": 8,
     "rope_type": "rope",
 }
+# As gpt-oss has them: half of the layers see a window, numbers beyond the clamp are usual.
+YARN = {
+    "yarn_rotary_scaling_factor": 8.0,
+    "yarn_original_max_position_embeddings": 8,
+    "yarn_beta_fast": 1.0,
+    "yarn_beta_slow": 0.1,
+    "yarn_mscale": 1.0,
+    "yarn_mscale_all_dim": 0.0,
+    "yarn_correction_range_round_to_int": False,
+}
+GPT_OSS = {
+    **MOE,
+    "yarn": YARN,
+    "softmax_type": "learnable",
+    "window_size": (3, 0),
+    "window_attn_skip_freq": 2,
+    "add_bias_linear": True,
+    "activation_func": quick_gelu,
+    "activation_func_clamp_value": 0.4,
+    "glu_linear_offset": 1.0,
+}
 # Each token attends to 6 of the 16 at most.
 DSA = {
     **MLA,
@@ -69,6 +94,29 @@ DSA = {
     "dsa_indexer_topk": 6,
     # The Hadamard transform turns queries and keys alike, and is a CUDA kernel.
     "dsa_indexer_rotate_activation": False,
+}
+
+
+# Parts query, key, value, z, beta, alpha of 24, 24, 80, 80, 8, 8 rows.
+DELTA = {
+    "linear_conv_kernel_dim": 3,
+    "linear_key_head_dim": 6,
+    "linear_value_head_dim": 10,
+    "linear_num_key_heads": 4,
+    "linear_num_value_heads": 8,
+    # A first token reads next to nothing of a state, which the norm behind it would make as large
+    # as anything: rounding too.
+    "layernorm_epsilon": 1e-2,
+}
+# As Qwen3-Next has them.
+DELTA_NET = {
+    **DELTA,
+    "experimental_attention_variant": "gated_delta_net",
+    "linear_attention_freq": 2,
+    "transformer_impl": "local",
+    "qk_layernorm": True,
+    "attention_output_gate": True,
+    "layernorm_zero_centered_gamma": True,
 }
 
 
@@ -119,11 +167,14 @@ def build_model(
     tied: bool = False,
     pattern: str | None = None,
     rotary_percent: float = 1.0,
+    position_embedding_type: str = "rope",
+    yarn: dict[str, Any] | None = None,
     **overrides: Any,
 ) -> list[Any]:
     """Build this rank's model chunks, one per virtual pipeline stage, with topology-free weights.
 
-    `overrides` are fields of the configuration; `tied` shares embedding and output weights;
+    `overrides` are fields of the configuration; `tied` shares embedding and output weights; `yarn`
+    has the numbers of scaled rotary embeddings by the names that a GPT model reads;
     `pattern` is that of a hybrid model's layers, with "|" between pipeline stages, if any.
     Megatron's process groups must be set up for `layout`.
     """
@@ -136,6 +187,7 @@ def build_model(
             **overrides,
         }
     config = build_config(layout, **overrides)
+    vars(config).update(yarn or {})
     stages: list[int | None] = [None] if layout.vpp is None else list(range(layout.vpp))
     chunks = []
     for stage in stages:
@@ -145,7 +197,7 @@ def build_model(
             "pre_process": parallel_state.is_pipeline_first_stage(False, stage),
             "post_process": parallel_state.is_pipeline_last_stage(False, stage),
             "share_embeddings_and_output_weights": tied,
-            "position_embedding_type": "rope",
+            "position_embedding_type": "yarn" if yarn else position_embedding_type,
             "rotary_percent": rotary_percent,
             "vp_stage": stage,
         }
@@ -161,12 +213,14 @@ def build_model(
 
 
 def _build_gpt(config: Any, stage: int | None, common: dict[str, Any]) -> GPTModel:
-    sparse = config.experimental_attention_variant == "dsa"
-    spec: Any = (
-        sparse_block(config, stage)
-        if sparse
-        else get_gpt_decoder_block_spec(config, use_transformer_engine=False, vp_stage=stage)
-    )
+    spec: Any
+    match config.experimental_attention_variant:
+        case "dsa":
+            spec = sparse_block(config, stage)
+        case "gated_delta_net":
+            spec = get_transformer_block_with_experimental_attention_variant_spec(config, stage)
+        case _:
+            spec = get_gpt_decoder_block_spec(config, use_transformer_engine=False, vp_stage=stage)
     if getattr(config, "mla_down_proj_fusion", False):
         # As TransformerEngine's layers have it: Megatron's own leave the setting out.
         for layer in spec.layer_specs:
@@ -192,6 +246,8 @@ def draw_weights(chunk: Any) -> None:
         separate = isinstance(chunk, HybridModel) or chunk.config.experimental_attention_variant
         key = _separate_norm(shard.key) if separate else shard.key
         full = _draw(key, shard.global_shape, shard.prepend_axis_num)
+        if chunk.config.layernorm_zero_centered_gamma and key.endswith("norm.weight"):
+            full -= 1.0
         where = tuple(
             slice(offset, offset + size)
             for offset, size in zip(shard.global_offset, _shard_shape(shard), strict=True)
@@ -232,6 +288,7 @@ def _separate_norm(key: str) -> str:
     """Name a norm that TransformerEngine fuses with a linear as hybrid and sparse local layers."""
     return (
         key.replace("mixer.in_proj.layer_norm_", "norm.")
+        .replace("self_attention.in_proj.layer_norm_", "input_layernorm.")
         .replace("self_attention.linear_qkv.layer_norm_", "input_layernorm.")
         .replace("mlp.linear_fc1.layer_norm_", "pre_mlp_layernorm.")
     )

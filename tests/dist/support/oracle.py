@@ -53,6 +53,9 @@ class Oracle:
             for expert, name in enumerate(self._weight_names(base)):
                 own_a, own_b = (f[expert] if f.dim() == 3 else f for f in (a, b))
                 update = self._product(base, own_a, own_b)
+                # The last rows may have none: those of a delta net's gates.
+                rest = (0, 0, 0, len(parameters[name]) - len(update))
+                update = torch.nn.functional.pad(update, rest)
                 merged[name] = parameters[name] + self.alpha / b.shape[-1] * update
         return merged
 
@@ -139,7 +142,9 @@ class Oracle:
         rank = b.shape[1]
         if a.shape[0] == rank:
             return b @ a
-        row_projection = projections(base.rpartition(".")[2], b.shape[0], self.model.config)
+        # Of Mamba-2's in_proj z and x are two halves, as gate and up are.
+        leaf = "linear_fc1" if base.endswith("mixer.in_proj") else base.rpartition(".")[2]
+        row_projection = projections(leaf, b.shape[0], self.model.config)
         a_of_row = a.unflatten(0, (-1, rank))[row_projection]
         return (b[:, None] @ a_of_row)[:, 0]
 
@@ -150,6 +155,13 @@ def projections(leaf: str, num_rows: int, config: Any) -> list[int]:
         return [0 if row < num_rows // 2 else 1 for row in range(num_rows)]
     if leaf == "linear_qkv_down_proj":
         return [0 if row < config.q_lora_rank else 1 for row in range(num_rows)]
+    if leaf == "in_proj":
+        keys = config.linear_num_key_heads * config.linear_key_head_dim
+        values, gates = (
+            config.linear_num_value_heads * size for size in (config.linear_value_head_dim, 1)
+        )
+        sizes = (keys, keys, values, values, gates, gates)
+        return [part for part, size in enumerate(sizes) for _ in range(size)][:num_rows]
     assert leaf == "linear_qkv", leaf
     size, groups = config.kv_channels, config.num_query_groups
     rows_of_group = num_rows // groups

@@ -148,16 +148,17 @@ def _shards(sharded: ShardedTensor | ShardedTensorFactory, data: Tensor) -> list
 def _join_parts(whole: Tensors) -> Tensors:
     """Put parts that are stored each by itself in the weight's order.
 
-    Those of Mamba's in_proj, and of the joint down projection of attention through latents.
+    Those of Mamba's in_proj and a delta net's, and of the joint down projection of attention
+    through latents.
     """
-    orders = (("z", "x", "B", "C", "dt"), ("q", "kv"))
+    delta_net = ("query", "key", "value", "z")
+    orders = (*(("z", "x", "B", "C", "dt"), ("q", "kv")), (*delta_net, "beta", "alpha"), delta_net)
+    orders = (*orders, ("z", "x"))
     parts = {name for order in orders for name in order}
     joined = {key: whole[key] for key in whole if key.rpartition(".")[2] not in parts}
-    for key in whole:
-        for first, *rest in orders:
-            if key.endswith(f".{first}"):
-                stem = key.removesuffix(first)
-                joined[stem[:-1]] = torch.cat([whole[stem + name] for name in (first, *rest)])
+    for stem in {key.rpartition(".")[0] for key in whole if key not in joined}:
+        found = next(order for order in orders if all(f"{stem}.{name}" in whole for name in order))
+        joined[stem] = torch.cat([whole[f"{stem}.{name}"] for name in found])
     return joined
 
 
