@@ -94,6 +94,23 @@ def test_files_and_config_of_before_transformers_5_are_the_same_model(tmp_path: 
         assert torch.equal(files.read(name, 0, rows), tables[name]), name
 
 
+def test_a_copy_of_a_tied_table_under_its_older_name_is_untied_once(tmp_path: Path) -> None:
+    model, base = hf_model("mistral3", tied=True), base_of("mistral3", tmp_path / "b", tied=True)
+    tensors = load_file(base / "model.safetensors")
+    older = {
+        name.replace("model.language_model.", "language_model.model.").removeprefix("model."): own
+        for name, own in tensors.items()
+    }
+    older["language_model.lm_head.weight"] = older["language_model.model.embed_tokens.weight"] + 0
+    save_file(older, base / "model.safetensors", {"format": "pt"})
+    factors = random_factors(model, RANKS)
+    assert merge_adapter(base, factors, tmp_path / "out")
+    heads = [name for name in load_file(tmp_path / "out/model.safetensors") if "lm_head" in name]
+    assert heads == ["lm_head.weight"]
+    found = logits(hf_model_from(tmp_path / "out"))
+    torch.testing.assert_close(found, logits(merged(model, factors)), atol=5e-6, rtol=1e-5)
+
+
 @pytest.mark.bad_input("a number that is not one")
 @pytest.mark.parametrize(
     ("changes", "sentence"),

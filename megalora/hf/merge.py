@@ -132,9 +132,9 @@ def _merged_file(
             parts = parts[-1:] if fused.group(2) == weights.names.parameters[1] else parts[:-1]
             alternate = weights.names.interleaved
             _add_experts(tensor, fused.group(1), parts, factors, alternate=alternate)
-        elif module is not None and not (untie and name == _UNEMBEDDING):
+        elif module is not None and not (untie and known == _UNEMBEDDING):
             add_update(tensor, module)
-        if untie and name == _UNEMBEDDING:
+        if untie and known == _UNEMBEDDING:
             # A copy that a tied model carries along: the embedding's file writes it anew.
             continue
         tensors[name] = tensor.bfloat16() if weights.files.is_scaled(name) else tensor
