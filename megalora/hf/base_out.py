@@ -69,7 +69,6 @@ def save_hf_base(
             pass
         on_all_ranks(lambda: None, only=0)
         return
-    names = mapped_family(config).names
     with whole_directory(directory, overwrite=overwrite) as target:
         writer = ShardWriter(target, max_shard_bytes)
         for tensors in layers:

@@ -70,7 +70,7 @@ def family_of(config: Mapping[str, Any]) -> Family:
         raise ValueError(
             f"config.json model_type is {model_type!r:.100}: {why and why + '; '}supported are "
             f"{', '.join(sorted(FAMILIES))}; or, for recommendations, the sizes as "
-            "Megatron's flags (not linear attention or multimodal models)"
+            "Megatron's flags"
         )
     return FAMILIES[model_type]
 
