@@ -165,3 +165,16 @@ def query_projections() -> list[object]:
 
 def test_queries_without_a_latent_have_no_norm_of_theirs_where_the_model_is_hugging_faces() -> None:
     assert call(query_projections) == ["normed", "plain"]
+
+
+def recomputed() -> bool:
+    """Say whether a function's output can be given up and be made again, as for `gdn_norm_out`."""
+    import torch
+    from megatron.core.tensor_parallel.random import CheckpointWithoutOutput
+
+    x = torch.ones(2, requires_grad=True)
+    return CheckpointWithoutOutput().checkpoint(torch.exp, x).equal(x.exp())
+
+
+def test_outputs_are_recomputed_without_transformer_engine() -> None:
+    assert call(recomputed)

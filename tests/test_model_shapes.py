@@ -155,7 +155,7 @@ def test_latent_attention_is_read_from_megatrons_flags() -> None:
     ("make", "message"),
     [
         (lambda: preset_shape("llama-9"), r"'llama-9' is neither .* llama-3.1-8b"),
-        (lambda: model_shape({"model_type": "t5"}), "linear attention"),
+        (lambda: model_shape({"model_type": "t5"}), "the sizes as Megatron's flags"),
         (lambda: model_shape({"model_type": "llama"}), "num_attention_heads is None"),
         (lambda: load_config("/nonexistent"), "/nonexistent/config.json does not exist"),
         (

@@ -282,7 +282,6 @@ DELTA_NETS = [
     *(Case(layout=o, kind="gated delta nets") for o in (Layout(), TP2_SP, PP2, CP2)),
     Case(layout=TP2, kind="gated delta nets", ops="reference", note="reference ops"),
     Case(layout=TP2_SP, kind="gated delta nets", **RECOMPUTED),
-    Case(layout=TP2_SP, kind="gated delta nets", **_selective("gdn_norm_out")),
     Case(layout=TP2_SP, kind="gated delta nets", **FUSED),
     Case(layout=DP2, kind="gated delta nets", **OVERLAPPED),
     Case(layout=TP2, kind="gated delta nets, gates too"),
