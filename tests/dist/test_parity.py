@@ -15,10 +15,11 @@ def tolerance(dtype: torch.dtype, what: str) -> float:
 
     Half precision rounds each of them by up to eps / 2, independently, and a gradient has seen some
     tens: 1 to 2 eps is measured. Adam moves a weight by the rate however small its gradient is, so
-    that those whose sign is lost in rounding are off by twice the rate.
+    that those whose sign is lost in rounding are off by twice the rate. So it is in fp32, less: of
+    one case 5.5e-6 and 9.96e-6 were measured on two processors.
     """
     if dtype == torch.float32:
-        return 1e-5
+        return 2e-5 if what == "weights" else 1e-5
     return 2e-2 if what == "weights" else 3 * torch.finfo(dtype).eps
 
 
