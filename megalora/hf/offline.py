@@ -37,8 +37,8 @@ def checkpoint_shape(
     its num_layers, layers without an adapter after the last one that has one are not counted.
     """
     layers = [int(name.split(".")[2]) for name in tensors if name.startswith("decoder.layers.")]
-    wide = ("linear_qkv_lora.lora_A", "linear_fc1_lora.lora_A", "output_layer_lora.lora_A")
-    wide = (*wide, "in_proj_lora.lora_A")
+    read_it = ("linear_qkv", "linear_fc1", "in_proj", "output_layer")
+    wide = tuple(f"{name}_lora.lora_A" for name in read_it)
     hidden = [tensor.shape[-1] for name, tensor in tensors.items() if name.endswith(wide)]
     narrow = ("linear_proj_lora.lora_B", "linear_fc2_lora.lora_B", "out_proj_lora.lora_B")
     hidden += [tensor.shape[-2] for name, tensor in tensors.items() if name.endswith(narrow)]

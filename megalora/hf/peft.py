@@ -45,6 +45,11 @@ from megalora.model.family import DEFAULT_NAMES, Names, without_numbers
 Format = Literal["peft", "uniform", "peft-3d", "tinker"]
 FORMATS: tuple[str, ...] = get_args(Format)
 _PREFIX = "base_model.model."
+# Modules that read the hidden state.
+_READ_HIDDEN = (
+    *("q_proj", "k_proj", "v_proj", "q_a_proj", "kv_a_proj_with_mqa"),
+    *("in_proj_qkv", "in_proj_z", "in_proj_qkvz", "lm_head"),
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -260,9 +265,7 @@ def _is_3d(name: str) -> bool:
 
 
 def _hidden_size(factors: Mapping[str, LoRAFactors]) -> int | None:
-    inputs = ("q_proj", "k_proj", "v_proj", "q_a_proj", "kv_a_proj_with_mqa", "lm_head")
-    inputs += ("in_proj_qkv", "in_proj_z", "in_proj_qkvz")
-    sizes = [m.lora_A.shape[1] for name, m in factors.items() if name.endswith(inputs)]
+    sizes = [m.lora_A.shape[1] for name, m in factors.items() if name.endswith(_READ_HIDDEN)]
     return sizes[0] if sizes else None
 
 
