@@ -196,7 +196,7 @@ class Weights:
             return [Piece(hf_names[0], 0, sizes[0][0], 0, more=float(module in _AROUND_ONE))]
         if module == "mlp.linear_fc1" and self.names.parts_of(self.names.modules[module][0])[1:]:
             half = sizes[0][0] // 2
-            blocks = [Block(hf_names[0], half, first) for first in (0, half)]
+            blocks = cuts.consecutive(hf_names[0], (half, half))
             return cuts.by_blocks(blocks, self.placement.tp)
         # TransformerEngine's down projections are whole on every rank.
         is_whole = num_rows == sum(rows for rows, *_ in sizes) and module.endswith("down_proj")
@@ -208,10 +208,8 @@ class Weights:
         if module == _IN_PROJ:
             parts = cuts.delta_blocks(hf_names, self.names, self.shape)
             return cuts.by_parts(parts, self.placement.tp, what)
-        blocks = [Block(hf_names[0], rows["query"])]
-        for part in ("key", "value"):
-            blocks.append(Block(hf_names[0], rows[part], blocks[-1].first + blocks[-1].rows))
-        return cuts.by_blocks(blocks, self.placement.tp)
+        convolved = [rows[part] for part in ("query", "key", "value")]
+        return cuts.by_blocks(cuts.consecutive(hf_names[0], convolved), self.placement.tp)
 
     def _kinds(self, module: str) -> tuple[str, ...]:
         return ("weight", "bias") if has_bias(module, self.shape) else ("weight",)

@@ -4,7 +4,7 @@ import argparse
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-from megalora.model.fields import whole_number
+from megalora.model.fields import kinds_of_layers, whole_number
 from megalora.model.shape import DELTA_SIZES, ModelShape
 
 if TYPE_CHECKING:
@@ -54,13 +54,7 @@ def _pattern(config: Mapping[str, Any]) -> list[int]:
             config, "full_attention_interval", size="num_layers", default=_INTERVAL
         )
         return [int((layer + 1) % interval != 0) for layer in range(count)]
-    known = isinstance(kinds, list) and all(kind in _KINDS for kind in kinds)
-    if not isinstance(kinds, list) or not known or len(kinds) != count:
-        raise ValueError(
-            f"config.json layer_types is {kinds!r:.100}: must be a list of {' or '.join(_KINDS)} "
-            f"for each of {count:,} layers"
-        )
-    return [_KINDS.index(kind) for kind in kinds]
+    return kinds_of_layers(kinds, "layer_types", _KINDS, count)
 
 
 # Megatron's own defaults, transformer_config.py.

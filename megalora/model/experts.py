@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from megalora.model.family import Experts
-from megalora.model.fields import real_number, switch, whole_number
+from megalora.model.fields import kinds_of_layers, real_number, switch, whole_number
 
 if TYPE_CHECKING:
     from megatron.core.transformer import TransformerConfig
@@ -138,7 +138,7 @@ def _layer_freq(config: Mapping[str, Any], experts: Experts) -> int | list[int]:
     count = whole_number(config, "num_hidden_layers", size="num_layers")
     layers = range(count)
     if experts.kinds and (kinds := config.get(experts.kinds)):
-        frequency = _frequency_of(kinds, experts.kinds, count)
+        frequency = kinds_of_layers(kinds, experts.kinds, _KINDS, count)
     elif experts.dense_first:
         dense = whole_number(config, experts.dense_first, size="num_layers", low=0, default=0)
         frequency = [int(layer >= dense) for layer in layers]
@@ -147,16 +147,6 @@ def _layer_freq(config: Mapping[str, Any], experts: Experts) -> int | list[int]:
         without = set(_dense_layers(config))
         frequency = [int(layer not in without and (layer + 1) % step == 0) for layer in layers]
     return 1 if all(frequency) else frequency
-
-
-def _frequency_of(kinds: object, field: str, count: int) -> list[int]:
-    known = isinstance(kinds, list) and all(kind in _KINDS for kind in kinds)
-    if not isinstance(kinds, list) or not known or len(kinds) != count:
-        raise ValueError(
-            f"config.json {field} is {kinds!r:.100}: must be a list of {' or '.join(_KINDS)} for "
-            f"each of {count:,} layers"
-        )
-    return [_KINDS.index(kind) for kind in kinds]
 
 
 def _dense_layers(config: Mapping[str, Any]) -> list[int]:

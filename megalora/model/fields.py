@@ -1,7 +1,7 @@
 """The one reader of the numbers and switches of a config.json: their types and their bounds."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from megalora.model.shape import MAX_SIZES
@@ -51,3 +51,17 @@ def switch(config: Mapping[str, Any], name: str, *, default: bool) -> bool:
     if not isinstance(value, bool):
         raise ValueError(f"config.json {name} is {value!r:.100}: must be true or false")
     return value
+
+
+def kinds_of_layers(kinds: object, name: str, known: Sequence[str], count: int) -> list[int]:
+    """Return the number of each layer's kind among those that are known.
+
+    Raises ValueError, by the field's name, for anything but a list of a known kind for each layer.
+    """
+    is_list = isinstance(kinds, list) and all(kind in known for kind in kinds)
+    if not isinstance(kinds, list) or not is_list or len(kinds) != count:
+        raise ValueError(
+            f"config.json {name} is {kinds!r:.100}: must be a list of {' or '.join(known)} for "
+            f"each of {count:,} layers"
+        )
+    return [known.index(kind) for kind in kinds]
