@@ -3,6 +3,7 @@
 import functools
 import json
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -110,6 +111,16 @@ def assert_same_logits(layout: Layout, case: str, num_layers: int = 2, **options
     torch.testing.assert_close(
         found[..., : hf_models.VOCAB], expected, atol=TOLERANCE, rtol=TOLERANCE
     )
+
+
+def assert_shows(layout: Layout, case: str, change: Callable[[Any], None]) -> None:
+    """A change of a loaded model moves its logits further from transformers' than rounding does."""
+    directory, expected = reference(case)
+    with model_parallel(layout), torch.no_grad():
+        chunks = hf.load(layout, directory)
+        change(chunks[0])
+        changed = hf.logits(chunks, hf_models.IDS)[..., : hf_models.VOCAB]
+    assert (changed - expected).abs().max() > 10 * TOLERANCE
 
 
 @pytest.mark.parametrize("case", CASES)

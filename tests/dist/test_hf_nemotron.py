@@ -24,7 +24,14 @@ from megalora.model.families import names_of
 from tests.dist.support import hf
 from tests.dist.support.layouts import Layout, model_parallel, over
 from tests.dist.test_hf_adapters import CONFIG, adapted, build, put, shared_directory
-from tests.dist.test_hf_base import ONE, TOLERANCE, assert_same_logits, broken_copy, reference
+from tests.dist.test_hf_base import (
+    ONE,
+    TOLERANCE,
+    assert_same_logits,
+    assert_shows,
+    broken_copy,
+    reference,
+)
 from tests.support import hf_models
 
 CASE = "nemotron_h"
@@ -90,12 +97,7 @@ SHOWN = {
 @pytest.mark.parametrize("part", SHOWN)
 @over(ONE)
 def test_each_part_shows_in_the_logits(layout: Layout, part: str) -> None:
-    directory, expected = reference(CASE)
-    with model_parallel(layout), torch.no_grad():
-        chunks = hf.load(layout, directory)
-        SHOWN[part](chunks[0])
-        found = hf.logits(chunks, hf_models.IDS)[..., : hf_models.VOCAB]
-    assert (found - expected).abs().max() > 10 * TOLERANCE
+    assert_shows(layout, CASE, SHOWN[part])
 
 
 @over(Layout(pp=2, vpp=2))
