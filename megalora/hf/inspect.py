@@ -15,6 +15,7 @@ from megalora.hf.factors import LoRAFactors, summarise
 from megalora.hf.peft import CONFIG_NAME, read_adapter_directory
 from megalora.hf.peft_config import layer_of, split_expert
 from megalora.hf.whole_layers import said_of_whole
+from megalora.model.decoder_names import LANGUAGE
 from megalora.model.family import Names
 from megalora.printable import printable
 
@@ -96,7 +97,7 @@ def measure(name: str, module: LoRAFactors) -> ModuleReport:
 
 
 # Of a base that is not known, which may be a part of a multimodal model.
-_ANY = Names(language="model.language_model.")
+_ANY = Names(language=LANGUAGE)
 
 
 def inspect_peft(directory: str | Path) -> AdapterReport:

@@ -15,6 +15,7 @@ from torch import Tensor
 from megalora.adapters.finite import all_finite
 from megalora.hf.factors import PRECISIONS, summarise
 from megalora.hf.files import TensorFiles
+from megalora.model.decoder_names import LANGUAGE
 
 _EMBEDDINGS = ("embed_tokens.weight", "lm_head.weight")
 # Of tied embeddings one may be stored alone.
@@ -22,8 +23,6 @@ _TIED = {
     "lm_head.weight": "model.embed_tokens.weight",
     "model.embed_tokens.weight": "lm_head.weight",
 }
-# What a multimodal model's files have for `model.`.
-_LANGUAGE = "model.language_model."
 
 
 def trained_layers(
@@ -54,7 +53,7 @@ def trained_layers(
 def _places(name: str) -> list[str]:
     """Return what files may call a tensor, the likeliest first."""
     alone = (name, _TIED.get(name, name))
-    return [*alone, *(f"{_LANGUAGE}{each.removeprefix('model.')}" for each in alone)]
+    return [*alone, *(f"{LANGUAGE}{each.removeprefix('model.')}" for each in alone)]
 
 
 def refuse_trained(names: Iterable[str]) -> None:

@@ -2,6 +2,8 @@
 
 from collections.abc import Mapping
 
+# What files of a multimodal model have for `model.` in the names of its language model.
+LANGUAGE = "model.language_model."
 # Of a decoder layer as transformers writes it: Llama's names, and those that others added.
 DECODER: Mapping[str, tuple[str, ...]] = {
     "input_layernorm": ("input_layernorm",),

@@ -6,11 +6,11 @@ columns: in a text all three positions of a token are one, and so is the embeddi
 
 from dataclasses import replace
 
+from megalora.model.decoder_names import LANGUAGE
 from megalora.model.families import mistral, qwen
 from megalora.model.family import Family, Names
 
 TEXTS = {family.model_type: family for family in (*qwen.FAMILIES, *mistral.FAMILIES)}
-LANGUAGE = "model.language_model."
 
 
 def _row(text_type: str, model_type: str, architecture: str, *beside: str) -> Family:

@@ -2,7 +2,7 @@
 
 from dataclasses import replace
 
-from megalora.model.decoder_names import DECODER, DELTA_NET
+from megalora.model.decoder_names import DECODER, DELTA_NET, LANGUAGE
 from megalora.model.families.qwen import ONE_SHARED
 from megalora.model.family import LLAMA_LIKE, Experts, Family, Names, Rate
 
@@ -69,7 +69,7 @@ QWEN3_5 = Family(
             "linear_attn.in_proj_b": ("beta",),
             "linear_attn.in_proj_a": ("alpha",),
         },
-        language="model.language_model.",
+        language=LANGUAGE,
         beside=(PREDICTING, "model.visual."),
     ),
     megatron=GATED,
