@@ -5,6 +5,7 @@
 // of the PTX ISA, not the kernels' comments, so that a wrong fragment layout, a missing barrier or
 // a wrong index shows without a GPU. Nothing here tells speed.
 
+#include <setjmp.h>
 #include <ucontext.h>
 
 #include <algorithm>
@@ -62,10 +63,11 @@ struct Lane {
 };
 
 struct Block {
-  ucontext_t scheduler;
-  ucontext_t context[kThreads];
+  // Where to go on: a ucontext_t is where a fiber begins, for it asks the kernel at each change.
+  jmp_buf scheduler, place[kThreads];
+  ucontext_t beginning[kThreads];
   std::unique_ptr<char[]> stack[kThreads];
-  bool finished[kThreads];
+  bool begun[kThreads], finished[kThreads];
   Barrier block_barrier, warp_barrier[kThreads / kWarp];
   Lane lanes[kThreads];
   std::vector<std::vector<PendingCopy>> groups[kThreads];  // committed copies, oldest first
@@ -91,7 +93,11 @@ inline dim3 threadIdx, blockIdx;
 
 namespace megalora::cuda {
 
-inline void give_way() { swapcontext(&block.context[block.current], &block.scheduler); }
+inline void give_way() {
+  if (_setjmp(block.place[block.current]) == 0) {
+    _longjmp(block.scheduler, 1);
+  }
+}
 
 inline void wait_at(Barrier& barrier, int expected) {
   const int generation = barrier.generation;
@@ -226,7 +232,19 @@ inline void run_fiber() {
   block.body();
   block.finished[block.current] = true;
   block.progressed = true;
-  swapcontext(&block.context[block.current], &block.scheduler);
+  _longjmp(block.scheduler, 1);
+}
+
+// Lets a thread run until it gives way or ends.
+[[gnu::noinline]] inline void resume(int thread) {
+  if (_setjmp(block.scheduler) != 0) {
+    return;
+  }
+  if (block.begun[thread]) {
+    _longjmp(block.place[thread], 1);
+  }
+  block.begun[thread] = true;
+  setcontext(&block.beginning[thread]);
 }
 
 // Runs one block to its end; aborts where its threads wait for each other in vain. Shared memory
@@ -237,12 +255,12 @@ inline void run_block(int used_shared_bytes) {
     if (!block.stack[thread]) {
       block.stack[thread].reset(new char[kStackBytes]);
     }
-    getcontext(&block.context[thread]);
-    block.context[thread].uc_stack.ss_sp = block.stack[thread].get();
-    block.context[thread].uc_stack.ss_size = kStackBytes;
-    block.context[thread].uc_link = nullptr;
-    makecontext(&block.context[thread], run_fiber, 0);
-    block.finished[thread] = false;
+    getcontext(&block.beginning[thread]);
+    block.beginning[thread].uc_stack.ss_sp = block.stack[thread].get();
+    block.beginning[thread].uc_stack.ss_size = kStackBytes;
+    block.beginning[thread].uc_link = nullptr;
+    makecontext(&block.beginning[thread], run_fiber, 0);
+    block.begun[thread] = block.finished[thread] = false;
     block.groups[thread].clear();
     block.open_group[thread].clear();
   }
@@ -255,7 +273,7 @@ inline void run_block(int used_shared_bytes) {
       }
       block.current = thread;
       threadIdx = dim3(thread, 0, 0);
-      swapcontext(&block.scheduler, &block.context[thread]);
+      resume(thread);
       running += block.finished[thread] ? 0 : 1;
     }
     if (running > 0 && !block.progressed) {
