@@ -1,18 +1,33 @@
 """Build csrc into megalora/_C.so: the CPU ops always, the CUDA ops where nvcc is found.
 
 MEGALORA_CUDA=0 leaves CUDA out, MEGALORA_CUDA=1 makes a missing nvcc an error.
-MEGALORA_CUDA_ARCH=90a builds for that architecture only.
+MEGALORA_CUDA_ARCH=90a builds for that architecture only. MEGALORA_LABEL=1 adds to the version what
+the library is for, as in 0.2.0+torch2.13.cpu.
 """
 
+import importlib.util
 import os
 import re
 import shutil
 import subprocess
+import sys
 from pathlib import Path
 
 from setuptools import find_packages, setup
 
 ROOT = Path(__file__).parent
+OLDEST_TORCH = (2, 11)
+# Besides torch.
+REQUIRED = [
+    "megatron-core>=0.19,<0.21",
+    "datasets",
+    "safetensors",
+    "google-re2",
+    "psutil",
+    "absl-py",
+]
+# These need nothing compiled, and so no torch.
+WITHOUT_TORCH = {"sdist", "egg_info"}
 # H100, H200 and B200 by their own instruction sets; A100, and by PTX whatever comes, by the oldest.
 GENCODE = {
     "80": "-gencode=arch=compute_80,code=[sm_80,compute_80]",
@@ -24,6 +39,31 @@ GENCODE = {
 def notice(text: str) -> None:
     """Say on the terminal what is built; setuptools hides ordinary output of pip builds."""
     print(f"megalora: {text}", flush=True)
+
+
+def version() -> str:
+    """Return the version, which megalora/__init__.py alone says."""
+    text = (ROOT / "megalora/__init__.py").read_text()
+    return re.findall(r'^__version__ = "(.+)"$', text, re.MULTILINE)[0]
+
+
+def torch_here() -> tuple[int, int]:
+    """Return the first two numbers of the version of the torch to build for."""
+    if importlib.util.find_spec("torch") is None:
+        raise SystemExit(
+            "megalora is compiled for the torch that it will run with, and no torch is here: `pip "
+            "install torch setuptools wheel ninja` first, then give pip --no-build-isolation, "
+            "without which it hides the torch that is installed"
+        )
+    import torch
+
+    major, minor = map(int, torch.__version__.split(".")[:2])
+    if (major, minor) < OLDEST_TORCH:
+        raise SystemExit(
+            f"megalora needs torch {OLDEST_TORCH[0]}.{OLDEST_TORCH[1]} or newer, and "
+            f"{torch.__version__} is installed: install a newer one first"
+        )
+    return major, minor
 
 
 def cuda_home() -> Path | None:
@@ -113,11 +153,11 @@ def extension(home: Path | None):
     flags = {"cxx": ["-O3", "-g0", "-std=c++20", "-Wno-psabi", "-fvisibility=hidden"]}
     if home is None:
         return CppExtension("megalora._C", sources, extra_compile_args=flags)
-    wanted = architectures()
-    names = ", ".join(f"sm_{name}" for name in wanted)
-    notice(f"CPU ops, and CUDA ops for {names} with {home}/bin/nvcc")
+    wanted = [f"sm_{name}" for name in architectures()]
+    notice(f"CPU ops, and CUDA ops for {', '.join(wanted)} with {home}/bin/nvcc")
     sources += sources_in("csrc/cuda")
-    flags["nvcc"] = ["-O3", "-std=c++20", *(GENCODE[a] for a in wanted)]
+    flags["cxx"].append(f"-DMEGALORA_ARCHITECTURES={','.join(wanted)}")
+    flags["nvcc"] = ["-O3", "-std=c++20", *(GENCODE[a] for a in architectures())]
     return CUDAExtension("megalora._C", sources, extra_compile_args=flags)
 
 
@@ -128,22 +168,45 @@ def build_command():
     return BuildExtension.with_options(no_python_abi_suffix=True)
 
 
+def built_here() -> dict[str, object]:
+    """Return what setup() is told of the library, which is for the torch that is here alone."""
+    if WITHOUT_TORCH & set(sys.argv):
+        oldest = ".".join(map(str, OLDEST_TORCH))
+        return {"version": version(), "install_requires": [f"torch>={oldest}", *REQUIRED]}
+    torch = ".".join(map(str, torch_here()))
+    home = wanted_cuda()
+    # For the name of a wheel that others install; pip wants a source's own version unchanged.
+    label = f"+torch{torch}.{'cuda' if home else 'cpu'}" if "MEGALORA_LABEL" in os.environ else ""
+    return {
+        "version": version() + label,
+        "install_requires": [f"torch=={torch}.*", *REQUIRED],
+        "ext_modules": [extension(home)],
+        "cmdclass": {"build_ext": build_command()},
+    }
+
+
 os.chdir(ROOT)
 setup(
     name="megalora",
-    version="0.1.0",
-    description="LoRA for NVIDIA Megatron",
+    description="LoRA for NVIDIA Megatron, in every parallel layout, exchanged with Hugging Face",
+    long_description=(ROOT / "README.md").read_text(),
+    long_description_content_type="text/markdown",
+    author="The megalora maintainers",
+    license="Apache-2.0",
+    keywords=["LoRA", "Megatron", "fine-tuning", "mixture of experts"],
+    classifiers=[
+        "Development Status :: 4 - Beta",
+        "Environment :: GPU :: NVIDIA CUDA",
+        "Intended Audience :: Developers",
+        "Intended Audience :: Science/Research",
+        "Operating System :: POSIX :: Linux",
+        "Programming Language :: C++",
+        "Programming Language :: Python :: 3 :: Only",
+        "Programming Language :: Python :: 3.12",
+        "Topic :: Scientific/Engineering :: Artificial Intelligence",
+    ],
     packages=find_packages(include=["megalora", "megalora.*"]),
     python_requires=">=3.12",
-    install_requires=[
-        "torch>=2.11",
-        "megatron-core>=0.19,<0.21",
-        "datasets",
-        "safetensors",
-        "google-re2",
-        "psutil",
-        "absl-py",
-    ],
     extras_require={
         "hf": ["transformers", "peft"],
         "dev": [
@@ -157,8 +220,8 @@ setup(
             "wandb",
             "trl",
         ],
+        "docs": ["sphinx", "myst-parser", "furo"],
     },
     entry_points={"console_scripts": ["megalora = megalora.__main__:main"]},
-    ext_modules=[extension(wanted_cuda())],
-    cmdclass={"build_ext": build_command()},
+    **built_here(),
 )

@@ -10,7 +10,7 @@ if TYPE_CHECKING:
     from megalora.adapters.merge import merge, unmerge
     from megalora.builder import apply_lora, lora_hook, set_enabled
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 __all__ = [
     "LoRAConfig",

@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from megalora.built import LIBRARY, read_built
 from megalora.ops import backend, reference
 from megalora.ops.fused import _load_library, load
 
@@ -147,9 +148,43 @@ def test_errors_name_the_argument_and_what_was_expected(misuse: str) -> None:
         call()
 
 
+def marked(version: str) -> bytes:
+    """Return what csrc/built.cpp leaves in a library that was built for a version of torch."""
+    facts = '{"torch": "%s", "compiler": "12.2.0", "cuda": 0, "architectures": ""}'
+    return b"\x7fnot ELF\0megalora is built " + (facts % version).encode() + b"\0"
+
+
 def test_a_missing_library_says_how_to_build_it(tmp_path: Path) -> None:
-    with pytest.raises(ImportError, match="pip install -e"):
+    with pytest.raises(ImportError, match=r"it is not built.*--no-build-isolation.*in a checkout"):
         _load_library(tmp_path / "_C.so")
+
+
+@pytest.mark.parametrize(
+    ("text", "reason"),
+    [
+        (b"", "file too short"),
+        (b"megalora is built {", "file too short|invalid ELF header"),
+        (marked("9.13.0a0+git"), r"it was built for torch 9\.13\.0a0\+git, and this is torch \d"),
+        (marked(torch.__version__), "invalid ELF header"),
+    ],
+)
+def test_a_library_that_does_not_load_says_why_and_what_to_do(
+    tmp_path: Path, text: bytes, reason: str
+) -> None:
+    library = tmp_path / "_C.so"
+    library.write_bytes(text)
+    with pytest.raises(
+        ImportError, match=rf"_C\.so cannot be loaded: .*({reason}).*: install a wh"
+    ):
+        _load_library(library)
+
+
+def test_the_library_says_what_it_is_built_for() -> None:
+    built = read_built(LIBRARY)
+    assert built is not None
+    assert torch.__version__.startswith(built.torch)
+    has_cuda = torch._C._dispatch_has_kernel_for_dispatch_key("megalora::shrink", "CUDA")
+    assert bool(built.cuda) == bool(built.architectures) == has_cuda
 
 
 def test_the_environment_overrides_the_backend(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -9,13 +9,15 @@ import torch
 from torch import Tensor
 from torch.autograd.function import FunctionCtx
 
+from megalora.built import LIBRARY, how_to_build, misfit
 from megalora.ops.protocol import Ops
+from megalora.printable import printable
 
 
 @cache
 def load() -> Ops:
     """Return the compiled ops, whose schemas have the names and defaults of `Ops`."""
-    _load_library(Path(__file__).parents[1] / "_C.so")
+    _load_library(LIBRARY)
     for name, shape in _SHAPES.items():
         torch.library.register_fake(f"megalora::{name}", shape)
     torch.library.register_autograd(
@@ -25,13 +27,18 @@ def load() -> Ops:
 
 
 def _load_library(library: Path) -> None:
-    """Load the compiled library; raise ImportError that says how to build it where it is absent."""
+    """Load the compiled library; raise ImportError that says what to do where that fails."""
     if not library.exists():
+        reason: str | None = "it is not built"
+    elif (reason := misfit(library, torch.__version__)) is None:
+        try:
+            torch.ops.load_library(library)
+        except OSError as error:
+            reason = printable(error.__cause__ or error)
+    if reason is not None:
         raise ImportError(
-            f"{library} is not built: run `pip install -e . --no-build-isolation` in the checkout, "
-            "or use the plain torch ops with MEGALORA_OPS=reference"
+            f"{library} cannot be loaded: {reason}: {how_to_build(torch.__version__)}"
         )
-    torch.ops.load_library(library)
 
 
 # === Shapes, for torch.compile and FakeTensor, which leave out what has its default ===

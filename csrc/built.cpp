@@ -1,0 +1,21 @@
+#include <torch/version.h>
+#ifdef MEGALORA_ARCHITECTURES
+#include <cuda.h>
+#endif
+
+// What the library is built for, as JSON. megalora/built.py finds it in the file, which another
+// torch need not be able to load.
+#define MEGALORA_QUOTE(...) #__VA_ARGS__
+#define MEGALORA_TEXT(...) MEGALORA_QUOTE(__VA_ARGS__)
+
+#ifdef MEGALORA_ARCHITECTURES
+#define MEGALORA_CUDA \
+  "\"cuda\": " MEGALORA_TEXT(CUDA_VERSION) ", \"architectures\": \"" MEGALORA_TEXT( \
+      MEGALORA_ARCHITECTURES) "\""
+#else
+#define MEGALORA_CUDA "\"cuda\": 0, \"architectures\": \"\""
+#endif
+
+extern "C" __attribute__((used, visibility("default"))) const char megalora_built[] =
+    "megalora is built {\"torch\": \"" TORCH_VERSION "\", \"compiler\": \"" __VERSION__
+    "\", " MEGALORA_CUDA "}";
