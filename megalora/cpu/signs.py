@@ -54,12 +54,12 @@ def refusal(signs: list[str], environ: Mapping[str, str]) -> str:
     """Return the message of a rank that ends because of these signs."""
     return (
         f"rank {environ.get('RANK', '0')} on node {socket.gethostname()} has no CUDA device "
-        f"({_cause()}), but was meant for GPUs: {'; '.join(signs)}. Mend the node's driver, or "
-        "leave the node out; for a run on the CPU give --cpu"
+        f"({why_no_device()}), but was meant for GPUs: {'; '.join(signs)}. Mend the node's driver, "
+        "or leave the node out; for a run on the CPU give --cpu"
     )
 
 
-def _cause() -> str:
+def why_no_device() -> str:
     """Return in a line why torch has no CUDA device."""
     if torch.version.cuda is None:
         return f"torch {torch.__version__} is built without CUDA"
