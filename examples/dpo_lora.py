@@ -34,7 +34,12 @@ from megatron.training.arguments import parse_and_validate_args  # noqa: E402
 
 from megalora.data import add_data_args, encoder_for, tokenizer_from_args  # noqa: E402
 from megalora.data.build import check_lengths  # noqa: E402
-from megalora.data.preferences import Pair, Preferences, load_preferences  # noqa: E402
+from megalora.data.preferences import (  # noqa: E402
+    Pair,
+    Preferences,
+    add_preference_args,
+    load_preferences,
+)
 from megalora.losses import check_dpo, dpo_loss, dpo_metrics  # noqa: E402
 from megalora.policy.policy import Policy  # noqa: E402
 from megalora.policy.report import report  # noqa: E402
@@ -140,27 +145,18 @@ def train(
 def add_args(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
     """Add this script's flags to Megatron's."""
     parser.add_argument("--cpu", action="store_true", help="run on the CPU over gloo")
-    add = parser.add_argument_group(
-        "preferences", "--seq-length cuts prompt and answer"
-    ).add_argument
-    add("--beta", type=float, default=0.1, help="weight of the base in the rewards (default 0.1)")
-    add(
-        "--label-smoothing",
-        type=float,
-        default=0.0,
-        help="share of the pairs that are labelled the wrong way round (default 0)",
-    )
-    launch.add_exchange_args(parser)
-    return add_data_args(add_lora_args(parser))
+    add_preference_args(parser)
+    return launch.add_exchange_args(add_data_args(add_lora_args(parser)))
 
 
 def check_args(args: argparse.Namespace) -> None:
     """Raise ValueError for flags that this loop cannot do what they say with."""
     check_dpo(args.beta, args.label_smoothing)
-    for name in ("dataset", "train_iters", "eval_interval"):
-        if getattr(args, name) is None:
-            hint = " (and --eval-iters 0 for no evaluation)" if name == "eval_interval" else ""
-            raise ValueError(f"{name} is not given: set --{name.replace('_', '-')}{hint}")
+    launch.check_training_args(args)
+    if args.dataset is None:
+        raise ValueError(
+            "dataset is not given: set --dataset to a JSONL of `prompt`, `chosen` and `rejected`"
+        )
     if not args.lora_rank or args.lora_dropout:
         raise ValueError(
             f"lora_rank is {args.lora_rank} and lora_dropout {args.lora_dropout}: the reference "

@@ -227,6 +227,7 @@ def main() -> None:
     with launch.clear_errors():
         sys.argv[1:] = launch.with_hf_flags(sys.argv[1:])
         args = parse_and_validate_args(extra_args_provider=add_args)
+        launch.check_training_args(args, evaluates=False)
         check_rl_args(args)
         # Megatron checks in its own training step only; `Policy.step` checks here.
         args.check_for_nan_in_loss_and_grad = False

@@ -1,10 +1,14 @@
 """The --lora-* flags, one for each field of LoRAConfig."""
 
 import argparse
-from dataclasses import fields
-from typing import Any, get_args
+import re
+from dataclasses import MISSING, fields
+from typing import Any, Literal, get_args, get_origin
 
-from megalora.config import MAX_RANK, ExpertMode, Init, LoRAConfig, OpsBackend
+from megalora.config import MAX_RANK, LoRAConfig, field_texts
+
+# As --help calls what is below it.
+LORA_GROUP = "lora"
 
 
 def add_lora_args(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
@@ -13,40 +17,52 @@ def add_lora_args(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
     Also lets --help print what Megatron has put into the parser before.
     """
     _repair_help(parser)
-    group = parser.add_argument_group("lora", "adapters; without --lora-rank there are none")
-    add = group.add_argument
-    add("--lora-rank", type=int, default=0, help="rank of the adapters; 0: no LoRA")
-    add("--lora-alpha", type=float, help="scale is alpha / rank (default 32)")
-    add("--lora-dropout", type=float, help="dropout on the adapters' input (default 0)")
-    add(
-        "--lora-targets",
-        nargs="+",
-        help="presets all, attn, mlp, mamba, unembed, tinker (Tinker's layout, where the experts' "
-        "mode is shared_outer) and Megatron module names (default all)",
-    )
-    add("--lora-expert-rank", type=int, help="rank of each expert (default rank / top-k)")
-    add("--lora-expert-mode", choices=get_args(ExpertMode), help="default per_expert")
-    add(
-        "--lora-shared-a",
-        action="store_true",
-        default=None,
-        help="one A for each fused linear instead of one for each of q, k, v, gate and up",
-    )
-    add(
-        "--lora-delta-gates",
-        action="store_true",
-        default=None,
-        help="adapt also what makes beta and alpha of gated delta nets",
-    )
-    add("--lora-seed", type=int, help="seed of the start values (default 1234)")
-    add("--lora-rslora", action="store_true", default=None, help="scale by alpha / sqrt(rank)")
-    add("--lora-init", choices=get_args(Init), help="default uniform")
-    add("--lora-lr-ratio", type=float, help="learning rate of B over that of A (default 1)")
-    add("--lora-eps-a", type=float, help="Adam epsilon of A (default: --adam-eps)")
-    add("--lora-eps-b", type=float, help="Adam epsilon of B (default: --adam-eps)")
-    add("--lora-ops", choices=get_args(OpsBackend), help="default fused")
-    add("--lora-kind", help="kind of adapter, one of megalora.adapters.kinds (default lora)")
+    group = parser.add_argument_group(LORA_GROUP, "adapters; without --lora-rank there are none")
+    for field in fields(LoRAConfig):
+        add_field(group, field.name)
+    # Of the command line alone: a configuration has a rank.
+    parser.set_defaults(lora_rank=0)
     return parser
+
+
+def add_field(
+    group: argparse._ActionsContainer, name: str, *, prefix: str = "--lora-", required: bool = False
+) -> None:
+    """Add the flag of one field of LoRAConfig; left out, it is None, for the field's default.
+
+    Type, choices, help and default are those of the field and of LoRAConfig's docstring.
+    """
+    field = LoRAConfig.__dataclass_fields__[name]
+    options: dict[str, Any] = {"help": _help(name, prefix), "required": required}
+    kind, args = field.type, get_args(field.type)
+    if kind is bool:
+        options |= {"action": "store_true", "default": None}
+    elif get_origin(kind) is Literal:
+        options |= {"choices": args}
+    elif get_origin(kind) is tuple:
+        options |= {"nargs": "+", "metavar": "TARGET"}
+    else:
+        own = args[0] if args else kind
+        options |= {"type": own, "metavar": {int: "N", float: "X"}.get(own, "NAME")}
+    group.add_argument(prefix + name.replace("_", "-"), **options)
+
+
+def _help(name: str, prefix: str) -> str:
+    """Return what a flag does: other fields in it by their flags, and its default."""
+    names = "|".join(LoRAConfig.__dataclass_fields__)
+
+    def flag(found: re.Match[str]) -> str:
+        return prefix + found[1].replace("_", "-")
+
+    text = re.sub(f"`({names})`", flag, field_texts().get(name, "")).removesuffix(".")
+    default = LoRAConfig.__dataclass_fields__[name].default
+    if isinstance(default, tuple):
+        default = " ".join(default)
+    if default is MISSING:
+        default = "0: no LoRA" if prefix == "--lora-" else None
+    if default is not None and not isinstance(default, bool):
+        text += f" (default {default:g})" if isinstance(default, float) else f" (default {default})"
+    return text.replace("%", "%%")
 
 
 def _repair_help(parser: argparse.ArgumentParser) -> None:

@@ -1,9 +1,11 @@
 """The one description of an adapter: what it adapts, how large it is, how it starts."""
 
 import math
+import re
 import sys
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
+from inspect import cleandoc
 from typing import Any, Literal, Self, get_args
 
 ExpertMode = Literal["per_expert", "shared_outer"]
@@ -23,25 +25,31 @@ class LoRAConfig:
 
     rank: rank r of every dense adapter.
     alpha: an adapter of rank r is scaled by alpha / r (alpha / sqrt(r) with `rslora`).
-    dropout: probability of dropping an input element of an adapter.
-    targets: presets (`all`, `attn`, `mlp`, `mamba`, `unembed`, `tinker`), Megatron module names,
-        patterns. `tinker` with expert_mode `shared_outer` is the layout of Thinking Machines'
-        service: all but the up projections of multi-latent attention (of Mamba's in_proj all rows,
-        where the service adapts z and x).
-    expert_rank: rank of each expert's adapter; None means rank / moe_router_topk.
+    dropout: probability of dropping an element of an adapter's input in training, in [0, 1).
+    targets: what gets adapters: presets, names of Megatron's modules such as linear_qkv, router or
+        eh_proj, patterns of whole names such as decoder.layers.0.*. Presets are `all`; `attn`
+        (attention, and gated delta nets in its place); `mlp`; `mamba` (Mamba-2's in_proj and
+        out_proj); `unembed`; `tinker`, which with `expert_mode` shared_outer is the layout of
+        Thinking Machines' service: all but the up projections of multi-latent attention (of
+        Mamba's in_proj all rows, where the service adapts z and x).
+    expert_rank: rank of each expert's adapter; by default rank / moe_router_topk, which must be
+        whole, and with `expert_mode` shared_outer the rank itself.
     expert_mode: `per_expert` gives every expert its own A and B; `shared_outer` shares A of
-        linear_fc1 and B of linear_fc2 over all experts, at full rank.
-    shared_a: one A for each fused Megatron linear instead of one for each Hugging Face projection.
+        linear_fc1 (of gate and up) and B of linear_fc2 (of down) over all experts, at full rank.
+    shared_a: one A for each fused linear of Megatron instead of one for each projection of Hugging
+        Face (q, k, v, gate, up).
     delta_gates: adapt also the rows of a gated delta net's in_proj that make beta and alpha, one
-        of each for a head of values, both with an A of their own.
+        of each for a head of values, both with an A of their own. Query, key, value and z have
+        adapters anyway.
     seed: seed of the start values, which are the same on every parallel layout.
     rslora: scale by alpha / sqrt(r).
     init: `uniform` draws A from U(-1/sqrt(d_in), 1/sqrt(d_in)) and sets B to zero; `pissa` takes
         the leading singular triplets of the base weight, which keeps the residual.
     lr_ratio: learning rate of B over that of A.
-    eps_a, eps_b: Adam's epsilon for A and for B; None means the optimizer's own.
+    eps_a: Adam's epsilon for A; by default the optimizer's own, --adam-eps.
+    eps_b: Adam's epsilon for B; by default the optimizer's own, --adam-eps.
     ops: `fused` C++/CUDA kernels, or `reference` in plain torch for debugging.
-    kind: which factors an adapter has, an entry of `megalora.adapters.kinds.KINDS`.
+    kind: which factors an adapter has, an entry of `megalora.adapters.kinds.KINDS`, yours too.
     """
 
     rank: int
@@ -140,6 +148,13 @@ class LoRAConfig:
         if unknown:
             raise ValueError(f"LoRAConfig has no field {unknown}: it has {sorted(known)}")
         return cls(**values)
+
+
+def field_texts() -> dict[str, str]:
+    """Return what LoRAConfig's docstring says of each field: the one source of the flags' help."""
+    text = cleandoc(LoRAConfig.__doc__ or "")
+    entries = re.findall(r"^(\w+): (.+(?:\n    .*)*)", text, re.MULTILINE)
+    return {name: " ".join(said.split()) for name, said in entries}
 
 
 def is_number(value: object) -> bool:

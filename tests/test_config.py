@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from megalora.arguments import add_lora_args, flags_of, lora_config_from_args
-from megalora.config import LoRAConfig
+from megalora.config import LoRAConfig, field_texts
 from megalora.targets import PRESETS
 
 
@@ -132,11 +132,20 @@ def test_the_bounds_themselves_are_taken(fields: dict[str, Any]) -> None:
     assert tiny < float(torch.tensor(config.scale(config.rank), dtype=torch.float32)) < math.inf
 
 
-def test_help_and_docstring_name_every_preset_of_targets() -> None:
-    helps = add_lora_args(argparse.ArgumentParser()).format_help().split("--lora-targets")[-1]
+def test_the_docstring_names_every_field_and_every_preset_of_targets() -> None:
+    texts = field_texts()
+    assert list(texts) == [field.name for field in dataclasses.fields(LoRAConfig)]
     for preset in PRESETS:
-        assert f"`{preset}`" in (LoRAConfig.__doc__ or "")
-        assert preset in helps.split("--lora-expert-rank")[0].replace(",", "").split()
+        assert f"`{preset}`" in texts["targets"]
+
+
+def test_a_flag_says_what_the_docstring_says_of_its_field() -> None:
+    helps = {a.dest: a.help or "" for a in add_lora_args(argparse.ArgumentParser())._actions}
+    assert helps["lora_lr_ratio"] == f"{field_texts()['lr_ratio'].removesuffix('.')} (default 1)"
+    assert helps["lora_rank"].endswith("(default 0: no LoRA)")
+    assert "with --lora-rslora" in helps["lora_alpha"]
+    for name, text in field_texts().items():
+        assert text.split("`")[0].removesuffix(".") in helps[f"lora_{name}"]
 
 
 def test_fields_survive_json() -> None:

@@ -17,7 +17,6 @@ from megalora.data import (
     datasets_from_args,
     tokenizer_from_args,
 )
-from megalora.data.arguments import check_eval_args
 from megalora.data.rows import load_rows
 from tests.test_data import ANSWER, ROWS, TOKENIZER, write_jsonl
 
@@ -197,14 +196,6 @@ def test_a_loader_that_shuffles_by_the_layout_is_refused() -> None:
         ValueError, match=r"dataloader_type is 'cyclic'.*leave --dataloader-type out"
     ):
         check_data_args(args)
-
-
-def test_a_run_without_an_evaluation_interval_is_told_to_set_one() -> None:
-    args = argparse.Namespace(eval_interval=None, skip_train=False, full_validation=False)
-    with pytest.raises(ValueError, match=r"eval_interval is not given: set --eval-interval 1000"):
-        check_eval_args(args)
-    args.eval_interval = 1000
-    check_eval_args(args)
 
 
 def test_without_packing_nothing_must_be_kept_apart() -> None:

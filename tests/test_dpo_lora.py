@@ -3,6 +3,7 @@
 import argparse
 import json
 import math
+import os
 import re
 from pathlib import Path
 from typing import Any
@@ -129,7 +130,7 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"beta": 0.0}, "beta is 0.0"),
     ({"label_smoothing": 0.6}, "label_smoothing is 0.6"),
     ({"dataset": None}, "dataset is not given: set --dataset"),
-    ({"eval_interval": None}, "eval_interval is not given: set --eval-interval (and"),
+    ({"eval_interval": None}, "eval_interval is not given: set --eval-interval 1000, and"),
     ({"lora_rank": 0}, "lora_rank is 0"),
     ({"lora_dropout": 0.1}, "lora_rank is 8 and lora_dropout 0.1"),
     ({"hidden_dropout": 0.1}, "hidden_dropout is 0.1"),
@@ -141,9 +142,11 @@ def refusals() -> list[str]:
     """Return what `check_args` says of each."""
     from examples.dpo_lora import check_args
 
+    os.environ |= {"MASTER_ADDR": "localhost", "MASTER_PORT": "1"}
     fields: dict[str, Any] = {
         **{"beta": 0.1, "label_smoothing": 0.0, "lora_rank": 8, "lora_dropout": None},
         **{"dataset": "x", "train_iters": 8, "eval_interval": 4},
+        **{"skip_train": False, "train_samples": None, "lr": 1e-3},
         **dict.fromkeys(("attention_dropout", "hidden_dropout"), 0.0),
         **dict.fromkeys(("calculate_per_token_loss", "full_validation", "exit_signal_handler")),
         **dict.fromkeys(("mtp_num_layers", "rampup_batch_size", "dataset_test_split")),

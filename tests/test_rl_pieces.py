@@ -317,7 +317,6 @@ RIGHT: dict[str, Any] = {
 }
 WRONG: list[tuple[dict[str, Any], str]] = [
     ({"dataset": None}, "dataset is not given"),
-    ({"train_iters": None}, "train_iters is not given"),
     ({"group_size": 1}, "group_size is 1: set --group-size to 2 or more"),
     ({"num_updates": 0}, "num_updates is 0"),
     ({"max_tokens": 0}, "max_tokens is 0"),

@@ -4,7 +4,6 @@ from megalora.data.arguments import (
     add_data_args,
     attention_format,
     check_data_args,
-    check_eval_args,
     datasets_from_args,
     tokenizer_from_args,
 )
@@ -20,7 +19,6 @@ __all__ = [
     "build_datasets",
     "check_data_args",
     "check_dataset",
-    "check_eval_args",
     "datasets_from_args",
     "encoder_for",
     "pack",

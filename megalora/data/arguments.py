@@ -56,33 +56,56 @@ class _Once(argparse.Action):
 
 def add_data_args(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
     """Add the --dataset flags and --byte-tokenizer, and return the parser."""
-    group = parser.add_argument_group("dataset", "chat and text datasets with loss masks")
+    group = parser.add_argument_group("data", "chats and texts, with loss masks")
     add = group.add_argument
     add(
         "--dataset",
         action=_Once,
+        metavar="DATA",
         help="stdlib-text, stdlib-docstrings, a json, jsonl or parquet file, a folder of such "
         "files, or a Hugging Face dataset (NAME or NAME:CONFIG), with columns `messages` or "
         "`conversations` (and `tools`), `prompt` and `completion`, or `text`",
     )
-    add("--dataset-split", default="train", help="split to train on (default train)")
-    add("--dataset-valid-split", help="split to validate on (default: a share of the training one)")
-    add("--dataset-test-split", help="split to test on (default: no test)")
+    _add_splits(group)
     add(
-        "--dataset-valid-fraction",
-        type=float,
-        default=0.02,
-        help="share of the training rows held out where there is no --dataset-valid-split",
+        "--dataset-seed",
+        type=int,
+        metavar="N",
+        help="seed of the order of examples (default: --seed)",
     )
-    add("--dataset-seed", type=int, help="seed of the order of examples (default: --seed)")
     add(
         "--no-packing",
         dest="packing",
         action="store_false",
-        help="one example in each sequence, padded, instead of as many as fit",
+        help="one example in each sequence of --seq-length tokens, padded, instead of as many as "
+        "fit",
     )
     add_byte_tokenizer(group)
     return parser
+
+
+def _add_splits(group: argparse._ActionsContainer) -> None:
+    add = group.add_argument
+    add(
+        "--dataset-split",
+        default="train",
+        metavar="SPLIT",
+        help="split to train on (default train)",
+    )
+    add(
+        "--dataset-valid-split",
+        metavar="SPLIT",
+        help="split to validate on (default: a share of the training one)",
+    )
+    add("--dataset-test-split", metavar="SPLIT", help="split to test on (default: no test)")
+    add(
+        "--dataset-valid-fraction",
+        type=float,
+        default=0.02,
+        metavar="X",
+        help="share of the training rows held out where there is no --dataset-valid-split "
+        "(default 0.02)",
+    )
 
 
 def add_byte_tokenizer(parser: argparse._ActionsContainer) -> None:
@@ -198,15 +221,6 @@ def check_data_args(args: argparse.Namespace) -> None:
         max_seq_length=args.max_position_embeddings,
         validates=args.full_validation or args.eval_iters != 0,
     )
-
-
-def check_eval_args(args: argparse.Namespace) -> None:
-    """Raise ValueError without --eval-interval, which Megatron divides by."""
-    if args.eval_interval is None and not args.skip_train and not args.full_validation:
-        raise ValueError(
-            "eval_interval is not given: set --eval-interval 1000, and --eval-iters 0 for no "
-            "validation"
-        )
 
 
 def datasets_from_args(

@@ -9,6 +9,7 @@ from megalora.data.packing import PackedDataset
 from megalora.data.rows import EMBEDDED, files_left_out, load_rows, schema_of
 from megalora.data.sources import Rows
 from megalora.data.tokenizers import Encoder, Tokenizer, encoder_for
+from megalora.progress import Progress
 
 type Datasets = tuple[PackedDataset | None, PackedDataset | None, PackedDataset | None]
 type SplitName = Literal["train", "valid", "test"]
@@ -96,9 +97,11 @@ class _Made:
         if rows is None or num_samples == 0:
             return None
         schema = schema_of(rows, self.name)
-        encoded = encode_rows(rows, schema, self.encoder, self.seq_length, self.unused)
+        with Progress(f"encoding the {split} data", len(rows), "rows") as progress:
+            settings = (self.encoder, self.seq_length, self.unused, progress.add)
+            examples = gather_examples(encode_rows(rows, schema, *settings), self.name)
         built = PackedDataset(
-            gather_examples(encoded, self.name),
+            examples,
             self.seq_length,
             self.encoder.pad_id,
             packing=self.packing,
@@ -145,8 +148,9 @@ def check_dataset(
     for split in filter(None, (train_split, valid_split, test_split)):
         rows = load_rows(dataset, split)
         schema = schema_of(rows, dataset)
-        for _ in read_rows(rows, schema):
-            pass
+        with Progress(f"reading {dataset}", len(rows), "rows") as progress:
+            for _ in read_rows(rows, schema):
+                progress.add()
         encoded = encode_rows(rows, schema, encoder, seq_length)
         if not any(any(example.tokens.trained[1:]) for example in encoded):
             gather_examples(encode_rows(rows, schema, encoder, seq_length), dataset)

@@ -1,6 +1,6 @@
 """Examples: encoded rows, cut to the sequence length and stored flat."""
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -71,13 +71,15 @@ def encode_rows(
     encoder: Encoder,
     seq_length: int,
     unused: set[str] | None = None,
+    progress: Callable[[], object] | None = None,
 ) -> Iterator[Example]:
     """Yield each example of `rows`, at most `seq_length + 1` tokens.
 
     Text longer than that goes on in the next example, whose first token is the last one of the
     example before, so that every token is predicted once; anything else is cut at its end.
     unused: receives the names of columns, and of keys of messages, that hold something which no
-    token comes from. Raises ValueError for a row that does not hold what its columns promise.
+    token comes from. progress: called after each row. Raises ValueError for a row that does not
+    hold what its columns promise.
     """
     for place, row, content in read_rows(rows, schema):
         try:
@@ -94,6 +96,8 @@ def encode_rows(
                 num_lost = sum(tokens.trained[seq_length + 1 :])
                 is_cut = len(tokens.ids) > seq_length + 1
                 yield Example(_window(tokens, 0, seq_length), num_lost, is_cut)
+        if progress is not None:
+            progress()
 
 
 def gather_examples(encoded: Iterable[Example], dataset: str) -> Examples:

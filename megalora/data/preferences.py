@@ -3,6 +3,7 @@
 Which tokens count, and what is cut, is what TRL's `DPOTrainer` does.
 """
 
+import argparse
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -201,3 +202,27 @@ def _describe(name: str, found: Preferences) -> str:
     if found.num_alike:
         line += f"; {found.num_alike} left out, their tokens are equal"
     return line
+
+
+def add_preference_args(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
+    """Add the flags of learning from preferences, and return the parser."""
+    group = parser.add_argument_group(
+        "preferences", "each row is a pair of answers; --seq-length cuts prompt and answer"
+    )
+    group.add_argument(
+        "--beta",
+        type=float,
+        default=0.1,
+        metavar="X",
+        help="weight of the base in the rewards: a reward is beta times how many nats likelier an "
+        "answer is than by the base (default 0.1)",
+    )
+    group.add_argument(
+        "--label-smoothing",
+        type=float,
+        default=0.0,
+        metavar="X",
+        help="share of the pairs that are labelled the wrong way round, from 0 to below 0.5 "
+        "(default 0)",
+    )
+    return parser

@@ -110,25 +110,56 @@ def load_prompts(
 
 def add_prompt_args(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
     """Add the flags that name prompts, and return the parser."""
-    add = parser.add_argument_group("prompts", "what is answered, and how answers end").add_argument
+    group = parser.add_argument_group("prompts", "what is answered, and how answers end")
+    add = group.add_argument
     add(
         "--dataset",
+        metavar="DATA",
         help="a json, jsonl or parquet file, a folder of such files, or a Hugging Face dataset, "
         "with the columns `prompt` (text, or messages of a chat) and `answer` (any JSON)",
     )
-    add("--dataset-split", default="train", help="split to train on (default train)")
-    add("--dataset-seed", type=int, help="seed of the order of prompts (default: --seed)")
-    add("--eval-dataset", help="prompts to evaluate on, in the same form")
+    add(
+        "--dataset-split",
+        default="train",
+        metavar="SPLIT",
+        help="split to train on (default train)",
+    )
+    add(
+        "--dataset-seed",
+        type=int,
+        metavar="N",
+        help="seed of the order of prompts (default: --seed)",
+    )
+    add(
+        "--max-tokens",
+        type=int,
+        default=256,
+        metavar="N",
+        help="tokens of an answer at most (default 256)",
+    )
+    _add_evaluation(group)
+    add_byte_tokenizer(group)
+    return parser
+
+
+def _add_evaluation(group: argparse._ActionsContainer) -> None:
+    add = group.add_argument
+    add("--eval-dataset", metavar="DATA", help="prompts to evaluate on, in the same form")
     add(
         "--eval-fraction",
         type=float,
         default=0.05,
-        help="share of --dataset held out for --eval-interval without --eval-dataset",
+        metavar="X",
+        help="share of --dataset held out for --eval-interval without --eval-dataset "
+        "(default 0.05)",
     )
-    add("--eval-prompts", type=int, default=128, help="of the held-out prompts at most (128)")
-    add("--max-tokens", type=int, default=256, help="tokens of an answer at most (default 256)")
-    add_byte_tokenizer(parser)
-    return parser
+    add(
+        "--eval-prompts",
+        type=int,
+        default=128,
+        metavar="N",
+        help="held-out prompts that each evaluation answers, at most (default 128)",
+    )
 
 
 def _content(row: Row) -> str | Chat:

@@ -9,6 +9,12 @@ Subparsers = argparse._SubParsersAction
 _HF_MODEL = "directory of the base: config.json and safetensors"
 # The names in `megalora.hf.servers.SERVERS`, which takes seconds to import.
 READERS = ("peft", "vllm", "sglang", "tinker")
+# Of `export` and of a run's --export-format.
+FORMAT_HELP = (
+    "peft: PEFT and vLLM >= 0.32 (default); uniform: one rank, scale folded in, for SGLang and "
+    "older vLLM; peft-3d: a layer's experts in one tensor; tinker: as Tinker and SGLang have it, "
+    "for --lora-expert-mode shared_outer"
+)
 
 
 def add_parsers(subparsers: Subparsers) -> None:
@@ -64,15 +70,18 @@ def _add_export(subparsers: Subparsers) -> None:
     parser.add_argument(
         "--format",
         choices=("peft", "uniform", "peft-3d", "tinker"),
-        help="peft: PEFT and vLLM >= 0.32 (default); uniform: one rank, scale folded in, for "
-        "SGLang and older vLLM; peft-3d: a layer's experts in one tensor; tinker: as Tinker and "
-        "SGLang have it, for --lora-expert-mode shared_outer",
+        help=FORMAT_HELP,
     )
     parser.add_argument("--hf-model", metavar="DIR", help=_HF_MODEL + "; only its sizes are read")
-    parser.add_argument("--base-name", help="name of the base to write, default: --hf-model")
+    parser.add_argument(
+        "--base-name",
+        metavar="NAME",
+        help="what the adapter is to call its base (default: --hf-model)",
+    )
     parser.add_argument(
         "--vocab-size",
         type=int,
+        metavar="N",
         help="rows of the base's vocabulary, for a checkpoint that does not say it",
     )
 
@@ -89,10 +98,17 @@ def _add_import(subparsers: Subparsers) -> None:
     parser.add_argument("--hf-model", required=True, metavar="DIR", help=_HF_MODEL)
     _add_output(parser, "directory to write, whole or not at all")
     parser.add_argument(
-        "--padded-vocab-size", type=int, help="rows of Megatron's output_layer, default: no padding"
+        "--padded-vocab-size",
+        type=int,
+        metavar="N",
+        help="rows of Megatron's output_layer (default: no padding)",
     )
-    parser.add_argument("--rank", type=int, help="a higher rank than the adapter's")
-    parser.add_argument("--expert-rank", type=int, help="a higher rank than the experts'")
+    parser.add_argument(
+        "--rank", type=int, metavar="N", help="a higher rank than the adapter's, to train on with"
+    )
+    parser.add_argument(
+        "--expert-rank", type=int, metavar="N", help="a higher rank than the experts' own"
+    )
 
 
 def _add_merge(subparsers: Subparsers) -> None:
@@ -144,7 +160,10 @@ def _add_import_base(subparsers: Subparsers) -> None:
     parser.add_argument("--hf-model", required=True, metavar="DIR", help=_HF_MODEL)
     _add_output(parser, "directory to write, whole or not at all")
     parser.add_argument(
-        "--dtype", default="bfloat16", choices=("bfloat16", "float16", "float32"), help="of weights"
+        "--dtype",
+        default="bfloat16",
+        choices=("bfloat16", "float16", "float32"),
+        help="of the weights that are written (default bfloat16)",
     )
 
 
@@ -165,5 +184,6 @@ def _add_flags(subparsers: Subparsers) -> None:
         "--pipeline-model-parallel-size",
         type=int,
         default=1,
-        help="stages of --hybrid's --hybrid-layer-pattern",
+        metavar="N",
+        help="stages of --hybrid's --hybrid-layer-pattern (default 1)",
     )

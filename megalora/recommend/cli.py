@@ -3,9 +3,10 @@
 import argparse
 import json
 from pathlib import Path
-from typing import TYPE_CHECKING, get_args
+from typing import TYPE_CHECKING
 
-from megalora.config import ExpertMode, LoRAConfig
+from megalora.arguments import add_field
+from megalora.config import LoRAConfig
 from megalora.model.arguments import args_shape
 from megalora.model.families import rate_exponents
 from megalora.model.presets import PRESETS, named_shape
@@ -24,6 +25,7 @@ def add_parser(
     """Add the command `recommend` to argparse's subparsers and return its parser."""
     parser = subparsers.add_parser(
         "recommend",
+        usage="megalora recommend (--model NAME | <Megatron's size flags>) --rank N [options]",
         help="learning rate, rank, parameters, FLOPs and memory of a LoRA run",
         description="Apply the rules of 'LoRA Without Regret' to a model. The model is --model, or "
         "Megatron's own size flags. `megalora plan` says what each rank of a run would hold, "
@@ -105,20 +107,30 @@ _SWITCHES = (
 
 def _add_model(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
-        "--model", help=f"folder of a Hugging Face model, or one of {', '.join(PRESETS)}"
+        *("--model", "--hf-model"),
+        metavar="NAME",
+        help=f"folder of a Hugging Face model, or one of {', '.join(PRESETS)}",
     )
     parser.add_argument(
         "--family",
         default="",
+        metavar="NAME",
         help=f"family of the learning rate rule, known: {', '.join(rate_exponents())}",
     )
-    group = parser.add_argument_group("Megatron size flags, in place of --model")
+    group = parser.add_argument_group(
+        "Megatron's size flags, in place of --model", "under their own names, as in a launch script"
+    )
     for name in _SIZES:
-        group.add_argument(f"--{name}", type=int)
-    group.add_argument("--moe-router-topk", type=int, default=2)
+        group.add_argument(f"--{name}", type=int, metavar="N")
+    group.add_argument("--moe-router-topk", type=int, default=2, metavar="N", help="default 2")
     for name in ("moe-layer-freq", "linear-attention-freq"):
-        group.add_argument(f"--{name}", type=_layer_freq, help="N, or a list of 0 and 1")
-    group.add_argument("--experimental-attention-variant", help="gated_delta_net")
+        group.add_argument(
+            f"--{name}",
+            type=_layer_freq,
+            metavar="N",
+            help="a number of layers, or a list of 0 and 1",
+        )
+    group.add_argument("--experimental-attention-variant", metavar="NAME", help="gated_delta_net")
     for name in _SWITCHES:
         group.add_argument(f"--{name}", action="store_true")
 
@@ -131,39 +143,61 @@ def _layer_freq(text: str) -> int | list[int]:
     return value
 
 
+# Of LoRAConfig, what a recommendation follows from.
+_FIELDS = (
+    "rank",
+    "alpha",
+    "targets",
+    "expert_rank",
+    "expert_mode",
+    "shared_a",
+    "delta_gates",
+    "rslora",
+    "lr_ratio",
+)
+
+
 def _add_adapter(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("adapters, as the --lora-* flags of a training run")
-    group.add_argument("--rank", type=int, required=True)
-    group.add_argument("--alpha", type=float)
-    group.add_argument("--targets", nargs="+", help="default all")
-    group.add_argument("--expert-rank", type=int, help="default rank / top-k")
-    group.add_argument("--expert-mode", choices=get_args(ExpertMode))
-    group.add_argument("--shared-a", action="store_true", default=None)
-    group.add_argument("--delta-gates", action="store_true", default=None)
-    group.add_argument("--rslora", action="store_true", default=None)
-    group.add_argument("--lr-ratio", type=float, help="learning rate of B over that of A")
+    for name in _FIELDS:
+        add_field(group, name, prefix="--", required=name == "rank")
 
 
 def _add_run(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("the run")
     data = group.add_mutually_exclusive_group()
-    data.add_argument("--tokens", type=int, help="trained tokens of one epoch")
-    data.add_argument("--dataset", help="count them in a dataset, as --dataset of a training run")
-    data.add_argument("--rl-episodes", type=int, help="episodes of reinforcement learning")
+    data.add_argument("--tokens", type=int, metavar="N", help="trained tokens of one epoch")
     data.add_argument(
-        "--first-epoch-nats", type=float, help="summed loss of a first epoch, in nats"
+        "--dataset",
+        metavar="DATA",
+        help="count trained tokens in a dataset, named as for --dataset of a training run",
     )
-    group.add_argument("--tokenizer", help="for --dataset: `byte`, a folder or a hub name")
-    group.add_argument("--steps", type=int)
-    group.add_argument("--batch-size", type=int, help="sequences in an optimizer step")
+    data.add_argument(
+        "--rl-episodes", type=int, metavar="N", help="episodes (answers) of reinforcement learning"
+    )
+    data.add_argument(
+        "--first-epoch-nats",
+        type=float,
+        metavar="X",
+        help="summed loss of a first epoch over all its trained tokens, in nats",
+    )
+    group.add_argument(
+        "--tokenizer", metavar="NAME", help="for --dataset: `byte`, a folder or a hub name"
+    )
+    group.add_argument("--steps", type=int, metavar="N", help="optimizer steps of the run")
+    group.add_argument("--batch-size", type=int, metavar="N", help="sequences in an optimizer step")
     for name, text in (
         ("tp", "tensor-parallel size"),
         ("ep", "expert-parallel size"),
         ("pp", "pipeline-parallel size"),
         ("dp", "data-parallel size, context-parallel ranks included"),
     ):
-        group.add_argument(f"--{name}", type=int, default=1, help=text)
-    group.add_argument("--etp", type=int, help="expert-tensor-parallel size (default tp)")
+        group.add_argument(
+            f"--{name}", type=int, default=1, metavar="N", help=f"{text} (default 1)"
+        )
+    group.add_argument(
+        "--etp", type=int, metavar="N", help="expert-tensor-parallel size (default tp)"
+    )
 
 
 def _shape(args: argparse.Namespace) -> ModelShape:

@@ -8,33 +8,87 @@ ENGINES = ("megatron", "vllm", "sglang")
 def add_rl_args(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
     """Add the flags of rewards, updates and rollouts, and return the parser."""
     group = parser.add_argument_group(
-        "reinforcement", "--global-batch-size counts the answers of an iteration"
+        "rewards and rollouts", "--global-batch-size counts the answers of an iteration"
     )
     add = group.add_argument
     add(
         "--reward",
         default="exact",
-        help="exact, contains, number (the last one is right), or your own function: "
-        "module:function or FILE.py:function, called with completion, answer and row",
+        metavar="NAME",
+        help="`exact`, `contains`, `number` (the last one is right), or your own function: "
+        "module:function or FILE.py:function, called with completion, answer and row "
+        "(default exact)",
     )
-    add("--group-size", type=int, default=8, help="answers to each prompt (default 8)")
-    add("--num-updates", type=int, default=1, help="steps on each iteration's answers (default 1)")
-    add("--kl-weight", type=float, default=0.0, help="reward lost per nat off the base (default 0)")
-    add("--clip-low", type=float, help="no gain from ratios below 1 - this (default: not clipped)")
-    add("--clip-high", type=float, help="no gain from ratios above 1 + this (default: not clipped)")
-    add("--print-answers", type=int, default=1, help="answers to print each time (default 1)")
+    add(
+        "--kl-weight",
+        type=float,
+        default=0.0,
+        metavar="X",
+        help="reward lost for each nat that an answer is likelier than by the base (default 0)",
+    )
+    add(
+        "--print-answers",
+        type=int,
+        default=1,
+        metavar="N",
+        help="answers to print in each iteration and evaluation (default 1)",
+    )
+    _add_updates(group)
+    _add_rollouts(group)
+    return parser
+
+
+def _add_updates(group: argparse._ActionsContainer) -> None:
+    add = group.add_argument
+    add(
+        "--group-size",
+        type=int,
+        default=8,
+        metavar="N",
+        help="answers to each prompt, whose mean reward is the base line of each (default 8)",
+    )
+    add(
+        "--num-updates",
+        type=int,
+        default=1,
+        metavar="N",
+        help="optimizer steps on each iteration's answers (default 1)",
+    )
+    clipped = (
+        "no gain from tokens whose probability over the sampler's is {} (default: not clipped)"
+    )
+    add("--clip-low", type=float, metavar="X", help=clipped.format("below 1 - X"))
+    add("--clip-high", type=float, metavar="X", help=clipped.format("above 1 + X"))
+
+
+def _add_rollouts(group: argparse._ActionsContainer) -> None:
+    add = group.add_argument
     add("--rollout", choices=ENGINES, default="megatron", help="what samples (default megatron)")
-    add("--rollout-url", help="the server's, as http://localhost:8000, for vllm and sglang")
-    add("--rollout-directory", help="for vllm: where versions of the adapter go, which it reads")
-    add("--rollout-timeout", type=float, default=300.0, help="seconds of a request (default 300)")
+    add(
+        "--rollout-url",
+        metavar="URL",
+        help="of the server, as http://localhost:8000, for vllm and sglang",
+    )
+    add(
+        "--rollout-directory",
+        metavar="DIR",
+        help="for vllm: where versions of the adapter are written, which the server reads",
+    )
+    add(
+        "--rollout-timeout",
+        type=float,
+        default=300.0,
+        metavar="X",
+        help="seconds that a request may take (default 300)",
+    )
     add(
         "--rollout-batch-size",
         type=int,
         default=64,
+        metavar="N",
         help="answers that a replica samples at a time: bounds megatron's cache, and the requests "
         "to a server (default 64)",
     )
-    return parser
 
 
 def check_rl_args(args: argparse.Namespace) -> None:
@@ -88,8 +142,6 @@ def _check_evaluation(args: argparse.Namespace) -> None:
 
 
 def _check_layout(args: argparse.Namespace) -> None:
-    if not args.train_iters:
-        raise ValueError("train_iters is not given: set --train-iters")
     answers = args.global_batch_size // args.data_parallel_size
     for parts, unit in (
         (args.group_size * args.num_updates, "group_size x num_updates"),

@@ -15,7 +15,7 @@ AUTO = math.inf
 def add_auto_lr_args(parser: argparse.ArgumentParser) -> None:
     """Add --lora-family, and let Megatron's --lr be `auto`."""
     group = parser.add_argument_group(
-        "learning rate", "--lr auto takes the rate that `megalora recommend` gives for the model"
+        "learning rate", "with --lr auto it is what `megalora recommend` gives for the model"
     )
     group.add_argument(
         "--lora-family",
@@ -35,8 +35,13 @@ def accept_auto(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
 
 def number_or_auto(text: str) -> float:
     """Return the rate that a flag gives; `AUTO` for auto. It must be finite."""
-    rate = AUTO if text == "auto" else float(text)
-    if text != "auto" and not math.isfinite(rate):
+    if text == "auto":
+        return AUTO
+    try:
+        rate = float(text)
+    except ValueError:
+        rate = math.nan
+    if not math.isfinite(rate):
         raise argparse.ArgumentTypeError(f"{text} is no rate: give a finite number, or auto")
     return rate
 

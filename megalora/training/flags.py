@@ -8,7 +8,9 @@ from typing import Any, NoReturn
 from megalora import cpu
 from megalora.checkpoint.layout import read_tracker
 from megalora.config import LoRAConfig
+from megalora.hf.cli import FORMAT_HELP
 from megalora.hf.directories import check_place, relation_of
+from megalora.hf.foreign import refuse_foreign
 from megalora.hf.peft import FORMATS
 from megalora.hf.servers import SERVERS, check_reader
 from megalora.model.config_json import model_shape, read_config
@@ -23,25 +25,45 @@ def add_exchange_args(parser: argparse.ArgumentParser) -> argparse.ArgumentParse
 
     The parser must have Megatron's own flags already, as the `extra_args_provider` of a script has.
     """
-    group = parser.add_argument_group("exchange", "with Hugging Face directories")
+    group = parser.add_argument_group("Hugging Face", "where base and adapters come from, and go")
     add = group.add_argument
-    add("--hf-model", help="directory with config.json and safetensors: builds and loads the base")
+    add(
+        "--hf-model",
+        metavar="DIR",
+        help="directory with config.json and safetensors: its sizes become Megatron's flags, and "
+        "its weights are loaded, each rank's own part",
+    )
     add(
         "--hybrid",
         action="store_true",
         help="build --hf-model as the HybridModel that equals it, with its --hybrid-layer-pattern",
     )
-    add("--lora-load", help="PEFT directory or adapter checkpoint to start from: weights only")
-    add("--export-hf", help="directory to write the adapter to after training, in PEFT's format")
+    add(
+        "--lora-load",
+        metavar="DIR",
+        help="PEFT directory or adapter checkpoint to start from: its weights only, at iteration 0 "
+        "with a new optimizer",
+    )
+    _add_export_args(group)
+    _add_checkpoint_args(parser)
+    add_auto_lr_args(parser)
+    return parser
+
+
+def _add_export_args(group: argparse._ActionsContainer) -> None:
+    add = group.add_argument
+    add(
+        "--export-hf",
+        metavar="DIR",
+        help="directory to write the adapter to, for PEFT, after training or where --exit-interval "
+        "or --exit-duration-in-mins ends it",
+    )
     add(
         "--export-for",
         choices=tuple(SERVERS),
         help="who is to read --export-hf: chooses the format, and refuses what they would refuse",
     )
-    add("--export-format", choices=FORMATS, help="of --export-hf (default: peft)")
-    _add_checkpoint_args(parser)
-    add_auto_lr_args(parser)
-    return parser
+    add("--export-format", choices=FORMATS, help="of --export-hf, " + FORMAT_HELP)
 
 
 def _add_checkpoint_args(parser: argparse.ArgumentParser) -> None:
@@ -51,13 +73,16 @@ def _add_checkpoint_args(parser: argparse.ArgumentParser) -> None:
     add = group.add_argument
     add(
         "--save-merged",
-        help="directory to save an ordinary Megatron checkpoint in after training: W + c B A",
+        metavar="DIR",
+        help="directory to save an ordinary Megatron checkpoint in after training: weights "
+        "W + c B A, no adapters",
     )
     add(
         "--lora-on-corrupt",
         choices=("previous", "stop"),
         default="previous",
-        help="a damaged newest checkpoint: go on from the one before (default), or stop",
+        help="what to do where the newest checkpoint in --load is damaged: go on from the one "
+        "before it, or stop (default previous)",
     )
     add(
         "--lora-allow-other-base",
@@ -133,6 +158,12 @@ def _check_bases(args: argparse.Namespace) -> None:
         path = getattr(args, flag)
         if path and not Path(path).exists():
             raise ValueError(f"{flag} {path!r} does not exist: give an existing directory")
+    if args.hf_model and Path(args.hf_model).is_file():
+        raise ValueError(
+            f"hf_model {args.hf_model!r} is a file: give its directory, which has the weights too"
+        )
+    if args.lora_load:
+        refuse_foreign(args.lora_load, checkpoints=True)
     check_load(args)
     _check_pattern(args)
     if args.hf_model and args.pretrained_checkpoint:
