@@ -57,7 +57,12 @@ def main() -> None:
     parser.add_argument("--output", type=Path, default=Path("demo"), help="directory to write to")
     parser.add_argument("--pretrain-iters", type=int, default=160)
     parser.add_argument("--finetune-iters", type=int, default=60)
+    parser.add_argument(
+        "--quarter", action="store_true", help="a quarter of the iterations, to see that it works"
+    )
     options = parser.parse_args()
+    if options.quarter:
+        options.pretrain_iters, options.finetune_iters = 40, 15
     out = options.output.resolve()
     out.mkdir(parents=True, exist_ok=True)
     base, checkpoint, adapter = (
@@ -91,7 +96,10 @@ def main() -> None:
     launch(1, flags, out / "verify.log", VERIFY_SCRIPT)
 
     step("4/4  Result")
-    report(out, json.loads(facts.read_text()), pretrain_log, finetune_log)
+    found = json.loads(facts.read_text())
+    report(out, found, pretrain_log, finetune_log)
+    if not found["lora_loss"] < found["base_loss"]:
+        raise SystemExit("error: fine-tuning did not lower the loss on held-out answers")
 
 
 def report(out: Path, facts: dict, pretrain_log: Path, finetune_log: Path) -> None:

@@ -20,15 +20,14 @@ from megatron.training.argument_utils import (  # noqa: E402
 )
 from megatron.training.arguments import parse_and_validate_args  # noqa: E402
 
-from megalora.data import add_data_args, check_data_args, check_eval_args  # noqa: E402
+from megalora.data import add_data_args, check_data_args  # noqa: E402
 from megalora.data.batch import datasets_provider, forward_step  # noqa: E402
 
 
 def add_args(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
     """Add this script's flags to Megatron's."""
     parser.add_argument("--cpu", action="store_true", help="run on the CPU over gloo")
-    launch.add_exchange_args(parser)
-    return add_data_args(add_lora_args(parser))
+    return launch.add_exchange_args(add_data_args(add_lora_args(parser)))
 
 
 def main() -> None:
@@ -36,8 +35,8 @@ def main() -> None:
     with launch.clear_errors():
         sys.argv[1:] = launch.with_hf_flags(sys.argv[1:])
         args = parse_and_validate_args(extra_args_provider=add_args)
+        launch.check_training_args(args)
         lora = launch.LoRARun(args)
-        check_eval_args(args)
         check_data_args(args)
         with launch.at_end(lora.finish):
             pretrain(

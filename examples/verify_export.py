@@ -34,6 +34,8 @@ from megatron.training.initialize import initialize_megatron  # noqa: E402
 
 from megalora import set_enabled  # noqa: E402
 from megalora.data import add_data_args, datasets_from_args  # noqa: E402
+from megalora.model.families import FAMILIES  # noqa: E402
+from megalora.training.needed import check_started  # noqa: E402
 
 TOLERANCE = 1e-4
 NUM_SEQUENCES = 32
@@ -47,20 +49,45 @@ def add_args(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
     add("--cpu", action="store_true", help="run on the CPU over gloo")
     add("--adapter", type=Path, required=True, help="PEFT directory to check")
     add("--hf-base", type=Path, required=True, help="directory to write the base to")
-    add("--hf-family", required=True, help="model_type of its config.json, such as qwen3_moe")
+    add(
+        "--hf-family",
+        required=True,
+        choices=sorted(FAMILIES),
+        metavar="MODEL_TYPE",
+        help="model_type of its config.json, such as qwen3_moe",
+    )
     add("--result", type=Path, required=True, help="JSON file to write the numbers to")
-    return add_data_args(add_lora_args(launch.add_exchange_args(parser)))
+    return launch.add_exchange_args(add_data_args(add_lora_args(parser)))
 
 
 def main() -> int:
     """Compare and write the numbers; return the exit status."""
     with launch.clear_errors():
         args = parse_and_validate_args(extra_args_provider=add_args)
+        check_args(args)
         lora = launch.LoRARun(args)
         model_config = gpt_config_from_args(args)
         pretrain_cfg_container_from_args(args, model_config)
         initialize_megatron()
-        model = build(model_config, lora)
+        return compare(build(model_config, lora), args)
+
+
+def check_args(args: Any) -> None:
+    """Raise ValueError for flags without which nothing can be compared, before a model is built."""
+    check_started()
+    if args.dataset is None:
+        raise ValueError("dataset is not given: set --dataset, whose held-out answers are compared")
+    if not args.lora_rank:
+        raise ValueError("lora_rank is not given: set --lora-rank to that of the adapter's run")
+    if not args.adapter.is_dir():
+        raise ValueError(
+            f"adapter {str(args.adapter)!r} is no directory: give what --export-hf or `megalora "
+            "export` wrote"
+        )
+
+
+def compare(model: list[Any], args: Any) -> int:
+    """Compare both sides, write the numbers, and return the exit status."""
     tokens, labels, loss_mask, mask = held_out(args)
     chunk = model[0]
     set_enabled(model, False)

@@ -10,7 +10,9 @@ from contextlib import nullcontext
 from typing import Any
 
 import megalora
+from megalora import quiet
 from megalora.hf.signals import Stopped, stopping
+from megalora.misspelt import Parser
 from megalora.plan.cli import split
 from megalora.printable import printable
 
@@ -19,7 +21,10 @@ _PARSERS = (
     ("megalora.recommend", "add_parser"),
     ("megalora.plan.cli", "add_parser"),
     ("megalora.hf.cli", "add_parsers"),
+    ("megalora.environment.cli", "add_parser"),
 )
+# What the parsers of these commands need: `run` starts fast, `env` starts where others cannot.
+_ALONE = {"run": (), "env": _PARSERS[-1:]}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -28,6 +33,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     It is 2 where the user's input is wrong or a file cannot be read or written, and 128 and the
     signal's number where a signal ended the command.
     """
+    quiet.install()
     argv = list(sys.argv[1:] if argv is None else argv)
     argv, rest = _script_first(argv)
     parser = make_parser(argv[0] if argv else "")
@@ -88,8 +94,8 @@ def _identity(directory: str | None) -> tuple[int, int] | None:
 
 
 def make_parser(command: str) -> argparse.ArgumentParser:
-    """Return the parser of all commands, or of `run` alone, which must start fast."""
-    parser = argparse.ArgumentParser(
+    """Return the parser of all commands, or that of one which must not wait for the others."""
+    parser = Parser(
         prog="megalora",
         description="LoRA for NVIDIA Megatron. Start with `megalora recommend`, which says what to "
         "train with; `megalora plan` checks a run of any size here; then `torchrun ... -m megalora "
@@ -98,7 +104,7 @@ def make_parser(command: str) -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=megalora.__version__)
     subparsers = parser.add_subparsers(metavar="COMMAND", required=True)
     _add_run(subparsers)
-    for module, function in () if command == "run" else _PARSERS:
+    for module, function in _ALONE.get(command, _PARSERS):
         if importlib.util.find_spec(module) is not None:
             getattr(importlib.import_module(module), function)(subparsers)
     return parser
@@ -113,7 +119,12 @@ def _add_run(subparsers: Any) -> None:
         "`torchrun ... -m megalora run pretrain_gpt.py <flags>`. The script's own --help shows the "
         "LoRA flags. Without a CUDA device, or with --cpu, it runs on the CPU over gloo.",
     )
-    parser.add_argument("script", metavar="SCRIPT.py", type=_script)
+    parser.add_argument(
+        "script",
+        metavar="SCRIPT.py",
+        type=_script,
+        help="the launch script; what follows is its own",
+    )
     parser.set_defaults(func=_run)
 
 

@@ -9,10 +9,13 @@ from typing import Any, Protocol
 
 import torch
 
-from megalora import cpu, mends
+from megalora import cpu, mends, quiet
+from megalora.installed import check_megatron
 from megalora.printable import printable
+from megalora.replace import UnknownMegatronError
 from megalora.training import alarm
 from megalora.training.flags import add_exchange_args, with_hf_flags
+from megalora.training.needed import check_gpu, check_training_args
 
 # All that a launch script needs, from one module.
 # NOTE: scripts import it before `prepare_megatron`: only functions import megatron.
@@ -20,6 +23,7 @@ __all__ = [
     "LoRARun",
     "add_exchange_args",
     "at_end",
+    "check_training_args",
     "clear_errors",
     "prepare_megatron",
     "with_hf_flags",
@@ -27,6 +31,8 @@ __all__ = [
 
 ModelChunks = list[torch.nn.Module]
 Hook = Callable[[ModelChunks], ModelChunks]
+# What is said in one sentence, without the traceback.
+_SAID = (ValueError, UnknownMegatronError)
 
 
 class Finish(Protocol):
@@ -45,14 +51,18 @@ def prepare_megatron(argv: Sequence[str]) -> None:
     rank was meant for a GPU and has none. From here on, a rank that fails ends all others.
     """
     with clear_errors():
+        quiet.install()
+        check_megatron()
         if not cpu.is_imported_again():
             alarm.start(os.environ)
         on_cpu = cpu.install_if_wanted(argv)
         alarm.compare("device", "cpu" if on_cpu else "cuda")
-    mends.install()
-    from megalora.training import patches
+        if not on_cpu:
+            check_gpu(torch.cuda.device_count())
+        mends.install()
+        from megalora.training import patches
 
-    patches.install(patches.PARSING)
+        patches.install(patches.PARSING)
 
 
 class LoRARun:
@@ -129,6 +139,6 @@ def clear_errors() -> Iterator[None]:
         sys.stdout.flush()
         if not speaks:
             raise SystemExit(1) from None
-        if isinstance(error, ValueError) and not os.environ.get("MEGALORA_TRACEBACK"):
+        if isinstance(error, _SAID) and not os.environ.get("MEGALORA_TRACEBACK"):
             raise SystemExit(f"error: {printable(error)}") from None
         raise

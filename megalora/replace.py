@@ -21,6 +21,10 @@ Member = object
 Wrap = Callable[..., Member]
 
 
+class UnknownMegatronError(RuntimeError):
+    """Megatron is not as the tables expect."""
+
+
 @dataclass(frozen=True, slots=True)
 class Patch:
     """One thing that is replaced: the member `name` of `owner`, by wrap(what was there).
@@ -79,10 +83,10 @@ def expect(owner: ModuleType | type, name: str, needs: Sequence[str] | None) -> 
     if callable(member) and set(needs or ()) <= _parameters(member):
         return
     wanted = f" (expected: a function of {', '.join(needs)})" if needs else ""
-    raise RuntimeError(
+    raise UnknownMegatronError(
         f"{place(owner, name)} is {'not what megalora expects' if member else 'missing'}{wanted}: "
         f"megalora knows megatron-core {' and '.join(KNOWN)}, this is {_version()} with torch "
-        f"{torch.__version__}"
+        f"{torch.__version__}: install one of these"
     )
 
 

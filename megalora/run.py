@@ -11,21 +11,23 @@ import importlib.util
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from types import CodeType
 from typing import TYPE_CHECKING, cast
 
 import torch
 
 from megalora.arguments import add_lora_args
-from megalora.data import check_eval_args
 from megalora.launch import (
     LoRARun,
     add_exchange_args,
     at_end,
+    check_training_args,
     clear_errors,
     prepare_megatron,
     with_hf_flags,
 )
 from megalora.replace import KNOWN, Patch, around
+from megalora.training.needed import check_started
 
 if TYPE_CHECKING:
     from megatron.core.optimizer import MegatronOptimizer
@@ -68,7 +70,19 @@ def execute(path: Path) -> None:
     namespace = sys.modules["__main__"].__dict__
     namespace["__file__"] = str(path)
     namespace["__spec__"] = importlib.util.find_spec("megalora.__main__")
-    exec(compile(path.read_bytes(), str(path), "exec"), namespace)
+    exec(_compiled(path), namespace)
+
+
+def _compiled(path: Path) -> CodeType:
+    """Return a script's code; ValueError where it is no Python, and not called so either."""
+    try:
+        return compile(path.read_bytes(), str(path), "exec")
+    except (SyntaxError, ValueError) as error:
+        if path.suffix == ".py":
+            raise
+        raise ValueError(
+            f"script {str(path)!r} is no Python: give a launch script such as pretrain_gpt.py"
+        ) from error
 
 
 def add_flags(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
@@ -142,7 +156,9 @@ class Launcher:
         def provide(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
             return add_flags(extra_args_provider(parser) if extra_args_provider else parser)
 
-        return original(provide, *args, **kwargs)
+        parsed = original(provide, *args, **kwargs)
+        check_started()
+        return parsed
 
     def _setup(
         self,
@@ -154,7 +170,7 @@ class Launcher:
         **kwargs: object,
     ) -> Built:
         args_of_run = _get_args()
-        check_eval_args(args_of_run)
+        check_training_args(args_of_run)
         config = getattr(cfg_container, "model", None)
         self._is_scripts_own = any(map(_is_of_a_run, getattr(config, "pre_wrap_hooks", ())))
         if self._is_scripts_own:

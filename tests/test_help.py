@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from megalora.__main__ import make_parser
+from megalora.__main__ import main, make_parser
 from tests.support.forked import ROOT, call
 
 SCRIPTS = [
@@ -49,7 +49,24 @@ def test_a_command_prints_its_help(command: str) -> None:
     assert f"usage: megalora {command}" in call(printed, [command])
 
 
-def test_the_example_shows_every_kind_of_flag() -> None:
+def test_the_example_shows_every_kind_of_flag_and_those_of_adapters_first() -> None:
     text = call(printed, ["examples/pretrain_lora.py"])
-    for flag in ("--num-layers", "--lora-rank", "--hf-model", "--dataset"):
-        assert flag in text
+    flags = ("--lora-rank", "--dataset", "--hf-model", "--num-layers")
+    places = [text.index(f"  {flag} ") for flag in flags]
+    assert places == sorted(places)
+
+
+def test_a_script_that_megalora_runs_shows_the_flags_of_adapters_first() -> None:
+    text = call(printed_by_run, "tests/scripts/pretrain_tiny.py")
+    usage, _, rest = text.partition("\n\n")
+    assert usage == "usage: pretrain_tiny.py --lora-rank 32 <flags of the groups below>"
+    places = [rest.index(f"  {flag} ") for flag in ("--lora-rank", "--hf-model", "--num-layers")]
+    assert places == sorted(places)
+
+
+def printed_by_run(script: str) -> str:
+    """Return what `megalora run SCRIPT --help` prints."""
+    out = io.StringIO()
+    with contextlib.redirect_stdout(out), contextlib.suppress(SystemExit):
+        main(["run", str(ROOT / script), "--help"])
+    return out.getvalue()

@@ -113,7 +113,10 @@ def test_the_command_succeeds(name, said):
         ("merge again", "is not empty"),
         ("merge truncated", "not a whole safetensors file"),
         ("merge other", "model.layers.9.mlp.up_proj"),
-        ("merge into nothing", "config.json does not exist"),
+        (
+            "merge into nothing",
+            "nowhere is no directory here: give one that has a model's config.json",
+        ),
         ("inspect base", "is a whole model, no adapter"),
     ],
 )

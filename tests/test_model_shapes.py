@@ -157,7 +157,7 @@ def test_latent_attention_is_read_from_megatrons_flags() -> None:
         (lambda: preset_shape("llama-9"), r"'llama-9' is neither .* llama-3.1-8b"),
         (lambda: model_shape({"model_type": "t5"}), "the sizes as Megatron's flags"),
         (lambda: model_shape({"model_type": "llama"}), "num_attention_heads is None"),
-        (lambda: load_config("/nonexistent"), "/nonexistent/config.json does not exist"),
+        (lambda: load_config("/nonexistent"), "/nonexistent is no directory here: give one"),
         (
             lambda: args_shape(argparse.Namespace(hybrid_layer_pattern="D*-")),
             r"hybrid_layer_pattern is 'D\*-', whose layer 0 is sparse attention",

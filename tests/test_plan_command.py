@@ -124,8 +124,8 @@ def test_the_help_of_a_script_is_shown() -> None:
     [
         (8, ("--lora-targets", "nothing"), "nothing"),
         (8, ("--lora-rnk", 4), "unrecognized arguments: --lora-rnk"),
-        (8, ("--tensor-model-parallel-size", 3), r"not divisible.*Megatron's own check, megatron/"),
-        (8, ("--global-batch-size", 7), r"must be divisible by.*Megatron's own check"),
+        (8, ("--tensor-model-parallel-size", 3), "needs 3 processes or a multiple of them, but"),
+        (8, ("--global-batch-size", 7), "is not divisible by micro_batch_size 1 x 8"),
         (
             8,
             (

@@ -103,7 +103,9 @@ def read_description(directory: Path) -> dict[str, Any] | None:
     if not is_distributed:
         if any(directory.glob("mp_rank_*")) or (directory / METADATA).is_file():
             return None
-        raise ValueError(f"{directory} is not a Megatron checkpoint")
+        raise ValueError(
+            f"{directory} is not a Megatron checkpoint: give what --save of a training run named"
+        )
     return description
 
 

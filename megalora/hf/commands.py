@@ -16,8 +16,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from tqdm import tqdm
 
+from megalora.config import LoRAConfig
 from megalora.hf import offline
 from megalora.hf.adapters import to_hf
 from megalora.hf.check import check, format_of_export
@@ -34,6 +34,7 @@ from megalora.model.families import names_of
 from megalora.model.megatron import megatron_flags
 from megalora.model.shape import ModelShape
 from megalora.printable import printable
+from megalora.progress import Progress
 
 OUTPUT_B = "output_layer_lora.lora_B"
 
@@ -41,10 +42,12 @@ OUTPUT_B = "output_layer_lora.lora_B"
 def export(args: argparse.Namespace) -> None:
     """Write an adapter checkpoint as a PEFT directory."""
     start = time.monotonic()
-    offline.prepare()
-    from megalora.hf import one_process
+    check_checkpoint(args.checkpoint)
+    with Progress("reading the checkpoint"):
+        offline.prepare()
+        from megalora.hf import one_process
 
-    tensors, config, facts = one_process.read_adapter(args.checkpoint)
+        tensors, config, facts = one_process.read_adapter(args.checkpoint)
     if config.init == "pissa":
         raise ValueError(
             f"checkpoint {args.checkpoint} started from `pissa`, whose start values only the base "
@@ -63,6 +66,18 @@ def export(args: argparse.Namespace) -> None:
             "the base's config.json)"
         )
     factors = without_untrained(to_hf(tensors, config, shape))
+    with Progress("writing the adapter"):
+        _write(args, factors, config, shape)
+    _say_done("exported", factors, args.output, start)
+
+
+def _write(
+    args: argparse.Namespace,
+    factors: Mapping[str, LoRAFactors],
+    config: LoRAConfig,
+    shape: ModelShape,
+) -> None:
+    """Write what `export` has read, in the format that its flags name."""
     write_adapter(
         args.output,
         factors,
@@ -75,7 +90,21 @@ def export(args: argparse.Namespace) -> None:
         delta_layers=shape.delta_layers,
         overwrite=args.overwrite,
     )
-    _say_done("exported", factors, args.output, start)
+
+
+def check_checkpoint(directory: str) -> None:
+    """Raise ValueError for what plainly is no adapter checkpoint, before Megatron is imported."""
+    if not Path(directory).is_dir():
+        problem = "is no directory" if Path(directory).exists() else "does not exist"
+        raise ValueError(
+            f"checkpoint {directory!r} {problem}: give what --save of a training run named"
+        )
+    refuse_foreign(directory, checkpoints=True)
+    if is_peft(directory):
+        raise ValueError(
+            f"checkpoint {directory!r} is a PEFT directory already: use it as it is, or give what "
+            "--save of a training run named"
+        )
 
 
 @contextmanager
@@ -129,17 +158,18 @@ def import_adapter(args: argparse.Namespace) -> None:
         alpha=config.alpha * rank / config.rank,
         expert_rank=args.expert_rank or config.expert_rank,
     )
-    offline.prepare()
-    from megalora.hf import one_process
+    with Progress("writing the checkpoint"):
+        offline.prepare()
+        from megalora.hf import one_process
 
-    one_process.import_factors(
-        args.output,
-        factors,
-        config,
-        shape,
-        padded_vocab_size=args.padded_vocab_size,
-        overwrite=args.overwrite,
-    )
+        one_process.import_factors(
+            args.output,
+            factors,
+            config,
+            shape,
+            padded_vocab_size=args.padded_vocab_size,
+            overwrite=args.overwrite,
+        )
     _say_done("imported", factors, args.output, start)
     print(how_to_go_on(factors, config, shape, hf_model=args.hf_model, checkpoint=args.output))
 
@@ -154,14 +184,14 @@ def merge(args: argparse.Namespace) -> None:
         adapter = read_adapter_directory(args.adapter, names=names, hidden_size=hidden_size)
     factors, trained = adapter.factors, adapter.trained_layers(base)
     total = len(TensorFiles(base).file_names())
-    with tqdm(total=total, unit="file", desc="merging", disable=None) as bar:
+    with Progress("merging", total, "files") as progress:
         untied = merge_adapter(
             base,
             factors,
             args.output,
             trained=trained,
             overwrite=args.overwrite,
-            progress=lambda _name: bar.update(),
+            progress=progress.add,
         )
     _say_done("merged", factors, args.output, start)
     if trained:
@@ -172,7 +202,8 @@ def merge(args: argparse.Namespace) -> None:
 
 def inspect(args: argparse.Namespace) -> None:
     """Say what an adapter holds."""
-    refuse_foreign(args.directory, checkpoints=True)
+    if not is_peft(args.directory):
+        check_checkpoint(args.directory)
     report = inspect_peft(args.directory) if is_peft(args.directory) else _of_checkpoint(args)
     if args.json:
         print(json.dumps(report.to_dict(), indent=2))
@@ -198,16 +229,16 @@ def _of_checkpoint(args: argparse.Namespace) -> AdapterReport:
 def import_base(args: argparse.Namespace) -> None:
     """Turn a Hugging Face model into a Megatron checkpoint."""
     start = time.monotonic()
-    offline.prepare()
-    from megalora.hf import one_process
+    with Progress("importing the base", unit="tensors") as progress:
+        offline.prepare()
+        from megalora.hf import one_process
 
-    with tqdm(unit="tensor", desc="loading", disable=None) as bar:
         count = one_process.import_base(
             args.hf_model,
             args.output,
             dtype=getattr(torch, args.dtype),
             overwrite=args.overwrite,
-            progress=lambda _name: bar.update(),
+            progress=progress.add,
         )
     seconds = time.monotonic() - start
     print(f"imported {count:,} parameters to {args.output} in {seconds:.1f} s")

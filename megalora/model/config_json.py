@@ -24,11 +24,23 @@ from megalora.reading import read_json
 def load_config(source: str | Path) -> dict[str, Any]:
     """Read a config.json, or that of a model's directory, of whatever family."""
     path = Path(source)
+    if not path.exists():
+        raise ValueError(
+            f"{path} is no directory here: give one that has a model's config.json and "
+            f"safetensors{_from_hub(path)}"
+        )
     if (path / "adapter_config.json").exists() and not (path / "config.json").exists():
         raise ValueError(
             f"{path} is an adapter, no base: give the directory of the model that it was trained on"
         )
     return read_json(path if path.is_file() else path / "config.json")
+
+
+def _from_hub(path: Path) -> str:
+    """Say how to get what may be a name on the hub."""
+    if path.is_absolute() or len(path.parts) != 2 or path.parts[0] in (".", ".."):
+        return ""
+    return f", such as `hf download {path} --local-dir {path.name}` makes"
 
 
 def read_config(directory: str | Path) -> dict[str, Any]:

@@ -132,7 +132,10 @@ class TensorFiles:
         for pattern, sentence in _OTHER_FORMS[self.stem].items():
             if found := sorted(self.directory.glob(pattern)):
                 raise ValueError(f"{found[0]} {sentence}")
-        raise ValueError(f"{self.directory} has neither {self._single.name} nor {self.index.name}")
+        raise ValueError(
+            f"{self.directory} has neither {self._single.name} nor {self.index.name}: give the "
+            "directory that has the weights, as safetensors"
+        )
 
     def _locate_by_index(self) -> dict[str, str]:
         weight_map = read_weight_map(self.index)

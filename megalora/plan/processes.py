@@ -18,6 +18,7 @@ from typing import IO, TYPE_CHECKING, Any
 
 from megalora.plan import world
 from megalora.plan.refusal import refusal
+from megalora.progress import Progress
 
 if TYPE_CHECKING:
     from megalora.plan.child import Answer
@@ -69,6 +70,11 @@ class FailedError(ValueError):
 
 def plan_each(wanted: Sequence[tuple[Job, int]]) -> list["Answer | Failure"]:
     """Plan ranks of several jobs, as many at once as there are cores; in the order given."""
+    with Progress("planning", len(wanted), "ranks") as progress:
+        return _plan_each(wanted, progress)
+
+
+def _plan_each(wanted: Sequence[tuple[Job, int]], progress: Progress) -> list["Answer | Failure"]:
     _import_megatron()
     answers: dict[int, Answer | Failure] = {}
     waiting, running = deque(enumerate(wanted)), dict[Connection, tuple[int, _Child]]()
@@ -81,6 +87,7 @@ def plan_each(wanted: Sequence[tuple[Job, int]]) -> list["Answer | Failure"]:
             for ready in connection.wait(list(running)):
                 place, child = running.pop(ready)  # type: ignore[arg-type]
                 answers[place] = child.answer()
+                progress.add()
     finally:
         for _, child in running.values():
             child.stop()

@@ -1,8 +1,9 @@
 """What ends a script before it trains, in one sentence."""
 
-import linecache
 import traceback
 from pathlib import PurePath
+
+from megalora.training.needed import place_in_megatron, said_by_megatron
 
 
 def refusal(error: BaseException) -> tuple[str, bool]:
@@ -16,25 +17,10 @@ def refusal(error: BaseException) -> tuple[str, bool]:
     last = frames[-1] if frames else None
     said = str(error).strip()
     if last is not None and "megatron" in PurePath(last.filename).parts:
-        place = _place(last)
         if isinstance(error, AssertionError | ValueError):
-            return f"{said or _source(last)} (Megatron's own check, {place})", True
-        return f"{type(error).__name__} in {place}: {said}", False
+            return said_by_megatron(error), True
+        return f"{type(error).__name__} in {place_in_megatron(last)}: {said}", False
     if isinstance(error, ValueError):
         return said, True
     where = f" ({PurePath(last.filename).name}:{last.lineno})" if last else ""
     return f"{type(error).__name__}: {said}{where}", False
-
-
-def _place(frame: traceback.FrameSummary) -> str:
-    parts = PurePath(frame.filename).parts
-    inside = parts[len(parts) - 1 - parts[::-1].index("megatron") :]
-    return f"{'/'.join(inside)}:{frame.lineno}"
-
-
-def _source(frame: traceback.FrameSummary) -> str:
-    """Return the statement that a frame stands in, in one line."""
-    first = frame.lineno or 0
-    lines = range(first, (frame.end_lineno or first) + 1)
-    text = " ".join(linecache.getline(frame.filename, line).strip() for line in lines)
-    return f"it asks for `{text.removeprefix('assert ')}`"

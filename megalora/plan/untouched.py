@@ -11,7 +11,7 @@ from typing import Any
 
 from megatron.training import arguments, ft_integration, global_vars, initialize, training
 
-from megalora import cpu
+from megalora import cpu, launch
 from megalora.checkpoint import find, lock
 from megalora.data import arguments as data_arguments
 from megalora.plan.script import nothing
@@ -45,6 +45,7 @@ class Untouched:
             # The run is for GPUs.
             (cpu, "installed", (), "a script may ask"),
             (cpu, "install_if_wanted", ("argv",), "a script may ask"),
+            (launch, "check_gpu", ("num_gpus",), "the GPUs are the cluster's"),
             (lock, "take", ("directory",), "nothing is saved"),
             (find, "_go_back", ("root", "iteration"), "nothing is saved"),
             (outputs, "_check_writable", ("flag", "directory"), "its place is on the cluster"),

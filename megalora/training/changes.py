@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from megalora.config import LoRAConfig
+from megalora.quiet import has_one_logger
 from megalora.training.auto_lr import auto_rate
 from megalora.training.rates import check_rates
 
@@ -22,14 +23,15 @@ def change_args(args: argparse.Namespace, changes: Mapping[str, object]) -> None
 
 
 def on_validating(args: argparse.Namespace) -> Changes:
-    """Let --save without --save-interval save after the last iteration.
+    """Let --save without --save-interval save after the last iteration; ask for no one_logger.
 
     Megatron has no default and would raise a bare AssertionError. Its ends by a signal or by
     --exit-duration-in-mins save too.
     """
+    changes: Changes = {} if has_one_logger() else {"enable_one_logger": False}
     if args.save and getattr(args, "lora_rank", 0) and args.save_interval is None:
-        return {"save_interval": args.train_iters or _NEVER}
-    return {}
+        changes["save_interval"] = args.train_iters or _NEVER
+    return changes
 
 
 def before_building(args: argparse.Namespace, config: LoRAConfig | None) -> Changes:

@@ -22,6 +22,7 @@ from megalora.config import LoRAConfig
 from megalora.hf import exchange
 from megalora.hf.directories import WholeDirectory
 from megalora.hf.peft import Format
+from megalora.progress import Progress
 
 
 def check_outputs(
@@ -60,17 +61,19 @@ def write_outputs(
 ) -> None:
     """Write what --export-hf and --save-merged ask for. All ranks must call it."""
     if args.export_hf:
-        exchange.export_adapter(
-            model_chunks,
-            args.export_hf,
-            config=config,
-            format=_check_export(model_chunks, args, config)[0],
-            base_model_name=args.hf_model or "",
-            hf_model=args.hf_model,
-            vocab_size=args.vocab_size,
-        )
+        with Progress("exporting the adapter"):
+            exchange.export_adapter(
+                model_chunks,
+                args.export_hf,
+                config=config,
+                format=_check_export(model_chunks, args, config)[0],
+                base_model_name=args.hf_model or "",
+                hf_model=args.hf_model,
+                vocab_size=args.vocab_size,
+            )
     if args.save_merged:
-        _write_merged(model_chunks, args.save_merged)
+        with Progress("saving the merged model"):
+            _write_merged(model_chunks, args.save_merged)
 
 
 def _write_merged(model_chunks: Sequence[torch.nn.Module], directory: str) -> None:

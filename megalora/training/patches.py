@@ -43,20 +43,9 @@ from megalora.checkpoint.loading import LOADING
 from megalora.checkpoint.save import Saver
 from megalora.config import LoRAConfig
 from megalora.replace import Patch, around, instead
-from megalora.training import changes, compared, not_finite, trust
-from megalora.training.auto_lr import accept_auto
-from megalora.training.flags import refuse
+from megalora.training import changes, compared, not_finite, parsing, trust
+from megalora.training.needed import check_rate
 from megalora.training.rates import factor_overrides
-
-
-def add_arguments(
-    original: Callable[[argparse.ArgumentParser], argparse.ArgumentParser],
-    parser: argparse.ArgumentParser,
-) -> argparse.ArgumentParser:
-    """Let --lr be `auto`, also without the flags of a script; say in a sentence what is wrong."""
-    parser = accept_auto(original(parser))
-    parser.error = refuse
-    return parser
 
 
 def load_args(
@@ -89,18 +78,6 @@ def _say_once(message: str) -> None:
         print(message, flush=True)
 
 
-def validate_args(
-    original: Callable[..., argparse.Namespace],
-    args: argparse.Namespace,
-    *more: object,
-    **kwargs: object,
-) -> argparse.Namespace:
-    """Let an adapter run's --save without --save-interval save after the last iteration."""
-    compared.remember(args)
-    changes.change_args(args, changes.on_validating(args))
-    return original(args, *more, **kwargs)
-
-
 def build_data_iterators(
     original: Callable[[object], tuple[object, ...]],
     build_train_valid_test_datasets_provider: object,
@@ -128,6 +105,7 @@ def build_optimizer(
     """Give A and B their own learning rate and Adam epsilon; know what is watched from now on."""
     lora = _lora_config(model_chunks)
     if lora is not None:
+        check_rate(config.lr)
         not_finite.WATCH.model_chunks = unwrap_model(list(model_chunks))
         if config_overrides is None:
             config_overrides = get_standard_config_overrides(config)
@@ -151,7 +129,7 @@ PARSING = (
         arguments,
         "add_megatron_arguments",
         ("parser",),
-        around(add_arguments),
+        around(parsing.add_arguments),
         "`--lr auto` in every parse; a wrong flag is a page of usage on each rank",
     ),
     Patch(
@@ -165,8 +143,9 @@ PARSING = (
         arguments,
         "validate_args",
         ("args",),
-        around(validate_args),
-        "`--save` without `--save-interval` is a bare AssertionError",
+        around(parsing.validate_args),
+        "flags that are missing or do not fit are bare assertions, as `--save` without "
+        "`--save-interval`",
     ),
     Patch(
         global_vars,

@@ -27,6 +27,8 @@ from megalora.hf.base import load_hf_base
 from megalora.hf.exchange import load_adapter
 from megalora.hf.rotary import set_rotary_of_flags
 from megalora.mends import latent_attention
+from megalora.ops import backend
+from megalora.progress import Progress
 from megalora.training import agree, fingerprints, patches
 from megalora.training.changes import before_building, before_loading, change_args
 from megalora.training.flags import check_flags, check_same_optimizer
@@ -54,6 +56,8 @@ def start(args: argparse.Namespace) -> LoRAConfig | None:
     if config is not None:
         check_trust(args)
     check_flags(args, config)
+    if config is not None:
+        check_ops(config.ops)
     if args.hf_model:
         replace.install(latent_attention.HUGGING_FACE)
     change_args(args, before_building(args, config))
@@ -62,6 +66,14 @@ def start(args: argparse.Namespace) -> LoRAConfig | None:
         if args.save:
             check_readable(args)
     return config
+
+
+def check_ops(name: str) -> None:
+    """Raise ValueError where the ops of adapters are not built, or for another torch."""
+    try:
+        backend(name)
+    except ImportError as error:
+        raise ValueError(str(error)) from error
 
 
 def model_config(args: argparse.Namespace) -> Any:
@@ -89,7 +101,7 @@ def prepare(
     check_sources(args, found)
     if config is None:
         if args.hf_model:
-            load_hf_base(model_chunks, args.hf_model)
+            load_from_hf(model_chunks, args.hf_model)
         return None
     description = found.description if found else None
     config = resolve_config(args, description)
@@ -138,6 +150,8 @@ def find_checkpoint(args: argparse.Namespace, config: LoRAConfig | None) -> Foun
     found = find_on_all_ranks(
         args.load, step=args.ckpt_step, on_corrupt=args.lora_on_corrupt, warn=print_rank_0
     )
+    if found is None and args.load and args.load != args.save:
+        print_rank_0(f"WARNING: load {args.load!r} holds no checkpoint: training starts anew")
     description = found.description if found else None
     if description is not None and config is None:
         rank = description["config"]["rank"]
@@ -188,14 +202,22 @@ def load_own_base(
     whole_model = found is not None and found.description is None
     source = args.hf_model or (args.load if whole_model else args.pretrained_checkpoint)
     if args.hf_model:
-        load_hf_base(model_chunks, args.hf_model)
+        load_from_hf(model_chunks, args.hf_model)
     elif source:
         step = args.ckpt_step if whole_model else None
-        load_base(model_chunks, source, args, step=step, is_verified=whole_model)
+        with Progress("loading the base"):
+            load_base(model_chunks, source, args, step=step, is_verified=whole_model)
         for chunk in model_chunks:
             set_rotary_of_flags(chunk, args)
     resolved = str(Path(source).resolve()) if source else None
     return {"source": resolved, **fingerprint(model_chunks)}
+
+
+def load_from_hf(model_chunks: ModelChunks, directory: str) -> None:
+    """Load a Hugging Face directory, and say how far that is."""
+    total = sum(1 for chunk in model_chunks for _ in chunk.parameters())
+    with Progress("loading the base", total, "tensors") as progress:
+        load_hf_base(model_chunks, directory, progress=progress.add)
 
 
 def check_base(stored: Description | None, own: Description, args: argparse.Namespace) -> None:

@@ -1,12 +1,19 @@
 """What a run of adapters does not do for a file or a flag: run code that comes with data."""
 
 import argparse
+import contextlib
 import importlib
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
+from megalora.training.needed import said_by_megatron
+
 _TRUE = ("1", "y", "yes", "true")
+_TOKENIZER_FILES = {
+    *("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "spiece.model", "vocab.json"),
+    *("vocab.txt", "tekken.json", "tiktoken.model", "tokenizer.tiktoken", "merges.txt"),
+}
 # Megatron gives these no word about remote code, and transformers then asks at the terminal.
 _ASKING = ("SFTTokenizer", "MultimodalTokenizer")
 
@@ -64,10 +71,48 @@ def build_tokenizer(
             "tokenizer_type is not given: set --tokenizer-type HuggingFaceTokenizer and "
             f"--tokenizer-model DIR{bytes_too if hasattr(args, 'byte_tokenizer') else ''}"
         )
-    if not getattr(args, "lora_rank", 0):
-        return original(args, **kwargs)
-    check_trust(args)
-    return _without_asking(lambda: original(args, **kwargs), args.tokenizer_type)
+    is_adapters = bool(getattr(args, "lora_rank", 0))
+    if is_adapters:
+        check_trust(args)
+    with _saying_what_is_wrong(args.tokenizer_type, args.tokenizer_model):
+        if not is_adapters:
+            return original(args, **kwargs)
+        return _without_asking(lambda: original(args, **kwargs), args.tokenizer_type)
+
+
+@contextlib.contextmanager
+def _saying_what_is_wrong(tokenizer_type: str, tokenizer_model: str | None) -> Iterator[None]:
+    """Raise ValueError in a sentence for a tokenizer of Hugging Face's that is not there."""
+    if tokenizer_type != "HuggingFaceTokenizer":
+        yield
+        return
+    if tokenizer_model is None:
+        raise ValueError(
+            "tokenizer_model is not given: set --tokenizer-model to the directory of a Hugging "
+            "Face model, which has its tokenizer.json"
+        )
+    is_directory = os.path.isdir(tokenizer_model)
+    if is_directory and not _TOKENIZER_FILES & set(os.listdir(tokenizer_model)):
+        raise ValueError(
+            f"tokenizer_model {tokenizer_model!r} has no tokenizer.json: give the directory that "
+            "has it, or copy it there"
+        )
+    try:
+        yield
+    except ValueError as error:
+        if not said_by_megatron(error):
+            raise
+        is_path = tokenizer_model.startswith((".", "/", "~")) or tokenizer_model.count("/") > 1
+        if is_path and not os.path.exists(tokenizer_model):
+            raise ValueError(
+                f"tokenizer_model {tokenizer_model!r} does not exist: give the directory of a "
+                "Hugging Face model, which has its tokenizer.json"
+            ) from error
+        said = " ".join(str(error).replace("\\n", " ").split())
+        raise ValueError(
+            f"tokenizer_model {tokenizer_model!r} cannot be read ({said}): give a directory with "
+            "tokenizer.json and tokenizer_config.json, or a name on the hub that can be reached"
+        ) from error
 
 
 def _without_asking[R](build: Callable[[], R], tokenizer_type: str) -> R:

@@ -17,17 +17,18 @@ from megalora.__main__ import main
 
 
 def show_a_gpu() -> None:
-    """Fake the devices, for Megatron and for megalora's own question whether there are any."""
+    """Fake the devices, for Megatron and for megalora's own questions after them."""
     # The compiled operators ask torch themselves, which has no GPU.
     assert importlib.util.find_spec("transformer_engine") is None, "its kernels need a GPU"
     cpu.install_devices()
-    answer = torch.cuda.is_available
+    is_available, device_count = torch.cuda.is_available, torch.cuda.device_count
+    torch.cuda.is_available = lambda: _is_asked() or is_available()
+    torch.cuda.device_count = lambda: 1 if _is_asked() else device_count()
 
-    def is_available() -> bool:
-        caller = sys._getframe(1).f_globals["__name__"]
-        return caller.startswith(("megatron.", "megalora.")) or answer()
 
-    torch.cuda.is_available = is_available
+def _is_asked() -> bool:
+    caller = sys._getframe(2).f_globals["__name__"]
+    return caller.startswith(("megatron.", "megalora."))
 
 
 if __name__ == "__main__":

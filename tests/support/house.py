@@ -7,10 +7,12 @@ from typing import NamedTuple
 
 # From the ground up: a room, a file or a folder of megalora/, imports only what stands before it.
 ROOMS = (
-    *("replace", "printable", "reading", "config", "arguments", "model", "targets", "ops", "mends"),
+    *("replace", "installed", "printable", "quiet", "progress", "misspelt", "reading", "built"),
+    *("config", "arguments", "model", "targets", "ops", "mends"),
     *("cpu", "data"),
     *("adapters", "recommend", "checkpoint", "hf", "builder", "__init__"),
-    *("losses", "sync", "rollouts", "policy", "training", "launch", "run", "plan", "__main__"),
+    *("losses", "sync", "rollouts", "policy", "training", "launch", "run", "plan", "environment"),
+    "__main__",
 )
 # Everything else can be imported before Megatron is.
 IMPORT_MEGATRON = (
@@ -30,7 +32,7 @@ IMPORT_MEGATRON = (
         "policy/shards.py",
     ),
     *("data/batch.py", "data/indexed.py"),
-    *("training/session.py", "training/outputs.py", "training/patches.py"),
+    *("training/session.py", "training/outputs.py", "training/patches.py", "training/parsing.py"),
     *("training/compared.py", "training/not_finite.py", "training/replicas.py"),
     "training/vocabulary.py",
     *("plan/assumed.py", "plan/step.py", "plan/script.py", "plan/pretrain.py", "plan/rank.py"),
