@@ -1,11 +1,16 @@
 # make demo    train a small MoE, fine-tune it by LoRA on 4 processes, hand it to Hugging Face
+#              (DEMO=--quarter: a quarter of its iterations)
 # make test    lint, types and all tests on the CPU
-# make test-full  the readers of others' files under very many changed files, for a minute or two
+# make test-full  more seeds and sizes of the same, such as very many changed files: a few minutes
+# make test-slow  the slowest tests of the last `make test`, at once
+# make package  sdist and wheel in dist/, each installed into a fresh environment and used there
 # make lint    format, lint and types only
-# make bench   the benchmarks behind README's numbers
+# make bench   the benchmarks behind docs/performance.md's numbers
 # make parity  the table of parallel layouts with their errors against an unsharded model
 # make gpu-kit what a GPU machine without a package index lacks, for benchmarks/gpu_check.py
 # make servers the source of vLLM's and SGLang's readers of adapters, which tests then run (375 MB, once)
+# make docs    the documentation as a site in build/docs, every warning and dead link an error
+# make docs-links  whether the servers that the documentation links to still have those pages
 # make figures the experiments of "LoRA Without Regret" at toy size (20 minutes on two cores)
 
 PYTHON ?= python3
@@ -14,21 +19,29 @@ SOURCES := $(wildcard csrc/*.h csrc/*.cpp csrc/*/*)
 # One thread for each process: ranks share the cores.
 export OMP_NUM_THREADS ?= 1
 export MKL_NUM_THREADS ?= 1
+# Else every worker and rank would compile megalora, and rewrite the tests' assertions, anew.
+unexport PYTHONDONTWRITEBYTECODE
 # A file of tests to each core in turn (tests/conftest.py); every worker needs about 2 GB.
 WORKERS ?= -n logical --maxprocesses 8 --dist loadfile --no-loadscope-reorder
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
 
-.PHONY: demo test test-full lint style bench parity figures gpu-kit servers clean
+# How long each test of the last `make test` took.
+REPORT := build/tests.xml
+
+.PHONY: demo test test-full test-slow lint style bench parity figures gpu-kit servers package docs docs-links clean
 
 demo: .venv/built
-	$(BIN)/python examples/demo.py --output demo
+	$(BIN)/python examples/demo.py --output demo $(DEMO)
 
 # The types are checked by one of the tests (tests/test_types.py), beside the others.
 test: style
-	$(BIN)/python -m pytest $(WORKERS)
+	$(BIN)/python -m pytest $(WORKERS) --junitxml $(REPORT)
 
 test-full: style
-	FUZZ_EXAMPLES=300 $(BIN)/python -m pytest $(WORKERS) tests/test_fuzz.py
+	$(BIN)/python -m pytest $(WORKERS) -m full
+
+test-slow:
+	@$(BIN)/python -m tests.support.durations $(REPORT)
 
 lint: style
 	$(BIN)/pyright
@@ -56,13 +69,29 @@ figures: .venv/built
 gpu-kit: .venv/built
 	$(BIN)/python benchmarks/gpu_kit.py $(GPU_KIT)
 
+package: .venv/built
+	$(BIN)/python .ci/package.py
+
 servers: .venv/built
 	$(BIN)/python tests/scripts/fetch_servers.py .servers
 
+SPHINX := $(BIN)/python -m sphinx -W -n -E -q -d build/doctrees docs
+
+docs: .venv/docs
+	rm -rf build/docs docs/reference
+	$(SPHINX) build/docs
+
+docs-links: .venv/docs
+	$(SPHINX) -b linkcheck build/docs-links
+
 .venv/bin/python:
+	@command -v $(PYTHON) > /dev/null || \
+		{ echo "megalora needs Python 3.12, and there is no $(PYTHON): make PYTHON=/path/to/python3.12"; exit 1; }
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info[:2] != (3, 12))' || \
 		{ echo "megalora needs Python 3.12, $(PYTHON) is $$($(PYTHON) --version): make PYTHON=python3.12"; exit 1; }
-	$(PYTHON) -m venv .venv
+	@# Half a .venv would look like a whole one to the next make.
+	@$(PYTHON) -m venv .venv || { rm -rf .venv; \
+		echo "$(PYTHON) cannot make a virtual environment: install its venv (apt-get install python3.12-venv)"; exit 1; }
 
 .venv/torch: constraints.txt .venv/bin/python
 	$(BIN)/pip install --progress-bar off -c constraints.txt torch setuptools wheel ninja
@@ -72,5 +101,9 @@ servers: .venv/built
 	$(BIN)/pip install --progress-bar off -c constraints.txt --no-build-isolation -e '.[hf,dev]'
 	touch $@
 
+.venv/docs: .venv/built constraints.txt
+	$(BIN)/pip install --progress-bar off -c constraints.txt sphinx myst-parser furo
+	touch $@
+
 clean:
-	rm -rf build demo *.egg-info megalora/*.so
+	rm -rf build demo docs/reference *.egg-info megalora/*.so

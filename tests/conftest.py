@@ -1,55 +1,91 @@
 """What several files of tests start from."""
 
+import json
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from tests.support.durations import WORLD
+from tests.support.parts import WORKERS
 from tests.support.tiny import train
 
-WORLDS = "test_dist"
-# Workers are given them in this order, before all others: what takes longest must not be last. The
-# worlds of two and four processes come to one worker: beside each other they wait for cores.
+# Files whose tests share no fixture that takes long: each may come to another worker.
+CUT = ("test_dist", "test_launch_examples")
+# The mark of tests that are more seeds or more sizes of others: `make test-full` runs them.
+FULL = "full"
+# What takes longest, by parts of names: of files, or of tests that may come to any worker.
 LONGEST = [
-    "test_dist[2]",
+    "distributed_tests[2-",
     "test_gpu_check",
-    "test_dist[4]",
+    "distributed_tests[4-",
     "test_launch_examples",
     "test_checkpoint_faults",
-    "test_checkpoint_resume",
+    "distributed_tests[1-",
+    "test_cuda_kernels",
     "test_types",
+    "test_checkpoint_resume",
+    "test_rl_lora",
+    "test_checkpoint_async",
 ]
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Start with what takes longest."""
-    places = {name: place for place, name in enumerate(LONGEST)}
-    items.sort(key=lambda item: places.get(_name(item), len(places)))
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Leave out what is for `-m full` alone, and start with what takes longest."""
+    if FULL not in config.option.markexpr:
+        left_out = [item for item in items if item.get_closest_marker(FULL)]
+        config.hook.pytest_deselected(items=left_out)
+        items[:] = [item for item in items if not item.get_closest_marker(FULL)]
+    units: dict[str, list[pytest.Item]] = {}
+    for item in items:
+        units.setdefault(_unit(item.nodeid), []).append(item)
+    items[:] = [item for unit in in_turn(list(units), WORKERS) for item in units[unit]]
 
 
-def _name(item: pytest.Item) -> str:
-    stem = item.path.stem
-    return f"{stem}[{item.name.partition('[')[2]}" if stem == WORLDS else stem
+def _unit(nodeid: str) -> str:
+    """Name what one worker runs: a file of tests, for the file's fixtures, or a test alone."""
+    file = nodeid.partition("::")[0]
+    return nodeid if Path(file).stem in CUT else file
+
+
+def in_turn(units: list[str], workers: int) -> list[str]:
+    """Return the units as workers are to be given them: what takes longest must not be last.
+
+    A worker is given a second one while its first still runs. Of two workers the one with the world
+    of two processes gets that of four: beside each other they wait for cores. Of more, none may
+    have two that take long.
+    """
+    long = [unit for name in LONGEST for unit in units if name in unit]
+    others = [unit for unit in units if unit not in long]
+    if workers <= 2:
+        return [*long, *others]
+    return [*long[:workers], *others[:workers], *long[workers:], *others[workers:]]
 
 
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
-    """Give a file of tests to one worker, for the file's fixtures; but the worlds one by one."""
+    """Give each worker a unit of tests at a time."""
     from xdist.scheduler import LoadFileScheduling
 
     class Scheduling(LoadFileScheduling):
         def _split_scope(self, nodeid: str) -> str:
-            return nodeid if f"{WORLDS}.py" in nodeid else super()._split_scope(nodeid)
+            return _unit(nodeid)
 
     return Scheduling(config, log)
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
-    """Show what tests have recorded to be read: a name and lines."""
+    """Say in a line each what ran in worlds of ranks, and why tests were skipped."""
     for report in terminalreporter.getreports("passed"):
-        for name, lines in report.user_properties:
-            terminalreporter.section(name)
-            terminalreporter.write_line(lines)
+        for tests in (json.loads(v) for name, v in report.user_properties if name == WORLD):
+            if tests:
+                name, took = report.nodeid.partition("::")[2], report.duration
+                terminalreporter.write_line(f"{len(tests):5} passed in {took:.0f} s  {name}")
+    reasons = Counter(report.longrepr[2] for report in terminalreporter.getreports("skipped"))
+    for reason, number in sorted(reasons.items()):
+        terminalreporter.write_line(f"{number:5} {reason[0].lower()}{reason[1:]}")
 
 
 @pytest.fixture(scope="session")

@@ -4,7 +4,6 @@
 """
 
 import json
-import os
 from pathlib import Path
 
 import pytest
@@ -15,14 +14,17 @@ from tests.support.honest import LLAMA, write_base, write_peft
 from tests.support.mutations import HARMLESS, VALUES, Mutation, apply
 
 # Of each target; a minute in all takes about 200.
-EXAMPLES = int(os.environ.get("FUZZ_EXAMPLES", "20"))
+EXAMPLES = [20, pytest.param(300, marks=pytest.mark.full)]
 
 
 @pytest.mark.bad_input("a malformed file")
 @pytest.mark.bad_input("work without bound")
 @pytest.mark.parametrize("target", TARGETS)
-def test_changed_files_are_refused_in_one_line_or_read(target: str, tmp_path: Path) -> None:
-    failure = call(fuzz, target, tmp_path / "fuzz", EXAMPLES)
+@pytest.mark.parametrize("examples", EXAMPLES)
+def test_changed_files_are_refused_in_one_line_or_read(
+    examples: int, target: str, tmp_path: Path
+) -> None:
+    failure = call(fuzz, target, tmp_path / "fuzz", examples)
     assert not failure, failure
 
 

@@ -23,7 +23,7 @@ NEEDS_GPU = {"kernels", "training"}
 # Other stages run the same scripts with the same kinds of words.
 REPEATED = {
     *("memcheck", "racecheck", "ranks", "grid"),
-    *("model-dense", "model-qwen3-8", "model-qwen3-4-long"),
+    *("model-dense", "model-qwen3-48", "model-qwen3-4-long"),
 }
 REHEARSED = [stage.name for stage in gpu_check.STAGES if stage.name not in REPEATED]
 

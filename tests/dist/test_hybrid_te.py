@@ -18,7 +18,10 @@ from tests.dist.test_parity import in_its_world, tolerance
 from tests.support import hf_models
 from tests.support.te_on_cpu import kernels_of_torch
 
-pytestmark = pytest.mark.skipif(not te.HAVE_TE, reason="TransformerEngine is not installed")
+pytestmark = [
+    pytest.mark.transformer_engine,
+    pytest.mark.skipif(not te.HAVE_TE, reason="TransformerEngine is not asked for"),
+]
 GROUPED = {"moe_grouped_gemm": True}
 CASES = [
     *(Case(layout=layout, kind="hybrid") for layout in (Layout(), TP2, TP2_SP, Layout(pp=2))),

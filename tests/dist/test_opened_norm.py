@@ -18,7 +18,10 @@ from tests.dist.support.models import build_config
 from tests.dist.test_opened import IN, RANK, SCALE, TOKENS, Holder, both_passes, draw, opens
 from tests.support.te_on_cpu import kernels_of_torch
 
-pytestmark = pytest.mark.skipif(not te.HAVE_TE, reason="TransformerEngine is not installed")
+pytestmark = [
+    pytest.mark.transformer_engine,
+    pytest.mark.skipif(not te.HAVE_TE, reason="TransformerEngine is not asked for"),
+]
 OUT = 16
 NORMS = [
     {"normalization": "RMSNorm"},

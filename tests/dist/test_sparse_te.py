@@ -14,7 +14,10 @@ from tests.dist.support.parity import errors, truth
 from tests.dist.test_parity import in_its_world, tolerance
 from tests.support.te_on_cpu import kernels_of_torch
 
-pytestmark = pytest.mark.skipif(not te.HAVE_TE, reason="TransformerEngine is not installed")
+pytestmark = [
+    pytest.mark.transformer_engine,
+    pytest.mark.skipif(not te.HAVE_TE, reason="TransformerEngine is not asked for"),
+]
 KIND = "sparse absorbed attention"
 BUILT = {"transformer_impl": "transformer_engine"}
 CASES = [

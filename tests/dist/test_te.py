@@ -25,7 +25,10 @@ from tests.dist.support.models import MOE, build_config
 from tests.dist.support.parity import Tensors, assemble, draw_b, largest, relative
 from tests.support.te_on_cpu import kernels_of_torch
 
-pytestmark = pytest.mark.skipif(not te.HAVE_TE, reason="TransformerEngine is not installed")
+pytestmark = [
+    pytest.mark.transformer_engine,
+    pytest.mark.skipif(not te.HAVE_TE, reason="TransformerEngine is not asked for"),
+]
 TOLERANCE = 1e-6
 TOKENS, IN, OUT, RANK, SCALE = 8, 24, 32, 4, 1.5
 CONFIG = LoRAConfig(rank=RANK, alpha=SCALE * RANK, targets=("all",))

@@ -32,6 +32,7 @@ KINDS = {
     "work without bound": "refused before the work",
     "a rank that disagrees": "every rank ends with the field and both values",
     "a rank that fails alone": "every rank ends, its sentence is said once",
+    "a mistyped command line": "one sentence that says what to type, before any work",
 }
 
 

@@ -3,12 +3,17 @@
 import argparse
 import functools
 import gc
+import os
+import sys
 
 import torch
 
 import megalora.cpu
 import tests.support.mamba_on_cpu
 
+if "TEST_TRANSFORMER_ENGINE" not in os.environ:
+    # As for every run on the CPU; set it for the tests of its layers, and for no others.
+    sys.modules.setdefault("transformer_engine", None)  # type: ignore[arg-type]
 megalora.cpu.install()
 tests.support.mamba_on_cpu.install()
 torch.set_num_threads(1)

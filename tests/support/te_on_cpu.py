@@ -1,7 +1,7 @@
 """TransformerEngine's real Python layers on the CPU: torch stands in for its C++ kernels.
 
 Only what LoRA's tests call: GEMM, grouped GEMM, the norms, the workspace, and the check that
-tensors are on a GPU. Install it (no GPU needed) as README says.
+tensors are on a GPU. Install it (no GPU needed) as docs/install.md says.
 """
 
 import contextlib
