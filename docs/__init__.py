@@ -1,0 +1,1 @@
+"""The documentation; `make docs` makes a site of it."""
