@@ -1,7 +1,7 @@
 """Compare adapters with an unsharded model in every layout and print the table of errors.
 
-`make parity` runs it: one torchrun for each world size, on the CPU. The table goes to README; the
-worst error of each case goes to benchmarks/results/parity.json.
+`make parity` runs it: one torchrun for each world size, on the CPU. The worst error of each case
+goes to benchmarks/results/parity.json, and the table of these to docs/layouts.md.
 """
 
 import datetime
@@ -13,20 +13,25 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).parent.parent
+from _pages import ROOT, rewritten
+
+COMMAND = "benchmarks/parity.py"
+PAGE = ROOT / "docs" / "layouts.md"
 RESULTS = ROOT / "benchmarks/results/parity.json"
 QUANTITIES = ("loss", "objective", "dX", "gradient", "norm", "weights")
 TITLES = ("token losses", "objective", "dX", "gradients", "their norm", "weights after 3 steps")
 
 
 def main() -> None:
-    """Run all worlds and print a Markdown table of the largest error by layout."""
+    """Run all worlds, write a Markdown table of the largest error by layout, and print it."""
     rows = [row for world_size in (1, 2, 4) for row in run_world(world_size)]
     today = datetime.datetime.now(datetime.UTC).date().isoformat()
     partial = RESULTS.with_suffix(".partial")
     partial.write_text(json.dumps({"date": today, "cases": rows}, indent=1) + "\n")
     partial.replace(RESULTS)
-    print(table(rows, today))
+    written = table(rows, today)
+    PAGE.write_text(rewritten(PAGE.read_text(), COMMAND, written))
+    print(written)
 
 
 def run_world(world_size: int) -> list[dict[str, Any]]:
@@ -78,7 +83,7 @@ def table(rows: Iterable[dict[str, Any]], today: str) -> str:
     for row in rows:
         grouped.setdefault((row["layout"], row["dtype"].removeprefix("torch.")), []).append(row)
     lines = [
-        f"Largest relative errors against the unsharded model, {today}, `make parity`:",
+        f"Largest relative errors, {today}, by `make parity`:",
         "",
         "| layout | models | " + " | ".join(TITLES) + " |",
         "|---" * (2 + len(TITLES)) + "|",
