@@ -41,7 +41,9 @@ def main() -> None:
     shutil.rmtree(DIST, ignore_errors=True)
     sdist, wheel = build()
     check_contents(sdist, wheel)
-    with tempfile.TemporaryDirectory() as temporary:
+    # Torch is some GB, for which /tmp may have no room.
+    (ROOT / "build").mkdir(exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=ROOT / "build") as temporary:
         install_and_use(options.keep or Path(temporary), sdist, wheel)
     for path in (sdist, wheel):
         print(
