@@ -19,6 +19,8 @@ USUAL = re.compile(
     r"|using |setting |Number of virtual stages|time to initialize|Params for bucket|\t"
     r"|(train|valid|test) data: |    (train|validation|test): |    [\w/-]+ \.{3,}"
     r"|done with setup|training \.\.\.|Overwriting rerun_state_machine|$"
+    # Rank 0 reckons the memory beside the last rank, which logs the first step.
+    r"|(Total n|N)umber of |compute_activation_memory|Activation memory |Theoretical memory "
 )
 
 
