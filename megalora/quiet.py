@@ -103,8 +103,8 @@ NOISE = (
     Noise("megatron.core.models.gpt.gpt_model", "GPTModel IS DEPRECATED", _MODEL),
     Noise(
         "megatron.core.rerun_state_machine",
-        "RerunStateMachine initialized in mode|Result validation enabled",
-        "the default of a check, as a warning",
+        "RerunStateMachine initialized in mode|Result validation enabled|Setting RerunStateMachine",
+        "a check's default, off and on again around each evaluation, as a warning",
     ),
     Noise(
         "megatron.core.dist_checkpointing.strategies.torch",
