@@ -66,13 +66,8 @@ def add_data_args(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
         "files, or a Hugging Face dataset (NAME or NAME:CONFIG), with columns `messages` or "
         "`conversations` (and `tools`), `prompt` and `completion`, or `text`",
     )
-    _add_splits(group)
-    add(
-        "--dataset-seed",
-        type=int,
-        metavar="N",
-        help="seed of the order of examples (default: --seed)",
-    )
+    add_rows(group, "examples")
+    _add_held_out(group)
     add(
         "--no-packing",
         dest="packing",
@@ -84,14 +79,27 @@ def add_data_args(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
     return parser
 
 
-def _add_splits(group: argparse._ActionsContainer) -> None:
-    add = group.add_argument
-    add(
+def add_rows(group: argparse._ActionsContainer, what: str) -> None:
+    """Add --dataset-split and --dataset-seed: which rows are trained on, and in which order.
+
+    what: a row is, in the plural.
+    """
+    group.add_argument(
         "--dataset-split",
         default="train",
         metavar="SPLIT",
         help="split to train on (default train)",
     )
+    group.add_argument(
+        "--dataset-seed",
+        type=int,
+        metavar="N",
+        help=f"seed of the order of {what} (default: --seed)",
+    )
+
+
+def _add_held_out(group: argparse._ActionsContainer) -> None:
+    add = group.add_argument
     add(
         "--dataset-valid-split",
         metavar="SPLIT",

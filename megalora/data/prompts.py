@@ -5,7 +5,7 @@ import hashlib
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
-from megalora.data.arguments import add_byte_tokenizer
+from megalora.data.arguments import add_byte_tokenizer, add_rows
 from megalora.data.chats import Chat, Row, read_chat
 from megalora.data.examples import hold_out
 from megalora.data.rows import load_rows
@@ -118,18 +118,7 @@ def add_prompt_args(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
         help="a json, jsonl or parquet file, a folder of such files, or a Hugging Face dataset, "
         "with the columns `prompt` (text, or messages of a chat) and `answer` (any JSON)",
     )
-    add(
-        "--dataset-split",
-        default="train",
-        metavar="SPLIT",
-        help="split to train on (default train)",
-    )
-    add(
-        "--dataset-seed",
-        type=int,
-        metavar="N",
-        help="seed of the order of prompts (default: --seed)",
-    )
+    add_rows(group, "prompts")
     add(
         "--max-tokens",
         type=int,
