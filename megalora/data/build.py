@@ -98,8 +98,10 @@ class _Made:
             return None
         schema = schema_of(rows, self.name)
         with Progress(f"encoding the {split} data", len(rows), "rows") as progress:
-            settings = (self.encoder, self.seq_length, self.unused, progress.add)
-            examples = gather_examples(encode_rows(rows, schema, *settings), self.name)
+            encoded = encode_rows(
+                rows, schema, self.encoder, self.seq_length, self.unused, progress.add
+            )
+            examples = gather_examples(encoded, self.name)
         built = PackedDataset(
             examples,
             self.seq_length,
