@@ -46,10 +46,11 @@ class MegatronEngine:
     prompt's numbers follow from the seed, the data-parallel rank and its index alone, so other
     prompts of a batch change an answer by rounding at most.
 
-    A batch starts at its shortest prompt; longer ones are read token by token, beside the answers
-    of the shorter. So prompts are taken in the order of their lengths, and a batch ends before one
-    that is longer by more than max_tokens. It runs until its last answer has ended; where half of
-    its answers have, they leave it. Where data-parallel ranks share experts, their batches are of
+    A batch starts at its shortest prompt, up to which what is the same in several is read once;
+    longer ones are read on token by token, beside the answers of the shorter. So prompts are taken
+    in the order of their lengths, and a batch ends before one that is longer by more than
+    max_tokens. It runs until its last answer has ended; where half of its answers have, they leave
+    it. Where data-parallel ranks share experts, their batches are of
     one size, and run until the last answer of all has ended.
     """
 
@@ -131,17 +132,32 @@ class MegatronEngine:
         wrapper = GPTInferenceWrapper(cast(GPTModel, self.model), context)
         wrapper.prep_model_for_inference()
         stop = torch.tensor(sampling.stop, dtype=torch.long, device=self._device)
-        start, end = 0, batch.shortest
+        logits, end = self._prefill(wrapper, context, batch), batch.shortest
         while True:
-            logits = _forward(wrapper, batch.tokens[batch.rows], start, end)
             batch.add(end, *self._draw(logits, batch.numbers_at(end)), stop=stop)
             if not self._largest((~batch.done).any().int()[None]).item():
                 return batch.answers()
             # Ranks that share experts keep their sizes, which some dispatchers need to be alike.
             if self._in_step is None and (kept := batch.kept_of_rows()) is not None:
                 _keep(context, kept)
-            start, end = end, end + 1
             context.enable_decode_mode()
+            logits = _forward(wrapper, batch.tokens[batch.rows], end, end + 1)
+            end += 1
+
+    def _prefill(
+        self, wrapper: GPTInferenceWrapper, context: StaticInferenceContext, batch: Batch
+    ) -> Tensor | None:
+        """Read all prompts as far as the shortest goes, what is the same in several of them once.
+
+        Ranks that share experts do steps of one size: they read all.
+        """
+        tokens = batch.tokens[:, : batch.shortest]
+        if self._in_step is not None:
+            return _forward(wrapper, tokens, 0, batch.shortest)
+        once, rows = tokens.unique(dim=0, return_inverse=True)
+        logits = _forward(wrapper, once, 0, batch.shortest)
+        _keep(context, rows)
+        return None if logits is None else logits[rows]
 
     def _draw(self, logits: Tensor | None, numbers: Tensor) -> tuple[Tensor, Tensor]:
         """Return what the first rank of the last stage draws: tokens and log probabilities [b]."""

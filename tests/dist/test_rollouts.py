@@ -171,6 +171,30 @@ def test_other_prompts_of_a_batch_do_not_change_an_answer(layout: Layout) -> Non
 
 
 @over(ONE)
+def test_what_prompts_have_in_common_is_read_once(layout: Layout) -> None:
+    alone, sizes = truth(1, "dense")[0], []
+    with model_parallel(layout):
+        chunks = adapted(layout, "dense")
+        chunks[0].embedding.register_forward_hook(lambda *args: sizes.append(args[-1].shape[:2]))
+        engine = MegatronEngine(chunks)
+        one, other = prompts_of(0)[0], prompts_of(0)[5]
+        asked = [one, other, one, one]
+        answers = engine.generate(asked, dataclasses.replace(SAMPLING, stop=()))
+    assert sizes[:2] == [(3, 2), (1, 4)]
+    assert answers[0].tokens[: len(alone[0].tokens)] == alone[0].tokens
+    texts = [answer.tokens for answer in answers]
+    assert texts[0] != texts[2] != texts[3], "each answer has numbers of its own"
+    with model_parallel(layout):
+        (chunk,) = adapted(layout, "dense")
+        for prompt, answer in zip(asked, answers, strict=True):
+            expected = forward_logprobs(chunk.eval(), prompt, answer.tokens)
+            tokens = torch.tensor(answer.tokens)[:, None]
+            assert answer.logprobs == pytest.approx(
+                expected.gather(-1, tokens)[:, 0].tolist(), abs=1e-5
+            )
+
+
+@over(ONE)
 def test_tokens_come_as_often_as_the_adapted_model_says(layout: Layout) -> None:
     """Pearson's statistic of 64 tokens exceeds 103 once in a thousand times."""
     number, prompt = 4000, PROMPTS[0]
