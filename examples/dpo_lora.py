@@ -45,6 +45,7 @@ from megalora.policy.policy import Policy  # noqa: E402
 from megalora.policy.report import report  # noqa: E402
 from megalora.policy.sequences import Sequences  # noqa: E402
 from megalora.policy.shards import summed  # noqa: E402
+from megalora.training.inside import log_inside  # noqa: E402
 
 
 @dataclass(frozen=True)
@@ -134,6 +135,7 @@ def train(
         metrics = {name: total / size for name, total in step.metrics.items()}
         metrics["grad norm"] = step.grad_norm
         report(f"iteration {number}/{args.train_iters}", number, metrics)
+        log_inside(number)
         is_last = number == args.train_iters
         if held_out and (is_last or number % args.eval_interval == 0):
             found = evaluate(policy, held_out, args)

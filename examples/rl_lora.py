@@ -59,6 +59,7 @@ from megalora.rollouts.sampler import Episodes, Sampler  # noqa: E402
 from megalora.rollouts.seeds import sampling_seed  # noqa: E402
 from megalora.sync.tensors import replica_of  # noqa: E402
 from megalora.training import agree  # noqa: E402
+from megalora.training.inside import log_inside  # noqa: E402
 
 Metrics = dict[str, float]
 
@@ -105,6 +106,7 @@ def train(
         outcomes = summarize(episodes.outcomes, args.group_size, times)
         title = f"iteration {iteration}/{args.train_iters}"
         report(title, iteration, {**outcomes, **distances, **taken})
+        log_inside(iteration)
         args.consumed_train_samples += args.global_batch_size
         is_last = iteration == args.train_iters
         if held_out is not None and (is_last or iteration % args.eval_interval == 0):

@@ -15,7 +15,7 @@ from tests.support.forked import Ranks, call
 from tests.support.tiny import MODEL, back_to, same_tensors
 from tests.test_data import write_jsonl
 
-ITERATIONS, HALF = 8, 4
+ITERATIONS, HALF, LOGGED = 8, 4, 4
 FLAGS = [word for word in MODEL if word not in ("--vocab-size", "255")]
 FLAGS += f"""
 --num-layers 2 --seq-length 32 --max-position-embeddings 32 --cpu --byte-tokenizer --lora-rank 4
@@ -59,7 +59,7 @@ def dataset(tmp_path_factory: pytest.TempPathFactory) -> str:
 def whole(dataset: str, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Lines, str]:
     directory = tmp_path_factory.mktemp("whole")
     outputs = ["--save", directory / "saved", "--export-hf", directory / "adapter"]
-    outputs += ["--tensorboard-dir", directory / "tensorboard"]
+    outputs += ["--tensorboard-dir", directory / "tensorboard", "--lora-log-interval", LOGGED]
     text = run_example("dpo_lora.py", [*FLAGS, "--dataset", dataset, *outputs], directory / "logs")
     return directory, Lines(text), text
 
@@ -103,6 +103,9 @@ def test_tensorboard_gets_what_is_printed(whole: tuple[Path, Lines, str]) -> Non
         for name in next(iter(printed.values())):
             written = {event.step: event.value for event in events.Scalars(prefix + name)}
             assert written == pytest.approx({n: m[name] for n, m in printed.items()}, rel=1e-5)
+    grown = [(event.step, event.value) for event in events.Scalars("lora/update/all")]
+    assert [step for step, _ in grown] == list(range(LOGGED, ITERATIONS + 1, LOGGED))
+    assert 0 < grown[0][1] < grown[-1][1]
 
 
 def test_the_adapter_is_exported(whole: tuple[Path, Lines, str]) -> None:

@@ -118,7 +118,7 @@ def numbers(text: str, title: str) -> dict[int, dict[str, float]]:
 def whole(data: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Run, Path]:
     logs = tmp_path_factory.mktemp("whole")
     more = ["--save", logs / "saved", "--save-interval", SAVED, "--tensorboard-dir", logs / "board"]
-    more += ["--eval-interval", SAVED, "--print-answers", 2]
+    more += ["--eval-interval", SAVED, "--print-answers", 2, "--lora-log-interval", SAVED]
     return Run(start(data, logs, ITERATIONS, *more).succeed()), logs
 
 
@@ -174,6 +174,7 @@ def test_what_is_logged_is_in_tensorboard(whole: tuple[Run, Path]) -> None:
         assert written == pytest.approx(metrics, rel=1e-3, abs=1e-20)
     assert set(found["eval/reward/mean"]) == set(run.evaluations)
     assert min(found["tokens-per-second/sampled"].values()) > 0
+    assert list(found["lora/spectral-B/all"]) == list(range(SAVED, ITERATIONS + 1, SAVED))
 
 
 @pytest.mark.parametrize(

@@ -126,17 +126,8 @@ class Policy:
 
         found = self._run([part.sequences for part in parts], of_part, forward_only=False)
         taken, grad_norm, _ = cast("Stepped", self.optimizer.step())
-        self._gather_parameters()
+        gather_parameters(self.model, self.optimizer)
         return Step(float(grad_norm or 0), bool(taken), summed(found))
-
-    def _gather_parameters(self) -> None:
-        """Have the new parameters on all ranks, where Megatron gathers them in the next forward.
-
-        What is saved, exported or handed over before it would be the old ones.
-        """
-        wrapped = [chunk for chunk in self.model if isinstance(chunk, DistributedDataParallel)]
-        if any(chunk.ddp_config.overlap_param_gather for chunk in wrapped):
-            training.force_param_sync(wrapped, optimizer=self.optimizer)
 
     def _run(
         self,
@@ -191,3 +182,13 @@ class Policy:
         training.save_checkpoint(iteration, *parts, num_floating_point_operations_so_far=0)
         # Of --async-save, which Megatron's own loop finishes in a later iteration.
         training.maybe_finalize_async_save(blocking=True)
+
+
+def gather_parameters(model: Sequence[torch.nn.Module], optimizer: MegatronOptimizer) -> None:
+    """Have the new parameters on all ranks, where Megatron gathers them in the next forward.
+
+    What is saved, exported, measured or handed over before it would be the old ones.
+    """
+    wrapped = [chunk for chunk in model if isinstance(chunk, DistributedDataParallel)]
+    if any(chunk.ddp_config.overlap_param_gather for chunk in wrapped):
+        training.force_param_sync(wrapped, optimizer=optimizer)

@@ -14,6 +14,11 @@ def report(what: str, iteration: int, metrics: Mapping[str, float], *, prefix: s
     """
     numbers = " | ".join(f"{name}: {value:.6g}" for name, value in metrics.items())
     print_rank_0(f"{what} | {numbers}")
+    write(iteration, metrics, prefix=prefix)
+
+
+def write(iteration: int, metrics: Mapping[str, float], *, prefix: str = "") -> None:
+    """Write the metrics of an iteration for TensorBoard and W&B, where this rank has a writer."""
     tensorboard: Any = global_vars.get_tensorboard_writer()
     if tensorboard:
         for name, value in metrics.items():

@@ -121,16 +121,19 @@ def effective_alpha(config: LoRAConfig) -> float:
     return config.scale(config.rank) * config.rank
 
 
-def two_number_basis(config: LoRAConfig, in_features: int, lr: float) -> tuple[float, float]:
+def two_number_basis(
+    config: LoRAConfig, in_features: int, lr: float, lr_b: float | None = None
+) -> tuple[float, float]:
     """Return (alpha init_A LR_B, init_A / LR_A), which alone decide training with Adam.
 
     The four of alpha, init_A, LR_A and LR_B have two invariances: alpha / (p q), p init_A, p LR_A,
     q LR_B train alike, given eps_A / p and eps_B / q. The first number is the size of the first
     update, the second the steps in which A leaves its start. init_A is the bound 1 / sqrt(in) of
-    the uniform start.
+    the uniform start. lr: of A. lr_b: by default that times lr_ratio.
     """
     init = 1 / math.sqrt(in_features)
-    return effective_alpha(config) * init * lr * config.lr_ratio, init / lr
+    lr_b = lr * config.lr_ratio if lr_b is None else lr_b
+    return effective_alpha(config) * init * lr_b, init / lr if lr else math.inf
 
 
 def _adapter_bits(shape: ModelShape, config: LoRAConfig) -> float:

@@ -18,6 +18,7 @@ from megalora.model.hybrid import layers_of, pattern_of, refuse_other
 from megalora.model.megatron import megatron_flags
 from megalora.targets import MLP, matching_target
 from megalora.training.auto_lr import add_auto_lr_args
+from megalora.training.log_flags import add_log_args
 
 
 def add_exchange_args(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
@@ -46,6 +47,7 @@ def add_exchange_args(parser: argparse.ArgumentParser) -> argparse.ArgumentParse
     )
     _add_export_args(group)
     _add_checkpoint_args(parser)
+    add_log_args(parser)
     add_auto_lr_args(parser)
     return parser
 
@@ -127,7 +129,7 @@ def with_hf_flags(argv: Sequence[str]) -> list[str]:
 def check_flags(args: argparse.Namespace, config: LoRAConfig | None) -> None:
     """Raise ValueError where the flags of a run cannot be right, before anything is built."""
     if config is None:
-        for flag in ("lora_load", "export_hf", "save_merged"):
+        for flag in ("lora_load", "export_hf", "save_merged", "lora_log_interval"):
             if getattr(args, flag):
                 raise ValueError(f"{flag} is {getattr(args, flag)!r} without LoRA: set --lora-rank")
     elif args.num_experts and _trains_experts(args, config):

@@ -43,7 +43,7 @@ from megalora.checkpoint.loading import LOADING
 from megalora.checkpoint.save import Saver
 from megalora.config import LoRAConfig
 from megalora.replace import Patch, around, instead
-from megalora.training import changes, compared, not_finite, parsing, trust
+from megalora.training import changes, compared, inside, not_finite, parsing, trust
 from megalora.training.needed import check_rate
 from megalora.training.rates import factor_overrides
 
@@ -110,7 +110,10 @@ def build_optimizer(
         if config_overrides is None:
             config_overrides = get_standard_config_overrides(config)
         config_overrides = {**config_overrides, **factor_overrides(lora, cast(Any, config))}
-    return original(config, model_chunks, config_overrides=config_overrides, **kwargs)
+    optimizer = original(config, model_chunks, config_overrides=config_overrides, **kwargs)
+    if lora is not None:
+        inside.INSIDE.watch(inside.Run(model_chunks, optimizer, config, lora))
+    return optimizer
 
 
 def _lora_config(model_chunks: Sequence[torch.nn.Module]) -> LoRAConfig | None:
@@ -185,6 +188,7 @@ TRAINING = (
     *WRITERS,
     *LOADING,
     *not_finite.PATCHES,
+    *inside.PATCHES,
     *compared.TRAINING,
     Patch(
         training,

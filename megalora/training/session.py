@@ -29,7 +29,7 @@ from megalora.hf.rotary import set_rotary_of_flags
 from megalora.mends import latent_attention
 from megalora.ops import backend
 from megalora.progress import Progress
-from megalora.training import agree, fingerprints, patches
+from megalora.training import agree, fingerprints, inside, patches
 from megalora.training.changes import before_building, before_loading, change_args
 from megalora.training.flags import check_flags, check_same_optimizer
 from megalora.training.outputs import (
@@ -63,6 +63,7 @@ def start(args: argparse.Namespace) -> LoRAConfig | None:
     change_args(args, before_building(args, config))
     if config is not None:
         patches.install(patches.TRAINING)
+        inside.INSIDE.interval = args.lora_log_interval
         if args.save:
             check_readable(args)
     return config

@@ -34,6 +34,7 @@ IMPORT_MEGATRON = (
     *("data/batch.py", "data/indexed.py"),
     *("training/session.py", "training/outputs.py", "training/patches.py", "training/parsing.py"),
     *("training/compared.py", "training/not_finite.py", "training/replicas.py"),
+    "training/inside.py",
     "training/vocabulary.py",
     *("plan/assumed.py", "plan/step.py", "plan/script.py", "plan/pretrain.py", "plan/rank.py"),
     *("plan/memory.py", "plan/traffic.py", "plan/work.py", "plan/child.py", "plan/untouched.py"),
