@@ -134,6 +134,12 @@ def _add_inspect(subparsers: Subparsers) -> None:
     parser.add_argument("directory", help="PEFT directory or adapter checkpoint")
     parser.add_argument("--vocab-size", type=int, help="of the base, for an adapter checkpoint")
     parser.add_argument("--json", action="store_true", help="print every module as JSON")
+    parser.add_argument(
+        "--plot",
+        metavar="FILE",
+        help="draw the update and the spectral norms of A and B by layer and kind of module: a "
+        "new .png, .svg or .pdf; needs matplotlib",
+    )
 
 
 def _add_check(subparsers: Subparsers) -> None:

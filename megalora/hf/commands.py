@@ -27,6 +27,7 @@ from megalora.hf.foreign import refuse_foreign
 from megalora.hf.inspect import AdapterReport, describe, inspect_peft, is_peft
 from megalora.hf.merge import merge_adapter
 from megalora.hf.peft import read_adapter, read_adapter_directory, write_adapter
+from megalora.hf.picture import check_picture, draw
 from megalora.hf.run_flags import how_to_go_on
 from megalora.hf.untrained import without_untrained
 from megalora.model.config_json import hidden_size_of, load_config, model_shape, read_config
@@ -201,15 +202,22 @@ def merge(args: argparse.Namespace) -> None:
 
 
 def inspect(args: argparse.Namespace) -> None:
-    """Say what an adapter holds."""
+    """Say what an adapter holds, and draw it."""
+    if args.plot is not None:
+        check_picture(args.plot)
     if not is_peft(args.directory):
         check_checkpoint(args.directory)
     report = inspect_peft(args.directory) if is_peft(args.directory) else _of_checkpoint(args)
+    if args.plot is not None:
+        draw(report, args.plot)
     if args.json:
         print(json.dumps(report.to_dict(), indent=2))
         return
     print(report.table())
     print(f"{len(report.modules)} modules, {report.num_parameters:,} parameters")
+    print(report.said_of_b())
+    if args.plot is not None:
+        print(f"drawn in {printable(args.plot)}")
 
 
 def _of_checkpoint(args: argparse.Namespace) -> AdapterReport:

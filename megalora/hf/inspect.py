@@ -1,5 +1,6 @@
 """What an adapter is: targets, ranks, scales, sizes, norms, and what looks wrong."""
 
+import itertools
 import math
 import os
 import warnings
@@ -11,6 +12,7 @@ from typing import Any
 
 import torch
 
+from megalora.adapters.grams import gram, norms
 from megalora.hf.factors import LoRAFactors, summarise
 from megalora.hf.peft import CONFIG_NAME, read_adapter_directory
 from megalora.hf.peft_config import layer_of, split_expert
@@ -22,7 +24,7 @@ from megalora.printable import printable
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ModuleReport:
-    """One module: Frobenius norms of A, of B, and of the update scale * B @ A."""
+    """One module: Frobenius and spectral norms of A, of B, and of the update scale * B @ A."""
 
     name: str
     rank: int
@@ -32,6 +34,9 @@ class ModuleReport:
     norm_a: float
     norm_b: float
     norm_update: float
+    spectral_a: float
+    spectral_b: float
+    spectral_update: float
 
     @property
     def num_parameters(self) -> int:
@@ -54,14 +59,19 @@ class AdapterReport:
         """Elements of all factors."""
         return sum(module.num_parameters for module in self.modules)
 
+    def said_of_b(self) -> str:
+        """Say in how many modules B has grown above A, as "LoRA Without Regret" found it."""
+        above = sum(module.spectral_b > module.spectral_a for module in self.modules)
+        return f"B's spectral norm is above A's in {above} of {len(self.modules)} modules"
+
     def to_dict(self) -> dict[str, Any]:
         """Return everything as JSON-ready values."""
         return {**asdict(self), "num_parameters": self.num_parameters}
 
     def table(self) -> str:
         """Return a table with one line for each kind of module, then the warnings."""
-        head = ("module", "count", "rank", "scale", "parameters", "|A|", "|B|", "|update|")
-        rows = [head, *(_row(kind, group) for kind, group in _by_kind(self.modules).items())]
+        head = ("module", "count", "rank", "scale", "parameters", *_NORMS)
+        rows = [head, *(_row(kind, group) for kind, group in by_kind(self.modules).items())]
         widths = [max(len(row[column]) for row in rows) for column in range(len(head))]
         lines = [
             "  ".join(
@@ -76,26 +86,62 @@ class AdapterReport:
 
 
 def measure(name: str, module: LoRAFactors) -> ModuleReport:
-    """Measure one module; the update is never formed.
+    """Measure one module; the update is never formed."""
+    return measure_all({name: module})[0]
 
-    |B A|² = sum((BᵀB) * (A Aᵀ)), two [r, r] products, in fp64.
-    """
-    a, b = module.lora_A.double(), module.lora_B.double()
-    squared = float(((b.T @ b) * (a @ a.T)).sum())
-    # Rounding may leave the square of a zero update slightly negative; NaN must stay.
-    squared = 0.0 if squared < 0 else squared
+
+def measure_all(factors: Mapping[str, LoRAFactors]) -> list[ModuleReport]:
+    """Measure modules, all of one rank at once, in fp64 from products as small as the rank."""
+    found: dict[str, ModuleReport] = {}
+    by_rank = sorted(factors.items(), key=lambda named: named[1].rank)
+    for rank, group in itertools.groupby(by_rank, key=lambda named: named[1].rank):
+        for part in itertools.batched(group, max(1, _AT_ONCE // rank**2)):
+            of_a = torch.stack([gram(module.lora_A.mT) for _, module in part])
+            of_b = torch.stack([gram(module.lora_B) for _, module in part])
+            measured = torch.stack(norms(of_a, of_b)).T.tolist()
+            found |= {
+                name: _report(name, module, *own)
+                for (name, module), own in zip(part, measured, strict=True)
+            }
+    return [found[name] for name in factors]
+
+
+def _report(
+    name: str,
+    module: LoRAFactors,
+    a: float,
+    b: float,
+    product: float,
+    spectral_a: float,
+    spectral_b: float,
+    spectral_product: float,
+) -> ModuleReport:
     return ModuleReport(
         name=name,
         rank=module.rank,
         scale=module.scale,
-        in_features=a.shape[1],
-        out_features=b.shape[0],
-        norm_a=float(a.norm()),
-        norm_b=float(b.norm()),
-        norm_update=abs(module.scale) * math.sqrt(squared),
+        in_features=module.lora_A.shape[1],
+        out_features=module.lora_B.shape[0],
+        norm_a=a,
+        norm_b=b,
+        norm_update=abs(module.scale) * product,
+        spectral_a=spectral_a,
+        spectral_b=spectral_b,
+        spectral_update=abs(module.scale) * spectral_product,
     )
 
 
+# Elements of the products of modules that are measured at once: 32 MiB.
+_AT_ONCE = 1 << 22
+# As the table calls the norms of a group: of all its modules together, and the largest of them.
+_NORMS = {
+    "|A|": ("norm_a", False),
+    "|B|": ("norm_b", False),
+    "|update|": ("norm_update", False),
+    "max |A|2": ("spectral_a", True),
+    "max |B|2": ("spectral_b", True),
+    "max |update|2": ("spectral_update", True),
+}
 # Of a base that is not known, which may be a part of a multimodal model.
 _ANY = Names(language=LANGUAGE)
 
@@ -127,7 +173,7 @@ def describe(
     problems: list[str] | None = None,
 ) -> AdapterReport:
     """Measure factors and say what is suspicious about them."""
-    modules = [measure(name, module) for name, module in factors.items()]
+    modules = measure_all(factors)
     report = AdapterReport(
         directory=directory,
         kind=kind,
@@ -150,7 +196,8 @@ def is_peft(directory: str | Path) -> bool:
     return os.path.lexists(Path(directory) / CONFIG_NAME)
 
 
-def _by_kind(modules: list[ModuleReport]) -> dict[str, list[ModuleReport]]:
+def by_kind(modules: Iterable[ModuleReport]) -> dict[str, list[ModuleReport]]:
+    """Group modules by their names without the numbers of layers and of experts."""
     groups: dict[str, list[ModuleReport]] = defaultdict(list)
     for module in modules:
         expert = split_expert(module.name)
@@ -161,9 +208,9 @@ def _by_kind(modules: list[ModuleReport]) -> dict[str, list[ModuleReport]]:
 
 
 def _row(kind: str, group: list[ModuleReport]) -> tuple[str, ...]:
-    def norm(name: str) -> str:
-        squares = torch.tensor([getattr(module, name) for module in group]).double().square()
-        return f"{float(squares.sum().sqrt()):.4g}"
+    def norm(name: str, *, largest: bool) -> str:
+        values = torch.tensor([getattr(module, name) for module in group]).double()
+        return f"{float(values.max() if largest else values.square().sum().sqrt()):.4g}"
 
     return (
         kind,
@@ -171,9 +218,7 @@ def _row(kind: str, group: list[ModuleReport]) -> tuple[str, ...]:
         _values(module.rank for module in group),
         _values(module.scale for module in group),
         f"{sum(module.num_parameters for module in group):,}",
-        norm("norm_a"),
-        norm("norm_b"),
-        norm("norm_update"),
+        *(norm(name, largest=largest) for name, largest in _NORMS.values()),
     )
 
 
