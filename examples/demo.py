@@ -8,17 +8,10 @@ library; the adapter learns to answer what a function does with its docstring.
 
 import argparse
 import json
-import os
-import re
 import shutil
-import subprocess
-import sys
-from collections.abc import Sequence
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parent.parent
-LAUNCH_SCRIPT = ROOT / "examples" / "pretrain_lora.py"
-VERIFY_SCRIPT = ROOT / "examples" / "verify_export.py"
+from launching import TRAIN, VERIFY, Interval, curve, launch, print_table, step
 
 # A Qwen3-MoE in shape: grouped queries, q/k norm, SwiGLU experts, 16 of them, 4 active.
 MODEL = """
@@ -46,9 +39,6 @@ FINETUNE = """
 --tensor-model-parallel-size 2 --sequence-parallel --expert-model-parallel-size 2
 --expert-tensor-parallel-size 1
 """
-LOSS = re.compile(
-    r"iteration +(\d+)/ *(\d+) .*?elapsed time per iteration \(ms\): ([\d.]+).*?lm loss: (\S+)"
-)
 
 
 def main() -> None:
@@ -79,13 +69,13 @@ def main() -> None:
     pretrain_log = out / "pretrain.log"
     if not (base / "latest_checkpointed_iteration.txt").exists():
         flags = [*words(PRETRAIN), "--train-iters", options.pretrain_iters, "--save", base]
-        launch(2, [*words(MODEL + TRAINING), *flags], pretrain_log)
+        launch(2, TRAIN, [*words(MODEL + TRAINING), *flags], pretrain_log)
 
     step("2/4  Fine-tune by LoRA: 4 processes, TP 2 with sequence parallelism, EP 2, DP 2")
     finetune_log = out / "finetune.log"
     flags = [*words(FINETUNE), "--train-iters", options.finetune_iters]
     flags += ["--pretrained-checkpoint", base, "--save", checkpoint, "--export-hf", adapter]
-    launch(4, [*words(MODEL + TRAINING), *flags], finetune_log)
+    launch(4, TRAIN, [*words(MODEL + TRAINING), *flags], finetune_log)
 
     step("3/4  Load base and adapter with transformers and peft, compare with Megatron")
     facts = out / "verify.json"
@@ -93,7 +83,7 @@ def main() -> None:
     flags += ["--micro-batch-size", 1, "--lora-rank", 16]
     flags += ["--pretrained-checkpoint", base, "--lora-load", checkpoint, "--adapter", adapter]
     flags += ["--hf-base", out / "base-hf", "--hf-family", "qwen3_moe", "--result", facts]
-    launch(1, flags, out / "verify.log", VERIFY_SCRIPT)
+    launch(1, VERIFY, flags, out / "verify.log")
 
     step("4/4  Result")
     found = json.loads(facts.read_text())
@@ -106,30 +96,26 @@ def report(out: Path, facts: dict, pretrain_log: Path, finetune_log: Path) -> No
     """Print the table and draw the loss curves."""
     steps = curve(finetune_log)
     # The first interval has the warm-up of every process in it.
-    per_second = [1000 / milliseconds for _, milliseconds, _ in steps[1:]]
+    per_second = [1000 / interval.milliseconds for interval in steps[1:]]
     speed = sorted(per_second)[len(per_second) // 2] if per_second else float("nan")
     adapter_bytes = sum(path.stat().st_size for path in (out / "adapter").iterdir())
-    rows = [
-        ("loss on held-out answers, base", f"{facts['base_loss']:.3f} nats per byte"),
-        ("loss on held-out answers, fine-tuned", f"{facts['lora_loss']:.3f} nats per byte"),
-        ("parameters of the base", f"{facts['base_parameters']:,}"),
-        (
-            "trained by LoRA",
-            f"{facts['lora_parameters']:,} "
-            f"({facts['lora_parameters'] / facts['base_parameters']:.1%})",
-        ),
-        ("exported adapter", f"{adapter_bytes / 2**20:.1f} MiB in {out / 'adapter'}"),
-        ("steps per second, 4 processes", f"{speed:.2f}"),
-        ("logits, peft against Megatron", f"relative error {facts['error']:.1e}"),
-        ("the same with one lora_B negated", f"relative error {facts['control']:.1e}"),
-        ("loss curves", str(out / "loss.png")),
-    ]
+    trained, all_ = facts["lora_parameters"], facts["base_parameters"]
+    rows = {
+        "loss on held-out answers, base": f"{facts['base_loss']:.3f} nats per byte",
+        "loss on held-out answers, fine-tuned": f"{facts['lora_loss']:.3f} nats per byte",
+        "parameters of the base": f"{all_:,}",
+        "trained by LoRA": f"{trained:,} ({trained / all_:.1%})",
+        "exported adapter": f"{adapter_bytes / 2**20:.1f} MiB in {out / 'adapter'}",
+        "steps per second, 4 processes": f"{speed:.2f}",
+        "logits, peft against Megatron": f"relative error {facts['error']:.1e}",
+        "the same with one lora_B negated": f"relative error {facts['control']:.1e}",
+        "loss curves": str(out / "loss.png"),
+    }
     draw({"base": curve(pretrain_log), "LoRA": steps}, out / "loss.png")
-    width = max(len(name) for name, _ in rows)
-    print("\n".join(f"  {name:<{width}}  {value}" for name, value in rows), flush=True)
+    print_table(rows)
 
 
-def draw(curves: dict[str, list[tuple[int, float, float]]], path: Path) -> None:
+def draw(curves: dict[str, list[Interval]], path: Path) -> None:
     """Draw the training losses, each over its own iterations."""
     import matplotlib
 
@@ -139,68 +125,10 @@ def draw(curves: dict[str, list[tuple[int, float, float]]], path: Path) -> None:
     figure, axes = pyplot.subplots(1, len(curves), figsize=(9, 3.5), constrained_layout=True)
     titles = {"base": "base, from scratch", "LoRA": "LoRA, answers only"}
     for axis, (name, points) in zip(axes, curves.items(), strict=True):
-        axis.plot([p[0] for p in points], [p[2] for p in points])
+        axis.plot([p.iteration for p in points], [p.loss for p in points])
         axis.set(title=titles[name], xlabel="iteration", ylabel="loss (nats per byte)")
         axis.grid(alpha=0.3)
     figure.savefig(path, dpi=120)
-
-
-def curve(log: Path) -> list[tuple[int, float, float]]:
-    """Return (iteration, milliseconds per iteration, loss) of every logged interval."""
-    found = LOSS.findall(log.read_text()) if log.exists() else []
-    return [(int(i), float(ms), float(loss)) for i, _, ms, loss in found]
-
-
-def launch(
-    num_processes: int, flags: Sequence[object], log: Path, script: Path = LAUNCH_SCRIPT
-) -> None:
-    """Run a script under torchrun, showing Megatron's log lines as they come."""
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
-    run([*torchrun, "--nproc-per-node", num_processes, script, *flags], log)
-
-
-def run(command: Sequence[object], log: Path) -> None:
-    """Run a command, write all it says to `log`, show what a person wants to see."""
-    shown = re.compile(
-        r"iteration +\d+/|validation loss|data: \d|> LoRA|^megalora|error|verified|exported", re.I
-    )
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"}
-    words_ = [str(word) for word in command]
-    with (
-        log.open("w") as file,
-        subprocess.Popen(
-            words_,
-            env=environment,
-            text=True,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-        ) as process,
-    ):
-        assert process.stdout is not None
-        for line in process.stdout:
-            file.write(line)
-            file.flush()
-            if shown.search(line) and "....." not in line:
-                print("  " + shorten(line), flush=True)
-    if process.returncode:
-        tail = "".join(log.read_text().splitlines(keepends=True)[-40:])
-        raise SystemExit(f"{tail}\nerror: a step of the demo failed; all it said is in {log}")
-
-
-def shorten(line: str) -> str:
-    """Keep of one of Megatron's log lines what a person reads."""
-    found = LOSS.search(line)
-    if not found:
-        return line.strip()[:150]
-    iteration, total, milliseconds, loss = found.groups()
-    return (
-        f"iteration {iteration:>4}/{total}   loss {float(loss):.3f}   {float(milliseconds):.0f} ms"
-    )
-
-
-def step(title: str) -> None:
-    """Announce a step."""
-    print(f"\n{title}", flush=True)
 
 
 def words(flags: str) -> list[str]:

@@ -1,13 +1,15 @@
 """Check an exported adapter: transformers and peft must give Megatron's logits.
 
 torchrun --nproc-per-node 1 examples/verify_export.py <Megatron flags> --lora-rank 16
-    --pretrained-checkpoint BASE --lora-load ADAPTER_CHECKPOINT
-    --adapter PEFT_DIR --hf-base DIR --hf-family qwen3_moe --result FILE.json
+    --hf-model DIR --lora-load ADAPTER_CHECKPOINT --adapter PEFT_DIR --result FILE.json
 
-Writes the base as a Hugging Face directory, loads base and adapter with the real transformers and
-peft, compares logits on held-out answers, and negates one lora_B as a negative control. Exit
-status 1 where they differ. Where two experts' scores are as close as rounding, the two sides may
-choose differently: what follows such a token is not compared.
+The base is --hf-model; or --pretrained-checkpoint, which is then written as a Hugging Face
+directory first: with --hf-base DIR --hf-family qwen3_moe.
+
+Loads base and adapter with the real transformers and peft, compares logits on held-out answers, and
+negates one lora_B as a negative control. Exit status 1 where they differ. Where two experts' scores
+are as close as rounding, the two sides may choose differently: what follows such a token is not
+compared.
 """
 
 import argparse
@@ -25,20 +27,18 @@ launch.prepare_megatron(sys.argv)  # before the first import of megatron
 
 import torch  # noqa: E402
 from megatron.core.transformer.moe.router import TopKRouter  # noqa: E402
-from megatron.training.argument_utils import (  # noqa: E402
-    gpt_config_from_args,
-    pretrain_cfg_container_from_args,
-)
+from megatron.training.argument_utils import pretrain_cfg_container_from_args  # noqa: E402
 from megatron.training.arguments import parse_and_validate_args  # noqa: E402
 from megatron.training.initialize import initialize_megatron  # noqa: E402
 
 from megalora import set_enabled  # noqa: E402
 from megalora.data import add_data_args, datasets_from_args  # noqa: E402
 from megalora.model.families import FAMILIES  # noqa: E402
+from megalora.training import session  # noqa: E402
 from megalora.training.needed import check_started  # noqa: E402
 
 TOLERANCE = 1e-4
-NUM_SEQUENCES = 32
+MAX_SEQUENCES = 32
 # A difference of router logits that rounding may turn over.
 TIE = 1e-5
 
@@ -48,10 +48,9 @@ def add_args(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
     add = parser.add_argument
     add("--cpu", action="store_true", help="run on the CPU over gloo")
     add("--adapter", type=Path, required=True, help="PEFT directory to check")
-    add("--hf-base", type=Path, required=True, help="directory to write the base to")
+    add("--hf-base", type=Path, help="directory to write the base to, without --hf-model")
     add(
         "--hf-family",
-        required=True,
         choices=sorted(FAMILIES),
         metavar="MODEL_TYPE",
         help="model_type of its config.json, such as qwen3_moe",
@@ -63,10 +62,11 @@ def add_args(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
 def main() -> int:
     """Compare and write the numbers; return the exit status."""
     with launch.clear_errors():
+        sys.argv[1:] = launch.with_hf_flags(sys.argv[1:])
         args = parse_and_validate_args(extra_args_provider=add_args)
         check_args(args)
         lora = launch.LoRARun(args)
-        model_config = gpt_config_from_args(args)
+        model_config = session.model_config(args)
         pretrain_cfg_container_from_args(args, model_config)
         initialize_megatron()
         return compare(build(model_config, lora), args)
@@ -79,6 +79,11 @@ def check_args(args: Any) -> None:
         raise ValueError("dataset is not given: set --dataset, whose held-out answers are compared")
     if not args.lora_rank:
         raise ValueError("lora_rank is not given: set --lora-rank to that of the adapter's run")
+    if not args.hf_model and not (args.hf_base and args.hf_family):
+        raise ValueError(
+            "hf_model is not given: set --hf-model to the base's directory, or --hf-base and "
+            "--hf-family to write one"
+        )
     if not args.adapter.is_dir():
         raise ValueError(
             f"adapter {str(args.adapter)!r} is no directory: give what --export-hf or `megalora "
@@ -91,22 +96,22 @@ def compare(model: list[Any], args: Any) -> int:
     tokens, labels, loss_mask, mask = held_out(args)
     chunk = model[0]
     set_enabled(model, False)
-    base_loss = answer_loss(megatron_logits(chunk, tokens, mask), labels, loss_mask)
-    write_base(model, args)
+    base_loss = answer_loss(chunk, (tokens, labels, loss_mask, mask))
+    base = args.hf_model or write_base(model, args)
     set_enabled(model, True)
-    logits = megatron_logits(chunk, tokens, mask)
+    lora_loss = answer_loss(chunk, (tokens, labels, loss_mask, mask))
     # Enough to compare. A sequence holds several examples, which peft mixes: so both sides do.
     few = tokens[:4]
     with router_logits(chunk) as choices:
         whole = megatron_logits(chunk, few, causal(tokens))
     same = decided(choices, args.moe_router_topk, few)
-    peft_model = load_peft(args.hf_base, args.adapter)
+    peft_model = load_peft(base, args.adapter)
     error = relative_error(peft_logits(peft_model, few)[same], whole[same])
     negate_one(peft_model)
     control = relative_error(peft_logits(peft_model, few)[same], whole[same])
     numbers = {
         "base_loss": base_loss,
-        "lora_loss": answer_loss(logits, labels, loss_mask),
+        "lora_loss": lora_loss,
         "base_parameters": sum(p.numel() for p in chunk.parameters() if not p.requires_grad),
         "lora_parameters": sum(p.numel() for p in chunk.parameters() if p.requires_grad),
         "error": error,
@@ -133,8 +138,10 @@ def held_out(args: Any) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch
     """Return tokens, labels, loss mask [b, s] and attention mask of held-out answers."""
     from megalora.data.batch import block_diagonal_mask
 
-    _, valid, _ = datasets_from_args(args, (1, NUM_SEQUENCES, 0))
-    rows = [valid[index] for index in range(min(NUM_SEQUENCES, len(valid)))]
+    _, valid, _ = datasets_from_args(args, (1, MAX_SEQUENCES, 0))
+    assert valid is not None
+    # Asked for more than there are, it would begin anew.
+    rows = [valid[index] for index in range(min(MAX_SEQUENCES, len(valid.rows)))]
     stacked = {key: torch.stack([torch.as_tensor(row[key]) for row in rows]) for key in rows[0]}
     mask = block_diagonal_mask(stacked["cu_seqlens"].long())
     return stacked["tokens"].long(), stacked["labels"].long(), stacked["loss_mask"].float(), mask
@@ -148,16 +155,10 @@ def causal(tokens: torch.Tensor) -> torch.Tensor:
 
 @torch.no_grad()
 def megatron_logits(chunk: Any, tokens: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
-    """Return logits [b, s, vocabulary] on the CPU, of Megatron's model, by four sequences."""
+    """Return logits [b, s, vocabulary] on the CPU, of Megatron's model."""
     device = next(chunk.parameters()).device
-    parts = []
-    for start in range(0, len(tokens), 4):
-        part = tokens[start : start + 4]
-        positions = torch.arange(part.shape[1]).expand_as(part)
-        part_mask = mask if len(mask) == 1 else mask[start : start + 4]
-        logits = chunk(*(x.to(device) for x in (part, positions, part_mask)))
-        parts.append(logits.float().cpu())
-    return torch.cat(parts)
+    positions = torch.arange(tokens.shape[1]).expand_as(tokens)
+    return chunk(*(x.to(device) for x in (tokens, positions, mask))).float().cpu()
 
 
 @contextlib.contextmanager
@@ -188,16 +189,21 @@ def decided(choices: list[torch.Tensor], topk: int, tokens: torch.Tensor) -> tor
     return tied.int().cumsum(1) == 0
 
 
-def answer_loss(logits: torch.Tensor, labels: torch.Tensor, loss_mask: torch.Tensor) -> float:
-    """Return the mean loss in nats over the answers' tokens."""
-    losses = torch.nn.functional.cross_entropy(
-        logits.flatten(0, 1), labels.flatten(), reduction="none"
-    )
-    return float((losses * loss_mask.flatten()).sum() / loss_mask.sum())
+def answer_loss(chunk: Any, rows: tuple[torch.Tensor, ...]) -> float:
+    """Return the mean loss in nats over the answers' tokens; four sequences at a time.
+
+    rows: tokens, labels, loss mask [b, s] and attention mask [b, 1, s, s].
+    """
+    total = 0.0
+    for tokens, labels, loss_mask, mask in zip(*(x.split(4) for x in rows), strict=True):
+        logits = megatron_logits(chunk, tokens, mask).flatten(0, 1)
+        losses = torch.nn.functional.cross_entropy(logits, labels.flatten(), reduction="none")
+        total += float((losses * loss_mask.flatten()).sum())
+    return total / float(rows[2].sum())
 
 
-def write_base(model: list[Any], args: Any) -> None:
-    """Write the base as a Hugging Face directory."""
+def write_base(model: list[Any], args: Any) -> Path:
+    """Write the base as a Hugging Face directory, and return it."""
     from megalora.hf.base_out import hf_config, save_hf_base
 
     config = hf_config(
@@ -207,9 +213,10 @@ def write_base(model: list[Any], args: Any) -> None:
         max_position_embeddings=args.max_position_embeddings,
     )
     save_hf_base(model, args.hf_base, config, overwrite=True)
+    return args.hf_base
 
 
-def load_peft(base: Path, adapter: Path) -> Any:
+def load_peft(base: str | Path, adapter: Path) -> Any:
     """Load base and adapter; a key that peft misses or does not know is an error."""
     from peft import PeftModel
     from transformers import AutoModelForCausalLM

@@ -127,6 +127,8 @@ def test_every_page_is_in_one_table_of_contents_and_on_the_front_page() -> None:
 
 # What megalora reads before Megatron does.
 MEGATRONS = {"--hybrid-layer-pattern", "--mtp-num-layers"}
+# Programs of their own.
+PROGRAMS = {"demo.py", "verify_export.py", "finetune_smollm2.py", "side_by_side.py"}
 
 
 @cache
@@ -136,7 +138,7 @@ def flags_in_source() -> frozenset[str]:
     paths = [path for folder in folders for path in (ROOT / folder).rglob("*.py")]
     found = set()
     for path in paths:
-        if path.name in ("demo.py", "verify_export.py"):  # programs of their own
+        if path.name in PROGRAMS:
             continue
         for node in ast.walk(ast.parse(path.read_text())):
             if isinstance(node, ast.Call) and node.args:

@@ -163,6 +163,7 @@ _EXPORT = Group(
         "megalora/hf/adapters.py": "adapters in Hugging Face's form",
         "megalora/hf/commands.py": "`megalora export` and `import`",
         "megalora/hf/inspect.py": "`megalora inspect`",
+        "megalora/hf/picture.py": "`megalora inspect --plot`",
         "megalora/hf/linears.py": "which linears Hugging Face's models have",
         "megalora/hf/peft.py": "`--format` and `--export-format`",
         "megalora/hf/uniform.py": "`--export-format uniform`",
@@ -233,6 +234,10 @@ _BUILD = Group(
         "megalora/installed.py": "a command that needs Megatron",
         "megalora/replace.py": "an import of megalora beside another version of Megatron",
         "examples/demo.py": "`make demo`",
+        "examples/launching.py": "`make demo`, `make real`",
+        "examples/finetune_smollm2.py": "`make real`",
+        "examples/smollm2.py": "`make real`",
+        "examples/side_by_side.py": "`make real`",
         "csrc/cuda/": "CUDA ops, at their first call",
     },
 )

@@ -46,6 +46,10 @@ WORKS = "names and sources of the code itself, which are not printed"
 WHY = "why something of Megatron is replaced: docs/patches.md has them"
 NOT_MESSAGES = {
     "examples/demo.py": REPORT,
+    "examples/finetune_smollm2.py:fine_tune": REPORT,
+    "examples/launching.py:shorten": REPORT,
+    "examples/finetune_smollm2.py:table": REPORT,
+    "examples/finetune_smollm2.py:draw": REPORT,
     "examples/dpo_lora.py:train": REPORT,
     "examples/verify_export.py": WORKS,
     "megalora/__init__.py:__getattr__": "Python's own words for a name that a module has not",
@@ -95,6 +99,12 @@ NOT_MESSAGES = {
     "megalora/training/parsing.py:add_arguments": HELP,
     "megalora/training/rates.py:factor_overrides": WORKS,
     "megalora/training/fingerprints.py": "what ranks compare: shown in `ranks disagree`",
+    "megalora/hf/inspect.py:AdapterReport.said_of_b": REPORT,
+    "megalora/hf/picture.py:PANELS": WORKS,
+    "megalora/hf/picture.py:figure_of": WORKS,
+    "megalora/hf/picture.py:_title": REPORT,
+    "megalora/training/inside.py:Inside.log": REPORT,
+    "megalora/training/inside.py:_in_short": REPORT,
 }
 
 # Calls whose texts are no messages.
