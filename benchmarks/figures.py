@@ -1,6 +1,8 @@
-"""Run the experiments of "LoRA Without Regret" at toy size and write docs/regret.md.
+"""Run the experiments of "LoRA Without Regret" and write docs/regret.md.
 
-Runs are kept in --work, so that a run that was stopped goes on where it was.
+At toy size, or with --model smollm2 on the pretrained model in build/smollm2. Runs are kept in
+--work, so that a run that was stopped goes on where it was. The page shows both scales, of the one
+that has not run what an earlier run left in docs/regret.
 """
 
 import argparse
@@ -13,9 +15,10 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from benchmarks.regret import experiments, figures, report  # noqa: E402
+from benchmarks.regret import experiments, figures, real_page, report  # noqa: E402
 from benchmarks.regret.experiments import Figure, Results, Scale  # noqa: E402
 from benchmarks.regret.job import Job  # noqa: E402
+from benchmarks.regret.real import RealScale  # noqa: E402
 from benchmarks.regret.workers import run_all  # noqa: E402
 
 # A sweep of rates, the runs that follow from its best ones, and the figure of these.
@@ -52,19 +55,60 @@ EXPERIMENTS: dict[str, Experiment] = {
 }
 
 
+TOY = "toy"
+
+
 def main() -> None:
     """Run the chosen figures, print a verdict for each, and write the page for all of them."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("figures", nargs="*", default=[], help="1 2 3 4 5 6 9 (default: all)")
-    parser.add_argument("--work", type=Path, default=ROOT / "build" / "regret")
-    parser.add_argument("--output", type=Path, default=ROOT / "docs")
-    parser.add_argument("--workers", type=int, default=os.cpu_count() or 1)
+    add = parser.add_argument
+    add(
+        "figures", nargs="*", default=[], help="1 2 3 4 5 6 9; of a model 2 9 norms precision 4 3 6"
+    )
+    add("--model", default=TOY, help="toy, or the name of a directory in build/ (default: toy)")
+    add("--hf-model", type=Path, help="a Hugging Face directory elsewhere")
+    add("--work", type=Path, help="folder of the runs (default: build/regret, or with -MODEL)")
+    add("--output", type=Path, default=ROOT / "docs")
+    add("--workers", type=int, default=os.cpu_count() or 1, help="processes of one thread each")
+    add("--steps", type=int, help="steps of a run of a model (default: 32)")
+    add("--seeds", type=int, help="seeds of a model's runs (default: 2)")
+    add("--precision", choices=("bf16", "fp32"), help="of a model's runs (default: bf16)")
+    add("--write-only", action="store_true", help="run nothing: write a model's complete figures")
     args = parser.parse_args()
-    chosen = args.figures or list(EXPERIMENTS)
-    if unknown := set(chosen) - set(EXPERIMENTS):
-        parser.error(f"figures {sorted(unknown)} do not exist: choose of {' '.join(EXPERIMENTS)}")
-    done = run_figures(chosen, Scale(), args.work, args.workers)
-    report.write(done, args.output / "regret", args.output / "regret.md")
+    of_model = args.hf_model is not None or args.model != TOY
+    known = real_page.KNOWN if of_model else tuple(EXPERIMENTS)
+    chosen = args.figures or list(known)
+    if unknown := set(chosen) - set(known):
+        parser.error(f"figures {sorted(unknown)} do not exist: choose of {' '.join(known)}")
+    if of_model:
+        real(args, chosen, parser)
+    else:
+        work = args.work or ROOT / "build" / "regret"
+        done = run_figures(chosen, Scale(), work, args.workers)
+        report.save(
+            done,
+            args.output / "regret",
+            report.About(title="The toy", text=report.dated(report.TOY)),
+        )
+        report.write_page(args.output / "regret", args.output / "regret.md")
+
+
+def real(args: argparse.Namespace, chosen: list[str], parser: argparse.ArgumentParser) -> None:
+    """Run the chosen figures on a pretrained model, and write them and the page."""
+    hf_model = (args.hf_model or ROOT / "build" / args.model).resolve()
+    if not args.write_only and not (hf_model / "config.json").is_file():
+        parser.error(
+            f"{hf_model} has no config.json: `make figures MODEL=smollm2` writes build/smollm2, or "
+            "give a Hugging Face directory by --hf-model"
+        )
+    given = {"steps": args.steps, "precision": args.precision}
+    if args.seeds:
+        given["seeds"] = tuple(range(args.seeds))
+    scale = RealScale(model=hf_model.name, **{k: v for k, v in given.items() if v is not None})
+    work = args.work or ROOT / "build" / f"regret-{scale.model}"
+    if not args.write_only:
+        real_page.run(chosen, scale, hf_model, work, args.workers)
+    real_page.write(chosen, scale, work, args.output)
 
 
 def run_figures(chosen: list[str], scale: Scale, work: Path, workers: int) -> list[Figure]:
@@ -77,9 +121,7 @@ def run_figures(chosen: list[str], scale: Scale, work: Path, workers: int) -> li
         jobs = jobs_of(results, scale)
         results |= run_all(jobs, work, workers)
         figure = replace(figure_of(results, scale), scale=experiments.scale_of(jobs))
-        for found in figure.findings:
-            print(f"{figure.name}, {found.verdict}: the article: {found.article};")
-            print(f"    here: {found.here}", flush=True)
+        report.tell(figure)
         done.append(figure)
     return done
 

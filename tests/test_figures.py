@@ -158,9 +158,10 @@ def test_the_first_steps_do_lower_the_loss(early: Figure) -> None:
 
 
 def test_the_page_shows_every_figure_with_its_verdict(tmp_path: Path, early: Figure) -> None:
-    report.write([early], tmp_path / "figures", tmp_path / "regret.md")
+    report.save([early], tmp_path / "figures", report.About(title="The toy", text="Small.\n"))
+    report.write_page(tmp_path / "figures", tmp_path / "regret.md")
     page = (tmp_path / "regret.md").read_text()
-    assert page.count("**reproduced**") == 2
+    assert page.count("**reproduced**") == 3, "two rates, and one line that sums them up"
     assert "(figures/figure-9.png)" in page
     assert (tmp_path / "figures" / "figure-9.png").stat().st_size > 10_000
     assert (tmp_path / "figures" / "figure-9.json").is_file()

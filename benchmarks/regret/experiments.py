@@ -66,7 +66,7 @@ class Finding:
 class Figure:
     """One of the article's figures at toy size, with its findings and the numbers behind them.
 
-    scale: how many runs it took, and how long they were.
+    scale: how many runs it took, and how long they were. text: what the page says of it.
     """
 
     name: str
@@ -77,6 +77,7 @@ class Figure:
     curves: list[Curve]
     log_x: bool = False
     scale: str = ""
+    text: str = ""
     numbers: dict[str, Any] = field(default_factory=dict)
 
 
@@ -124,7 +125,7 @@ def scale_of(jobs: Sequence[Job]) -> str:
     steps = sorted({job.steps for job in jobs})
     length = str(steps[0]) if len(steps) == 1 else f"{steps[0]} to {steps[-1]}"
     seeds = len({job.seed for job in jobs})
-    return f"{len(set(jobs))} runs of {length} steps, {seeds} seeds"
+    return f"{len(set(jobs))} runs of {length} steps, {seeds} seed{'s' * (seeds > 1)}"
 
 
 def finals(results: Results, like: Job, scale: Scale) -> list[float]:

@@ -49,7 +49,7 @@ def capacity_figure(results: Results, scale: Scale) -> Figure:
                 holds=ordered and loss[64] - loss[0] < VISIBLE,
             )
         ],
-        curves=[_curve(how(job), seeds, SMOOTHING) for job, seeds in runs.items()],
+        curves=[curve_of(how(job), seeds, SMOOTHING) for job, seeds in runs.items()],
         numbers={"held_out": loss},
     )
 
@@ -91,7 +91,7 @@ def rate_figure(results: Results, scale: Scale) -> Figure:
             Curve(
                 label=f"rank {rank}" if rank else "full fine-tuning",
                 x=list(rates),
-                seeds=_turned([[r.final for r in seeds] for seeds in rates.values()]),
+                seeds=turned([[r.final for r in seeds] for seeds in rates.values()]),
             )
             for rank, rates in by_rank.items()
         ],
@@ -124,7 +124,7 @@ def batch_figure(results: Results, scale: Scale) -> Figure:
             Curve(
                 label=f"rank {rank}" if rank else "full fine-tuning",
                 x=[float(size) for size in sizes],
-                seeds=_turned([loss[rank, size] for size in sizes]),
+                seeds=turned([loss[rank, size] for size in sizes]),
             )
             for rank in (0, 64)
         ],
@@ -157,7 +157,7 @@ def placement_figure(base: Base, results: Results, scale: Scale) -> Figure:
                 holds=gain < VISIBLE,
             ),
         ],
-        curves=[_curve(_where(job), seeds, SMOOTHING) for job, seeds in runs.items()],
+        curves=[curve_of(_where(job), seeds, SMOOTHING) for job, seeds in runs.items()],
         numbers={"held_out": loss, "trainable": size},
     )
 
@@ -185,7 +185,7 @@ def early_figure(results: Results, scale: Scale) -> Figure:
             )
             for lr, far in apart.items()
         ],
-        curves=[_curve(f"{how(job)}, rate {job.lr:g}", seeds, 1) for job, seeds in runs.items()],
+        curves=[curve_of(f"{how(job)}, rate {job.lr:g}", seeds, 1) for job, seeds in runs.items()],
         numbers={"distance": {f"{lr:g}": far for lr, far in apart.items()}},
     )
 
@@ -225,7 +225,7 @@ def rl_figure(results: Results, scale: Scale) -> Figure:
             ),
         ],
         curves=[
-            _curve(f"{how(job)}, {name}", seeds, RL_SMOOTHING)
+            curve_of(f"{how(job)}, {name}", seeds, RL_SMOOTHING)
             for name, group in (("halves", runs), ("facts", facts))
             for job, seeds in group.items()
         ],
@@ -254,10 +254,11 @@ def _final(seeds: list[Result]) -> float:
 
 def _middle(seeds: list[Result]) -> list[float]:
     """Return the mean curve."""
-    return [mean(values) for values in _turned([result.curve for result in seeds])]
+    return [mean(values) for values in turned([result.curve for result in seeds])]
 
 
-def _turned(rows: list[list[float]]) -> list[list[float]]:
+def turned(rows: list[list[float]]) -> list[list[float]]:
+    """Return the columns of rows."""
     return [list(column) for column in zip(*rows, strict=True)]
 
 
@@ -265,7 +266,8 @@ def _where(job: Job) -> str:
     return {"attn": "attention", "mlp": "MLP", "all": "all"}[job.targets[0]]
 
 
-def _curve(label: str, seeds: list[Result], window: int) -> Curve:
+def curve_of(label: str, seeds: list[Result], window: int) -> Curve:
+    """Return the training curves of all seeds, each point the mean of `window` steps."""
     lines = [_smoothed(result.curve, window) for result in seeds]
     return Curve(
         label=label, x=[float(window * (i + 1)) for i in range(len(lines[0]))], seeds=lines

@@ -10,6 +10,7 @@ from megatron.core.distributed import DistributedDataParallel, DistributedDataPa
 from megatron.core.models.gpt.gpt_layer_specs import get_gpt_decoder_block_spec
 from megatron.core.models.gpt.gpt_model import GPTModel
 from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
+from megatron.core.transformer.module import Float16Module
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
@@ -78,9 +79,10 @@ def build(kind: Kind) -> GPTModel:
 
 
 class Trainer:
-    """A model with its optimizer; `lora` None trains everything, at will but the embedding.
+    """A model with its optimizer; `lora` None trains whatever requires a gradient.
 
     The rate is constant, as the article's; Adam has no weight decay and no gradient is clipped.
+    A model in bf16 has Adam's weights, and adds up its gradients, in fp32.
     """
 
     def __init__(
@@ -90,17 +92,18 @@ class Trainer:
         lr: float,
         *,
         adam_eps: float,
-        train_embedding: bool = False,
     ) -> None:
         if lora is not None:
             apply_lora([model], lora)
-        elif not train_embedding:
-            # No adapter touches it, so full fine-tuning would have what LoRA has not.
-            model.embedding.requires_grad_(False)
-        self.model = DistributedDataParallel(model.config, DistributedDataParallelConfig(), model)
+        is_bf16 = model.config.bf16
+        wrapped = Float16Module(model.config, model) if is_bf16 else model
+        options = DistributedDataParallelConfig(grad_reduce_in_fp32=is_bf16)
+        self.model = DistributedDataParallel(model.config, options, wrapped)
         self.optimizer = get_megatron_optimizer(
             OptimizerConfig(
                 optimizer="adam",
+                bf16=is_bf16,
+                params_dtype=model.config.params_dtype,
                 lr=lr,
                 weight_decay=0.0,
                 clip_grad=0.0,
@@ -113,7 +116,7 @@ class Trainer:
 
     def logits(self, tokens: Tensor) -> Tensor:
         """Return [b, s, v] for tokens [b, s]."""
-        positions = torch.arange(tokens.shape[1]).expand_as(tokens)
+        positions = torch.arange(tokens.shape[1], device=tokens.device).expand_as(tokens)
         return self.model(tokens, positions, None)
 
     def step(self, losses: Iterable[Tensor]) -> None:

@@ -1,12 +1,11 @@
 """Run the experiments' jobs in worker processes, and keep their results on disk."""
 
-import json
 import logging
 import os
 from collections.abc import Sequence
-from dataclasses import asdict
 from multiprocessing import get_context
 from pathlib import Path
+from time import monotonic
 from typing import Any
 
 from benchmarks.regret.job import Base, Job, Result
@@ -19,34 +18,57 @@ HELD_OUT_SEED, HELD_OUT_SEQUENCES = 999, 128
 
 
 def run_all(
-    jobs: Sequence[Job], folder: Path, workers: int, start_method: str = "spawn"
+    jobs: Sequence[Job],
+    folder: Path,
+    workers: int,
+    start_method: str = "spawn",
+    *,
+    hf_model: Path | None = None,
 ) -> dict[Job, Result]:
     """Run what is not on disk yet, each job in one of the worker processes; return all results.
 
-    start_method: of multiprocessing; Megatron's state must not be inherited.
+    start_method: of multiprocessing; Megatron's state must not be inherited. hf_model: directory of
+    the pretrained base, where jobs have one.
     """
     (folder / "runs").mkdir(parents=True, exist_ok=True)
     jobs = list(dict.fromkeys(jobs))
     missing = [job for job in jobs if not _file(folder, job).exists()]
-    wanted: list[tuple[Base, int]] = [(job.base, job.pretrain_steps) for job in missing]
+    wanted: list[tuple[Base, int]] = [
+        (job.base, job.pretrain_steps) for job in missing if job.base != "pretrained"
+    ]
     bases = [base for base in dict.fromkeys(wanted) if not _base_file(folder, *base).exists()]
     if missing:
-        with get_context(start_method).Pool(workers, _start_worker) as pool:
+        with get_context(start_method).Pool(workers, _start_worker, (hf_model is None,)) as pool:
             pool.starmap(_pretrain, [(folder, *base) for base in bases], chunksize=1)
-            done = pool.imap_unordered(_run, [(folder, job) for job in missing])
+            done = pool.imap_unordered(_run, [(folder, job, hf_model) for job in missing])
+            began = monotonic()
             for number, job in enumerate(done, start=1):
-                print(f"run {number}/{len(missing)}: {_label(job)}", flush=True)
-    return {job: Result(**json.loads(_file(folder, job).read_text())) for job in jobs}
+                left = (monotonic() - began) / number * (len(missing) - number)
+                print(
+                    f"run {number}/{len(missing)}: {_label(job)}; {left / 60:.0f} minutes left",
+                    flush=True,
+                )
+    return stored(jobs, folder)
 
 
-def _start_worker() -> None:
+def stored(jobs: Sequence[Job], folder: Path) -> dict[Job, Result]:
+    """Return the results of those jobs that have run."""
+    files = {job: _file(folder, job) for job in jobs}
+    return {j: Result.from_json(f.read_text()) for j, f in files.items() if f.exists()}
+
+
+def _start_worker(is_toy: bool) -> None:
+    """Prepare a process for one thread, on a GPU where there is one and the model is no toy."""
     logging.disable(logging.INFO)
     import torch
 
-    from megalora import cpu
+    from megalora import cpu, mends
 
     torch.set_num_threads(1)
-    cpu.install_if_wanted(["--cpu"])
+    if is_toy or not torch.cuda.is_available():
+        cpu.install_if_wanted(["--cpu"])
+    else:
+        mends.install()
     # Only now may megatron be imported, here and in the functions below.
     from benchmarks.regret.model import start_megatron
 
@@ -60,7 +82,7 @@ def _pretrain(folder: Path, base: Base, steps: int) -> None:
     from benchmarks.regret.model import Trainer, build, token_loss
 
     model = build("moe" if base == "moe" else "dense")
-    trainer = Trainer(model, None, PRETRAIN_LR, adam_eps=1e-8, train_embedding=True)
+    trainer = Trainer(model, None, PRETRAIN_LR, adam_eps=1e-8)
     tables = [task.base_table()] if base in ("dense", "moe") else rl.languages(base)
     generator = torch.Generator().manual_seed(task.BASE_SEED)
     for step in range(steps):
@@ -72,29 +94,41 @@ def _pretrain(folder: Path, base: Base, steps: int) -> None:
     path.with_suffix(".tmp").replace(path)
 
 
-def _run(folder_and_job: tuple[Path, Job]) -> Job:
+def _run(task: tuple[Path, Job, Path | None]) -> Job:
+    folder, job, hf_model = task
+    if job.base == "pretrained":
+        from benchmarks.regret import answers, pretrained
+
+        assert hf_model is not None
+        result = (answers if job.is_rl else pretrained).run(job, hf_model)
+    else:
+        result = _run_toy(folder, job)
+    path = _file(folder, job)
+    path.with_suffix(".tmp").write_text(result.to_json())
+    os.replace(path.with_suffix(".tmp"), path)
+    return job
+
+
+def _run_toy(folder: Path, job: Job) -> Result:
     import torch
 
     from benchmarks.regret.model import Trainer, build
     from benchmarks.regret.rl import reinforce
     from megalora import LoRAConfig
 
-    folder, job = folder_and_job
     model = build("moe" if job.base == "moe" else "dense")
     model.load_state_dict(torch.load(_base_file(folder, job.base, job.pretrain_steps)))
+    # No adapter touches it, so full fine-tuning would have what LoRA has not.
+    model.embedding.requires_grad_(False)
     lora = LoRAConfig(rank=job.rank, targets=job.targets, seed=job.seed) if job.rank else None
     trainer = Trainer(model, lora, job.lr, adam_eps=1e-8)
     curve = reinforce(trainer, job) if job.is_rl else _fine_tune(trainer, job)
     tail = curve[-max(1, len(curve) // 10) :]
-    result = Result(
+    return Result(
         curve=curve,
         final=sum(tail) / len(tail) if job.is_rl else _held_out(trainer),
         trainable=sum(p.numel() for p in model.parameters() if p.requires_grad),
     )
-    path = _file(folder, job)
-    path.with_suffix(".tmp").write_text(json.dumps(asdict(result)))
-    os.replace(path.with_suffix(".tmp"), path)
-    return job
 
 
 def _fine_tune(trainer: Any, job: Job) -> list[float]:
@@ -136,4 +170,5 @@ def _base_file(folder: Path, base: Base, steps: int) -> Path:
 
 def _label(job: Job) -> str:
     how = f"rank {job.rank} on {' '.join(job.targets)}" if job.rank else "full fine-tuning"
-    return f"{job.base} {how}, lr {job.lr:g}, batch {job.batch_size}, seed {job.seed}"
+    base = f"{job.model} in {job.precision}" if job.model else job.base
+    return f"{base}: {how}, lr {job.lr:g}, batch {job.batch_size}, seed {job.seed}"

@@ -209,6 +209,8 @@ def build_base(config: Mapping[str, Any], dtype: torch.dtype) -> GPTModel | Hybr
         gated_linear_unit=is_gated,
         activation_func=_activation(args),
         bias_activation_fusion=False,
+        masked_softmax_fusion=False,
+        bf16=dtype == torch.bfloat16,
         params_dtype=dtype,
         pipeline_dtype=dtype,
         transformer_impl="local",

@@ -1,0 +1,151 @@
+"""Run the article's experiments on a pretrained model, and write what there is of their figures."""
+
+import textwrap
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
+from pathlib import Path
+
+from benchmarks.regret import real_figures as figures
+from benchmarks.regret import real_rl, report
+from benchmarks.regret.experiments import Figure, Results
+from benchmarks.regret.job import HELD_OUT_ROWS, Job
+from benchmarks.regret.real import (
+    RealScale,
+    batch_jobs,
+    pairs,
+    placement_jobs,
+    sweep_jobs,
+)
+from benchmarks.regret.workers import run_all, stored
+
+# What a figure needs beside the sweep, and the figure of it.
+Experiment = tuple[
+    Callable[[Results, RealScale], list[Job]], Callable[[Results, RealScale], Figure]
+]
+# In the order of their runs.
+EXPERIMENTS: dict[str, Experiment] = {
+    "2": (sweep_jobs, figures.rate_figure),
+    "9": (sweep_jobs, figures.early_figure),
+    "norms": (sweep_jobs, figures.norm_figure),
+    "precision": (lambda _, scale: pairs(scale), figures.precision_figure),
+    "4": (placement_jobs, figures.placement_figure),
+    "3": (batch_jobs, figures.batch_figure),
+}
+REINFORCEMENT = "6"
+KNOWN = (*EXPERIMENTS, REINFORCEMENT)
+TITLES = {"smollm2": "SmolLM2-135M-Instruct"}
+TEXT = """\
+`make figures MODEL={model}` ran this on {{date}} with {{versions}}.
+
+A pretrained model, {title}, learns what the functions and classes of Python's standard library do:
+`--dataset stdlib-docstrings` of the examples, a question and its answer in the model's own tokens,
+several of them packed into a row of {seq_length} tokens, the loss on the answers alone. A run is
+{steps} steps of {batch_size} rows; the held-out loss is that of {held_out} rows whose questions and
+answers are in no row of the training. Every run has the same constant
+rate from start to end, Adam (0.9, 0.95) and no weight decay. It computes in {precision}, with
+Adam's weights and the sums of gradients in fp32. Alpha is 32 at every rank. Seeds differ in the
+order of the rows and in the adapters' start values; methods do not differ in the former.
+
+Adapters are on all linears and on the unembedding, but in figure 4. Full fine-tuning trains the
+weights of the same linears and nothing else: neither norms nor the embedding. This model has one
+table for embedding and unembedding; for every run here the unembedding is a copy of its own, for
+an adapter on it changes the logits and not the embedding.
+
+A method's grid of rates starts with three, half a decade apart, and grows where its best rate is
+one of its ends. A number stands before those of its seeds, in brackets. A verdict is given where
+the mean, more or less twice its standard error over seeds, lies on one side of the limit; with one
+seed there is none, and where that stays open it says so.
+"""
+
+
+def run(chosen: Sequence[str], scale: RealScale, hf_model: Path, work: Path, workers: int) -> None:
+    """Run what the chosen figures need and has not run yet."""
+    results: Results = {}
+    for jobs in stages(chosen, results, scale):
+        results |= run_all(jobs, work, workers, hf_model=hf_model)
+
+
+def stages(chosen: Sequence[str], results: Results, scale: RealScale) -> Iterator[list[Job]]:
+    """Yield what has to run next; `results` must have it before the next stage is asked for."""
+    if set(chosen) - {REINFORCEMENT}:
+        yield from _stages_of_text(chosen, results, scale)
+    if REINFORCEMENT in chosen:
+        yield from real_rl.stages(results, scale)
+
+
+def _stages_of_text(
+    chosen: Sequence[str], results: Results, scale: RealScale
+) -> Iterator[list[Job]]:
+    # A grid grows until its best rate is none of its ends.
+    one = replace(scale, seeds=scale.seeds[:1])
+    while missing := [job for job in sweep_jobs(results, one) if job not in results]:
+        yield missing
+    if "precision" in chosen:
+        yield pairs(scale)
+    while missing := [job for job in sweep_jobs(results, scale) if job not in results]:
+        yield missing
+    for name, (jobs_of, _) in EXPERIMENTS.items():
+        if name in chosen:
+            yield jobs_of(results, scale)
+
+
+def found(scale: RealScale, work: Path) -> tuple[Results, RealScale | None]:
+    """Return all results of the sweep on disk, and the scale with the seeds that have it whole."""
+    results: Results = {}
+    while more := stored([j for j in sweep_jobs(results, scale) if j not in results], work):
+        results |= more
+    for number in range(len(scale.seeds), 0, -1):
+        part = replace(scale, seeds=scale.seeds[:number])
+        if all(job in results for job in sweep_jobs(results, part)):
+            return results, part
+    return results, None
+
+
+def write(chosen: Sequence[str], scale: RealScale, work: Path, output: Path) -> list[Figure]:
+    """Write the chosen figures whose runs are there, print their verdicts, and the page of all.
+
+    A figure has the seeds that are whole; one without any is named and left out.
+    """
+    results, swept = found(scale, work)
+    done = []
+    for name in chosen:
+        if name == REINFORCEMENT:
+            figure = real_rl.figure(lambda jobs: stored(jobs, work), scale)
+        else:
+            figure = swept and _figure(name, results, swept, work)
+        if figure is None:
+            print(f"{name}: left out, its runs are not complete", flush=True)
+            continue
+        report.tell(figure)
+        done.append(figure)
+    folder = output / "regret" / scale.model
+    report.save(done, folder, about(scale))
+    report.write_page(output / "regret", output / "regret.md")
+    return done
+
+
+def _figure(name: str, results: Results, swept: RealScale, work: Path) -> Figure | None:
+    jobs_of, figure_of = EXPERIMENTS[name]
+    for number in range(len(swept.seeds), 0, -1):
+        part = replace(swept, seeds=swept.seeds[:number])
+        jobs = jobs_of(results, part)
+        own = results | stored(jobs, work)
+        if all(job in own for job in jobs):
+            return figure_of(own, part)
+    return None
+
+
+def about(scale: RealScale) -> report.About:
+    """Describe the model and its runs."""
+    title = TITLES.get(scale.model, scale.model)
+    text = TEXT.format(
+        model=scale.model,
+        title=title,
+        seq_length=scale.seq_length,
+        steps=scale.steps,
+        batch_size=scale.batch_size,
+        held_out=HELD_OUT_ROWS,
+        precision=scale.precision,
+    )
+    paragraphs = [textwrap.fill(part, 100) for part in report.dated(text).split("\n\n")]
+    return report.About(title=title, text="\n\n".join(paragraphs) + "\n")
