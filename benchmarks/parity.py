@@ -19,7 +19,11 @@ COMMAND = "benchmarks/parity.py"
 PAGE = ROOT / "docs" / "layouts.md"
 RESULTS = ROOT / "benchmarks/results/parity.json"
 QUANTITIES = ("loss", "objective", "dX", "gradient", "norm", "weights")
-TITLES = ("token losses", "objective", "dX", "gradients", "their norm", "weights after 3 steps")
+NUM_STEPS = 3
+TITLES = (
+    *("token losses", "objective", "dX", "gradients", "their norm"),
+    f"weights after {NUM_STEPS} steps",
+)
 
 
 def main() -> None:
@@ -70,7 +74,7 @@ def worker() -> None:
     for case in CASES:
         if case.layout.world_size != dist.get_world_size():
             continue
-        found = errors(case)
+        found = errors(case, NUM_STEPS)
         if dist.get_rank() == 0:
             names = {"layout": str(case.layout), "kind": case.kind, "note": case.note}
             print(json.dumps({**names, "dtype": str(case.dtype), "errors": found}), flush=True)

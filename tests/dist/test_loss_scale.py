@@ -19,7 +19,6 @@ from tests.dist.support.models import build_model
 from tests.dist.support.oracle import EPS
 from tests.dist.support.parity import (
     LR,
-    NUM_STEPS,
     assemble,
     largest,
     lora_config,
@@ -29,7 +28,7 @@ from tests.dist.support.parity import (
 from tests.dist.support.training import Run, train
 from tests.dist.test_parity import tolerance
 
-SKIPPED = 1
+NUM_STEPS, SKIPPED = 3, 1
 CASES = [(TP2_SP, "dense"), (PP2, "dense"), (PP2, "unembedding alone")]
 
 
@@ -75,7 +74,7 @@ def test_loss_scales_of_dense_and_expert_adapters_that_part_are_noticed(
 
 
 def _skips_one_step(layout: Layout, kind: str, only: str) -> None:
-    expected = truth(layout.world_size, kind, torch.float16, None, (SKIPPED,))
+    expected = truth(layout.world_size, kind, torch.float16, None, (SKIPPED,), NUM_STEPS)
     with model_parallel(layout):
         chunks = build_model(layout, **KINDS[kind].model, **FP16["fields"])
         load_adapters(apply_lora(chunks, lora_config(kind)), expected.start)

@@ -8,7 +8,7 @@ import torch
 
 from tests.dist.support.cases import CASES, Case
 from tests.dist.support.layouts import world
-from tests.dist.support.parity import errors
+from tests.dist.support.parity import NUM_STEPS, errors
 
 
 def tolerance(dtype: torch.dtype, what: str) -> float:
@@ -37,7 +37,17 @@ def in_its_world(case: Case) -> Any:
 
 @pytest.mark.parametrize("case", map(in_its_world, CASES))
 def test_adapters_train_as_in_the_unsharded_model(case: Case) -> None:
-    found = errors(case)
+    assert_as_unsharded(case, NUM_STEPS)
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("case", map(in_its_world, CASES))
+def test_a_third_step_is_as_in_the_unsharded_model(case: Case) -> None:
+    assert_as_unsharded(case, 3)
+
+
+def assert_as_unsharded(case: Case, num_steps: int) -> None:
+    found = errors(case, num_steps)
     assert found["start"] == 0.0
     too_large = {
         what: error for what, error in found.items() if error > tolerance(case.dtype, what)

@@ -8,6 +8,7 @@ import contextlib
 import functools
 import multiprocessing
 import os
+import pickle
 import resource
 import runpy
 import secrets
@@ -185,13 +186,14 @@ def call(function: Callable[..., Any], *args: Any) -> Any:
     process.start()
     sender.close()
     try:
-        return receiver.recv()
+        return pickle.loads(receiver.recv_bytes())
     finally:
         process.join()
 
 
 def _call(sender: Any, function: Callable[..., Any], args: tuple[Any, ...]) -> None:
-    sender.send(function(*args))
+    # NOTE: by value: of a tensor, multiprocessing sends what the process must live to hand over.
+    sender.send_bytes(pickle.dumps(function(*args)))
 
 
 def _server() -> Any:
