@@ -60,12 +60,18 @@ class Handler(BaseHTTPRequestHandler):
         """Be quiet."""
 
 
+class Server(ThreadingHTTPServer):
+    """Lets as many wait to be accepted as ranks ask at once, which the default of 5 resets."""
+
+    request_queue_size = 128
+    daemon_threads = True
+
+
 @contextmanager
 def serving(routes: Routes, handler: type[BaseHTTPRequestHandler] = Handler) -> Iterator[str]:
     """Yield the URL of a server on this machine that has these routes."""
     kind = type("Routed", (handler,), {"routes": routes})
-    server = ThreadingHTTPServer(("127.0.0.1", 0), kind)
-    server.daemon_threads = True
+    server = Server(("127.0.0.1", 0), kind)
     thread = threading.Thread(target=server.serve_forever, args=(0.02,), daemon=True)
     thread.start()
     try:
