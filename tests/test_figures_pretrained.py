@@ -42,6 +42,7 @@ def run_all(directory: Path, rows: str, ids: torch.Tensor) -> dict[str, Any]:
     from benchmarks.regret.job import Job
     from benchmarks.regret.model import Trainer, start_megatron
     from megalora.hf.factors import LoRAFactors
+    from megalora.hf.inspect import measure
     from megalora.model.config_json import read_config
 
     pretrained.DATASET = rows
@@ -66,7 +67,7 @@ def run_all(directory: Path, rows: str, ids: torch.Tensor) -> dict[str, Any]:
         "trained": {n for n, p in model.named_parameters() if p.requires_grad},
         "results": {how: pretrained.run(job, directory) for how, job in jobs.items()},
         "weights of Adam": {p.dtype for g in short.optimizer.param_groups for p in g["params"]},
-        "update": (pretrained.update_norm(LoRAFactors(a, b, 2.0)), (2.0 * b @ a).numpy()),
+        "update": (measure("", LoRAFactors(a, b, 2.0)).spectral_update, (2.0 * b @ a).numpy()),
         "base": pretrained.base_norms(directory, BASES),
         "tied": read_config(directory)["tie_word_embeddings"],
     }

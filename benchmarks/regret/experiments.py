@@ -5,7 +5,7 @@ of some depends on the best learning rates of a sweep.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from statistics import mean
 from typing import Any
@@ -103,19 +103,25 @@ def best_rate(results: Results, like: Job, scale: Scale) -> float:
 
 
 def interpolated_rate(results: Results, like: Job, scale: Scale) -> float:
+    """Return `lowest` of the mean final losses of runs that differ in rate and seed only."""
+    rates = scale.sweep_rates
+    return lowest({lr: mean(finals(results, replace(like, lr=lr), scale)) for lr in rates})
+
+
+def lowest(losses: Mapping[float, float]) -> float:
     """Return the lowest point of the parabola, over log rate, through the best and its neighbours.
 
-    At either end of the grid that is the best rate itself.
+    losses: by rate, finite. At either end of the rates that is the best rate itself.
     """
-    best = best_rate(results, like, scale)
-    near = _around(best, scale)
-    if len(near) < 3:
-        return best
-    x = [math.log(lr) for lr in near]
-    y = [mean(finals(results, replace(like, lr=lr), scale)) for lr in near]
+    ordered = sorted(losses)
+    at = ordered.index(min(ordered, key=lambda lr: losses[lr]))
+    if at in (0, len(ordered) - 1):
+        return ordered[at]
+    near = ordered[at - 1 : at + 2]
+    x, y = [math.log(lr) for lr in near], [losses[lr] for lr in near]
     left, right = (y[1] - y[0]) / (x[1] - x[0]), (y[2] - y[1]) / (x[2] - x[1])
     if left == right:
-        return best
+        return ordered[at]
     # The slope is `left` halfway to the best from below and `right` halfway above it.
     return math.exp((x[0] + x[1]) / 2 - left * (x[2] - x[0]) / 2 / (right - left))
 

@@ -26,7 +26,7 @@ from megalora.data import PackedDataset, build_datasets
 from megalora.data.batch import block_diagonal_mask
 from megalora.hf.adapters import to_hf
 from megalora.hf.base import load_hf_base
-from megalora.hf.factors import LoRAFactors
+from megalora.hf.inspect import measure_all
 from megalora.hf.one_process import build_base
 from megalora.hf.rotary import set_rotary
 from megalora.hf.safetensors_files import HFWeights
@@ -157,24 +157,15 @@ def norms(model: GPTModel, lora: LoRAConfig, directory: Path) -> Norms:
     tensors = {name: tensor.float() for name, tensor in gather_adapters([model]).items()}
     found = to_hf(tensors, lora, model_shape(read_config(directory)))
     of_base = base_norms(directory, tuple(found))
-    a = [spectral_norm(factors.lora_A) for factors in found.values()]
-    b = [spectral_norm(factors.lora_B) for factors in found.values()]
-    update = {name: update_norm(factors) for name, factors in found.items()}
+    modules = measure_all(found)
     return Norms(
-        a=mean(a),
-        b=mean(b),
-        update=mean(update.values()),
-        relative=mean(value / of_base[name] for name, value in update.items()),
-        b_above_a=mean(float(of_b > of_a) for of_a, of_b in zip(a, b, strict=True)),
+        a=mean(module.spectral_a for module in modules),
+        b=mean(module.spectral_b for module in modules),
+        update=mean(module.spectral_update for module in modules),
+        relative=mean(module.spectral_update / of_base[module.name] for module in modules),
+        b_above_a=mean(float(module.spectral_b > module.spectral_a) for module in modules),
         modules=len(found),
     )
-
-
-def update_norm(factors: LoRAFactors) -> float:
-    """Return the spectral norm of scale B A by what thin QR leaves of both, [r, r]."""
-    of_b = torch.linalg.qr(factors.lora_B.float(), mode="r").R
-    of_a = torch.linalg.qr(factors.lora_A.float().T, mode="r").R
-    return factors.scale * spectral_norm(of_b @ of_a.T)
 
 
 def spectral_norm(matrix: Tensor) -> float:

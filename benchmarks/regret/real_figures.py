@@ -1,11 +1,19 @@
 """Figures from the runs on a pretrained model; verdicts know the uncertainty of their seeds."""
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from statistics import mean, stdev
 
-from benchmarks.regret.experiments import Curve, Figure, Finding, Results, how, scale_of
+from benchmarks.regret.experiments import (
+    Curve,
+    Figure,
+    Finding,
+    Results,
+    how,
+    lowest,
+    scale_of,
+)
 from benchmarks.regret.figures import CLOSE, LOSS, curve_of
 from benchmarks.regret.job import Job, Norms, Result
 from benchmarks.regret.real import (
@@ -62,22 +70,6 @@ class Seeds:
 def seeds_of(value: Callable[[int], float], scale: RealScale) -> Seeds:
     """Return a number of every seed."""
     return Seeds(tuple(value(seed) for seed in scale.seeds))
-
-
-def lowest(grid: Sequence[float], loss: Callable[[float], float]) -> float:
-    """Return the lowest point of the parabola, over log rate, through the best rate and those
-    beside it; at an end of the grid the best rate itself.
-    """
-    worth = {lr: loss(lr) for lr in grid if math.isfinite(loss(lr))}
-    ordered = sorted(worth)
-    at = ordered.index(min(worth, key=lambda lr: worth[lr]))
-    if at in (0, len(ordered) - 1):
-        return ordered[at]
-    near = ordered[at - 1 : at + 2]
-    x, y = [math.log(lr) for lr in near], [worth[lr] for lr in near]
-    left, right = (y[1] - y[0]) / (x[1] - x[0]), (y[2] - y[1]) / (x[2] - x[1])
-    # The slope is `left` halfway to the best from below and `right` halfway above it.
-    return math.exp((x[0] + x[1]) / 2 - left * (x[2] - x[0]) / 2 / (right - left))
 
 
 def runs_of(rank: int, results: Results, scale: RealScale, seed: int) -> dict[float, Result]:
@@ -431,7 +423,12 @@ def _by_rate(
 
 def _best(rank: int, seed: int, results: Results, scale: RealScale) -> float:
     runs = runs_of(rank, results, scale, seed)
-    return lowest(list(runs), lambda lr: runs[lr].final)
+    return _lowest({lr: run.final for lr, run in runs.items()})
+
+
+def _lowest(losses: Mapping[float, float]) -> float:
+    """Return `lowest` of the runs that have not lost their numbers."""
+    return lowest({lr: loss for lr, loss in losses.items() if math.isfinite(loss)})
 
 
 def _log_ratio(best: Mapping[int, Seeds], at: int) -> float:
@@ -451,5 +448,5 @@ def _ratio_after(window: tuple[int, int], seed: int, results: Results, scale: Re
     for rank in (0, *RANKS):
         runs = runs_of(rank, results, scale, seed)
         losses = {lr: mean(run.curve[first - 1 : last]) for lr, run in runs.items()}
-        best[rank] = Seeds((lowest(list(runs), lambda lr, of=losses: of[lr]),))
+        best[rank] = Seeds((_lowest(losses),))
     return _log_ratio(best, 0)

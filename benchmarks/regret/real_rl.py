@@ -47,17 +47,8 @@ does for more is not shown by it.
 
 def rl_job(rank: int, lr: float, seed: int, scale: RealScale) -> Job:
     """Return a run."""
-    return Job(
-        rank=rank,
-        lr=lr,
-        seed=seed,
-        base="pretrained",
-        model=scale.model,
-        precision=scale.precision,
-        steps=STEPS,
-        batch_size=BATCH_SIZE,
-        is_rl=True,
-    )
+    like = scale.job(rank, lr, seed)
+    return replace(like, steps=STEPS, batch_size=BATCH_SIZE, seq_length=None, is_rl=True)
 
 
 def measured_jobs(scale: RealScale) -> list[Job]:
