@@ -90,6 +90,19 @@ def test_a_directory_of_hugging_face_is_no_empty_load(place: Path, file: str, fl
     check_load(given("load=new"))
 
 
+@NOT_OURS
+def test_a_base_that_is_no_checkpoint_is_refused_before_the_model_is_built(place: Path) -> None:
+    (place / "base/release").mkdir()
+    for flags in ("pretrained_checkpoint=base", "pretrained_checkpoint=empty load=run"):
+        check_load(given(flags))
+    for directory in ("empty", "new"):
+        with pytest.raises(ValueError, match=r"has no latest_checkpointed_.*: give the dir"):
+            check_load(given(f"pretrained_checkpoint={directory} load=new"))
+    (place / "empty/config.json").touch()
+    with pytest.raises(ValueError, match=r"'empty' has config.json .*: give it by --hf-model"):
+        check_load(given("pretrained_checkpoint=empty"))
+
+
 OUTPUTS = {
     "export_hf=run": "holds iter_0000003, latest_checkpointed_iteration.txt, which megalora did",
     "export_hf=base pretrained_checkpoint=base": "is also pretrained_checkpoint",

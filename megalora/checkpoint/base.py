@@ -31,7 +31,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 from megalora import replace
 from megalora.adapters.finite import all_finite, refuse
 from megalora.adapters.world import summed, union
-from megalora.checkpoint.layout import TRACKER, find_directory
+from megalora.checkpoint.layout import base_directory, find_directory
 from megalora.checkpoint.loading import LOADING
 from megalora.checkpoint.sums import verify_on_all_ranks
 from megalora.config import is_number
@@ -61,7 +61,8 @@ def load_base(
     """
     replace.install(LOADING)
     if not is_verified:
-        _verify(Path(directory))
+        # Before all of it is read: another node may not see the directory.
+        verify_on_all_ranks(base_directory(Path(directory)))
     # What --finetune means: weights only, from iteration 0.
     as_finetuning = {
         "finetune": True,
@@ -96,17 +97,6 @@ def _by_stored_names(model_chunks: Sequence[torch.nn.Module], root: Path) -> Ite
     reading = {"load": functools.partial(_load_by_stored_names, names)}
     with changed(dist_checkpointing, reading), changed(checkpointing, finding):
         yield
-
-
-def _verify(root: Path) -> None:
-    # Before all of it is read: another node may not see the directory.
-    directory = find_directory(root)
-    if directory == root:
-        raise ValueError(
-            f"pretrained_checkpoint {str(root)!r} has no {TRACKER}: give the directory that a "
-            "Megatron run saved its checkpoints in"
-        )
-    verify_on_all_ranks(directory)
 
 
 def _numbers_gpt_layers(directory: Path) -> bool:

@@ -112,6 +112,24 @@ def find_directory(path: Path) -> Path:
     raise ValueError(f"{problem}: {choice_of(there)}")
 
 
+def base_directory(root: Path) -> Path:
+    """Return the directory of the checkpoint that a base is read from.
+
+    root: of --pretrained-checkpoint. Raises ValueError where it holds no checkpoint of Megatron's.
+    """
+    directory = find_directory(root)
+    if directory != root:
+        return directory
+    given = f"pretrained_checkpoint {str(root)!r}"
+    if (root / "config.json").is_file():
+        raise ValueError(
+            f"{given} has config.json and no checkpoint of Megatron's: give it by --hf-model"
+        )
+    raise ValueError(
+        f"{given} has no {TRACKER}: give the directory that a Megatron run saved its checkpoints in"
+    )
+
+
 def choice_of(there: Sequence[Iteration]) -> str:
     """Say what to write into a tracker file, where it names no checkpoint that is there."""
     return f"write {' or '.join(map(str, there))} into it" if there else "copy it again"

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from megalora import cpu
-from megalora.checkpoint.layout import read_tracker
+from megalora.checkpoint.layout import base_directory, read_tracker
 from megalora.config import LoRAConfig
 from megalora.hf.cli import FORMAT_HELP
 from megalora.hf.directories import check_place, relation_of
@@ -192,11 +192,14 @@ def _check_pattern(args: argparse.Namespace) -> None:
 
 
 def check_load(args: argparse.Namespace) -> None:
-    """Raise ValueError for a directory of Hugging Face's, in which Megatron would find nothing."""
-    if not args.load or read_tracker(Path(args.load)).newest is not None:
+    """Raise ValueError for directories in which Megatron would find nothing."""
+    if args.load and read_tracker(Path(args.load)).newest is not None:
+        # The base may be there too, and --pretrained-checkpoint not be read.
         return
+    if args.pretrained_checkpoint:
+        base_directory(Path(args.pretrained_checkpoint))
     for file, flag in (("adapter_config.json", "--lora-load"), ("config.json", "--hf-model")):
-        if (Path(args.load) / file).is_file():
+        if args.load and (Path(args.load) / file).is_file():
             raise ValueError(
                 f"load {args.load!r} has {file} and no checkpoint of Megatron's: give it by {flag}"
             )
