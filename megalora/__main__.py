@@ -4,6 +4,7 @@ import argparse
 import importlib
 import importlib.util
 import os
+import signal
 import sys
 from collections.abc import Sequence
 from contextlib import nullcontext
@@ -44,11 +45,19 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         # A script that is run has signal handlers of its own.
         with nullcontext() if argv[:1] == ["run"] else stopping():
-            return args.func(args) or 0
+            status = args.func(args) or 0
+            sys.stdout.flush()
+            return status
     except Stopped as stop:
         done = f"{output} is written" if _identity(output) != before else "nothing was written"
         print(f"error: stopped by {stop.signal.name}: {printable(done)}", file=sys.stderr)
         return 128 + stop.signal
+    except BrokenPipeError:
+        if argv[:1] == ["run"]:
+            raise
+        # Who read the output, as `head`, has enough; what is still to be flushed goes nowhere.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 128 + signal.SIGPIPE
     except OSError as error:
         # Of a script only its own traceback says where.
         if argv[:1] == ["run"] or os.environ.get("MEGALORA_TRACEBACK"):

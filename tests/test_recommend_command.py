@@ -2,10 +2,13 @@
 
 import argparse
 import json
+import os
+import sys
 from pathlib import Path
 
 import pytest
 
+from megalora.__main__ import main
 from megalora.recommend import (
     Layout,
     Recommendation,
@@ -101,3 +104,15 @@ def test_a_dataset_without_a_tokenizer_is_refused() -> None:
     args = command("--model", "llama-3.1-8b", "--rank", "8", "--dataset", "stdlib-text")
     with pytest.raises(ValueError, match="--tokenizer"):
         args.func(args)
+
+
+def test_a_reader_that_has_enough_is_no_error(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """As in `megalora recommend ... | head -1`."""
+    reader, writer = os.pipe()
+    os.close(reader)
+    with os.fdopen(writer, "w") as pipe:
+        monkeypatch.setattr(sys, "stdout", pipe)
+        assert main(["recommend", "--model", "qwen3-30b-a3b", "--rank", "32"]) == 128 + 13
+    assert not capsys.readouterr().err
