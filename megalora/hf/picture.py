@@ -178,6 +178,7 @@ def _mark_mean_of_a(one: "Axes", modules: Sequence[ModuleReport]) -> None:
             textcoords="offset points",
             fontsize=9,
             color="#444444",
+            bbox={"facecolor": "white", "edgecolor": "none", "alpha": 0.8, "pad": 1},
         )
 
 
