@@ -32,16 +32,22 @@ def made_up(jobs: Sequence[Job], value: Value, b_above_a: float = 0.9) -> Result
     }
 
 
-def swept(best: Value, b_above_a: float = 0.9, noise: float = 1e-3) -> Results:
-    """Return a whole sweep with the least loss at the rate `best` names, a bowl around it."""
-
-    def bowl(job: Job) -> float:
-        return 2 + 0.01 * math.log(job.lr / best(job)) ** 2 + noise * job.seed
-
+def whole(jobs_of: real_page.JobsOf, value: Value, b_above_a: float = 0.9) -> Results:
+    """Return results of all that is asked for, grids grown."""
     results: Results = {}
-    while missing := [j for j in real.sweep_jobs(results, SCALE) if j not in results]:
-        results |= made_up(missing, bowl, b_above_a)
+    while missing := [j for j in jobs_of(results, SCALE) if j not in results]:
+        results |= made_up(missing, value, b_above_a)
     return results
+
+
+def bowl(best: Value, noise: float = 1e-3) -> Value:
+    """Return losses with the least at the rate `best` names, a bowl around it."""
+    return lambda job: 2 + 0.01 * math.log(job.lr / best(job)) ** 2 + noise * job.seed
+
+
+def swept(best: Value, b_above_a: float = 0.9) -> Results:
+    """Return a whole sweep of such losses."""
+    return whole(real.sweep_jobs, bowl(best), b_above_a)
 
 
 def ten_times(job: Job) -> float:
@@ -55,15 +61,15 @@ def holds(figure: Figure) -> list[bool | None]:
 
 def test_a_grid_grows_until_its_best_rate_is_none_of_its_ends() -> None:
     results = swept(lambda job: 1e-5 if job.rank == 0 else 3e-2)
-    assert real.rates(0, results, SCALE) == (3e-6, 1e-5, 3e-5, 1e-4, 3e-4)
-    assert real.rates(16, results, SCALE) == (3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1)
-    assert real.best_rate(0, results, SCALE) == 1e-5
+    assert real.rates(SCALE.method(0), results, SCALE) == (3e-6, 1e-5, 3e-5, 1e-4, 3e-4)
+    assert real.rates(SCALE.method(16), results, SCALE) == (3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1)
+    assert real.best_rate(SCALE.method(0), results, SCALE) == 1e-5
 
 
 def test_a_grid_ends_where_runs_lose_their_numbers() -> None:
     jobs = real.sweep_jobs({}, SCALE)
     results = made_up(jobs, lambda job: math.nan if job.lr >= 3e-3 else 2 - job.lr)
-    assert real.best_rate(16, results | swept_below(results), SCALE) == 1e-3
+    assert real.best_rate(SCALE.method(16), results | swept_below(results), SCALE) == 1e-3
 
 
 def swept_below(results: Results) -> Results:
@@ -85,7 +91,7 @@ def test_the_first_seed_runs_whole_before_the_second_and_grids_grow_last() -> No
         results |= made_up(missing, lambda job: 2 - 100 * job.lr * (job.rank == 0))
     assert order[:12] == [0] * 12
     assert set(order[12:]) == {0, 1}
-    assert real.rates(0, results, SCALE)[-1] == real.LADDER[-1]
+    assert real.rates(SCALE.method(0), results, SCALE)[-1] == real.LADDER[-1]
 
 
 @pytest.mark.parametrize(
@@ -124,12 +130,20 @@ def test_batches_need_a_gap_that_grows_beyond_the_seeds(
 ) -> None:
     def loss(job: Job) -> float:
         behind = (penalty + noise * job.seed) * job.batch_size / 32
-        return 2 + behind * (job.rank > 0)
+        return bowl(ten_times)(job) + behind * (job.rank > 0)
 
-    results = swept(ten_times)
-    # Those of the sweep's own size have run.
-    results = made_up(real.batch_jobs(results, SCALE), loss) | results
+    results = whole(real.batch_jobs, loss)
     assert holds(real_figures.batch_figure(results, SCALE)) == [expected]
+
+
+def test_a_batch_size_has_a_grid_of_its_own() -> None:
+    """Half as many steps want twice the rate: a grid that ended below would hide what LoRA can."""
+    results = whole(real.batch_jobs, bowl(lambda job: ten_times(job) * job.batch_size / 2))
+    assert real.best_rate(real.batch_method(16, 32, SCALE), results, SCALE) == 3e-2
+    assert real.rates(real.batch_method(16, 4, SCALE), results, SCALE)[-1] == 1e-2
+    figure = real_figures.batch_figure(results, SCALE)
+    assert holds(figure) == [False]
+    assert "rank 16 0.003 in batches of 4, 0.01 in batches of 8, 0.03 in batches" in figure.text
 
 
 @pytest.mark.parametrize(
@@ -143,12 +157,13 @@ def test_batches_need_a_gap_that_grows_beyond_the_seeds(
 def test_placement_is_judged_beyond_the_seeds(
     attention: float, both: float, noise: float, expected: list[bool | None]
 ) -> None:
-    results = swept(ten_times)
     losses = {("attn",): attention, ("mlp",): 2.0, ("attn", "mlp"): both}
-    jobs = real.placement_jobs(results, SCALE)
-    results |= made_up(
-        jobs, lambda job: losses[job.targets] + noise * job.seed * (job.targets == ("attn",))
-    )
+
+    def loss(job: Job) -> float:
+        seeds = noise * job.seed * (job.targets == ("attn",))
+        return losses[job.targets] - 2 + bowl(ten_times)(job) + seeds
+
+    results = whole(real.placement_jobs, loss)
     assert holds(real_figures.placement_figure(results, SCALE)) == expected
 
 
@@ -172,7 +187,7 @@ def test_b_above_a_is_judged_by_most_modules(share: float, expected: bool) -> No
 @pytest.mark.parametrize(("apart", "expected"), [(0.002, True), (0.1, False)])
 def test_precisions_are_compared_on_the_same_runs(apart: float, expected: bool) -> None:
     results = swept(ten_times)
-    plain = real.precision_jobs(SCALE)
+    plain = [job for job, _ in real.precision_pairs(SCALE)]
     results |= made_up(
         plain, lambda job: results[replace(job, precision="bf16")].final * (1 + apart)
     )

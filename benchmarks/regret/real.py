@@ -1,7 +1,7 @@
 """The article's experiments on a pretrained model: which runs each needs, and in which order.
 
-Runs of a later stage depend on the rates that an earlier one found best. The first seed of all
-comes before the second, so that what a short budget leaves is whole.
+A method is a run whose rate and seed are open; it has a grid of rates, which results so far may ask
+to be wider. The first seed comes before the second, so that what a short budget leaves is whole.
 """
 
 import math
@@ -20,6 +20,8 @@ FULL_RATES, LORA_RATES = (3e-5, 1e-4, 3e-4), (3e-4, 1e-3, 3e-3)
 PLACEMENTS: dict[tuple[str, ...], int] = {("attn",): 33, ("mlp",): 20, ("attn", "mlp"): 12}
 BATCH_SIZES = (4, 8, 32)
 MIDDLE = 16
+# The rate of a method.
+OPEN = 0.0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,12 +38,12 @@ class RealScale:
     seeds: tuple[int, ...] = (0, 1)
     precision: Precision = "bf16"
 
-    def job(self, rank: int, lr: float, seed: int) -> Job:
-        """Return a run of the sweep."""
+    def method(self, rank: int) -> Job:
+        """Return the sweep's run of a rank, its rate and seed open."""
         return Job(
             rank=rank,
-            lr=lr,
-            seed=seed,
+            lr=OPEN,
+            seed=0,
             base="pretrained",
             model=self.model,
             precision=self.precision,
@@ -50,14 +52,18 @@ class RealScale:
             seq_length=self.seq_length,
         )
 
+    def job(self, rank: int, lr: float, seed: int) -> Job:
+        """Return a run of the sweep."""
+        return replace(self.method(rank), lr=lr, seed=seed)
 
-def rates(rank: int, results: Results, scale: RealScale) -> tuple[float, ...]:
+
+def rates(method: Job, results: Results, scale: RealScale) -> tuple[float, ...]:
     """Return the rates of a method, as far as results ask for: the best is none of the ends.
 
     Seeds count that have results at all rates of the grid.
     """
-    grid = LORA_RATES if rank else FULL_RATES
-    while best := best_of(rank, grid, results, scale):
+    grid = LORA_RATES if method.rank else FULL_RATES
+    while best := best_of(method, grid, results, scale):
         at, last = LADDER.index(best), len(LADDER) - 1
         if best == grid[0] and at > 0:
             grid = (LADDER[at - 1], *grid)
@@ -68,80 +74,71 @@ def rates(rank: int, results: Results, scale: RealScale) -> tuple[float, ...]:
     return grid
 
 
-def best_of(rank: int, grid: Sequence[float], results: Results, scale: RealScale) -> float | None:
+def best_of(method: Job, grid: Sequence[float], results: Results, scale: RealScale) -> float | None:
     """Return the rate with the least mean loss; None where no seed has results at all of them."""
-    jobs = {lr: [scale.job(rank, lr, seed) for seed in scale.seeds] for lr in grid}
+    jobs = {lr: [replace(method, lr=lr, seed=seed) for seed in scale.seeds] for lr in grid}
     whole = [n for n in range(len(scale.seeds)) if all(j[n] in results for j in jobs.values())]
     if not whole:
         return None
     return min(grid, key=lambda lr: mean_loss([results[jobs[lr][n]] for n in whole]))
 
 
-def sweep_jobs(results: Results, scale: RealScale) -> list[Job]:
-    """Return the runs of the sweep that results so far ask for: of one seed after another."""
-    return [
-        scale.job(rank, lr, seed)
-        for seed in scale.seeds
-        for rank in (0, *RANKS)
-        for lr in rates(rank, results, scale)
-    ]
-
-
-def precision_jobs(scale: RealScale) -> list[Job]:
-    """Return the two runs of the sweep that are done again in fp32."""
-    runs = (scale.job(0, FULL_RATES[1], 0), scale.job(MIDDLE, LORA_RATES[1], 0))
-    return [replace(job, precision="fp32") for job in runs]
-
-
-def best_rate(rank: int, results: Results, scale: RealScale) -> float:
-    """Return the best rate of the sweep, which is done."""
-    best = best_of(rank, rates(rank, results, scale), results, scale)
+def best_rate(method: Job, results: Results, scale: RealScale) -> float:
+    """Return the best rate of a method whose runs are done."""
+    best = best_of(method, rates(method, results, scale), results, scale)
     assert best is not None
     return best
 
 
-def placement_jobs(results: Results, scale: RealScale) -> list[Job]:
-    """Return runs with the same number of parameters in different layers, at two rates."""
-    best = best_rate(MIDDLE, results, scale)
-    near = [lr for lr in rates(MIDDLE, results, scale) if lr != best]
-    second = min(near, key=lambda lr: _loss(MIDDLE, lr, results, scale))
+def runs(methods: Sequence[Job], results: Results, scale: RealScale) -> list[Job]:
+    """Return the runs of methods that results so far ask for: of one seed after another."""
     return [
-        replace(scale.job(rank, lr, seed), targets=targets)
+        replace(method, lr=lr, seed=seed)
         for seed in scale.seeds
-        for targets, rank in PLACEMENTS.items()
-        for lr in (best, second)
+        for method in methods
+        for lr in rates(method, results, scale)
     ]
 
 
+def sweep_jobs(results: Results, scale: RealScale) -> list[Job]:
+    """Return the runs of full fine-tuning and of all ranks."""
+    return runs([scale.method(rank) for rank in (0, *RANKS)], results, scale)
+
+
+def placement_method(targets: tuple[str, ...], scale: RealScale) -> Job:
+    """Return the runs with adapters in some layers, as many parameters as in the others."""
+    return replace(scale.method(PLACEMENTS[targets]), targets=targets)
+
+
+def placement_jobs(results: Results, scale: RealScale) -> list[Job]:
+    """Return the runs with the same number of parameters in different layers."""
+    return runs([placement_method(targets, scale) for targets in PLACEMENTS], results, scale)
+
+
+def batch_method(rank: int, batch_size: int, scale: RealScale) -> Job:
+    """Return the runs on the sweep's rows in batches of another size."""
+    steps = scale.steps * scale.batch_size // batch_size
+    return replace(scale.method(rank), batch_size=batch_size, steps=steps)
+
+
 def batch_jobs(results: Results, scale: RealScale) -> list[Job]:
-    """Return runs on the same rows in batches of several sizes, at the best rate and around it."""
-    jobs = []
-    for seed in scale.seeds:
-        for rank in (0, MIDDLE):
-            at = LADDER.index(best_rate(rank, results, scale))
-            jobs += [
-                replace(
-                    scale.job(rank, lr, seed),
-                    batch_size=size,
-                    steps=scale.steps * scale.batch_size // size,
-                )
-                for size in BATCH_SIZES
-                for lr in LADDER[at - 1 : at + 2]
-            ]
-    return jobs
+    """Return the runs on the same rows in batches of several sizes."""
+    methods = [batch_method(rank, size, scale) for rank in (0, MIDDLE) for size in BATCH_SIZES]
+    return runs(methods, results, scale)
 
 
-def pairs(scale: RealScale) -> list[Job]:
-    """Return the runs in fp32 with their likes in the sweep."""
-    plain = precision_jobs(scale)
-    return [*plain, *(replace(job, precision=scale.precision) for job in plain)]
+def precision_pairs(scale: RealScale) -> list[tuple[Job, Job]]:
+    """Return two runs of the sweep, each in fp32 and in the precision of all others."""
+    own = (scale.job(0, FULL_RATES[1], 0), scale.job(MIDDLE, LORA_RATES[1], 0))
+    return [(replace(job, precision="fp32"), job) for job in own]
+
+
+def precision_jobs(scale: RealScale) -> list[Job]:
+    """Return the runs of these pairs."""
+    return [job for pair in precision_pairs(scale) for job in pair]
 
 
 def mean_loss(seeds: Sequence[Result]) -> float:
     """Return the mean held-out loss, infinite where a run has lost its numbers."""
     found = mean(result.final for result in seeds)
     return math.inf if math.isnan(found) else found
-
-
-def _loss(rank: int, lr: float, results: Results, scale: RealScale) -> float:
-    return mean_loss([results[scale.job(rank, lr, seed)] for seed in scale.seeds])

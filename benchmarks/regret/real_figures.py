@@ -19,12 +19,16 @@ from benchmarks.regret.job import Job, Norms, Result
 from benchmarks.regret.real import (
     BATCH_SIZES,
     MIDDLE,
+    PLACEMENTS,
     RANKS,
     RealScale,
     batch_jobs,
+    batch_method,
     best_rate,
+    mean_loss,
     placement_jobs,
-    precision_jobs,
+    placement_method,
+    precision_pairs,
     rates,
     sweep_jobs,
 )
@@ -32,6 +36,7 @@ from benchmarks.regret.real import (
 # A difference in held-out loss (nats) that counts.
 VISIBLE = 0.02
 WIDEST = RANKS[-1]
+PLACES = {("attn",): "attention", ("mlp",): "MLP", ("attn", "mlp"): "both"}
 
 
 @dataclass(frozen=True)
@@ -74,7 +79,9 @@ def seeds_of(value: Callable[[int], float], scale: RealScale) -> Seeds:
 
 def runs_of(rank: int, results: Results, scale: RealScale, seed: int) -> dict[float, Result]:
     """Return a method's runs of one seed, by rate."""
-    return {lr: results[scale.job(rank, lr, seed)] for lr in rates(rank, results, scale)}
+    return {
+        lr: results[scale.job(rank, lr, seed)] for lr in rates(scale.method(rank), results, scale)
+    }
 
 
 def rate_figure(results: Results, scale: RealScale) -> Figure:
@@ -143,65 +150,69 @@ def _factor(ratio: Seeds, earlier: Mapping[str, Seeds]) -> Finding:
 
 def batch_figure(results: Results, scale: RealScale) -> Figure:
     """Figure 3: LoRA loses more than full fine-tuning does in large batches."""
-    jobs = batch_jobs(results, scale)
-
-    def loss(rank: int, size: int, seed: int) -> float:
-        return min(
-            results[job].final
-            for job in jobs
-            if (job.rank, job.batch_size, job.seed) == (rank, size, seed)
-        )
-
-    gap = {
-        size: seeds_of(lambda seed, s=size: loss(MIDDLE, s, seed) - loss(0, s, seed), scale)
+    best = {
+        (rank, size): _best_runs(batch_method(rank, size, scale), results, scale)
+        for rank in (0, MIDDLE)
         for size in BATCH_SIZES
     }
-    small, large = gap[BATCH_SIZES[0]], gap[BATCH_SIZES[-1]]
-    growth = Seeds(tuple(b - a for a, b in zip(small.values, large.values, strict=True)))
-    listed = ", ".join(f"batch {size} {found.said()}" for size, found in gap.items())
+    loss = {method: Seeds(tuple(run.final for run in of)) for method, of in best.items()}
+    gap = {size: _less(loss[MIDDLE, size], loss[0, size]) for size in BATCH_SIZES}
     return Figure(
         name="figure-3",
         title="Held-out loss by batch size, the same rows",
         x_label="rows in a batch",
         y_label=LOSS,
         log_x=True,
-        findings=[
-            Finding(
-                article="LoRA falls behind full fine-tuning as the batch grows (judged here by "
-                f"{VISIBLE} nats more)",
-                here=f"held-out loss of rank {MIDDLE} less that of full fine-tuning, each at its "
-                f"best rate: {listed}; from the smallest batch to the largest it grows by "
-                f"{growth.said()}",
-                holds=growth.within(VISIBLE, math.inf),
-            )
-        ],
+        findings=[_gap_by_batch(gap)],
         curves=[
             Curve(
                 label=_named(rank),
                 x=[float(size) for size in BATCH_SIZES],
-                seeds=[[loss(rank, size, seed) for size in BATCH_SIZES] for seed in scale.seeds],
+                seeds=[
+                    list(of)
+                    for of in zip(*(loss[rank, s].values for s in BATCH_SIZES), strict=True)
+                ],
             )
             for rank in (0, MIDDLE)
         ],
-        scale=scale_of(jobs),
+        scale=scale_of(batch_jobs(results, scale)),
+        text=_rates_by_batch(results, scale),
         numbers={"gap": {size: found.values for size, found in gap.items()}},
     )
 
 
+def _gap_by_batch(gap: Mapping[int, Seeds]) -> Finding:
+    growth = _less(gap[BATCH_SIZES[-1]], gap[BATCH_SIZES[0]])
+    listed = ", ".join(f"batch {size} {found.said()}" for size, found in gap.items())
+    return Finding(
+        article="LoRA falls behind full fine-tuning as the batch grows (judged here by "
+        f"{VISIBLE} nats more)",
+        here=f"held-out loss of rank {MIDDLE} less that of full fine-tuning, each at its best "
+        f"rate: {listed}; from the smallest batch to the largest it grows by {growth.said()}",
+        holds=growth.within(VISIBLE, math.inf),
+    )
+
+
+def _rates_by_batch(results: Results, scale: RealScale) -> str:
+    listed = "; ".join(
+        f"{_named(rank)} "
+        + ", ".join(
+            f"{best_rate(batch_method(rank, size, scale), results, scale):g} in batches of {size}"
+            for size in BATCH_SIZES
+        )
+        for rank in (0, MIDDLE)
+    )
+    return f"The rate with the least mean loss is, of {listed}.\n"
+
+
 def placement_figure(results: Results, scale: RealScale) -> Figure:
     """Figure 4: attention alone is worse than the MLP alone at the same size."""
-    jobs = placement_jobs(results, scale)
-    names = {("attn",): "attention", ("mlp",): "MLP", ("attn", "mlp"): "both"}
-
-    def best(targets: tuple[str, ...], seed: int) -> Result:
-        found = [results[job] for job in jobs if (job.targets, job.seed) == (targets, seed)]
-        return min(found, key=lambda result: result.final)
-
-    loss = {
-        name: seeds_of(lambda seed, t=targets: best(t, seed).final, scale)
-        for targets, name in names.items()
+    best = {
+        PLACES[targets]: _best_runs(placement_method(targets, scale), results, scale)
+        for targets in PLACEMENTS
     }
-    size = {name: best(targets, scale.seeds[0]).trainable for targets, name in names.items()}
+    loss = {name: Seeds(tuple(run.final for run in of)) for name, of in best.items()}
+    size = {name: of[0].trainable for name, of in best.items()}
     behind, gain = _less(loss["attention"], loss["MLP"]), _less(loss["MLP"], loss["both"])
     listed = ", ".join(f"{n} {loss[n].said()} ({size[n]:,} parameters)" for n in loss)
     return Figure(
@@ -222,18 +233,15 @@ def placement_figure(results: Results, scale: RealScale) -> Figure:
                 holds=gain.within(-math.inf, VISIBLE),
             ),
         ],
-        curves=[
-            curve_of(name, [best(targets, seed) for seed in scale.seeds], 4)
-            for targets, name in names.items()
-        ],
-        scale=scale_of(jobs),
+        curves=[curve_of(name, of, 4) for name, of in best.items()],
+        scale=scale_of(placement_jobs(results, scale)),
         numbers={"held_out": {n: found.values for n, found in loss.items()}, "parameters": size},
     )
 
 
 def early_figure(results: Results, scale: RealScale) -> Figure:
     """Figure 9: at first all ranks learn alike. The runs are those of the sweep."""
-    common = set.intersection(*(set(rates(rank, results, scale)) for rank in RANKS))
+    common = set.intersection(*(set(rates(scale.method(rank), results, scale)) for rank in RANKS))
     chosen = sorted(common)[:2]
     far = {
         lr: {
@@ -283,12 +291,12 @@ def norm_figure(results: Results, scale: RealScale) -> Figure:
     """Compare the spectral norms of A and B, which start at about 1 and at 0, at the end."""
 
     def at_best(rank: int, of: Callable[[Norms], float]) -> Seeds:
-        lr = best_rate(rank, results, scale)
+        lr = best_rate(scale.method(rank), results, scale)
         return seeds_of(lambda seed: of(_norms(results[scale.job(rank, lr, seed)])), scale)
 
     share = {rank: at_best(rank, lambda n: n.b_above_a) for rank in RANKS}
     listed = "; ".join(
-        f"rank {rank} at {best_rate(rank, results, scale):g}: "
+        f"rank {rank} at {best_rate(scale.method(rank), results, scale):g}: "
         f"A {at_best(rank, lambda n: n.a).said('.2f')}, "
         f"B {at_best(rank, lambda n: n.b).said('.2f')}, above A in "
         f"{share[rank].said('.0%')} of the modules, alpha / r B A "
@@ -324,7 +332,7 @@ def norm_figure(results: Results, scale: RealScale) -> Figure:
 
 def _by_the_rate(results: Results, scale: RealScale) -> str:
     """Say what higher rates do, as they decide how far B, which starts at zero, has come."""
-    top = {rank: rates(rank, results, scale)[-1] for rank in RANKS}
+    top = {rank: rates(scale.method(rank), results, scale)[-1] for rank in RANKS}
     listed = ", ".join(
         f"rank {rank} at {lr:g} "
         + seeds_of(
@@ -341,7 +349,7 @@ def _by_the_rate(results: Results, scale: RealScale) -> str:
 
 def precision_figure(results: Results, scale: RealScale) -> Figure:
     """Compare runs of the same rows, rates and start values in bf16 and in fp32."""
-    pairs = [(job, replace(job, precision=scale.precision)) for job in precision_jobs(scale)]
+    pairs = precision_pairs(scale)
     apart = [
         [abs(a - b) / b for a, b in zip(results[s].curve, results[p].curve, strict=True)]
         for p, s in pairs
@@ -409,6 +417,13 @@ def _norms(result: Result) -> Norms:
     return result.norms
 
 
+def _best_runs(method: Job, results: Results, scale: RealScale) -> list[Result]:
+    """Return of each seed the run at the rate that is best for it."""
+    grid = rates(method, results, scale)
+    by_seed = ([results[replace(method, lr=lr, seed=seed)] for lr in grid] for seed in scale.seeds)
+    return [min(of, key=lambda result: mean_loss([result])) for of in by_seed]
+
+
 def _less(first: Seeds, second: Seeds) -> Seeds:
     return Seeds(tuple(a - b for a, b in zip(first.values, second.values, strict=True)))
 
@@ -416,7 +431,7 @@ def _less(first: Seeds, second: Seeds) -> Seeds:
 def _by_rate(
     label: str, rank: int, results: Results, scale: RealScale, of: Callable[[Result], float]
 ) -> Curve:
-    grid = rates(rank, results, scale)
+    grid = rates(scale.method(rank), results, scale)
     seeds = [[of(runs_of(rank, results, scale, seed)[lr]) for lr in grid] for seed in scale.seeds]
     return Curve(label=label, x=list(grid), seeds=seeds)
 

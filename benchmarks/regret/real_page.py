@@ -12,22 +12,21 @@ from benchmarks.regret.job import HELD_OUT_ROWS, Job
 from benchmarks.regret.real import (
     RealScale,
     batch_jobs,
-    pairs,
     placement_jobs,
+    precision_jobs,
     sweep_jobs,
 )
 from benchmarks.regret.workers import run_all, stored
 
-# What a figure needs beside the sweep, and the figure of it.
-Experiment = tuple[
-    Callable[[Results, RealScale], list[Job]], Callable[[Results, RealScale], Figure]
-]
+JobsOf = Callable[[Results, RealScale], list[Job]]
+# The runs of a figure, and the figure of them and of the sweep.
+Experiment = tuple[JobsOf, Callable[[Results, RealScale], Figure]]
 # In the order of their runs.
 EXPERIMENTS: dict[str, Experiment] = {
     "2": (sweep_jobs, figures.rate_figure),
     "9": (sweep_jobs, figures.early_figure),
     "norms": (sweep_jobs, figures.norm_figure),
-    "precision": (lambda _, scale: pairs(scale), figures.precision_figure),
+    "precision": (lambda _, scale: precision_jobs(scale), figures.precision_figure),
     "4": (placement_jobs, figures.placement_figure),
     "3": (batch_jobs, figures.batch_figure),
 }
@@ -76,27 +75,26 @@ def stages(chosen: Sequence[str], results: Results, scale: RealScale) -> Iterato
 def _stages_of_text(
     chosen: Sequence[str], results: Results, scale: RealScale
 ) -> Iterator[list[Job]]:
-    # A grid grows until its best rate is none of its ends.
-    one = replace(scale, seeds=scale.seeds[:1])
-    while missing := [job for job in sweep_jobs(results, one) if job not in results]:
-        yield missing
-    if "precision" in chosen:
-        yield pairs(scale)
-    while missing := [job for job in sweep_jobs(results, scale) if job not in results]:
-        yield missing
-    for name, (jobs_of, _) in EXPERIMENTS.items():
-        if name in chosen:
-            yield jobs_of(results, scale)
+    for part in (replace(scale, seeds=scale.seeds[:1]), scale):
+        for name, (jobs_of, _) in EXPERIMENTS.items():
+            if name in chosen:
+                yield from _until_whole(jobs_of, results, part)
 
 
-def found(scale: RealScale, work: Path) -> tuple[Results, RealScale | None]:
-    """Return all results of the sweep on disk, and the scale with the seeds that have it whole."""
+def _until_whole(jobs_of: JobsOf, results: Results, scale: RealScale) -> Iterator[list[Job]]:
+    """Yield what is missing until results ask for no more: grids grow."""
+    while missing := [job for job in jobs_of(results, scale) if job not in results]:
+        yield missing
+
+
+def found(jobs_of: JobsOf, scale: RealScale, work: Path) -> tuple[Results, RealScale | None]:
+    """Return the results of runs on disk, and the scale with the seeds that have them whole."""
     results: Results = {}
-    while more := stored([j for j in sweep_jobs(results, scale) if j not in results], work):
+    while more := stored([j for j in jobs_of(results, scale) if j not in results], work):
         results |= more
     for number in range(len(scale.seeds), 0, -1):
         part = replace(scale, seeds=scale.seeds[:number])
-        if all(job in results for job in sweep_jobs(results, part)):
+        if all(job in results for job in jobs_of(results, part)):
             return results, part
     return results, None
 
@@ -106,13 +104,15 @@ def write(chosen: Sequence[str], scale: RealScale, work: Path, output: Path) -> 
 
     A figure has the seeds that are whole; one without any is named and left out.
     """
-    results, swept = found(scale, work)
+    swept, _ = found(sweep_jobs, scale, work)
     done = []
     for name in chosen:
         if name == REINFORCEMENT:
             figure = real_rl.figure(lambda jobs: stored(jobs, work), scale)
         else:
-            figure = swept and _figure(name, results, swept, work)
+            jobs_of, figure_of = EXPERIMENTS[name]
+            own, part = found(jobs_of, scale, work)
+            figure = part and figure_of(swept | own, part)
         if figure is None:
             print(f"{name}: left out, its runs are not complete", flush=True)
             continue
@@ -122,17 +122,6 @@ def write(chosen: Sequence[str], scale: RealScale, work: Path, output: Path) -> 
     report.save(done, folder, about(scale))
     report.write_page(output / "regret", output / "regret.md")
     return done
-
-
-def _figure(name: str, results: Results, swept: RealScale, work: Path) -> Figure | None:
-    jobs_of, figure_of = EXPERIMENTS[name]
-    for number in range(len(swept.seeds), 0, -1):
-        part = replace(swept, seeds=swept.seeds[:number])
-        jobs = jobs_of(results, part)
-        own = results | stored(jobs, work)
-        if all(job in own for job in jobs):
-            return figure_of(own, part)
-    return None
 
 
 def about(scale: RealScale) -> report.About:

@@ -2,7 +2,8 @@
 
 import logging
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from concurrent.futures import Future, ProcessPoolExecutor, as_completed
 from multiprocessing import get_context
 from pathlib import Path
 from time import monotonic
@@ -38,17 +39,27 @@ def run_all(
     ]
     bases = [base for base in dict.fromkeys(wanted) if not _base_file(folder, *base).exists()]
     if missing:
-        with get_context(start_method).Pool(workers, _start_worker, (hf_model is None,)) as pool:
-            pool.starmap(_pretrain, [(folder, *base) for base in bases], chunksize=1)
-            done = pool.imap_unordered(_run, [(folder, job, hf_model) for job in missing])
-            began = monotonic()
-            for number, job in enumerate(done, start=1):
-                left = (monotonic() - began) / number * (len(missing) - number)
-                print(
-                    f"run {number}/{len(missing)}: {_label(job)}; {left / 60:.0f} minutes left",
-                    flush=True,
-                )
+        pool = ProcessPoolExecutor(
+            workers, get_context(start_method), _start_worker, (hf_model is None,)
+        )
+        try:
+            for pretrained in [pool.submit(_pretrain, folder, *base) for base in bases]:
+                pretrained.result()
+            futures = [pool.submit(_run, folder, job, hf_model) for job in missing]
+            _tell(as_completed(futures), len(futures))
+        finally:
+            pool.shutdown(cancel_futures=True)
     return stored(jobs, folder)
+
+
+def _tell(done: Iterator[Future[Job]], number: int) -> None:
+    """Print each run as it ends, and about how long the others will take."""
+    began = monotonic()
+    for at, run in enumerate(done, start=1):
+        left = (monotonic() - began) / at * (number - at)
+        print(
+            f"run {at}/{number}: {_label(run.result())}; {left / 60:.0f} minutes left", flush=True
+        )
 
 
 def stored(jobs: Sequence[Job], folder: Path) -> dict[Job, Result]:
@@ -94,8 +105,7 @@ def _pretrain(folder: Path, base: Base, steps: int) -> None:
     path.with_suffix(".tmp").replace(path)
 
 
-def _run(task: tuple[Path, Job, Path | None]) -> Job:
-    folder, job, hf_model = task
+def _run(folder: Path, job: Job, hf_model: Path | None) -> Job:
     if job.base == "pretrained":
         from benchmarks.regret import answers, pretrained
 
