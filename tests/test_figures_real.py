@@ -2,13 +2,15 @@
 
 import json
 import math
+import os
 from collections.abc import Callable, Sequence
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
-from benchmarks.regret import real, real_figures, real_page, report
+from benchmarks.regret import real, real_figures, real_page, report, workers
 from benchmarks.regret.experiments import Figure, Results
 from benchmarks.regret.job import Job, Norms, Result
 from benchmarks.regret.real import RANKS, RealScale
@@ -231,6 +233,32 @@ def test_a_run_that_lost_its_numbers_leaves_json_that_others_can_read(tmp_path: 
     report.save([broken], tmp_path, report.About(title="", text=""))
     text = (tmp_path / "figure-2.json").read_text()
     assert json.loads(text, parse_constant=pytest.fail)["curves"][0]["seeds"][0][0] is None
+
+
+def killed(folder: Path, job: Job, hf_model: Path | None) -> Job:
+    """End as a worker does that the kernel kills for its memory."""
+    os._exit(137)
+
+
+def refused(folder: Path, job: Job, hf_model: Path | None) -> Job:
+    """Leave a file, and fail."""
+    (folder / str(job.seed)).touch()
+    raise ValueError("no such model")
+
+
+@pytest.mark.parametrize(
+    ("run", "error"), [(killed, BrokenProcessPool), (refused, ValueError)], ids=["killed", "failed"]
+)
+def test_a_worker_that_ends_badly_ends_the_run(
+    run: Callable[..., Job], error: type[Exception], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A pool that waits for a killed worker waits for ever; one that goes on hides the failure."""
+    monkeypatch.setattr(workers, "_run", run)
+    monkeypatch.setattr(workers, "_start_worker", abs)
+    jobs = [Job(lr=1e-3, seed=seed, base="pretrained") for seed in range(20)]
+    with pytest.raises(error):
+        workers.run_all(jobs, tmp_path, 1, "fork")
+    assert len(list(tmp_path.iterdir())) < len(jobs)
 
 
 def test_toy_runs_keep_their_names() -> None:
