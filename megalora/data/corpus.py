@@ -10,6 +10,7 @@ import ast
 import hashlib
 import sysconfig
 from collections.abc import Iterable, Iterator
+from functools import cache
 from pathlib import Path
 from typing import NamedTuple
 
@@ -73,7 +74,7 @@ def docstring_rows(split: str = "train", root: Path | None = None) -> list[dict[
     _check_split(split)
     return [
         {"prompt": _question(docstring), "completion": docstring.answer}
-        for docstring in questions(read_modules(root or _library()))
+        for docstring in (questions(read_modules(root)) if root else _own_questions())
         if _is_held_out(docstring.name, "docstrings") == (split == "validation")
     ]
 
@@ -171,6 +172,12 @@ def _is_held_out(name: str, corpus: str) -> bool:
 
 def _key(answer: str) -> str:
     return answer.casefold().rstrip(".")
+
+
+@cache
+def _own_questions() -> list[Docstring]:
+    """Return `questions` of this Python's library: both splits are of one reading, of seconds."""
+    return questions(read_modules(_library()))
 
 
 def _library() -> Path:
