@@ -226,6 +226,13 @@ def test_the_page_has_complete_figures_beside_those_of_the_other_scale(
     assert json.loads((docs / "regret/tiny/figure-2.json").read_text())["verdicts"]
 
 
+def test_the_page_names_the_command_that_ran_more_seeds() -> None:
+    assert "`make figures MODEL=tiny` ran" in real_page.about(SCALE).text
+    more = real_page.about(replace(SCALE, seeds=(0, 1, 2))).text
+    assert '`make figures MODEL=tiny FIGURES="--seeds 3"` ran' in " ".join(more.split())
+    assert "as many of these 3 seeds" in " ".join(more.split())
+
+
 def test_a_run_that_lost_its_numbers_leaves_json_that_others_can_read(tmp_path: Path) -> None:
     figure = real_figures.rate_figure(swept(ten_times), SCALE)
     curve = replace(figure.curves[0], seeds=[[math.nan] * len(figure.curves[0].x)])

@@ -34,7 +34,7 @@ REINFORCEMENT = "6"
 KNOWN = (*EXPERIMENTS, REINFORCEMENT)
 TITLES = {"smollm2": "SmolLM2-135M-Instruct"}
 TEXT = """\
-`make figures MODEL={model}` ran this on {{date}} with {{versions}}.
+`make figures MODEL={model}{more}` ran this on {{date}} with {{versions}}.
 
 A pretrained model, {title}, learns what the functions and classes of Python's standard library do:
 `--dataset stdlib-docstrings` of the examples, a question and its answer in the model's own tokens,
@@ -53,8 +53,9 @@ an adapter on it changes the logits and not the embedding.
 A method's grid of rates starts with three, half a decade apart, and grows where its best rate is
 one of its ends. A number stands before those of its seeds, in brackets. A verdict is given where
 the mean, more or less twice its standard error over seeds, lies on one side of the limit; with one
-seed there is none, and where that stays open it says so.
+seed there is none, and where that stays open it says so.{seeds}
 """
+FEWER = " A figure has as many of these {number} seeds as have run whole."
 
 
 def run(chosen: Sequence[str], scale: RealScale, hf_model: Path, work: Path, workers: int) -> None:
@@ -126,9 +127,12 @@ def write(chosen: Sequence[str], scale: RealScale, work: Path, output: Path) -> 
 
 def about(scale: RealScale) -> report.About:
     """Describe the model and its runs."""
-    title = TITLES.get(scale.model, scale.model)
+    title, number = TITLES.get(scale.model, scale.model), len(scale.seeds)
+    is_default = number == len(RealScale(model=scale.model).seeds)
     text = TEXT.format(
         model=scale.model,
+        more="" if is_default else f' FIGURES="--seeds {number}"',
+        seeds="" if is_default else FEWER.format(number=number),
         title=title,
         seq_length=scale.seq_length,
         steps=scale.steps,
