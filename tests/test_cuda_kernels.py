@@ -16,6 +16,7 @@ import pytest
 import torch
 from torch.utils.cpp_extension import include_paths, library_paths
 
+from megalora.built import read_built
 from megalora.ops import Ops, reference
 from megalora.ops.fused import load
 from tests.support.op_cases import (
@@ -189,6 +190,34 @@ def test_no_kernel_spills_registers(cuobjdump: str) -> None:
     assert len(kernels) % 3 == 0, "three architectures"
     assert len(kernels) >= 3 * 40
     assert {(stack, local) for _, stack, local in usage} == {("0", "0")}
+
+
+# What compiles, and does nothing, for another architecture than its own.
+EMPTY = 4
+
+
+def test_registers_are_those_of_the_written_table(cuobjdump: str) -> None:
+    """More of them are fewer blocks on a multiprocessor: a change of that is to be seen."""
+    about = read_built(ROOT / "megalora/_C.so")
+    if about is None or about.cuda // 10 != 1300:
+        pytest.skip("the table is of nvcc 13.0: another compiler gives other numbers")
+    page = (ROOT / "docs/ops.md").read_text()
+    rows = re.findall(
+        r"^\| `(\w+_kernel)`[^|]*\| (\d*) ?\| (\d*) ?\| (\d*) ?\|$", page, re.MULTILINE
+    )
+    names = ("sm_80", "sm_90a", "sm_100a")
+    written = {
+        (kernel, name): int(count)
+        for kernel, *counts in rows
+        for name, count in zip(names, counts, strict=True)
+        if count
+    }
+    built: dict[tuple[str, str], int] = {}
+    for part in dump(cuobjdump, "-res-usage").split("\narch = ")[1:]:
+        for kernel, count in re.findall(r"Function \S*?\d([a-z_]+_kernel)\S*:\n\s+REG:(\d+)", part):
+            place = (kernel, part.split()[0])
+            built[place] = max(built.get(place, 0), int(count))
+    assert {place: count for place, count in built.items() if count > EMPTY} == written
 
 
 @pytest.mark.parametrize("architecture", ["sm_80", "sm_90a", "sm_100a"])
