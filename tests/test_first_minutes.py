@@ -234,7 +234,7 @@ def megatron(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str],
 
     def put(text: str) -> Path:
         (tmp_path / "package_info.py").write_text(text)
-        monkeypatch.setattr(installed, "_directory_of", lambda module: tmp_path)
+        monkeypatch.setattr(installed, "place_of", lambda module: tmp_path)
         return tmp_path
 
     return put
@@ -262,7 +262,7 @@ def test_a_known_newer_or_silent_megatron_is_looked_at_where_it_is_replaced(
 @WRONG
 def test_a_missing_megatron_is_named(missing: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(
-        installed, "_directory_of", lambda module: None if module == missing else Path("x")
+        installed, "place_of", lambda module: None if module == missing else Path("x")
     )
     with pytest.raises(
         ValueError, match=f"{missing} is not installed for this Python: pip install"
@@ -271,7 +271,7 @@ def test_a_missing_megatron_is_named(missing: str, monkeypatch: pytest.MonkeyPat
 
 
 def test_the_megatron_that_is_installed_here_is_known() -> None:
-    assert installed._directory_of("megatron.core")
-    assert installed._directory_of("megatron.none") is None
-    assert installed._directory_of("no_such_package.core") is None
+    assert installed.place_of("megatron.core")
+    assert installed.place_of("megatron.none") is None
+    assert installed.place_of("no_such_package.core") is None
     installed.check_megatron()

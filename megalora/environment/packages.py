@@ -1,12 +1,10 @@
 """The packages that matter to a run: which are here, where, and what a missing one would give."""
 
 import importlib.metadata
-import importlib.util
-import re
 from collections.abc import Iterable
-from pathlib import Path
 from typing import NamedTuple
 
+from megalora.installed import place_of, version_in
 from megalora.printable import printable
 
 
@@ -75,13 +73,15 @@ def describe(package: Package) -> dict[str, object]:
     if not package.module:
         return {**found, "version": _version(package.names)}
     try:
-        place = _place(package.module)
+        place = place_of(package.module)
     except Exception as error:  # whatever a stranger's module does where it is looked for
         return {**found, "version": None, "problem": printable(error)}
     version = _version(package.names)
     if place is None:
         return {**found, "version": None, **_gone(version)}
-    found |= {"version": version or _written_in(place), "place": str(place)}
+    # A checkout of Megatron says its own, which pip knows nothing of.
+    written = ".".join(map(str, version_in(place)))
+    found |= {"version": version or written or "of unknown version", "place": str(place)}
     if package.module == "apex" and not (place / "multi_tensor_apply").is_dir():
         found["problem"] = "this is not NVIDIA's apex but another project of that name: remove it"
     return found
@@ -92,17 +92,6 @@ def _gone(version: str | None) -> dict[str, str]:
     return {} if version is None else {"problem": problem}
 
 
-def _place(module: str) -> Path | None:
-    try:
-        spec = importlib.util.find_spec(module)
-    except ModuleNotFoundError:
-        return None
-    if spec is None:
-        return None
-    places = list(spec.submodule_search_locations or [spec.origin or "unknown"])
-    return Path(places[0])
-
-
 def _version(names: Iterable[str]) -> str | None:
     for name in names:
         try:
@@ -110,11 +99,3 @@ def _version(names: Iterable[str]) -> str | None:
         except Exception:  # not there, or its metadata is damaged
             continue
     return None
-
-
-def _written_in(place: Path) -> str:
-    """Return the version that a checkout of Megatron says, which pip knows nothing of."""
-    file = place / "package_info.py"
-    text = file.read_text(errors="replace") if file.is_file() else ""
-    found = dict(re.findall(r"^(MAJOR|MINOR|PATCH) = (\d+)$", text, re.MULTILINE))
-    return ".".join(found.values()) if len(found) == 3 else "of unknown version"
