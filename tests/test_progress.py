@@ -1,11 +1,16 @@
 """Long work says how far it is: on a terminal in one line, in a log now and then."""
 
 import io
+import json
 import time
+from pathlib import Path
+from typing import Any, ClassVar
 
 import pytest
 
 from megalora import progress
+from megalora.data import preferences, prompts
+from megalora.data.tokenizers import ByteTokenizer, encoder_for
 from megalora.progress import Progress
 
 
@@ -84,3 +89,36 @@ def test_what_is_known_is_said(total: int | None, done: int, line: str) -> None:
     for _ in range(done):
         loading.add()
     assert loading.line(8.0) == line
+
+
+class Noted(Progress):
+    """What was said to be done, and how much of how much was."""
+
+    notes: ClassVar[list[tuple[str, int, int | None]]] = []
+
+    def __exit__(self, *error: Any) -> None:
+        """Note it."""
+        super().__exit__(*error)
+        self.notes.append((self.what, self.done, self.total))
+
+
+def test_long_data_of_every_kind_says_how_far_it_is(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Preferences, and prompts of reinforcement learning: both are encoded whole at the start."""
+    monkeypatch.setattr(Noted, "notes", [])
+    monkeypatch.setattr(preferences, "Progress", Noted)
+    monkeypatch.setattr(prompts, "Progress", Noted)
+    rows = [
+        {"prompt": f"Who is {n}?", "chosen": " I.", "rejected": " You.", "answer": n}
+        for n in range(10)
+    ]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    dataset, encoder = str(tmp_path / "rows.jsonl"), encoder_for(ByteTokenizer())
+    preferences.load_preferences(dataset, encoder, 64, valid_fraction=0.2)
+    prompts.load_prompts(dataset, encoder, max_length=64, seed=0)
+    assert Noted.notes == [
+        ("encoding the train pairs", 8, 8),
+        ("encoding the valid pairs", 2, 2),
+        ("encoding the prompts", 10, 10),
+    ]

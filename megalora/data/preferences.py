@@ -17,6 +17,7 @@ from megalora.data.pairs import ANSWERS, read_pair, shared
 from megalora.data.rows import files_left_out, load_rows
 from megalora.data.sources import Rows
 from megalora.data.tokenizers import Encoder, Tokens
+from megalora.progress import Progress
 
 
 class Pair(NamedTuple):
@@ -94,9 +95,13 @@ def load_preferences(
     unused: set[str] = set()
     found = []
     for name, own in (("train", rows), ("valid", held_out)):
-        found.append(own and gather_pairs(encode_pairs(own, encoder, unused), dataset, seq_length))
-        if own:
-            log(_describe(name, found[-1]))
+        if own is None:
+            found.append(None)
+            continue
+        with Progress(f"encoding the {name} pairs", len(own), "rows") as progress:
+            pairs = encode_pairs(own, encoder, unused, progress.add)
+            found.append(gather_pairs(pairs, dataset, seq_length))
+        log(_describe(name, found[-1]))
     notes = [f"nothing is made of {sorted(unused)}"] if unused else []
     notes += [f"not read: {left}"] if (left := files_left_out(dataset)) else []
     notes += [f"{number} {note}" for note, number in encoder.notes.items()]
@@ -106,14 +111,18 @@ def load_preferences(
 
 
 def encode_pairs(
-    rows: Sequence[Row], encoder: Encoder, unused: set[str] | None = None
+    rows: Sequence[Row],
+    encoder: Encoder,
+    unused: set[str] | None = None,
+    progress: Callable[[], object] | None = None,
 ) -> Iterator[Pair]:
     """Yield the whole pair of each row.
 
     The answer's tokens are those of what the assistant says, and what the template writes behind
     its last answer, which TRL counts too. Where prompt and answer merge into a token that the two
     answers do not share, it belongs to both answers. unused: receives the names of columns that no
-    token comes from. Raises ValueError with the place of a row that holds no preference.
+    token comes from. progress: called after each row. Raises ValueError with the place of a row
+    that holds no preference.
     """
     for number in range(len(rows)):
         place = rows.where(number) if isinstance(rows, Rows) else f"row {number}"
@@ -126,6 +135,8 @@ def encode_pairs(
         if unused is not None:
             used = {"prompt", *ANSWERS, *(CHAT_COLUMNS if contents[0].chat else ())}
             unused |= {name for name, value in row.items() if value is not None} - used
+        if progress is not None:
+            progress()
         yield _from_where_they_part(chosen, rejected)
 
 

@@ -11,6 +11,7 @@ from megalora.data.examples import hold_out
 from megalora.data.rows import load_rows
 from megalora.data.sources import Rows
 from megalora.data.tokenizers import Encoder
+from megalora.progress import Progress
 
 
 class Prompt(NamedTuple):
@@ -40,11 +41,13 @@ class Prompts(Sequence[Prompt]):
         self.rows, self.encoder, self.max_length = rows, encoder, max_length
         stops: dict[bool, set[int]] = {}
         digest = hashlib.blake2b(digest_size=8)
-        for number in range(len(rows)):
-            content, prompt = self._read(number)
-            digest.update(repr((prompt.tokens, prompt.answer)).encode())
-            if isinstance(content, str) not in stops:
-                stops[isinstance(content, str)] = encoder.stops(content)
+        with Progress("encoding the prompts", len(rows), "rows") as progress:
+            for number in range(len(rows)):
+                content, prompt = self._read(number)
+                digest.update(repr((prompt.tokens, prompt.answer)).encode())
+                if isinstance(content, str) not in stops:
+                    stops[isinstance(content, str)] = encoder.stops(content)
+                progress.add()
         self.digest = digest.hexdigest()
         self.stop = tuple(sorted(set().union(*stops.values())))
 
