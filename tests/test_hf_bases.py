@@ -20,7 +20,7 @@ from megalora.hf.weights import Weights
 from megalora.model.config_json import model_shape, read_config
 from megalora.model.megatron import megatron_args
 from megalora.model.presets import named_shape
-from megalora.model.rope import rope
+from megalora.model.rope import Yarn, rope
 from tests.support import fp8, hf_bases
 from tests.support.hf_bases import LLAMA3
 from tests.support.hf_models import hf_model, logits, merged, random_factors, transformers
@@ -373,6 +373,7 @@ def test_a_field_without_a_number_means_what_it_means_to_transformers(family, fi
 
 
 YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 16}
+LONG = {"rope_type": "longrope", "factor": 4.0}
 PLAIN = {"rope_type": "default", "rope_theta": 7e5}
 
 
@@ -387,8 +388,12 @@ PLAIN = {"rope_type": "default", "rope_theta": 7e5}
         {"rope_parameters": PLAIN, "rope_scaling": {}},
         {"rope_parameters": None, "rope_scaling": {**LLAMA3, "rope_theta": 9e5}},
         {"rope_parameters": {k: v for k, v in LLAMA3.items() if not k.startswith("original")}},
+        {"rope_scaling": YARN},
+        {"rope_parameters": {**PLAIN, **YARN}},
+        # As the cards of Qwen's models say.
+        {"rope_scaling": {"type": "yarn", **{k: v for k, v in YARN.items() if k != "rope_type"}}},
     ],
-    ids=range(7),
+    ids=range(10),
 )
 def test_the_rotary_embedding_is_that_of_transformers(fields, theta):
     config = {**SIZES, "model_type": "llama", **fields, **theta}
@@ -398,13 +403,16 @@ def test_the_rotary_embedding_is_that_of_transformers(fields, theta):
     ours = rope(config)
     assert ours.theta == theirs["rope_theta"]
     assert ours.factor == (theirs["factor"] if theirs["rope_type"] == "llama3" else 1.0)
+    if ours.yarn or theirs["rope_type"] == "yarn":
+        name = "original_max_position_embeddings"
+        assert ours.yarn == Yarn(factor=theirs["factor"], **{name: theirs[name]})
 
 
 @NUMBERS
 @pytest.mark.parametrize(
     ("fields", "sentence"),
     [
-        ({"rope_parameters": PLAIN, "rope_scaling": YARN}, "rope_type is 'yarn' in rope_scaling"),
+        ({"rope_parameters": PLAIN, "rope_scaling": LONG}, "'longrope' in rope_scaling"),
         ({"rope_scaling": {"type": "linear", "factor": 2.0}}, "'linear' in rope_scaling"),
         ({"rope_parameters": {"full_attention": PLAIN}}, "rope_parameters has an embedding for"),
         ({"partial_rotary_factor": 0.5}, "partial_rotary_factor is 0.5"),

@@ -20,7 +20,7 @@ from megalora.training.flags import with_hf_flags
 from tests.support.sizes import RUN, TINY_GLM, TINY_LLAMA, TINY_MOE, TINY_QWEN2_MOE
 
 QWEN3 = {**TINY_LLAMA, "model_type": "qwen3"}
-YARN = {"rope_type": "yarn", "factor": 4.0}
+LONG = {"rope_type": "longrope", "factor": 4.0}
 MAPPED = [
     TINY_LLAMA,
     {**TINY_LLAMA, "tie_word_embeddings": True},
@@ -49,7 +49,7 @@ SIZES_ALONE = [
     ({**TINY_GLM, "topk_group": 1}, "topk_group is 1 of 4 with num_experts_per_tok 4"),
     ({**TINY_GLM, "n_group": "4"}, "n_group is '4'"),
     ({**TINY_GLM, "routed_scaling_factor": -1}, "routed_scaling_factor is -1"),
-    ({**TINY_LLAMA, "rope_scaling": YARN}, "rope_type is 'yarn'"),
+    ({**TINY_LLAMA, "rope_scaling": LONG}, "rope_type is 'longrope'"),
     ({**TINY_LLAMA, "rope_scaling": "yarn"}, "rope_scaling is 'yarn': must be an object"),
 ]
 IMPOSSIBLE = [

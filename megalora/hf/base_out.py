@@ -147,8 +147,10 @@ def _family_fields(chunk: "GPTModel", family: Family) -> dict[str, Any]:
         fields |= latent_fields(cast("MLATransformerConfig", built), yarn_of(chunk))
     else:
         fields["head_dim"] = built.kv_channels
-        if "yarn" in family.rope_scalings:
-            fields |= yarn_fields(rope_theta(chunk), yarn_of(chunk))
+        yarn = yarn_of(chunk)
+        # Where config.json says nothing, transformers may scale.
+        if yarn or "rope_parameters" in family.defaults:
+            fields |= yarn_fields(rope_theta(chunk), yarn)
     if family.delta_net:
         fields |= delta_fields(built)
     if family.prediction_field:

@@ -334,6 +334,7 @@ def test_training_goes_on_from_an_adapter_that_peft_trained(
 
 MODEL_TYPES = {
     "llama-tied": "llama",
+    "llama-yarn": "llama",
     "mistral": "mistral",
     "mistral-without-window": "mistral",
     "mixtral": "mixtral",
@@ -349,6 +350,7 @@ MODEL_TYPES = {
     "gpt_oss": "gpt_oss",
     "gpt_oss-plain": "gpt_oss",
     "qwen3_moe-mixed": "qwen3_moe",
+    "qwen3_moe-yarn": "qwen3_moe",
     "nemotron_h": "nemotron_h",
     "nemotron_h-dense": "nemotron_h",
     "nemotron_h-latent": "nemotron_h",

@@ -26,15 +26,18 @@ ONE = Layout()
 CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "llama": ("llama", {}),
     "llama-tied": ("llama", {"tied": True}),
+    "llama-yarn": ("llama", {"rope_parameters": hf_models.YARN}),
     "mistral": ("mistral", {}),
     "mistral-without-window": ("mistral", {"sliding_window": None}),
     "phi3": ("phi3", {"sliding_window": None}),
     "mixtral": ("mixtral", {}),
     "mixtral-window": ("mixtral", {"sliding_window": 3}),
     "qwen2": ("qwen2", {}),
+    "qwen2-yarn": ("qwen2", {"rope_parameters": {**hf_models.YARN, "mscale": 0.7}}),
     "qwen2_moe": ("qwen2_moe", {"norm_topk_prob": False}),
     "qwen3": ("qwen3", {"tied": True}),
     "qwen3_moe": ("qwen3_moe", {}),
+    "qwen3_moe-yarn": ("qwen3_moe", {"rope_parameters": hf_models.YARN}),
     "qwen3_moe-mixed": ("qwen3_moe", {"mlp_only_layers": [0], "norm_topk_prob": False}),
     "glm4_moe": ("glm4_moe", {}),
     "glm4_moe-plain": (
@@ -85,6 +88,7 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "qwen3_5_text": ("qwen3_5_text", {"tied": True}),
     "qwen2_5_vl": ("qwen2_5_vl", {}),
     "qwen3_vl": ("qwen3_vl", {"tied": True}),
+    "qwen3_vl-yarn": ("qwen3_vl", {"rope_parameters": hf_models.YARN}),
     "mistral3": ("mistral3", {"sliding_window": 3}),
     # Parts of multimodal directories, as they are published, and by themselves.
     "qwen3_5_moe": ("qwen3_5_moe", {}),
@@ -280,7 +284,17 @@ def test_a_wrong_base_weight_shows_in_the_logits(layout: Layout) -> None:
 
 @pytest.mark.parametrize(
     "case",
-    ["llama", "llama-tied", "mistral", "mixtral", "qwen2", "qwen2_moe", "qwen3_moe", "glm4_moe"]
+    [
+        "llama",
+        "llama-tied",
+        "llama-yarn",
+        "mistral",
+        "mixtral",
+        "qwen2",
+        "qwen2_moe",
+        "qwen3_moe",
+        "glm4_moe",
+    ]
     + ["deepseek_v3", "deepseek_v3-plain", "qwen3_next", "qwen3_5_text", "qwen3_5_moe", "qwen3_vl"]
     + ["gpt_oss", "nemotron_h", "phi3"],
 )

@@ -75,6 +75,16 @@ _DELTA = {
     # Two of 16 tokens' frequencies.
     "rope_parameters": {"rope_type": "default", "rope_theta": 100.0, "partial_rotary_factor": 0.25},
 }
+# Of eight frequencies three are kept, two are mixed and three divided.
+YARN = {
+    "rope_type": "yarn",
+    "rope_theta": 100.0,
+    "factor": 8.0,
+    "truncate": False,
+    "original_max_position_embeddings": 8,
+    "beta_fast": 1.0,
+    "beta_slow": 0.1,
+}
 _ROUTERS = ("mlp.gate.weight", "mixer.gate.weight", "mlp.router.weight")
 _COMMON = {
     "hidden_size": HIDDEN,
@@ -131,7 +141,7 @@ def hf_config(
 
 def _vision_language(family: str, fields: dict[str, object]) -> transformers.PretrainedConfig:
     """Return a model of texts and images: features of its embedding turn by rows and columns."""
-    rope = {"rope_type": "default", "rope_theta": 100.0}
+    rope, scaling = {"rope_type": "default", "rope_theta": 100.0}, fields.get("rope_parameters", {})
     kind = transformers.AutoConfig.for_model(family).__class__
     if family == "mistral3":
         fields["model_type"], vision = "mistral", {**_PIXTRAL, "hidden_size": 16}
@@ -142,7 +152,7 @@ def _vision_language(family: str, fields: dict[str, object]) -> transformers.Pre
         rope |= {"mrope_section": [1, 1, 2]}
         fields["head_dim"] = HIDDEN // HEADS
         vision = {**_VISION, "fullatt_block_indexes": [0]}
-    text = {**fields, "rope_parameters": rope}
+    text = {**fields, "rope_parameters": {**rope, **scaling}}
     return kind(
         text_config=text, vision_config=vision, tie_word_embeddings=fields["tie_word_embeddings"]
     )
@@ -163,10 +173,7 @@ def _experts_config(family: str, fields: dict[str, object]) -> transformers.Pret
         return transformers.Glm4MoeConfig(**{**own, **fields, "num_experts_per_tok": 4})
     if family == "gpt_oss":
         own = {"num_local_experts": NUM_EXPERTS, "swiglu_limit": 0.4, "sliding_window": 3}
-        # Of eight frequencies three are kept, two are mixed and three divided.
-        yarn = {"rope_type": "yarn", "rope_theta": 100.0, "factor": 8.0, "truncate": False}
-        begin = {"original_max_position_embeddings": 8, "beta_fast": 1.0, "beta_slow": 0.1}
-        own |= {"rope_parameters": {**yarn, **begin}}
+        own |= {"rope_parameters": YARN}
         return transformers.GptOssConfig(**{**own, **fields, "intermediate_size": MOE_FFN})
     if family == "deepseek_v3":
         own = _deepseek_v3()

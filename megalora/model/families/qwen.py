@@ -4,6 +4,7 @@ from megalora.model.decoder_names import DECODER
 from megalora.model.family import Experts, Family, Names, Rate
 
 RATE = Rate("qwen", 0.0775)
+SCALINGS = ("llama3", "yarn")
 ONE_SHARED = {
     **DECODER,
     "mlp.shared_experts.linear_fc1": ("mlp.shared_expert.gate_proj", "mlp.shared_expert.up_proj"),
@@ -16,6 +17,7 @@ FAMILIES = (
         model_type="qwen2",
         architecture="Qwen2ForCausalLM",
         rate=RATE,
+        rope_scalings=SCALINGS,
         qkv_bias=True,
         defaults={"num_key_value_heads": 32, "max_position_embeddings": 32768},
         refused={"use_sliding_window": False},
@@ -24,6 +26,7 @@ FAMILIES = (
         model_type="qwen2_moe",
         architecture="Qwen2MoeForCausalLM",
         rate=RATE,
+        rope_scalings=SCALINGS,
         names=Names(modules=ONE_SHARED, experts_by_parameters=True),
         qkv_bias=True,
         qkv_bias_field="qkv_bias",
@@ -35,6 +38,7 @@ FAMILIES = (
         model_type="qwen3",
         architecture="Qwen3ForCausalLM",
         rate=RATE,
+        rope_scalings=SCALINGS,
         qk_norm=True,
         qkv_bias_field="attention_bias",
         defaults={
@@ -48,6 +52,7 @@ FAMILIES = (
         model_type="qwen3_moe",
         architecture="Qwen3MoeForCausalLM",
         rate=RATE,
+        rope_scalings=SCALINGS,
         qk_norm=True,
         qkv_bias_field="attention_bias",
         experts=Experts(),
