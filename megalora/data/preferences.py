@@ -93,21 +93,26 @@ def load_preferences(
     elif valid_fraction:
         rows, held_out = hold_out(rows, valid_fraction, seed)
     unused: set[str] = set()
-    found = []
-    for name, own in (("train", rows), ("valid", held_out)):
-        if own is None:
-            found.append(None)
-            continue
+
+    def encoded(name: str, own: Rows) -> Preferences:
         with Progress(f"encoding the {name} pairs", len(own), "rows") as progress:
             pairs = encode_pairs(own, encoder, unused, progress.add)
-            found.append(gather_pairs(pairs, dataset, seq_length))
-        log(_describe(name, found[-1]))
+            found = gather_pairs(pairs, dataset, seq_length)
+        log(_describe(name, found))
+        return found
+
+    trained_on = encoded("train", rows)
+    valid = None if held_out is None else encoded("valid", held_out)
+    if notes := _notes(dataset, unused, encoder):
+        log(f"WARNING: dataset {dataset}: {'; '.join(notes)}")
+    return trained_on, valid
+
+
+def _notes(dataset: str, unused: set[str], encoder: Encoder) -> list[str]:
+    """Say what of a dataset is not trained on."""
     notes = [f"nothing is made of {sorted(unused)}"] if unused else []
     notes += [f"not read: {left}"] if (left := files_left_out(dataset)) else []
-    notes += [f"{number} {note}" for note, number in encoder.notes.items()]
-    if notes:
-        log(f"WARNING: dataset {dataset}: {'; '.join(notes)}")
-    return found[0], found[1]
+    return [*notes, *(f"{number} {note}" for note, number in encoder.notes.items())]
 
 
 def encode_pairs(
