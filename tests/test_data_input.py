@@ -158,6 +158,7 @@ def test_a_second_dataset_is_refused(jsonl: str, capsys: pytest.CaptureFixture[s
 def parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser()
     parser.add_argument("--tokenizer-type")
+    parser.add_argument("--vocab-size", type=int)
     return add_data_args(parser)
 
 
@@ -165,6 +166,14 @@ def test_megatron_is_given_a_vocabulary_for_the_byte_tokenizer() -> None:
     args = parser().parse_args(["--byte-tokenizer"])
     assert (args.tokenizer_type, args.vocab_size) == ("NullTokenizer", 262)
     assert isinstance(tokenizer_from_args(args), ByteTokenizer)
+
+
+def test_the_byte_tokenizer_keeps_a_larger_vocabulary_of_the_base() -> None:
+    """The flags of --hf-model come first; with fewer rows its weights would not load."""
+    args = parser().parse_args(["--vocab-size", "512", "--byte-tokenizer"])
+    assert args.vocab_size == 512
+    args = parser().parse_args(["--vocab-size", "100", "--byte-tokenizer"])
+    assert args.vocab_size == 262
 
 
 def test_without_the_flag_the_tokenizer_is_megatrons() -> None:

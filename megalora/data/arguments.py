@@ -32,7 +32,8 @@ class _ByteTokenizer(argparse.Action):
         """Store the choice."""
         namespace.byte_tokenizer = True
         namespace.tokenizer_type = "NullTokenizer"
-        namespace.vocab_size = ByteTokenizer.vocab_size
+        # That of --hf-model comes first on a command line.
+        namespace.vocab_size = max(namespace.vocab_size or 0, ByteTokenizer.vocab_size)
         namespace.null_tokenizer_eod_id = ByteTokenizer.eos
         namespace.null_tokenizer_pad_id = ByteTokenizer.pad
 
