@@ -68,6 +68,13 @@ def test_a_grid_grows_until_its_best_rate_is_none_of_its_ends() -> None:
     assert real.best_rate(SCALE.method(0), results, SCALE) == 1e-5
 
 
+def test_a_grid_grows_where_one_seed_asks_for_it() -> None:
+    """Its best rate is read between the rates of the grid, as that of the others is."""
+    results = swept(lambda job: 3e-3 if job.rank and job.seed else ten_times(job))
+    assert real.rates(SCALE.method(16), results, SCALE) == (3e-4, 1e-3, 3e-3, 1e-2)
+    assert real.best_rate(SCALE.method(16), results, SCALE) == 3e-3
+
+
 def test_a_grid_ends_where_runs_lose_their_numbers() -> None:
     jobs = real.sweep_jobs({}, SCALE)
     results = made_up(jobs, lambda job: math.nan if job.lr >= 3e-3 else 2 - job.lr)

@@ -58,36 +58,44 @@ class RealScale:
 
 
 def rates(method: Job, results: Results, scale: RealScale) -> tuple[float, ...]:
-    """Return the rates of a method, as far as results ask for: the best is none of the ends.
+    """Return the rates of a method, as far as results ask for.
 
-    Seeds count that have results at all rates of the grid.
+    The best is none of the ends, neither of the mean of seeds nor of one of them. Seeds count that
+    have results at all rates of the grid.
     """
     grid = LORA_RATES if method.rank else FULL_RATES
-    while best := best_of(method, grid, results, scale):
-        at, last = LADDER.index(best), len(LADDER) - 1
-        if best == grid[0] and at > 0:
-            grid = (LADDER[at - 1], *grid)
-        elif best == grid[-1] and at < last:
-            grid = (*grid, LADDER[at + 1])
+    while whole := _whole(method, grid, results, scale):
+        best = {_best_of(grid, [seed]) for seed in whole} | {_best_of(grid, whole)}
+        low, high = LADDER.index(grid[0]), LADDER.index(grid[-1])
+        if grid[0] in best and low > 0:
+            grid = (LADDER[low - 1], *grid)
+        elif grid[-1] in best and high + 1 < len(LADDER):
+            grid = (*grid, LADDER[high + 1])
         else:
             break
     return grid
 
 
-def best_of(method: Job, grid: Sequence[float], results: Results, scale: RealScale) -> float | None:
-    """Return the rate with the least mean loss; None where no seed has results at all of them."""
-    jobs = {lr: [replace(method, lr=lr, seed=seed) for seed in scale.seeds] for lr in grid}
-    whole = [n for n in range(len(scale.seeds)) if all(j[n] in results for j in jobs.values())]
-    if not whole:
-        return None
-    return min(grid, key=lambda lr: mean_loss([results[jobs[lr][n]] for n in whole]))
+def _whole(
+    method: Job, grid: Sequence[float], results: Results, scale: RealScale
+) -> list[dict[float, Result]]:
+    """Return the results by rate of the seeds that have all of them."""
+    jobs = [{lr: replace(method, lr=lr, seed=seed) for lr in grid} for seed in scale.seeds]
+    return [
+        {lr: results[job] for lr, job in of.items()}
+        for of in jobs
+        if all(job in results for job in of.values())
+    ]
+
+
+def _best_of(grid: Sequence[float], seeds: Sequence[dict[float, Result]]) -> float:
+    return min(grid, key=lambda lr: mean_loss([seed[lr] for seed in seeds]))
 
 
 def best_rate(method: Job, results: Results, scale: RealScale) -> float:
     """Return the best rate of a method whose runs are done."""
-    best = best_of(method, rates(method, results, scale), results, scale)
-    assert best is not None
-    return best
+    grid = rates(method, results, scale)
+    return _best_of(grid, _whole(method, grid, results, scale))
 
 
 def runs(methods: Sequence[Job], results: Results, scale: RealScale) -> list[Job]:

@@ -50,10 +50,10 @@ weights of the same linears and nothing else: neither norms nor the embedding. T
 table for embedding and unembedding; for every run here the unembedding is a copy of its own, for
 an adapter on it changes the logits and not the embedding.
 
-A method's grid of rates starts with three, half a decade apart, and grows where its best rate is
-one of its ends. A number stands before those of its seeds, in brackets. A verdict is given where
-the mean, more or less twice its standard error over seeds, lies on one side of the limit; with one
-seed there is none, and where that stays open it says so.{seeds}
+A method's grid of rates starts with three, half a decade apart, and grows where the best rate, of a
+seed or of their mean, is one of its ends. A number stands before those of its seeds, in brackets. A
+verdict is given where the mean, more or less twice its standard error over seeds, lies on one side
+of the limit; with one seed there is none, and where that stays open it says so.{seeds}
 """
 FEWER = " A figure has as many of these {number} seeds as have run whole."
 
