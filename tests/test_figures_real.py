@@ -118,6 +118,12 @@ def test_rates_have_a_verdict_only_where_the_seeds_agree(
     assert holds(real_figures.rate_figure(swept(best), SCALE)) == expected
 
 
+def test_seeds_that_differ_by_less_than_the_limit_decide() -> None:
+    """A distance has a limit above alone: twice its error may well be more than itself."""
+    results = swept(lambda job: ten_times(job) * (1.2 if (job.rank, job.seed) == (256, 1) else 1))
+    assert holds(real_figures.rate_figure(results, SCALE)) == [True, True]
+
+
 def test_one_seed_decides_nothing() -> None:
     results, one = swept(ten_times), replace(SCALE, seeds=(0,))
     figures = [real_figures.rate_figure, real_figures.early_figure, real_figures.norm_figure]

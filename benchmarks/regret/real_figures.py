@@ -131,7 +131,7 @@ def _moved(best: Mapping[int, Seeds]) -> Finding:
         f"rank {MIDDLE} and {WIDEST})",
         here=f"it moves {moved.said('.2g', math.exp)} x; best rates {listed}, interpolated on a "
         "grid of half decades",
-        holds=moved.within(0, math.log(2)),
+        holds=moved.within(-math.inf, math.log(2)),
     )
 
 
@@ -271,7 +271,7 @@ def early_figure(results: Results, scale: RealScale) -> Figure:
                 f"(judged here by rank {MIDDLE} against {WIDEST}, {CLOSE:.0%})",
                 here=f"rate {lr:g}: largest distance from rank {WIDEST} in {scale.steps} steps: "
                 + ", ".join(f"rank {rank} {found.said('.1%')}" for rank, found in of_rank.items()),
-                holds=of_rank[MIDDLE].within(0, CLOSE),
+                holds=of_rank[MIDDLE].within(-math.inf, CLOSE),
             )
             for lr, of_rank in far.items()
         ],
@@ -308,7 +308,7 @@ def norm_figure(results: Results, scale: RealScale) -> Figure:
         f"{at_best(rank, lambda n: n.relative).said('.1%')} of the base weight"
         for rank in RANKS
     )
-    most = [share[rank].within(0.5, 1.0) for rank in RANKS]
+    most = [share[rank].within(0.5, math.inf) for rank in RANKS]
     jobs = [job for job in sweep_jobs(results, scale) if job.rank]
     modules = _norms(results[jobs[0]]).modules
     return Figure(
