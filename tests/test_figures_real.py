@@ -118,6 +118,18 @@ def test_rates_have_a_verdict_only_where_the_seeds_agree(
     assert holds(real_figures.rate_figure(swept(best), SCALE)) == expected
 
 
+def test_what_diverged_is_beyond_the_picture() -> None:
+    """It would leave no room for the differences between the others."""
+    far = swept(lambda job: ten_times(job) * (1 + 2 * (job.rank == 16)))
+    results = {
+        job: replace(run, final=math.nan if job.lr == 1e-2 else run.final)
+        for job, run in far.items()
+    }
+    figure = real_figures.rate_figure(results, SCALE)
+    least = min(run.final for run in far.values())
+    assert figure.y_limits == pytest.approx((0.99 * least, 1.15 * least))
+
+
 def test_seeds_that_differ_by_less_than_the_limit_decide() -> None:
     """A distance has a limit above alone: twice its error may well be more than itself."""
     results = swept(lambda job: ten_times(job) * (1.2 if (job.rank, job.seed) == (256, 1) else 1))

@@ -67,6 +67,7 @@ class Figure:
     """One of the article's figures at toy size, with its findings and the numbers behind them.
 
     scale: how many runs it took, and how long they were. text: what the page says of it.
+    y_limits: where the picture begins and ends; None for around all that is in it.
     """
 
     name: str
@@ -78,6 +79,7 @@ class Figure:
     log_x: bool = False
     scale: str = ""
     text: str = ""
+    y_limits: tuple[float, float] | None = None
     numbers: dict[str, Any] = field(default_factory=dict)
 
 

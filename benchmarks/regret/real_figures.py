@@ -36,6 +36,11 @@ from benchmarks.regret.real import (
 # A difference in held-out loss (nats) that counts.
 VISIBLE = 0.02
 WIDEST = RANKS[-1]
+# Of the least loss: a picture of what diverged would show no differences.
+SHOWN = (0.99, 1.15)
+BEYOND = (
+    f"The picture ends at {SHOWN[1]} times the least loss, which lines leave at too high a rate.\n"
+)
 PLACES = {("attn",): "attention", ("mlp",): "MLP", ("attn", "mlp"): "both"}
 
 
@@ -98,6 +103,9 @@ def rate_figure(results: Results, scale: RealScale) -> Figure:
         )
         for first, last in _windows(scale)
     }
+    curves = [_by_rate(_named(rank), rank, results, scale, _held_out) for rank in methods]
+    losses = (loss for curve in curves for seed in curve.seeds for loss in seed)
+    least = min(filter(math.isfinite, losses))
     return Figure(
         name="figure-2",
         title=f"Held-out loss by learning rate, {scale.steps} steps",
@@ -105,8 +113,10 @@ def rate_figure(results: Results, scale: RealScale) -> Figure:
         y_label=LOSS,
         log_x=True,
         findings=[_moved(best), _factor(ratio, earlier)],
-        curves=[_by_rate(_named(rank), rank, results, scale, _held_out) for rank in methods],
+        curves=curves,
         scale=scale_of(sweep_jobs(results, scale)),
+        text=BEYOND,
+        y_limits=(SHOWN[0] * least, SHOWN[1] * least),
         numbers={
             "best_rates": {_named(rank): found.values for rank, found in best.items()},
             "ratio": [math.exp(value) for value in ratio.values],

@@ -194,6 +194,8 @@ def _plot(figure: Figure, path: Path) -> None:
     if len(points) < MARKED:
         axes.set_xticks(points, [f"{x:g}" for x in points])
         axes.minorticks_off()
+    if figure.y_limits:
+        axes.set_ylim(*figure.y_limits)
     axes.set(title=figure.title, xlabel=figure.x_label, ylabel=figure.y_label)
     axes.grid(alpha=0.3)
     axes.legend()
