@@ -196,7 +196,8 @@ def check_load(args: argparse.Namespace) -> None:
     if args.load and read_tracker(Path(args.load)).newest is not None:
         # The base may be there too, and --pretrained-checkpoint not be read.
         return
-    if args.pretrained_checkpoint:
+    # One that is not here is left to the comparison of nodes, and of no matter to a plan.
+    if args.pretrained_checkpoint and Path(args.pretrained_checkpoint).exists():
         base_directory(Path(args.pretrained_checkpoint))
     for file, flag in (("adapter_config.json", "--lora-load"), ("config.json", "--hf-model")):
         if args.load and (Path(args.load) / file).is_file():
