@@ -3,11 +3,14 @@
 import json
 import math
 import os
+import time
 from collections.abc import Callable, Sequence
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import replace
+from multiprocessing import get_context
 from pathlib import Path
 
+import psutil
 import pytest
 
 from benchmarks.regret import real, real_figures, real_page, report, workers
@@ -291,6 +294,37 @@ def test_a_worker_that_ends_badly_ends_the_run(
     with pytest.raises(error):
         workers.run_all(jobs, tmp_path, 1, "fork")
     assert len(list(tmp_path.iterdir())) < len(jobs)
+
+
+def start_one(pid: Path) -> None:
+    """Start a worker that would never end, and wait with it."""
+    get_context("fork").Process(target=one, args=(pid,)).start()
+    time.sleep(60)
+
+
+def one(pid: Path) -> None:
+    """Say who this is, and wait for the parent's end alone."""
+    pid.write_text(str(os.getpid()))
+    workers.end_with_parent()
+
+
+def test_a_worker_ends_with_its_killed_parent(tmp_path: Path) -> None:
+    """Else it computes, and waits, beside the run that goes on."""
+    parent = get_context("fork").Process(target=start_one, args=(tmp_path / "pid",))
+    parent.start()
+    wait_until(lambda: (tmp_path / "pid").exists() and (tmp_path / "pid").read_text() != "")
+    worker = psutil.Process(int((tmp_path / "pid").read_text()))
+    parent.kill()
+    parent.join()
+    wait_until(lambda: not worker.is_running() or worker.status() == psutil.STATUS_ZOMBIE)
+
+
+def wait_until(holds: Callable[[], bool]) -> None:
+    """Wait for something that takes a moment."""
+    until = time.monotonic() + 10
+    while not holds():
+        assert time.monotonic() < until
+        time.sleep(0.02)
 
 
 def test_toy_runs_keep_their_names() -> None:

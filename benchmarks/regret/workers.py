@@ -4,8 +4,9 @@ import logging
 import os
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor, as_completed
-from multiprocessing import get_context
+from multiprocessing import get_context, parent_process
 from pathlib import Path
+from threading import Thread
 from time import monotonic
 from typing import Any
 
@@ -71,6 +72,7 @@ def stored(jobs: Sequence[Job], folder: Path) -> dict[Job, Result]:
 def _start_worker(is_toy: bool) -> None:
     """Prepare a process for one thread, on a GPU where there is one and the model is no toy."""
     logging.disable(logging.INFO)
+    Thread(target=end_with_parent, daemon=True).start()
     import torch
 
     from megalora import cpu, mends
@@ -84,6 +86,14 @@ def _start_worker(is_toy: bool) -> None:
     from benchmarks.regret.model import start_megatron
 
     start_megatron()
+
+
+def end_with_parent() -> None:
+    """End this process where its parent does: nobody would take a killed one's results."""
+    parent = parent_process()
+    if parent is not None:
+        parent.join()
+        os._exit(1)
 
 
 def _pretrain(folder: Path, base: Base, steps: int) -> None:
