@@ -17,6 +17,7 @@ from benchmarks.regret import real, real_figures, real_page, report, workers
 from benchmarks.regret.experiments import Figure, Results
 from benchmarks.regret.job import Job, Norms, Result
 from benchmarks.regret.real import RANKS, RealScale
+from tests.support.waiting import wait_until
 
 SCALE = RealScale(model="tiny", steps=8)
 Value = Callable[[Job], float]
@@ -37,9 +38,11 @@ def made_up(jobs: Sequence[Job], value: Value, b_above_a: float = 0.9) -> Result
     }
 
 
-def whole(jobs_of: real_page.JobsOf, value: Value, b_above_a: float = 0.9) -> Results:
-    """Return results of all that is asked for, grids grown."""
-    results: Results = {}
+def whole(
+    jobs_of: real_page.JobsOf, value: Value, b_above_a: float = 0.9, known: Results | None = None
+) -> Results:
+    """Return results of all that is asked for beside what is known, grids grown."""
+    results = dict(known or {})
     while missing := [j for j in jobs_of(results, SCALE) if j not in results]:
         results |= made_up(missing, value, b_above_a)
     return results
@@ -81,17 +84,9 @@ def test_a_grid_grows_where_one_seed_asks_for_it() -> None:
 def test_a_grid_ends_where_runs_lose_their_numbers() -> None:
     jobs = real.sweep_jobs({}, SCALE)
     results = made_up(jobs, lambda job: math.nan if job.lr >= 3e-3 else 2 - job.lr)
-    assert real.best_rate(SCALE.method(16), results | swept_below(results), SCALE) == 1e-3
-
-
-def swept_below(results: Results) -> Results:
-    """Return what the sweep asks for beside some results, all of it worse."""
-    asked: Results = {}
-    while missing := [
-        j for j in real.sweep_jobs(results | asked, SCALE) if j not in results | asked
-    ]:
-        asked |= made_up(missing, lambda job: 2.5)
-    return asked
+    # What the sweep asks for beside these is worse.
+    results = whole(real.sweep_jobs, lambda job: 2.5, known=results)
+    assert real.best_rate(SCALE.method(16), results, SCALE) == 1e-3
 
 
 def test_the_first_seed_runs_whole_before_the_second_and_grids_grow_last() -> None:
@@ -317,14 +312,6 @@ def test_a_worker_ends_with_its_killed_parent(tmp_path: Path) -> None:
     parent.kill()
     parent.join()
     wait_until(lambda: not worker.is_running() or worker.status() == psutil.STATUS_ZOMBIE)
-
-
-def wait_until(holds: Callable[[], bool]) -> None:
-    """Wait for something that takes a moment."""
-    until = time.monotonic() + 10
-    while not holds():
-        assert time.monotonic() < until
-        time.sleep(0.02)
 
 
 def test_toy_runs_keep_their_names() -> None:

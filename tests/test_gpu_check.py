@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from tests.support.forked import ROOT
+from tests.support.waiting import wait_until
 from tests.support.watchdog import run_watched
 
 sys.path.insert(0, str(ROOT / "benchmarks"))
@@ -131,16 +132,6 @@ def stage(name: str, code: str, limit_s: int = 60) -> gpu_check.Stage:
     return gpu_check.Stage(name, ("-c", code), limit_s, group="together")
 
 
-def ends(command: str, seconds: float = 10) -> bool:
-    """Say whether no process has such a command line soon: a killed one is gone a moment later."""
-    until = time.monotonic() + seconds
-    while subprocess.run(["pgrep", "-f", command], capture_output=True).returncode == 0:
-        if time.monotonic() > until:
-            return False
-        time.sleep(0.05)
-    return True
-
-
 def test_a_stage_that_hangs_or_fails_ends_no_other(tmp_path: Path) -> None:
     hanging = "import subprocess, time; subprocess.Popen(['sleep', '98765']); time.sleep(98765)"
     check(tmp_path, 3600).run(
@@ -154,7 +145,10 @@ def test_a_stage_that_hangs_or_fails_ends_no_other(tmp_path: Path) -> None:
     assert outcomes["hangs"].startswith("failed: no end after")
     assert outcomes["fails"] == "failed: exit status 3"
     assert outcomes["passes"] == "passed"
-    assert ends("sleep 98765")
+    # A killed one is gone a moment later.
+    wait_until(
+        lambda: subprocess.run(["pgrep", "-f", "sleep 98765"], capture_output=True).returncode == 1
+    )
     log = (tmp_path / "log.txt").read_text()
     assert "well" in log
     assert 'File "<string>", line 1 in <module>' in log, "where it hung"

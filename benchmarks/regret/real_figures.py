@@ -82,11 +82,10 @@ def seeds_of(value: Callable[[int], float], scale: RealScale) -> Seeds:
     return Seeds(tuple(value(seed) for seed in scale.seeds))
 
 
-def runs_of(rank: int, results: Results, scale: RealScale, seed: int) -> dict[float, Result]:
+def runs_of(method: Job, results: Results, scale: RealScale, seed: int) -> dict[float, Result]:
     """Return a method's runs of one seed, by rate."""
-    return {
-        lr: results[scale.job(rank, lr, seed)] for lr in rates(scale.method(rank), results, scale)
-    }
+    grid = rates(method, results, scale)
+    return {lr: results[replace(method, lr=lr, seed=seed)] for lr in grid}
 
 
 def rate_figure(results: Results, scale: RealScale) -> Figure:
@@ -434,9 +433,8 @@ def _norms(result: Result) -> Norms:
 
 def _best_runs(method: Job, results: Results, scale: RealScale) -> list[Result]:
     """Return of each seed the run at the rate that is best for it."""
-    grid = rates(method, results, scale)
-    by_seed = ([results[replace(method, lr=lr, seed=seed)] for lr in grid] for seed in scale.seeds)
-    return [min(of, key=lambda result: mean_loss([result])) for of in by_seed]
+    by_seed = (runs_of(method, results, scale, seed).values() for seed in scale.seeds)
+    return [min(runs, key=lambda run: mean_loss([run])) for runs in by_seed]
 
 
 def _less(first: Seeds, second: Seeds) -> Seeds:
@@ -447,12 +445,15 @@ def _by_rate(
     label: str, rank: int, results: Results, scale: RealScale, of: Callable[[Result], float]
 ) -> Curve:
     grid = rates(scale.method(rank), results, scale)
-    seeds = [[of(runs_of(rank, results, scale, seed)[lr]) for lr in grid] for seed in scale.seeds]
+    seeds = [
+        [of(runs_of(scale.method(rank), results, scale, seed)[lr]) for lr in grid]
+        for seed in scale.seeds
+    ]
     return Curve(label=label, x=list(grid), seeds=seeds)
 
 
 def _best(rank: int, seed: int, results: Results, scale: RealScale) -> float:
-    runs = runs_of(rank, results, scale, seed)
+    runs = runs_of(scale.method(rank), results, scale, seed)
     return _lowest({lr: run.final for lr, run in runs.items()})
 
 
@@ -476,7 +477,7 @@ def _ratio_after(window: tuple[int, int], seed: int, results: Results, scale: Re
     first, last = window
     best = {}
     for rank in (0, *RANKS):
-        runs = runs_of(rank, results, scale, seed)
+        runs = runs_of(scale.method(rank), results, scale, seed)
         losses = {lr: mean(run.curve[first - 1 : last]) for lr, run in runs.items()}
         best[rank] = Seeds((_lowest(losses),))
     return _log_ratio(best, 0)
