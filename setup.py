@@ -150,15 +150,24 @@ def extension(home: Path | None):
     from torch.utils.cpp_extension import CppExtension, CUDAExtension
 
     sources = sources_in("csrc", "csrc/cpu")
+    # By torch's stable ABI: nothing of what changes between its versions.
+    target = "-DTORCH_TARGET_VERSION=0x{:02x}{:02x}000000000000".format(*OLDEST_TORCH)
+    oldest = "-DMEGALORA_OLDEST_TORCH={}.{}".format(*OLDEST_TORCH)
+    libraries = ["torch", "torch_cpu"]
     flags = {"cxx": ["-O3", "-g0", "-std=c++20", "-Wno-psabi", "-fvisibility=hidden"]}
+    flags["cxx"] += [target, oldest]
     if home is None:
-        return CppExtension("megalora._C", sources, extra_compile_args=flags)
+        built = CppExtension("megalora._C", sources, extra_compile_args=flags)
+        built.libraries = libraries
+        return built
     wanted = [f"sm_{name}" for name in architectures()]
     notice(f"CPU ops, and CUDA ops for {', '.join(wanted)} with {home}/bin/nvcc")
     sources += sources_in("csrc/cuda")
     flags["cxx"].append(f"-DMEGALORA_ARCHITECTURES={','.join(wanted)}")
-    flags["nvcc"] = ["-O3", "-std=c++20", *(GENCODE[a] for a in architectures())]
-    return CUDAExtension("megalora._C", sources, extra_compile_args=flags)
+    flags["nvcc"] = ["-O3", "-std=c++20", target, *(GENCODE[a] for a in architectures())]
+    built = CUDAExtension("megalora._C", sources, extra_compile_args=flags)
+    built.libraries = [*libraries, "cudart"]
+    return built
 
 
 def build_command():

@@ -1,10 +1,9 @@
-#include <torch/version.h>
 #ifdef MEGALORA_ARCHITECTURES
 #include <cuda.h>
 #endif
 
-// What the library is built for, as JSON. megalora/built.py finds it in the file, which another
-// torch need not be able to load.
+// What the library is built for, as JSON. megalora/built.py finds it in the file, which a torch that
+// is too old need not be able to load.
 #define MEGALORA_QUOTE(...) #__VA_ARGS__
 #define MEGALORA_TEXT(...) MEGALORA_QUOTE(__VA_ARGS__)
 
@@ -17,5 +16,5 @@
 #endif
 
 extern "C" __attribute__((used, visibility("default"))) const char megalora_built[] =
-    "megalora is built {\"torch\": \"" TORCH_VERSION "\", \"compiler\": \"" __VERSION__
+    "megalora is built {\"oldest_torch\": \"" MEGALORA_TEXT(MEGALORA_OLDEST_TORCH) "\", \"compiler\": \"" __VERSION__
     "\", " MEGALORA_CUDA "}";

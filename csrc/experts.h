@@ -1,11 +1,5 @@
 #pragma once
 
-#include <ATen/core/LegacyTypeDispatch.h>
-#include <ATen/core/Tensor.h>
-#include <ATen/ops/empty.h>
-#include <ATen/ops/mm.h>
-#include <ATen/ops/zeros.h>
-
 #include <tuple>
 #include <vector>
 
@@ -41,13 +35,13 @@ inline int64_t padded(int64_t ranks) { return (ranks + 7) / 8 * 8; }
 
 // The base alone, expert by expert. Reads the offsets on the host.
 inline void base_of_experts(const ExpertsLinear& l) {
-  const Tensor ends = l.offsets.to(at::kCPU, at::kLong);
+  const Tensor ends = l.offsets.to(ScalarType::Long, Device{});
   int64_t begin = 0;
   for (size_t expert = 0; expert < l.weights.size(); ++expert) {
-    const int64_t end = ends.const_data_ptr<int64_t>()[expert];
+    const int64_t end = ends.data<int64_t>()[expert];
     const Tensor& w = l.weights[expert];
-    Tensor out = l.out.narrow(0, begin, end - begin);
-    at::mm_out(out, l.in.narrow(0, begin, end - begin), l.transposes ? w.t() : w);
+    multiply(l.out.narrow(0, begin, end - begin), l.in.narrow(0, begin, end - begin),
+             l.transposes ? w.t() : w);
     begin = end;
   }
 }
@@ -69,40 +63,39 @@ void compose_experts(const ExpertsBackward& b) {
 
 template <class Products>
 struct ExpertsOps {
-  static std::tuple<Tensor, Tensor> experts_linear(const Tensor& x, at::TensorList weights,
+  static std::tuple<Tensor, Tensor> experts_linear(const Tensor& x, const std::vector<Tensor>& weights,
                                                    const Tensor& lora_A, const Tensor& lora_B,
                                                    double scale, const Tensor& offsets,
-                                                   at::IntArrayRef segments) {
+                                                   const Segments& segments) {
     const int64_t period = check(x, "x", weights, -1, lora_A, lora_B, offsets, segments);
-    const at::AutoDispatchBelowADInplaceOrView no_autograd;
     const int64_t ranks = lora_A.size(1);
-    const Tensor y = at::empty({x.size(0), weights[0].size(0)}, x.options());
+    const Tensor y = empty({x.size(0), weights[0].size(0)}, x);
     const Tensor s = zeros_behind(x, ranks), thin = s.narrow(1, 0, ranks), in = rows(x);
     Call shrink(offsets), expand(offsets);
     shrink.shrink(in, thin, lora_A, scale);
     expand.expand(y, thin, lora_B, segments, period, 1.0);
     if (x.size(0) > 0) {
       Products::experts_linear(
-          {in, weights.vec(), true, offsets, y, s, shrink.factor, expand.factor});
+          {in, weights, true, offsets, y, s, shrink.factor, expand.factor});
     }
     return {y, s};
   }
 
   static std::tuple<Tensor, Tensor, Tensor> experts_linear_backward(
-      const Tensor& dy, const Tensor& x, const Tensor& s, at::TensorList weights,
+      const Tensor& dy, const Tensor& x, const Tensor& s, const std::vector<Tensor>& weights,
       const Tensor& lora_A, const Tensor& lora_B, double scale, const Tensor& offsets,
-      at::IntArrayRef segments) {
-    const Tensor d_a = at::empty(lora_A.sizes(), lora_A.options());
-    const Tensor d_b = at::empty(lora_B.sizes(), lora_B.options());
+      const Segments& segments) {
+    const Tensor d_a = empty(lora_A.sizes(), lora_A);
+    const Tensor d_b = empty(lora_B.sizes(), lora_B);
     const Tensor dx =
         backward(d_a, d_b, false, dy, x, s, weights, lora_A, lora_B, scale, offsets, segments);
     return {dx, d_a, d_b};
   }
 
   static Tensor experts_linear_backward_(const Tensor& d_a, const Tensor& d_b, const Tensor& dy,
-                                         const Tensor& x, const Tensor& s, at::TensorList weights,
+                                         const Tensor& x, const Tensor& s, const std::vector<Tensor>& weights,
                                          const Tensor& lora_A, const Tensor& lora_B, double scale,
-                                         const Tensor& offsets, at::IntArrayRef segments) {
+                                         const Tensor& offsets, const Segments& segments) {
     check_sum(d_a, "d_a", lora_A, "lora_A", x, "x");
     check_sum(d_b, "d_b", lora_B, "lora_B", dy, "dy");
     Tensor dx;
@@ -121,7 +114,7 @@ struct ExpertsOps {
 
  private:
   static Tensor zeros_behind(const Tensor& tokens, int64_t ranks) {
-    const Tensor thin = at::empty({tokens.size(0), padded(ranks)}, tokens.options());
+    const Tensor thin = empty({tokens.size(0), padded(ranks)}, tokens);
     if (padded(ranks) > ranks) {
       thin.narrow(1, ranks, padded(ranks) - ranks).zero_();
     }
@@ -130,17 +123,16 @@ struct ExpertsOps {
 
   // dx; d_a and d_b, contiguous, are written or added to.
   static Tensor backward(const Tensor& d_a, const Tensor& d_b, bool accumulates, const Tensor& dy,
-                         const Tensor& x, const Tensor& s, at::TensorList weights,
+                         const Tensor& x, const Tensor& s, const std::vector<Tensor>& weights,
                          const Tensor& lora_A, const Tensor& lora_B, double scale,
-                         const Tensor& offsets, at::IntArrayRef segments) {
+                         const Tensor& offsets, const Segments& segments) {
     const int64_t period = check(dy, "dy", weights, 0, lora_A, lora_B, offsets, segments);
     const int64_t ranks = lora_A.size(1);
     check_rows(x, "x", dy, "dy");
     check_size(x.size(-1), "the last size of x", weights[0].size(1), "that of the weights");
     check_rows(s, "s", dy, "dy");
     check_size(s.size(-1), "the last size of s", padded(ranks), "the ranks up to a multiple of 8");
-    const at::AutoDispatchBelowADInplaceOrView no_autograd;
-    const Tensor dx = at::empty({dy.size(0), weights[0].size(1)}, dy.options());
+    const Tensor dx = empty({dy.size(0), weights[0].size(1)}, dy);
     const Tensor in = rows(dy), wide = rows(x), thin = rows(s);
     const Tensor ds = zeros_behind(dy, ranks), d_thin = ds.narrow(1, 0, ranks);
     Call expand_dgrad(offsets), shrink_dgrad(offsets), expand_wgrad(offsets), shrink_wgrad(offsets);
@@ -152,7 +144,7 @@ struct ExpertsOps {
     shrink_wgrad.gradient(d_a, accumulates);
     if (dy.size(0) > 0) {
       Products::experts_backward(
-          {{in, weights.vec(), false, offsets, dx, ds, expand_dgrad.factor, shrink_dgrad.factor},
+          {{in, weights, false, offsets, dx, ds, expand_dgrad.factor, shrink_dgrad.factor},
            wide,
            thin,
            shrink_wgrad.factor,
@@ -165,9 +157,9 @@ struct ExpertsOps {
   }
 
   // axis: that of the weights along which the tokens are read.
-  static int64_t check(const Tensor& tokens, const char* name, at::TensorList weights, int64_t axis,
+  static int64_t check(const Tensor& tokens, const char* name, const std::vector<Tensor>& weights, int64_t axis,
                        const Tensor& lora_A, const Tensor& lora_B, const Tensor& offsets,
-                       at::IntArrayRef segments) {
+                       const Segments& segments) {
     check_tokens(tokens, name, offsets);
     check_supported<Products>(tokens);
     check_offsets(offsets, tokens);

@@ -1,13 +1,19 @@
 #pragma once
 
-#include <c10/core/Device.h>
-#include <c10/core/ScalarType.h>
+#include <torch/headeronly/core/ScalarType.h>
+#include <torch/headeronly/util/BFloat16.h>
+#include <torch/headeronly/util/Half.h>
 
 #include <cstdint>
 
+#include "device.h"
 #include "host_device.h"
 
 namespace megalora {
+
+using torch::headeronly::BFloat16;
+using torch::headeronly::Half;
+using torch::headeronly::ScalarType;
 
 constexpr int kMaxSegments = 8;
 
@@ -19,8 +25,8 @@ constexpr int kMaxSegments = 8;
 //            W += scale * wideᵀ · thin    expand_wgrad_, shrink_wgrad_
 // W is lora_A read as [columns, rank] or lora_B as it is: its strides say which.
 struct Factor {
-  c10::ScalarType dtype;
-  c10::Device device;
+  ScalarType dtype;
+  Device device;
   void* wide;    // [tokens, columns], unit column stride
   void* thin;    // [tokens, num_segments * rank], unit column stride
   void* weight;  // [experts, columns, rank] by the strides below

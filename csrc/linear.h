@@ -1,11 +1,5 @@
 #pragma once
 
-#include <ATen/core/LegacyTypeDispatch.h>
-#include <ATen/core/Tensor.h>
-#include <ATen/ops/addmm.h>
-#include <ATen/ops/empty.h>
-#include <ATen/ops/mm.h>
-
 #include <tuple>
 
 #include "call.h"
@@ -39,8 +33,7 @@ struct LinearBackward {
 // The base's product, then the low-rank term on top of it.
 template <class Products>
 void base_first(const Linear& l) {
-  Tensor out = l.out;
-  at::mm_out(out, l.in, l.weight);
+  multiply(l.out, l.in, l.weight);
   Products::update(l.update);
 }
 
@@ -48,8 +41,7 @@ void base_first(const Linear& l) {
 // update.
 inline void low_rank_first(const Linear& l) {
   gemm::write(l.update);
-  Tensor out = l.out;
-  at::addmm_out(out, out, l.in, l.weight);
+  multiply(l.out, l.in, l.weight, 1.0, 1.0);
 }
 
 template <class Products>
@@ -69,11 +61,10 @@ template <class Products>
 struct LinearOps {
   static std::tuple<Tensor, Tensor> linear(const Tensor& x, const Tensor& weight,
                                            const Tensor& lora_A, const Tensor& lora_B, double scale,
-                                           at::IntArrayRef segments) {
+                                           const Segments& segments) {
     const int64_t period = check(x, "x", weight, -1, lora_A, lora_B, segments);
-    const at::AutoDispatchBelowADInplaceOrView no_autograd;
-    const Tensor y = at::empty(with_last(x, weight.size(0)), x.options());
-    const Tensor s = at::empty(with_last(x, lora_A.size(0)), x.options());
+    const Tensor y = empty(with_last(x, weight.size(0)), x);
+    const Tensor s = empty(with_last(x, lora_A.size(0)), x);
     const Tensor in = rows(x), out = rows(y), thin = rows(s);
     Call shrink, expand;
     shrink.shrink(in, thin, lora_A, scale);
@@ -87,9 +78,9 @@ struct LinearOps {
                                                             const Tensor& s, const Tensor& weight,
                                                             const Tensor& lora_A,
                                                             const Tensor& lora_B, double scale,
-                                                            at::IntArrayRef segments) {
-    const Tensor d_a = at::empty(lora_A.sizes(), lora_A.options());
-    const Tensor d_b = at::empty(lora_B.sizes(), lora_B.options());
+                                                            const Segments& segments) {
+    const Tensor d_a = empty(lora_A.sizes(), lora_A);
+    const Tensor d_b = empty(lora_B.sizes(), lora_B);
     const Tensor dx = backward(d_a, d_b, false, dy, x, s, weight, lora_A, lora_B, scale, segments);
     return {dx, d_a, d_b};
   }
@@ -97,7 +88,7 @@ struct LinearOps {
   static Tensor linear_backward_(const Tensor& d_a, const Tensor& d_b, const Tensor& dy,
                                  const Tensor& x, const Tensor& s, const Tensor& weight,
                                  const Tensor& lora_A, const Tensor& lora_B, double scale,
-                                 at::IntArrayRef segments) {
+                                 const Segments& segments) {
     check_sum(d_a, "d_a", lora_A, "lora_A", x, "x");
     check_sum(d_b, "d_b", lora_B, "lora_B", dy, "dy");
     Tensor dx;
@@ -114,15 +105,14 @@ struct LinearOps {
   static Tensor backward(const Tensor& d_a, const Tensor& d_b, bool accumulates, const Tensor& dy,
                          const Tensor& x, const Tensor& s, const Tensor& weight,
                          const Tensor& lora_A, const Tensor& lora_B, double scale,
-                         at::IntArrayRef segments) {
+                         const Segments& segments) {
     const int64_t period = check(dy, "dy", weight, 0, lora_A, lora_B, segments);
     check_rows(x, "x", dy, "dy");
     check_size(x.size(-1), "the last size of x", weight.size(1), "weight's last size");
     check_thin(s, "s", dy, "dy", lora_B.size(1), segments);
-    const at::AutoDispatchBelowADInplaceOrView no_autograd;
-    const Tensor dx = at::empty(with_last(dy, weight.size(1)), dy.options());
+    const Tensor dx = empty(with_last(dy, weight.size(1)), dy);
     const Tensor in = rows(dy), out = rows(dx), wide = rows(x), thin = rows(s);
-    const Tensor d_thin = at::empty({in.size(0), lora_A.size(0)}, dy.options());
+    const Tensor d_thin = empty({in.size(0), lora_A.size(0)}, dy);
     Call expand_dgrad, shrink_dgrad, expand_wgrad, shrink_wgrad;
     expand_dgrad.expand(in, d_thin, lora_B, segments, period, scale);
     shrink_dgrad.shrink(out, d_thin, lora_A, 1.0);
@@ -149,13 +139,12 @@ struct LinearOps {
 
   static void base_alone(const Linear& l) {
     l.thin.zero_();
-    Tensor out = l.out;
-    at::mm_out(out, l.in, l.weight);
+    multiply(l.out, l.in, l.weight);
   }
 
   // axis: that of the weight along which the tokens are read.
   static int64_t check(const Tensor& tokens, const char* name, const Tensor& weight, int64_t axis,
-                       const Tensor& lora_A, const Tensor& lora_B, at::IntArrayRef segments) {
+                       const Tensor& lora_A, const Tensor& lora_B, const Segments& segments) {
     check_tokens(tokens, name, {});
     check_supported<Products>(tokens);
     check_factor(weight, "weight", tokens, name);

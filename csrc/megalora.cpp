@@ -1,3 +1,3 @@
 #include "schemas.h"
 
-TORCH_LIBRARY(megalora, m) { megalora::define_ops(m); }
+STABLE_TORCH_LIBRARY(megalora, m) { megalora::define_ops(m); }

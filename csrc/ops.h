@@ -1,12 +1,6 @@
 #pragma once
 
-#include <ATen/core/Tensor.h>
-#include <ATen/ops/empty.h>
-#include <ATen/ops/zero.h>
-#include <torch/library.h>
-
 #include <tuple>
-#include <vector>
 
 #include "call.h"
 #include "experts.h"
@@ -23,10 +17,10 @@ namespace megalora {
 // rows exists.
 template <class Body>
 void in_place(const Tensor& target, Body body) {
-  Tensor view = rows(target);
+  const Tensor view = rows(target);
   body(view);
-  if (view.data_ptr() != target.data_ptr()) {
-    target.copy_(view.view(target.sizes()));
+  if (view.data() != target.data()) {
+    target.copy_(view.as_strided(target.sizes(), target.sizes().contiguous_strides()));
   }
 }
 
@@ -39,7 +33,7 @@ struct Ops {
     check_shared(lora_A, "lora_A", x, offsets);
     check_dropout(p, seed, x);
     check_size(lora_A.size(-1), "lora_A's last size", x.size(-1), "that of x");
-    Tensor s = at::empty(with_last(x, lora_A.size(-2)), x.options());
+    Tensor s = empty(with_last(x, lora_A.size(-2)), x);
     Call call(offsets);
     call.weight(lora_A, Layout::rank_first);
     const Tensor wide = rows(x);
@@ -51,7 +45,7 @@ struct Ops {
   }
 
   static void expand_(const Tensor& y, const Tensor& s, const Tensor& lora_B, double scale,
-                      const OptionalTensor& offsets, at::IntArrayRef segments) {
+                      const OptionalTensor& offsets, const Segments& segments) {
     check_dtype(lora_B, "lora_B", y, "y");
     const int64_t period = check_expand(y, "y", lora_B, "lora_B", offsets, segments);
     check_thin(s, "s", y, "y", lora_B.size(-1), segments);
@@ -66,7 +60,7 @@ struct Ops {
   }
 
   static Tensor expand_dgrad(const Tensor& dy, const Tensor& lora_B, double scale,
-                             const OptionalTensor& offsets, at::IntArrayRef segments) {
+                             const OptionalTensor& offsets, const Segments& segments) {
     check_dtype(lora_B, "lora_B", dy, "dy");
     const int64_t period = check_expand(dy, "dy", lora_B, "lora_B", offsets, segments);
     const Tensor ds = like_s(dy, lora_B, segments);
@@ -79,15 +73,15 @@ struct Ops {
   }
 
   static Tensor expand_wgrad(const Tensor& dy, const Tensor& s, const Tensor& lora_B, double scale,
-                             const OptionalTensor& offsets, at::IntArrayRef segments) {
+                             const OptionalTensor& offsets, const Segments& segments) {
     check_dtype(lora_B, "lora_B", dy, "dy");
-    Tensor d_b = at::empty(lora_B.sizes(), lora_B.options());
+    Tensor d_b = empty(lora_B.sizes(), lora_B);
     expand_outer(d_b, "lora_B", dy, s, scale, offsets, segments, false);
     return d_b;
   }
 
   static void expand_wgrad_(const Tensor& d_b, const Tensor& dy, const Tensor& s, double scale,
-                            const OptionalTensor& offsets, at::IntArrayRef segments) {
+                            const OptionalTensor& offsets, const Segments& segments) {
     check_gradient(d_b, "d_b", dy, "dy");
     in_place_weight(d_b, [&](const Tensor& target) {
       expand_outer(target, "d_b", dy, s, scale, offsets, segments, true);
@@ -97,15 +91,15 @@ struct Ops {
   static std::tuple<Tensor, Tensor> expand_backward(const Tensor& dy, const Tensor& s,
                                                     const Tensor& lora_B, double scale,
                                                     const OptionalTensor& offsets,
-                                                    at::IntArrayRef segments) {
-    Tensor d_b = at::empty(lora_B.sizes(), lora_B.options());
+                                                    const Segments& segments) {
+    Tensor d_b = empty(lora_B.sizes(), lora_B);
     Tensor ds = both(d_b, dy, s, lora_B, scale, offsets, segments, false);
     return {ds, d_b};
   }
 
   static Tensor expand_backward_(const Tensor& d_b, const Tensor& dy, const Tensor& s,
                                  const Tensor& lora_B, double scale, const OptionalTensor& offsets,
-                                 at::IntArrayRef segments) {
+                                 const Segments& segments) {
     check_sum(d_b, "d_b", lora_B, "lora_B", dy, "dy");
     Tensor ds;
     in_place_weight(d_b, [&](const Tensor& target) {
@@ -141,11 +135,9 @@ struct Ops {
     }
     check_tokens(x, "x", offsets);
     check_tokens(ds, "ds", offsets);
-    std::vector<int64_t> shape{ds.size(-1), x.size(-1)};
-    if (offsets) {
-      shape.insert(shape.begin(), offsets->numel());
-    }
-    Tensor d_a = at::empty(shape, x.options());
+    const Shape shape = offsets ? Shape{offsets->numel(), ds.size(-1), x.size(-1)}
+                                : Shape{ds.size(-1), x.size(-1)};
+    const Tensor d_a = empty(shape, x);
     shrink_outer(d_a, ds, x, offsets, p, seed, false);
     return d_a;
   }
@@ -158,14 +150,14 @@ struct Ops {
   }
 
  private:
-  static Tensor like_s(const Tensor& dy, const Tensor& lora_B, at::IntArrayRef segments) {
+  static Tensor like_s(const Tensor& dy, const Tensor& lora_B, const Segments& segments) {
     const int64_t blocks = segments.empty() ? 1 : static_cast<int64_t>(segments.size());
-    return at::empty(with_last(dy, blocks * lora_B.size(-1)), dy.options());
+    return empty(with_last(dy, blocks * lora_B.size(-1)), dy);
   }
 
   // d_b = (or +=) scale * dyᵀ s.
   static void expand_outer(const Tensor& d_b, const char* name, const Tensor& dy, const Tensor& s,
-                           double scale, const OptionalTensor& offsets, at::IntArrayRef segments,
+                           double scale, const OptionalTensor& offsets, const Segments& segments,
                            bool accumulates) {
     const int64_t period = check_expand(dy, "dy", d_b, name, offsets, segments);
     check_thin(s, "s", dy, "dy", d_b.size(-1), segments);
@@ -181,7 +173,7 @@ struct Ops {
 
   // ds = scale * dy B, and d_b = (or +=) scale * dyᵀ s.
   static Tensor both(const Tensor& d_b, const Tensor& dy, const Tensor& s, const Tensor& lora_B,
-                     double scale, const OptionalTensor& offsets, at::IntArrayRef segments,
+                     double scale, const OptionalTensor& offsets, const Segments& segments,
                      bool accumulates) {
     check_dtype(lora_B, "lora_B", dy, "dy");
     const int64_t period = check_expand(dy, "dy", lora_B, "lora_B", offsets, segments);
@@ -245,7 +237,7 @@ struct Ops {
 
   static int64_t check_expand(const Tensor& wide, const char* name, const Tensor& weight,
                               const char* weight_name, const OptionalTensor& offsets,
-                              at::IntArrayRef segments) {
+                              const Segments& segments) {
     check_tokens(wide, name, offsets);
     check_shared(weight, weight_name, wide, offsets);
     check_size(weight.size(-2), "lora_B's number of rows", wide.size(-1), "the output features");
@@ -254,24 +246,24 @@ struct Ops {
 };
 
 template <class Products>
-void implement(torch::Library& m) {
-  m.impl("shrink", &Ops<Products>::shrink);
-  m.impl("expand_", &Ops<Products>::expand_);
-  m.impl("expand_dgrad", &Ops<Products>::expand_dgrad);
-  m.impl("expand_wgrad", &Ops<Products>::expand_wgrad);
-  m.impl("expand_backward", &Ops<Products>::expand_backward);
-  m.impl("shrink_dgrad_", &Ops<Products>::shrink_dgrad_);
-  m.impl("shrink_wgrad", &Ops<Products>::shrink_wgrad);
-  m.impl("expand_wgrad_", &Ops<Products>::expand_wgrad_);
-  m.impl("expand_backward_", &Ops<Products>::expand_backward_);
-  m.impl("shrink_wgrad_", &Ops<Products>::shrink_wgrad_);
-  m.impl("linear", &LinearOps<Products>::linear);
-  m.impl("linear_backward", &LinearOps<Products>::linear_backward);
-  m.impl("linear_backward_", &LinearOps<Products>::linear_backward_);
-  m.impl("experts_linear", &ExpertsOps<Products>::experts_linear);
-  m.impl("experts_linear_backward", &ExpertsOps<Products>::experts_linear_backward);
-  m.impl("experts_linear_backward_", &ExpertsOps<Products>::experts_linear_backward_);
-  m.impl("experts_linear_is_fused", &ExpertsOps<Products>::experts_linear_is_fused);
+void implement(Library& m) {
+  m.impl("shrink", TORCH_BOX(&Ops<Products>::shrink));
+  m.impl("expand_", TORCH_BOX(&Ops<Products>::expand_));
+  m.impl("expand_dgrad", TORCH_BOX(&Ops<Products>::expand_dgrad));
+  m.impl("expand_wgrad", TORCH_BOX(&Ops<Products>::expand_wgrad));
+  m.impl("expand_backward", TORCH_BOX(&Ops<Products>::expand_backward));
+  m.impl("shrink_dgrad_", TORCH_BOX(&Ops<Products>::shrink_dgrad_));
+  m.impl("shrink_wgrad", TORCH_BOX(&Ops<Products>::shrink_wgrad));
+  m.impl("expand_wgrad_", TORCH_BOX(&Ops<Products>::expand_wgrad_));
+  m.impl("expand_backward_", TORCH_BOX(&Ops<Products>::expand_backward_));
+  m.impl("shrink_wgrad_", TORCH_BOX(&Ops<Products>::shrink_wgrad_));
+  m.impl("linear", TORCH_BOX(&LinearOps<Products>::linear));
+  m.impl("linear_backward", TORCH_BOX(&LinearOps<Products>::linear_backward));
+  m.impl("linear_backward_", TORCH_BOX(&LinearOps<Products>::linear_backward_));
+  m.impl("experts_linear", TORCH_BOX(&ExpertsOps<Products>::experts_linear));
+  m.impl("experts_linear_backward", TORCH_BOX(&ExpertsOps<Products>::experts_linear_backward));
+  m.impl("experts_linear_backward_", TORCH_BOX(&ExpertsOps<Products>::experts_linear_backward_));
+  m.impl("experts_linear_is_fused", TORCH_BOX(&ExpertsOps<Products>::experts_linear_is_fused));
 }
 
 }  // namespace megalora

@@ -1,13 +1,15 @@
 #pragma once
 
-#include <torch/library.h>
+#include "tensor.h"
 
 namespace megalora {
+
+using Library = torch::stable::detail::StableLibrary;
 
 // Dense without offsets, grouped over experts with them; linear and its backward are dense. Python
 // calls these, so names and defaults are those of megalora/ops/protocol.py;
 // megalora/ops/reference.py says what each op computes.
-inline void define_ops(torch::Library& m) {
+inline void define_ops(Library& m) {
   m.def(
       "shrink(Tensor x, Tensor lora_A, Tensor? offsets=None, float p=0.0, Tensor? seed=None) "
       "-> Tensor");

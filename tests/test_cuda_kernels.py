@@ -41,12 +41,14 @@ def emulated_library() -> Path:
     if not target.exists() or target.stat().st_mtime < newest:
         target.parent.mkdir(exist_ok=True)
         command = ["c++", "-std=c++20", "-O1", "-fPIC", "-shared", "-DMEGALORA_EMULATE"]
+        command += ["-DTORCH_TARGET_VERSION=0x020b000000000000"]
         # It takes a jump to another fiber's stack for an error.
         command += ["-U_FORTIFY_SOURCE"]
         command += [f"-I{path}" for path in (EMULATOR, *include_paths())]
-        command += [str(EMULATOR / "emulated.cpp"), "-o", str(target)]
+        command += [str(EMULATOR / "emulated.cpp"), str(ROOT / "csrc/tensor.cpp")]
+        command += ["-o", str(target)]
         command += [f"-L{path}" for path in library_paths()]
-        command += ["-lc10", "-ltorch", "-ltorch_cpu"]
+        command += ["-ltorch", "-ltorch_cpu"]
         subprocess.run(command, check=True)
     torch.ops.load_library(target)
     return target

@@ -2,4 +2,4 @@
 
 #include "products.h"
 
-TORCH_LIBRARY_IMPL(megalora, CPU, m) { megalora::implement<megalora::cpu::Products>(m); }
+STABLE_TORCH_LIBRARY_IMPL(megalora, CPU, m) { megalora::implement<megalora::cpu::Products>(m); }

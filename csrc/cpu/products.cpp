@@ -1,18 +1,14 @@
 #include "products.h"
 
-#include <ATen/Dispatch.h>
-#include <ATen/OpMathType.h>
-#include <ATen/Parallel.h>
-#include <c10/util/BFloat16.h>
-#include <c10/util/Half.h>
+#include <torch/csrc/stable/ops.h>
 
 #include <algorithm>
 #include <memory>
 #include <type_traits>
 #include <vector>
 
-#include "../gemm.h"
 #include "../experts.h"
+#include "../gemm.h"
 #include "../linear.h"
 #include "table.h"
 
@@ -42,7 +38,7 @@ std::vector<Span> expert_rows(const Factor& f) {
   for (int64_t e = 0; e < f.experts; ++e) {
     const int64_t end = f.offsets_are_int64 ? static_cast<const int64_t*>(f.offsets)[e]
                                             : static_cast<const int32_t*>(f.offsets)[e];
-    TORCH_CHECK_VALUE(end >= begin && end <= f.tokens, "offsets[", e, "] is ", end, ", expected ",
+    check_value(end >= begin && end <= f.tokens, "offsets[", e, "] is ", end, ", expected ",
                       begin, " to ", f.tokens,
                       ": the inclusive cumulative sum of tokens per expert");
     spans.push_back({begin, end});
@@ -105,7 +101,7 @@ class Buffer {
 // One factor seen through its element type T and accumulation type Acc.
 template <class T>
 struct View {
-  using Acc = at::opmath_type<T>;
+  using Acc = std::conditional_t<std::is_same_v<T, double>, double, float>;
   const Factor& f;
   const Table<Acc>& loops = table<Acc>();
 
@@ -199,7 +195,7 @@ void project(const View<T>& view) {
   for (int64_t row = items.empty() ? 0 : items.back().rows.end; row < f.tokens; ++row) {
     std::fill_n(view.thin(row), width, T(0));
   }
-  at::parallel_for(0, items.size(), 1, [&](int64_t first, int64_t last) {
+  torch::stable::parallel_for(0, items.size(), 1, [&](int64_t first, int64_t last) {
     const Buffer<Acc> tile(kTileRows * kTileColumns), packed(f.rank * f.columns),
         sums(kTileRows * width);
     for (int64_t i = first; i < last; ++i) {
@@ -243,7 +239,7 @@ void update(const View<T>& view) {
   const std::vector<Block> blocks = column_blocks(f, kTileColumns);
   const int64_t width = view.thin_columns();
   const bool in_place = std::is_same_v<T, Acc> && !f.drops();
-  at::parallel_for(0, items.size(), 1, [&](int64_t first, int64_t last) {
+  torch::stable::parallel_for(0, items.size(), 1, [&](int64_t first, int64_t last) {
     const Buffer<Acc> tile(kTileRows * kTileColumns), packed(f.rank * f.columns),
         thin(kTileRows * width);
     for (int64_t i = first; i < last; ++i) {
@@ -280,7 +276,7 @@ void outer(const View<T>& view) {
   const std::vector<Block> blocks = column_blocks(f, kOuterColumns);
   const int64_t width = view.thin_columns();
   const int64_t num_blocks = static_cast<int64_t>(blocks.size());
-  at::parallel_for(0, f.experts * num_blocks, 1, [&](int64_t first, int64_t last) {
+  torch::stable::parallel_for(0, f.experts * num_blocks, 1, [&](int64_t first, int64_t last) {
     const Buffer<Acc> tile(kOuterRows * kOuterColumns), thin(kOuterRows * width),
         sums(f.rank * kOuterColumns);
     for (int64_t i = first; i < last; ++i) {
@@ -308,7 +304,7 @@ void outer(const View<T>& view) {
 // multiply in fp32 where oneDNN has bf16 and fp16 instructions. Those would round thin once per
 // period, and a sum before it is added to.
 bool gemm_is_faster(const Factor& f) {
-  const bool narrow = f.dtype == at::kBFloat16 || f.dtype == at::kHalf;
+  const bool narrow = f.dtype == ScalarType::BFloat16 || f.dtype == ScalarType::Half;
   if (f.offsets != nullptr || f.drops() || (narrow && f.accumulates)) {
     return false;
   }
@@ -317,8 +313,10 @@ bool gemm_is_faster(const Factor& f) {
 
 template <class Body>
 void with_dtype(const Factor& f, Body body) {
-  AT_DISPATCH_FLOATING_TYPES_AND2(at::kBFloat16, at::kHalf, f.dtype, "megalora",
-                                  [&] { body(View<scalar_t>{f}); });
+  f.dtype == ScalarType::Double     ? body(View<double>{f})
+  : f.dtype == ScalarType::Float    ? body(View<float>{f})
+  : f.dtype == ScalarType::BFloat16 ? body(View<BFloat16>{f})
+                                    : body(View<Half>{f});
 }
 
 }  // namespace

@@ -127,10 +127,10 @@ void start(const Factor& thin, const ThinParts& thin_parts, const Factor& weight
 
 void add_parts(const Factor& thin, const ThinParts& thin_parts, const Factor& weight,
                const WeightParts& weight_parts, Stream stream) {
-  if (thin.dtype == c10::ScalarType::BFloat16) {
-    start<c10::BFloat16>(thin, thin_parts, weight, weight_parts, stream);
-  } else if (thin.dtype == c10::ScalarType::Half) {
-    start<c10::Half>(thin, thin_parts, weight, weight_parts, stream);
+  if (thin.dtype == ScalarType::BFloat16) {
+    start<BFloat16>(thin, thin_parts, weight, weight_parts, stream);
+  } else if (thin.dtype == ScalarType::Half) {
+    start<Half>(thin, thin_parts, weight, weight_parts, stream);
   } else {
     start<float>(thin, thin_parts, weight, weight_parts, stream);
   }

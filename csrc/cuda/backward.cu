@@ -229,7 +229,7 @@ void start(const Factor& dgrad, const Factor& wgrad, float* workspace, Stream st
 }  // namespace
 
 bool backward_supports(const Factor& f) {
-  return f.dtype != c10::ScalarType::Float && f.rank <= 32;
+  return f.dtype != ScalarType::Float && f.rank <= 32;
 }
 
 int64_t backward_workspace(const Factor& f) {
@@ -240,10 +240,10 @@ int64_t backward_workspace(const Factor& f) {
 }
 
 void backward(const Factor& dgrad, const Factor& wgrad, float* workspace, Stream stream) {
-  if (dgrad.dtype == c10::ScalarType::BFloat16) {
-    start<c10::BFloat16>(dgrad, wgrad, workspace, stream);
+  if (dgrad.dtype == ScalarType::BFloat16) {
+    start<BFloat16>(dgrad, wgrad, workspace, stream);
   } else {
-    start<c10::Half>(dgrad, wgrad, workspace, stream);
+    start<Half>(dgrad, wgrad, workspace, stream);
   }
 }
 

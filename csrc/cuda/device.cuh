@@ -1,9 +1,8 @@
 #pragma once
 
-#include <c10/util/BFloat16.h>
-#include <c10/util/Half.h>
-
 #include <cstdint>
+
+#include "../factor.h"
 
 // The few instructions that the kernels need beyond C++. tests/emulator has the same ones for a
 // CPU.
@@ -79,7 +78,7 @@ __device__ __forceinline__ void load_matrices(uint32_t (&to)[2], const void* row
 }
 
 // sums[16, 8] += a[16, 16] b[16, 8] on the tensor cores, fp32 accumulation.
-__device__ __forceinline__ void tensor_core(c10::BFloat16, float (&sums)[4], const uint32_t (&a)[4],
+__device__ __forceinline__ void tensor_core(BFloat16, float (&sums)[4], const uint32_t (&a)[4],
                                             const uint32_t (&b)[2]) {
   asm volatile(
       "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, "
@@ -88,7 +87,7 @@ __device__ __forceinline__ void tensor_core(c10::BFloat16, float (&sums)[4], con
       : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
 }
 
-__device__ __forceinline__ void tensor_core(c10::Half, float (&sums)[4], const uint32_t (&a)[4],
+__device__ __forceinline__ void tensor_core(Half, float (&sums)[4], const uint32_t (&a)[4],
                                             const uint32_t (&b)[2]) {
   asm volatile(
       "mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, "

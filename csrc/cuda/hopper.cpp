@@ -1,19 +1,16 @@
 #include "hopper.h"
 
-#include <ATen/ops/zeros.h>
-#include <c10/cuda/CUDAException.h>
-#include <c10/cuda/CUDAGraphsC10Utils.h>
-#include <c10/cuda/CUDAStream.h>
-
 #include <algorithm>
 #include <cstdint>
 #include <map>
 #include <mutex>
+#include <stdexcept>
 #include <utility>
 #include <vector>
 
 #include "kernels.cuh"
 #include "linear.cuh"
+#include "runtime.h"
 
 namespace megalora::cuda {
 namespace {
@@ -28,54 +25,57 @@ bool is_aligned(const void* pointer) { return reinterpret_cast<uintptr_t>(pointe
 
 bool is_multiple_of_eight(int64_t size) { return size % 8 == 0 && size <= kMostOfAnySize; }
 
-bool is_hopper(c10::Device device) {
+bool is_hopper(Device device) {
   int major = 0, minor = 0;
-  C10_CUDA_CHECK(cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device.index()));
-  C10_CUDA_CHECK(cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, device.index()));
+  check(cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device.index));
+  check(cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, device.index));
   return major == 9 && minor == 0;
 }
 
 // Whether copies of boxes can read a matrix.
 bool is_boxable(const Tensor& matrix) {
-  return matrix.is_contiguous() && is_aligned(matrix.data_ptr());
+  return matrix.is_contiguous() && is_aligned(matrix.data());
 }
 
 // Tokens that copies of boxes can read: a copy where they are not.
 Tensor boxable(const Tensor& tokens) {
-  return is_boxable(tokens) ? tokens : tokens.clone(at::MemoryFormat::Contiguous);
+  return is_boxable(tokens) ? tokens : tokens.to(tokens.dtype(), tokens.device());
 }
 
 // B with its columns in blocks, one for each projection, and zeros behind them; nothing where B is
 // that already.
-Tensor spread(const Factor& lora_B, int64_t columns_of_s, const at::TensorOptions& options,
-              Stream stream) {
+Tensor spread(const Factor& lora_B, int64_t columns_of_s, Stream stream) {
   if (lora_B.rank == columns_of_s) {
     return {};
   }
-  Tensor blocks = at::empty({lora_B.experts * lora_B.columns, columns_of_s}, options);
-  block_diagonal(lora_B, columns_of_s, blocks.data_ptr(), stream);
-  C10_CUDA_KERNEL_LAUNCH_CHECK();
+  Tensor blocks = empty({lora_B.experts * lora_B.columns, columns_of_s}, lora_B.dtype, lora_B.device);
+  block_diagonal(lora_B, columns_of_s, blocks.data(), stream);
+  check_launch();
   return blocks;
 }
 
 const void* pointer_to(const Tensor& blocks, const Factor& lora_B) {
-  return blocks.defined() ? blocks.data_ptr() : lora_B.weight;
+  return blocks.defined() ? blocks.data() : lora_B.weight;
 }
 
 // Zero words, which a launch leaves zero: those of this stream, whose launches wait for each other,
 // or own ones of a graph, which may be replayed on another.
-Tensor words(const Sizes& sizes, const at::TensorOptions& options, c10::cuda::CUDAStream stream) {
-  const auto ints = options.dtype(at::kInt);
-  if (c10::cuda::currentStreamCaptureStatusMayInitCtx() != c10::cuda::CaptureStatus::None) {
-    return at::zeros({linear_words(sizes.n, sizes.experts)}, ints);
+Tensor words(const Sizes& sizes, Device device, Stream stream) {
+  const auto zeros = [&](int64_t count) {
+    const Tensor made = empty({count}, ScalarType::Int, device);
+    made.zero_();
+    return made;
+  };
+  if (is_capturing(stream)) {
+    return zeros(linear_words(sizes.n, sizes.experts));
   }
   static std::mutex mutex;
   // Never freed: at the end of a process CUDA may be gone before it.
-  static auto& kept = *new std::map<std::pair<c10::DeviceIndex, c10::StreamId>, Tensor>;
+  static auto& kept = *new std::map<std::pair<int, Stream>, Tensor>;
   const std::lock_guard<std::mutex> lock(mutex);
-  Tensor& own = kept[{stream.device_index(), stream.id()}];
+  Tensor& own = kept[{device.index, stream}];
   if (!own.defined()) {
-    own = at::zeros({linear_words(kMostOfAnySize, kMostExperts)}, ints);
+    own = zeros(linear_words(kMostOfAnySize, kMostExperts));
   }
   return own;
 }
@@ -92,24 +92,33 @@ Tensor maps(const ExpertsLinear& l, bool backward) {
   static auto& all = *new std::map<std::pair<const void*, bool>, Kept>;
   std::vector<const void*> weights;
   for (const Tensor& weight : l.weights) {
-    weights.push_back(weight.data_ptr());
+    weights.push_back(weight.data());
   }
   const int64_t experts = static_cast<int64_t>(weights.size());
   const int64_t o = l.weights[0].size(0), i = l.weights[0].size(1);
   const std::lock_guard<std::mutex> lock(mutex);
   Kept& kept = all[{weights[0], backward}];
   if (kept.weights != weights || kept.o != o || kept.i != i) {
-    TORCH_CHECK(
-        c10::cuda::currentStreamCaptureStatusMayInitCtx() == c10::cuda::CaptureStatus::None,
-        "experts run for the first time while a CUDA graph is captured: run them once before");
-    const Tensor host = at::empty({bytes_of_maps(experts) + 128}, at::kByte);
+    if (is_capturing(current_stream())) {
+      throw std::runtime_error(
+          "experts run for the first time while a CUDA graph is captured: run them once before");
+    }
+    const Tensor host = empty({bytes_of_maps(experts) / 8 + 16}, ScalarType::Long, Device{});
     auto* const aligned = reinterpret_cast<uint8_t*>(
-        (reinterpret_cast<uintptr_t>(host.data_ptr()) + 127) / 128 * 128);
+        (reinterpret_cast<uintptr_t>(host.data()) + 127) / 128 * 128);
     make_maps(aligned, weights.data(), experts, o, i, backward);
-    const int64_t begin = aligned - host.data_ptr<uint8_t>();
-    kept = {weights, o, i, host.narrow(0, begin, bytes_of_maps(experts)).to(l.in.device())};
+    const int64_t words = bytes_of_maps(experts) / 8;
+    kept = {weights, o, i,
+            strided(aligned, {words}, {1}, ScalarType::Long, Device{})
+                .to(ScalarType::Long, l.in.device())};
   }
   return kept.maps;
+}
+
+// Offsets as int64, contiguous.
+Tensor longs(const Tensor& offsets) {
+  return offsets.dtype() == ScalarType::Long ? offsets.contiguous()
+                                             : offsets.to(ScalarType::Long, offsets.device());
 }
 
 Gradient gradient_of(const Factor& f) {
@@ -119,13 +128,13 @@ Gradient gradient_of(const Factor& f) {
 bool is_even(int64_t size) { return size % 2 == 0; }
 
 bool supports_weight(const Tensor& weight) {
-  return linear_is_built() && weight.scalar_type() == at::kBFloat16 && is_hopper(weight.device()) &&
+  return linear_is_built() && weight.dtype() == ScalarType::BFloat16 && is_hopper(weight.device()) &&
          is_boxable(weight) && is_multiple_of_eight(weight.size(0)) &&
          is_multiple_of_eight(weight.size(1));
 }
 
 bool supports_factors(const Factor& lora_A, const Factor& lora_B, int64_t columns_of_s) {
-  return lora_A.dtype == at::kBFloat16 && columns_of_s % 8 == 0 &&
+  return lora_A.dtype == ScalarType::BFloat16 && columns_of_s % 8 == 0 &&
          columns_of_s <= kMostColumnsOfS && lora_A.tokens <= kMostOfAnySize &&
          std::all_of(lora_B.segment, lora_B.segment + lora_B.num_segments, is_even) &&
          is_aligned(lora_A.weight) && is_aligned(lora_B.weight);
@@ -151,22 +160,22 @@ Sizes sizes_of(const Factor& lora_A, const Factor& lora_B, int64_t columns_of_s)
 Forward forward_of(const Sizes& sizes, const Tensor& x, const Factor& lora_A, const void* lora_B,
                    const Tensor& out, const Tensor& thin) {
   return {.sizes = sizes,
-          .x = x.data_ptr(),
+          .x = x.data(),
           .weight = nullptr,
           .lora_A = lora_A.weight,
           .lora_B = lora_B,
-          .y = out.data_ptr(),
-          .s = thin.data_ptr(),
+          .y = out.data(),
+          .s = thin.data(),
           .words = nullptr,
           .scale = static_cast<float>(lora_A.scale)};
 }
 
-void run(Forward call, const Tensor& like) {
-  const auto stream = c10::cuda::getCurrentCUDAStream();
-  const Tensor zeros = words(call.sizes, like.options(), stream);
-  call.words = zeros.data_ptr<int>();
+void run(Forward call, Device device) {
+  const auto stream = current_stream();
+  const Tensor zeros = words(call.sizes, device, stream);
+  call.words = zeros.data<int>();
   linear_forward(call, stream);
-  C10_CUDA_KERNEL_LAUNCH_CHECK();
+  check_launch();
 }
 
 // What dense linears and experts have in common; weight: null where sizes have maps.
@@ -174,20 +183,20 @@ void run_backward(const Sizes& sizes, const void* weight, const Tensor& in, cons
                   const Tensor& s_given, const Tensor& out, const Tensor& thin,
                   const Factor& lora_A, const Factor& lora_B, const Factor& d_a,
                   const Factor& d_b) {
-  const auto stream = c10::cuda::getCurrentCUDAStream();
+  const auto stream = current_stream();
   const Tensor dy = boxable(in), x = boxable(x_given), s = boxable(s_given);
-  const Tensor blocks = spread(lora_B, sizes.r, dy.options(), stream);
-  const Tensor zeros = words(sizes, dy.options(), stream);
+  const Tensor blocks = spread(lora_B, sizes.r, stream);
+  const Tensor zeros = words(sizes, dy.device(), stream);
   Backward call{.sizes = sizes,
-                .dy = dy.data_ptr(),
-                .x = x.data_ptr(),
-                .s = s.data_ptr(),
+                .dy = dy.data(),
+                .x = x.data(),
+                .s = s.data(),
                 .weight = weight,
                 .lora_A = lora_A.weight,
                 .lora_B = pointer_to(blocks, lora_B),
-                .dx = out.data_ptr(),
-                .ds = thin.data_ptr(),
-                .words = zeros.data_ptr<int>(),
+                .dx = out.data(),
+                .ds = thin.data(),
+                .words = zeros.data<int>(),
                 .scale = static_cast<float>(lora_B.scale),
                 .d_a = gradient_of(d_a),
                 .d_b = gradient_of(d_b),
@@ -197,7 +206,7 @@ void run_backward(const Sizes& sizes, const void* weight, const Tensor& in, cons
                 .segment = {}};
   std::copy_n(lora_B.segment, lora_B.num_segments, call.segment);
   linear_backward(call, stream);
-  C10_CUDA_KERNEL_LAUNCH_CHECK();
+  check_launch();
 }
 
 }  // namespace
@@ -219,16 +228,15 @@ bool linear_fills(const Linear& l) {
 void linear_forward(const Linear& l) {
   const Sizes sizes = sizes_of(l.project, l.update, l.thin.size(1));
   const Tensor x = boxable(l.in);
-  const Tensor blocks =
-      spread(l.update, sizes.r, l.in.options(), c10::cuda::getCurrentCUDAStream());
+  const Tensor blocks = spread(l.update, sizes.r, current_stream());
   Forward call = forward_of(sizes, x, l.project, pointer_to(blocks, l.update), l.out, l.thin);
-  call.weight = l.weight.data_ptr();
-  run(call, l.in);
+  call.weight = l.weight.data();
+  run(call, l.in.device());
 }
 
 void linear_backward(const LinearBackward& b) {
   const Linear& l = b.dgrad;
-  run_backward(sizes_of(l.update, l.project, l.thin.size(1)), l.weight.data_ptr(), l.in, b.x, b.s,
+  run_backward(sizes_of(l.update, l.project, l.thin.size(1)), l.weight.data(), l.in, b.x, b.s,
                l.out, l.thin, l.update, l.project, b.d_a, b.d_b);
 }
 
@@ -243,22 +251,22 @@ bool experts_support(const ExpertsBackward& b) {
 }
 
 void experts_forward(const ExpertsLinear& l) {
-  const Tensor ends = l.offsets.to(at::kLong).contiguous(), weights = maps(l, false);
+  const Tensor ends = longs(l.offsets), weights = maps(l, false);
   Sizes sizes = sizes_of(l.project, l.update, l.thin.size(1));
-  sizes.ends = ends.const_data_ptr<int64_t>();
-  sizes.maps = weights.data_ptr();
+  sizes.ends = ends.data<int64_t>();
+  sizes.maps = weights.data();
   const Tensor x = boxable(l.in);
-  const Tensor blocks =
-      spread(l.update, sizes.r, l.in.options(), c10::cuda::getCurrentCUDAStream());
-  run(forward_of(sizes, x, l.project, pointer_to(blocks, l.update), l.out, l.thin), l.in);
+  const Tensor blocks = spread(l.update, sizes.r, current_stream());
+  run(forward_of(sizes, x, l.project, pointer_to(blocks, l.update), l.out, l.thin),
+      l.in.device());
 }
 
 void experts_backward(const ExpertsBackward& b) {
   const ExpertsLinear& l = b.dgrad;
-  const Tensor ends = l.offsets.to(at::kLong).contiguous(), weights = maps(l, true);
+  const Tensor ends = longs(l.offsets), weights = maps(l, true);
   Sizes sizes = sizes_of(l.update, l.project, l.thin.size(1));
-  sizes.ends = ends.const_data_ptr<int64_t>();
-  sizes.maps = weights.data_ptr();
+  sizes.ends = ends.data<int64_t>();
+  sizes.maps = weights.data();
   run_backward(sizes, nullptr, l.in, b.x, b.s, l.out, l.thin, l.update, l.project, b.d_a, b.d_b);
 }
 

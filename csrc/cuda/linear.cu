@@ -1,16 +1,14 @@
 #include "linear.cuh"
 
-#include <c10/cuda/CUDAException.h>
-#include <c10/cuda/CUDAFunctions.h>
-#include <c10/cuda/CUDAMacros.h>
-#include <c10/util/Exception.h>
-
 #include <algorithm>
 #include <array>
 #include <iterator>
 #include <mutex>
+#include <stdexcept>
 
+#include "../text.h"
 #include "linear_kernel.cuh"
+#include "runtime.h"
 
 // Launches of linear_kernel: the boxes of its tensors, and for a dense linear who does what. Result
 // tiles come in whole rounds over the clusters; the other items go first to the clusters whose last
@@ -28,10 +26,12 @@ Encode encoder() {
   static const Encode found = [] {
     void* function = nullptr;
     cudaDriverEntryPointQueryResult status;
-    C10_CUDA_CHECK(cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &function, 12000,
+    check(cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &function, 12000,
                                                     cudaEnableDefault, &status));
-    TORCH_CHECK(status == cudaDriverEntryPointSuccess,
-                "the CUDA driver has no cuTensorMapEncodeTiled: it is older than CUDA 12");
+    if (status != cudaDriverEntryPointSuccess) {
+      throw std::runtime_error(
+          "the CUDA driver has no cuTensorMapEncodeTiled: it is older than CUDA 12");
+    }
     return reinterpret_cast<Encode>(function);
   }();
   return found;
@@ -47,8 +47,10 @@ CUtensorMap boxes(const void* base, int64_t rows, int64_t columns, uint32_t box_
       encoder()(&map, CU_TENSOR_MAP_DATA_TYPE_BFLOAT16, 2, const_cast<void*>(base), sizes, stride,
                 box, steps, CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B,
                 CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
-  TORCH_CHECK(status == CUDA_SUCCESS, "cuTensorMapEncodeTiled returns ", static_cast<int>(status),
-              " for a bfloat16 tensor [", rows, ", ", columns, "] at ", base);
+  if (status != CUDA_SUCCESS) {
+    throw std::runtime_error(text("cuTensorMapEncodeTiled returns ", static_cast<int>(status),
+                                  " for a bfloat16 tensor [", rows, ", ", columns, "] at ", base));
+  }
   return map;
 }
 
@@ -96,9 +98,9 @@ using Kernel = void (*)(Call);
 // Allows the kernel its shared memory, once on each device.
 template <Kernel KERNEL>
 void allow() {
-  static std::array<std::once_flag, C10_COMPILE_TIME_MAX_GPUS> allowed;
-  std::call_once(allowed.at(c10::cuda::current_device()), [] {
-    C10_CUDA_CHECK(cudaFuncSetAttribute(KERNEL, cudaFuncAttributeMaxDynamicSharedMemorySize,
+  static std::array<std::once_flag, kMostGpus> allowed;
+  std::call_once(allowed.at(current_device()), [] {
+    check(cudaFuncSetAttribute(KERNEL, cudaFuncAttributeMaxDynamicSharedMemorySize,
                                         static_cast<int>(sizeof(Shared))));
   });
 }
@@ -115,9 +117,9 @@ cudaLaunchConfig_t launch_of(int clusters, Stream stream) {
 // Clusters that this GPU runs at once.
 int most_clusters() {
   constexpr Kernel kAny = linear_kernel<false, false, 16>;
-  static std::array<std::once_flag, C10_COMPILE_TIME_MAX_GPUS> asked;
-  static std::array<int, C10_COMPILE_TIME_MAX_GPUS> found;
-  const int device = c10::cuda::current_device();
+  static std::array<std::once_flag, kMostGpus> asked;
+  static std::array<int, kMostGpus> found;
+  const int device = current_device();
   std::call_once(asked.at(device), [device] {
     allow<kAny>();
     cudaLaunchAttribute pairs{};
@@ -127,7 +129,7 @@ int most_clusters() {
     config.attrs = &pairs;
     config.numAttrs = 1;
     int clusters = 0;
-    C10_CUDA_CHECK(cudaOccupancyMaxActiveClusters(&clusters, kAny, &config));
+    check(cudaOccupancyMaxActiveClusters(&clusters, kAny, &config));
     found.at(device) = std::min(clusters, kMostClusters);
   });
   return found.at(device);
@@ -181,7 +183,7 @@ void launch(const Call& call, int clusters, Stream stream) {
   cudaLaunchConfig_t config = launch_of(clusters, stream);
   config.attrs = &together;
   config.numAttrs = EXPERTS ? 0 : 1;
-  C10_CUDA_CHECK(cudaLaunchKernelEx(&config, kKernel, call));
+  check(cudaLaunchKernelEx(&config, kKernel, call));
 }
 
 template <bool BACKWARD>

@@ -1,8 +1,6 @@
 #include "../ops.h"
 
-#include <c10/cuda/CUDAException.h>
-#include <c10/cuda/CUDAGuard.h>
-#include <c10/cuda/CUDAStream.h>
+#include <torch/csrc/stable/accelerator.h>
 
 #include <algorithm>
 #include <array>
@@ -14,9 +12,12 @@
 #include "choices.h"
 #include "hopper.h"
 #include "kernels.cuh"
+#include "runtime.h"
 
 namespace megalora::cuda {
 namespace {
+
+using torch::stable::accelerator::DeviceGuard;
 
 // choices.h has who computes a product of a dense factor, where both can. MEGALORA_CUDA_ROUTE
 // overrides it for tuning: "gemm" or "kernels" for all, or a list as in
@@ -24,14 +25,14 @@ namespace {
 // and "linear:gemm" the products one after another instead of our one launch. It is looked up at
 // every call, so that one process can measure both.
 void check_product(std::string_view name) {
-  TORCH_CHECK_VALUE(name == "project" || name == "update" || name == "outer" ||
+  check_value(name == "project" || name == "update" || name == "outer" ||
                         name == "backward" || name == "linear",
                     "MEGALORA_CUDA_ROUTE names the product \"", name,
                     "\": use project, update, outer, backward or linear");
 }
 
 Route route_named(std::string_view name) {
-  TORCH_CHECK_VALUE(name == "auto" || name == "gemm" || name == "kernels",
+  check_value(name == "auto" || name == "gemm" || name == "kernels",
                     "MEGALORA_CUDA_ROUTE names the route \"", name,
                     "\": use auto, gemm or kernels, alone or as in project:kernels,update:gemm");
   return name == "gemm"      ? Route::gemm
@@ -65,12 +66,12 @@ bool gemm_can(const Factor& f) {
 }
 
 // The device whose measurements stand for a GPU: asked for once, which takes a millisecond.
-std::string_view measured_as(c10::DeviceIndex index) {
-  static std::array<std::once_flag, C10_COMPILE_TIME_MAX_GPUS> asked;
-  static std::array<std::string_view, C10_COMPILE_TIME_MAX_GPUS> found;
+std::string_view measured_as(int index) {
+  static std::array<std::once_flag, kMostGpus> asked;
+  static std::array<std::string_view, kMostGpus> found;
   std::call_once(asked.at(index), [index] {
     cudaDeviceProp gpu;
-    C10_CUDA_CHECK(cudaGetDeviceProperties(&gpu, index));
+    check(cudaGetDeviceProperties(&gpu, index));
     found.at(index) = measured_as(kChoices, gpu.name, 10 * gpu.major + gpu.minor);
   });
   return found.at(index);
@@ -80,7 +81,7 @@ std::string_view measured_as(c10::DeviceIndex index) {
 Route chosen(const Factor& f, std::string_view product) {
   const Route named = route_of(product);
   return named != Route::automatic ? named
-                                   : fastest(kChoices, measured_as(f.device.index()), product,
+                                   : fastest(kChoices, measured_as(f.device.index), product,
                                              f.num_segments > 1, f.rank);
 }
 
@@ -116,17 +117,17 @@ bool one_launch_is_faster(const LinearCall& call, const Linear& l) {
 }
 
 Tensor floats(const Factor& f, int64_t count) {
-  return at::empty({count}, at::TensorOptions().dtype(at::kFloat).device(f.device));
+  return empty({count}, ScalarType::Float, f.device);
 }
 
 struct Products {
   static constexpr const char* kDtypes = "float32, bfloat16, float16";
-  static bool supports(at::ScalarType dtype) {
-    return dtype == at::kFloat || dtype == at::kBFloat16 || dtype == at::kHalf;
+  static bool supports(ScalarType dtype) {
+    return dtype == ScalarType::Float || dtype == ScalarType::BFloat16 || dtype == ScalarType::Half;
   }
 
   static void project(const Factor& f) {
-    const c10::cuda::CUDAGuard guard(f.device);
+    const DeviceGuard guard(f.device.index);
     if (gemm_is_faster(f, "project")) {
       gemm::project(f);
       return;
@@ -134,30 +135,30 @@ struct Products {
     const int64_t splits = project_splits(f);
     const int64_t part = f.tokens * f.num_segments * f.rank;
     const Tensor workspace = floats(f, splits > 1 ? splits * part : 0);
-    cuda::project(f, workspace.data_ptr<float>(), c10::cuda::getCurrentCUDAStream());
-    C10_CUDA_KERNEL_LAUNCH_CHECK();
+    cuda::project(f, workspace.data<float>(), current_stream());
+    check_launch();
   }
 
   static void update(const Factor& f) {
-    const c10::cuda::CUDAGuard guard(f.device);
+    const DeviceGuard guard(f.device.index);
     if (gemm_is_faster(f, "update")) {
       gemm::update(f);
       return;
     }
-    cuda::update(f, c10::cuda::getCurrentCUDAStream());
-    C10_CUDA_KERNEL_LAUNCH_CHECK();
+    cuda::update(f, current_stream());
+    check_launch();
   }
 
   static void outer(const Factor& f) {
-    const c10::cuda::CUDAGuard guard(f.device);
+    const DeviceGuard guard(f.device.index);
     if (gemm_is_faster(f, "outer")) {
       gemm::outer(f);
       return;
     }
     const int64_t splits = outer_splits(f);
     const Tensor workspace = floats(f, splits > 1 ? splits * f.columns * f.rank : 0);
-    cuda::outer(f, workspace.data_ptr<float>(), c10::cuda::getCurrentCUDAStream());
-    C10_CUDA_KERNEL_LAUNCH_CHECK();
+    cuda::outer(f, workspace.data<float>(), current_stream());
+    check_launch();
   }
 
   static void backward(const Factor& dgrad, const Factor& wgrad) {
@@ -166,14 +167,14 @@ struct Products {
       outer(wgrad);
       return;
     }
-    const c10::cuda::CUDAGuard guard(dgrad.device);
+    const DeviceGuard guard(dgrad.device.index);
     const Tensor workspace = floats(dgrad, backward_workspace(dgrad));
-    cuda::backward(dgrad, wgrad, workspace.data_ptr<float>(), c10::cuda::getCurrentCUDAStream());
-    C10_CUDA_KERNEL_LAUNCH_CHECK();
+    cuda::backward(dgrad, wgrad, workspace.data<float>(), current_stream());
+    check_launch();
   }
 
   static void linear(const Linear& l) {
-    const c10::cuda::CUDAGuard guard(l.update.device);
+    const DeviceGuard guard(l.update.device.index);
     if (one_launch_is_faster(l, l)) {
       linear_forward(l);
     } else {
@@ -182,7 +183,7 @@ struct Products {
   }
 
   static void linear_backward(const LinearBackward& b) {
-    const c10::cuda::CUDAGuard guard(b.d_a.device);
+    const DeviceGuard guard(b.d_a.device.index);
     if (one_launch_is_faster(b, b.dgrad)) {
       cuda::linear_backward(b);
     } else {
@@ -195,7 +196,7 @@ struct Products {
   }
 
   static void experts_linear(const ExpertsLinear& l) {
-    const c10::cuda::CUDAGuard guard(l.update.device);
+    const DeviceGuard guard(l.update.device.index);
     if (route_of("linear") != Route::gemm && experts_support(l)) {
       experts_forward(l);
     } else {
@@ -204,7 +205,7 @@ struct Products {
   }
 
   static void experts_backward(const ExpertsBackward& b) {
-    const c10::cuda::CUDAGuard guard(b.d_a.device);
+    const DeviceGuard guard(b.d_a.device.index);
     if (route_of("linear") != Route::gemm && experts_support(b)) {
       cuda::experts_backward(b);
     } else {
@@ -213,7 +214,7 @@ struct Products {
   }
 
   static void add_base(const Linear& l) {
-    const c10::cuda::CUDAGuard guard(l.update.device);
+    const DeviceGuard guard(l.update.device.index);
     if (low_rank_first_is_faster(l.update)) {
       low_rank_first(l);
     } else {
@@ -225,4 +226,4 @@ struct Products {
 }  // namespace
 }  // namespace megalora::cuda
 
-TORCH_LIBRARY_IMPL(megalora, CUDA, m) { megalora::implement<megalora::cuda::Products>(m); }
+STABLE_TORCH_LIBRARY_IMPL(megalora, CUDA, m) { megalora::implement<megalora::cuda::Products>(m); }

@@ -422,10 +422,10 @@ void with_rank_tile(const Factor& f, Body body) {
       body.template operator()<T, 64>();
     }
   };
-  if (f.dtype == c10::ScalarType::BFloat16) {
-    with_type(c10::BFloat16{});
-  } else if (f.dtype == c10::ScalarType::Half) {
-    with_type(c10::Half{});
+  if (f.dtype == ScalarType::BFloat16) {
+    with_type(BFloat16{});
+  } else if (f.dtype == ScalarType::Half) {
+    with_type(Half{});
   } else {
     with_type(float{});
   }

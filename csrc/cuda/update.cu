@@ -346,10 +346,10 @@ void start(const Factor& f, Stream stream) {
 }  // namespace
 
 void update(const Factor& f, Stream stream) {
-  if (f.dtype == c10::ScalarType::BFloat16) {
-    start<c10::BFloat16>(f, stream);
-  } else if (f.dtype == c10::ScalarType::Half) {
-    start<c10::Half>(f, stream);
+  if (f.dtype == ScalarType::BFloat16) {
+    start<BFloat16>(f, stream);
+  } else if (f.dtype == ScalarType::Half) {
+    start<Half>(f, stream);
   } else {
     start<float>(f, stream);
   }

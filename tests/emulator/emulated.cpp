@@ -13,8 +13,8 @@ namespace {
 
 struct Emulated {
   static constexpr const char* kDtypes = "float32, bfloat16, float16";
-  static bool supports(at::ScalarType dtype) {
-    return dtype == at::kFloat || dtype == at::kBFloat16 || dtype == at::kHalf;
+  static bool supports(ScalarType dtype) {
+    return dtype == ScalarType::Float || dtype == ScalarType::BFloat16 || dtype == ScalarType::Half;
   }
   static void project(const Factor& f) {
     std::vector<float> workspace(cuda::project_splits(f) * f.tokens * f.num_segments * f.rank,
@@ -46,5 +46,5 @@ struct Emulated {
 }  // namespace
 }  // namespace megalora
 
-TORCH_LIBRARY(megalora_emulated, m) { megalora::define_ops(m); }
-TORCH_LIBRARY_IMPL(megalora_emulated, CPU, m) { megalora::implement<megalora::Emulated>(m); }
+STABLE_TORCH_LIBRARY(megalora_emulated, m) { megalora::define_ops(m); }
+STABLE_TORCH_LIBRARY_IMPL(megalora_emulated, CPU, m) { megalora::implement<megalora::Emulated>(m); }
