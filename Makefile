@@ -5,6 +5,7 @@
 # make test    lint, types and all tests on the CPU
 # make test-full  more seeds and sizes of the same, such as very many changed files: a few minutes
 # make test-slow  the slowest tests of the last `make test`, at once
+# make wheel   dist/megalora-*.whl, which installs without a compiler beside any torch from 2.11 on
 # make package  sdist and wheel in dist/, each installed into a fresh environment and used there
 # make lint    format, lint and types only
 # make bench   the benchmarks behind docs/performance.md's numbers
@@ -31,7 +32,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK = 1
 # How long each test of the last `make test` took.
 REPORT := build/tests.xml
 
-.PHONY: demo real test test-full test-slow lint style bench parity figures gpu-kit servers package docs docs-links clean
+.PHONY: demo real test test-full test-slow lint style bench parity figures gpu-kit servers wheel package docs docs-links clean
 
 demo: .venv/built
 	$(BIN)/python examples/demo.py --output demo $(DEMO)
@@ -80,6 +81,11 @@ figures: .venv/built $(if $(MODEL),build/$(MODEL)/config.json)
 
 gpu-kit: .venv/built
 	$(BIN)/python benchmarks/gpu_kit.py $(GPU_KIT)
+
+wheel: .venv/built
+	rm -f dist/*.whl
+	MEGALORA_LABEL=1 $(BIN)/pip wheel -q --no-deps --no-build-isolation --wheel-dir dist .
+	@ls dist/*.whl
 
 package: .venv/built
 	$(BIN)/python .ci/package.py

@@ -1,8 +1,9 @@
 """Build csrc into megalora/_C.so: the CPU ops always, the CUDA ops where nvcc is found.
 
+The library loads in every torch from OLDEST_TORCH on, whichever it is built beside.
 MEGALORA_CUDA=0 leaves CUDA out, MEGALORA_CUDA=1 makes a missing nvcc an error.
 MEGALORA_CUDA_ARCH=90a builds for that architecture only. MEGALORA_LABEL=1 adds to the version what
-the library is for, as in 0.2.0+torch2.13.cpu.
+the library is for, as in 0.2.0+cuda13.
 """
 
 import importlib.util
@@ -47,13 +48,13 @@ def version() -> str:
     return re.findall(r'^__version__ = "(.+)"$', text, re.MULTILINE)[0]
 
 
-def torch_here() -> tuple[int, int]:
-    """Return the first two numbers of the version of the torch to build for."""
+def check_torch() -> None:
+    """Raise SystemExit where there is no torch to build beside."""
     if importlib.util.find_spec("torch") is None:
         raise SystemExit(
-            "megalora is compiled for the torch that it will run with, and no torch is here: `pip "
-            "install torch setuptools wheel ninja` first, then give pip --no-build-isolation, "
-            "without which it hides the torch that is installed"
+            "megalora is compiled beside a torch, and none is here: `pip install torch setuptools "
+            "wheel ninja` first, then give pip --no-build-isolation, without which it hides the "
+            "torch that is installed"
         )
     import torch
 
@@ -63,7 +64,6 @@ def torch_here() -> tuple[int, int]:
             f"megalora needs torch {OLDEST_TORCH[0]}.{OLDEST_TORCH[1]} or newer, and "
             f"{torch.__version__} is installed: install a newer one first"
         )
-    return major, minor
 
 
 def cuda_home() -> Path | None:
@@ -178,19 +178,19 @@ def build_command():
 
 
 def built_here() -> dict[str, object]:
-    """Return what setup() is told of the library, which is for the torch that is here alone."""
+    """Return what setup() is told of the library and of the version, which may name it."""
     if WITHOUT_TORCH & set(sys.argv):
-        oldest = ".".join(map(str, OLDEST_TORCH))
-        return {"version": version(), "install_requires": [f"torch>={oldest}", *REQUIRED]}
-    torch = ".".join(map(str, torch_here()))
+        return {"version": version()}
+    check_torch()
     home = wanted_cuda()
     # For the name of a wheel that others install; pip wants a source's own version unchanged.
-    label = f"+torch{torch}.{'cuda' if home else 'cpu'}" if "MEGALORA_LABEL" in os.environ else ""
+    label = f"+cuda{nvcc_major(home)}" if home else "+cpu"
     return {
-        "version": version() + label,
-        "install_requires": [f"torch=={torch}.*", *REQUIRED],
+        "version": version() + (label if "MEGALORA_LABEL" in os.environ else ""),
         "ext_modules": [extension(home)],
         "cmdclass": {"build_ext": build_command()},
+        # Nothing of Python is in it: any Python from this one on.
+        "options": {"bdist_wheel": {"py_limited_api": "cp312"}},
     }
 
 
@@ -216,6 +216,7 @@ setup(
     ],
     packages=find_packages(include=["megalora", "megalora.*"]),
     python_requires=">=3.12",
+    install_requires=["torch>={}.{}".format(*OLDEST_TORCH), *REQUIRED],
     extras_require={
         "hf": ["transformers", "peft"],
         "dev": [

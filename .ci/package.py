@@ -3,12 +3,14 @@
 python .ci/package.py [--keep DIRECTORY]
 
 The wheel is built from the sdist, and is installed where no compiler is. The environment gets what
-the wheel asks for and nothing else, in the versions of constraints.txt.
+the wheel asks for and nothing else, in the versions of constraints.txt; at the end the wheel is put
+beside the oldest torch that it takes.
 """
 
 import argparse
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -26,6 +28,7 @@ ROOT = Path(__file__).resolve().parents[1]
 DIST = ROOT / "dist"
 SDIST = "build_meta.build_sdist('dist')"
 TRY = ROOT / ".ci" / "try_installed.py"
+OLDEST_TORCH = "2.11"
 START = time.monotonic()
 # What an isolated build, one without torch, and one without a compiler have to say.
 ISOLATED = "give pip --no-build-isolation"
@@ -80,13 +83,14 @@ def check_contents(sdist: Path, wheel: Path) -> None:
     others = {name for name in names - package if ".dist-info/" not in name}
     assert package <= names, f"not in {wheel.name}: {sorted(package - names)}"
     assert not others, f"too much in {wheel.name}: {sorted(others)}"
+    [torch] = (one for one in metadata.requires_dist or () if one.name == "torch")
+    assert str(torch.specifier) == f">={OLDEST_TORCH}", torch
     for field in ("summary", "description", "requires_python", "classifiers", "requires_dist"):
         assert getattr(metadata, field), f"{wheel.name} says no {field}"
     assert metadata.description_content_type == "text/markdown"
-    [torch] = (one for one in metadata.requires_dist or () if one.name == "torch")
-    minor = str(torch.specifier).removeprefix("==").removesuffix(".*")
-    version = parse_wheel_filename(wheel.name)[1]
-    assert (version.local or "").startswith(f"torch{minor}."), (version, minor)
+    _, version, _, [tag] = parse_wheel_filename(wheel.name)
+    assert (tag.interpreter, tag.abi) == ("cp312", "abi3"), tag
+    assert re.fullmatch(r"cpu|cuda\d+", version.local or ""), version
     assert version.public == str(parse_sdist_filename(sdist.name)[1]) == metadata.version.public
 
 
@@ -115,6 +119,18 @@ def install_and_use(work: Path, sdist: Path, wheel: Path) -> None:
     assert NO_COMPILER in fails(beside, PATH=str(bin_), MEGALORA_CUDA="0")
     say("pip install of the sdist beside torch")
     run(beside)
+    use(bin_, source)
+    use_beside_oldest_torch(pip, bin_, source, wheel)
+
+
+def use_beside_oldest_torch(pip: Sequence[object], bin_: Path, source: Path, wheel: Path) -> None:
+    """Put the same wheel beside the oldest torch that it takes; use it there."""
+    say(f"pip install of the wheel beside torch {OLDEST_TORCH}, without a compiler")
+    run([*pip, "uninstall", "--yes", "megalora"])
+    oldest = [*pip, "install", "--progress-bar", "off", wheel, f"torch=={OLDEST_TORCH}.*"]
+    run(oldest, PATH=str(bin_))
+    version = run([bin_ / "python", "-c", "import torch; print(torch.__version__)"])
+    assert version.startswith(f"{OLDEST_TORCH}."), version
     use(bin_, source)
 
 

@@ -27,10 +27,9 @@ from pathlib import Path
 
 import torch
 from _results import Row, append
-from gpu_kit import Kit, open_kit
+from gpu_kit import ROOT, Kit, open_kit
 from gpu_report import setting, write_report
 
-ROOT = Path(__file__).parents[1]
 # What the stages need of a checkout.
 TREE = ("megalora", "tests", "benchmarks", "examples", "csrc", "pyproject.toml")
 LOG_LINES = 150
@@ -227,7 +226,7 @@ def workplace(kit: Kit | None) -> Iterator[tuple[Path, dict[str, str]]]:
         tree, paths = ROOT, []
         if kit is not None:
             paths = [str(folder) for folder in kit.unpack(Path(temporary))]
-            if kit.fits_this_torch():
+            if kit.fits():
                 tree = Path(temporary) / "tree"
                 copy_tree(tree)
                 shutil.copy(kit.library, tree / "megalora/_C.so")

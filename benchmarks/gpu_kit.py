@@ -1,9 +1,9 @@
 """What a bare GPU machine lacks, in one folder: for machines without a package index.
 
-python benchmarks/gpu_kit.py [--output .gpu-kit] [--torch 2.11.0] [--te DIR] [--extra PACKAGE ...]
+python benchmarks/gpu_kit.py [--output .gpu-kit] [--arch 90a] [--te DIR] [--extra PACKAGE ...]
 
-The folder gets megalora's library, built against the torch of that machine, the wheels of what the
-image lacks, and kit.json, which says what they are. `--te` adds TransformerEngine: its library has
+The folder gets megalora's library for one architecture, the wheels of what the image lacks, and
+kit.json, which says what they are. `--te` adds TransformerEngine: its library has
 code for nine architectures, 276 MB; only that of one is kept, 25 MB. DIR holds the wheel of
 transformer_engine_torch for that torch, which exists as source only.
 """
@@ -50,11 +50,14 @@ class Kit:
         """The packages."""
         return sorted(self.folder.glob("*.whl"))
 
-    def fits_this_torch(self) -> bool:
-        """Say whether the library was built against the torch that runs."""
+    def fits(self) -> bool:
+        """Say whether the library is one for the torch that runs."""
         import torch
 
-        return torch.__version__.split("+")[0] == self.facts["torch"]
+        sys.path.insert(0, str(ROOT))  # megalora is not installed on a bare machine
+        from megalora.built import misfit
+
+        return misfit(self.library, torch.__version__, torch.version.cuda) is None
 
     def unpack(self, target: Path) -> list[Path]:
         """Unpack the wheels, as pip would without checking what they need; return the folders.
@@ -101,7 +104,6 @@ def main() -> None:
     """Collect everything beside the folder, then put it in place of the one before."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--output", type=Path, default=ROOT / ".gpu-kit")
-    parser.add_argument("--torch", default="2.11.0", help="version on the GPU machine")
     parser.add_argument(
         "--arch", default="90a", help="compute capability of the GPU: 80, 90a, 100a"
     )
@@ -113,11 +115,11 @@ def main() -> None:
     with tempfile.TemporaryDirectory(dir=ROOT, prefix=".gpu-kit-") as temporary:
         folder = Path(temporary) / "kit"
         folder.mkdir()
-        build_library(folder, options.torch, options.arch)
+        build_library(folder, options.arch)
         download(folder, [*pinned(WHEELS), *options.extra])
         if options.te:
             add_transformer_engine(folder, options.te, options.arch)
-        describe(folder, options.torch, options.arch)
+        describe(folder, options.arch)
         shutil.rmtree(options.output, ignore_errors=True)
         folder.rename(options.output)
     size = sum(path.stat().st_size for path in options.output.iterdir())
@@ -126,18 +128,12 @@ def main() -> None:
         raise SystemExit(f"the kit has more than {LARGEST / 2**20:.0f} MiB")
 
 
-def build_library(folder: Path, torch_version: str, arch: str) -> None:
-    """Build csrc against a torch in an environment of its own, which is kept for the next time."""
-    environment = ROOT / f".venv-torch-{torch_version}"
-    python = environment / "bin/python"
-    if not (environment / "ready").exists():
-        run(sys.executable, "-m", "venv", environment)
-        needed = (f"torch=={torch_version}", "setuptools", "wheel", "ninja", "numpy")
-        run(python, "-m", "pip", "install", "-q", "--progress-bar", "off", *needed)
-        (environment / "ready").touch()
+def build_library(folder: Path, arch: str) -> None:
+    """Build csrc for one architecture."""
     with tempfile.TemporaryDirectory() as built:
         run(
-            *(python, "setup.py", "build_ext", "--build-lib", built, "--build-temp", built),
+            *(sys.executable, "setup.py", "build_ext"),
+            *("--build-lib", built, "--build-temp", built),
             MEGALORA_CUDA="1",
             MEGALORA_CUDA_ARCH=arch,
         )
@@ -211,14 +207,13 @@ def keep_architecture(library: bytes, arch: int) -> bytes:
     return bytes(content)
 
 
-def describe(folder: Path, torch_version: str, arch: str) -> None:
+def describe(folder: Path, arch: str) -> None:
     """Write kit.json."""
     commit = run("git", "describe", "--always", "--dirty", capture=True).strip()
     files = {
         path.name: sha256(path) for path in sorted(folder.iterdir()) if path.name != DESCRIPTION
     }
     facts = {
-        "torch": torch_version,
         "arch": arch,
         "commit": commit,
         "sources": checksum_of_sources(),

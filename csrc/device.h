@@ -9,7 +9,7 @@ struct Device {
   enum class Type : int8_t { cpu, cuda, other };
 
   Type type = Type::cpu;
-  int32_t index = -1;
+  int8_t index = -1;
 
   bool is_cpu() const { return type == Type::cpu; }
   bool operator==(const Device&) const = default;
@@ -23,7 +23,8 @@ inline std::ostream& operator<<(std::ostream& stream, Device::Type type) {
 
 inline std::ostream& operator<<(std::ostream& stream, const Device& device) {
   stream << device.type;
-  return device.type == Device::Type::cuda ? stream << ':' << device.index : stream;
+  return device.type == Device::Type::cuda ? stream << ':' << static_cast<int>(device.index)
+                                           : stream;
 }
 
 }  // namespace megalora

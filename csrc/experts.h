@@ -63,7 +63,8 @@ void compose_experts(const ExpertsBackward& b) {
 
 template <class Products>
 struct ExpertsOps {
-  static std::tuple<Tensor, Tensor> experts_linear(const Tensor& x, const std::vector<Tensor>& weights,
+  static std::tuple<Tensor, Tensor> experts_linear(const Tensor& x,
+                                                   const std::vector<Tensor>& weights,
                                                    const Tensor& lora_A, const Tensor& lora_B,
                                                    double scale, const Tensor& offsets,
                                                    const Segments& segments) {
@@ -75,8 +76,7 @@ struct ExpertsOps {
     shrink.shrink(in, thin, lora_A, scale);
     expand.expand(y, thin, lora_B, segments, period, 1.0);
     if (x.size(0) > 0) {
-      Products::experts_linear(
-          {in, weights, true, offsets, y, s, shrink.factor, expand.factor});
+      Products::experts_linear({in, weights, true, offsets, y, s, shrink.factor, expand.factor});
     }
     return {y, s};
   }
@@ -93,9 +93,10 @@ struct ExpertsOps {
   }
 
   static Tensor experts_linear_backward_(const Tensor& d_a, const Tensor& d_b, const Tensor& dy,
-                                         const Tensor& x, const Tensor& s, const std::vector<Tensor>& weights,
-                                         const Tensor& lora_A, const Tensor& lora_B, double scale,
-                                         const Tensor& offsets, const Segments& segments) {
+                                         const Tensor& x, const Tensor& s,
+                                         const std::vector<Tensor>& weights, const Tensor& lora_A,
+                                         const Tensor& lora_B, double scale, const Tensor& offsets,
+                                         const Segments& segments) {
     check_sum(d_a, "d_a", lora_A, "lora_A", x, "x");
     check_sum(d_b, "d_b", lora_B, "lora_B", dy, "dy");
     Tensor dx;
@@ -157,9 +158,9 @@ struct ExpertsOps {
   }
 
   // axis: that of the weights along which the tokens are read.
-  static int64_t check(const Tensor& tokens, const char* name, const std::vector<Tensor>& weights, int64_t axis,
-                       const Tensor& lora_A, const Tensor& lora_B, const Tensor& offsets,
-                       const Segments& segments) {
+  static int64_t check(const Tensor& tokens, const char* name, const std::vector<Tensor>& weights,
+                       int64_t axis, const Tensor& lora_A, const Tensor& lora_B,
+                       const Tensor& offsets, const Segments& segments) {
     check_tokens(tokens, name, offsets);
     check_supported<Products>(tokens);
     check_offsets(offsets, tokens);

@@ -135,8 +135,8 @@ struct Ops {
     }
     check_tokens(x, "x", offsets);
     check_tokens(ds, "ds", offsets);
-    const Shape shape = offsets ? Shape{offsets->numel(), ds.size(-1), x.size(-1)}
-                                : Shape{ds.size(-1), x.size(-1)};
+    const Shape shape =
+        offsets ? Shape{offsets->numel(), ds.size(-1), x.size(-1)} : Shape{ds.size(-1), x.size(-1)};
     const Tensor d_a = empty(shape, x);
     shrink_outer(d_a, ds, x, offsets, p, seed, false);
     return d_a;

@@ -7,7 +7,7 @@
 #include <stdexcept>
 #include <utility>
 
-#include "text.h"
+#include "errors.h"
 
 // Not in every torch: the products on GPUs only in one with CUDA, the last message since 2.13.
 extern "C" {
@@ -25,14 +25,16 @@ namespace megalora {
 namespace {
 
 // Torch hands no exception over, only that there was one, and writes it to stderr.
+const char* last_error() {
+  return torch_exception_get_what_without_backtrace == nullptr
+             ? "its error is above, on stderr"
+             : torch_exception_get_what_without_backtrace();
+}
+
 void check(AOTITorchError code, const char* what) {
-  if (code == AOTI_TORCH_SUCCESS) {
-    return;
+  if (code != AOTI_TORCH_SUCCESS) {
+    check_that(false, "torch could not ", what, ": ", last_error());
   }
-  const char* const why = torch_exception_get_what_without_backtrace == nullptr
-                              ? "its error is above, on stderr"
-                              : torch_exception_get_what_without_backtrace();
-  throw std::runtime_error(text("megalora: torch could not ", what, ": ", why));
 }
 
 // The dtypes that the ops know, by torch's numbers for them; asked for once.
@@ -62,7 +64,7 @@ int32_t code_of(ScalarType dtype) {
       return code;
     }
   }
-  throw std::logic_error("megalora: no tensor is made of this dtype");
+  throw std::logic_error("no tensor is made of this dtype");
 }
 
 int64_t element_size(ScalarType dtype) {
@@ -71,15 +73,15 @@ int64_t element_size(ScalarType dtype) {
 
 Device::Type device_type_of(int32_t code) {
   static const int32_t cpu = aoti_torch_device_type_cpu(), cuda = aoti_torch_device_type_cuda();
-  return code == cpu    ? Device::Type::cpu
-         : code == cuda ? Device::Type::cuda
-                        : Device::Type::other;
+  return code == cpu ? Device::Type::cpu : code == cuda ? Device::Type::cuda : Device::Type::other;
 }
 
 int32_t code_of(Device::Type type) {
   static const int32_t cpu = aoti_torch_device_type_cpu(), cuda = aoti_torch_device_type_cuda();
   return type == Device::Type::cpu ? cpu : cuda;
 }
+
+int32_t index_of(Device device) { return device.is_cpu() ? 0 : device.index; }
 
 std::shared_ptr<AtenTensorOpaque> owned(AtenTensorHandle handle) {
   return {handle, [](AtenTensorHandle held) { aoti_torch_delete_tensor_object(held); }};
@@ -95,10 +97,10 @@ class Borrowed {
       return;
     }
     AtenTensorHandle handle = nullptr;
-    check(aoti_torch_create_tensor_from_blob(
-              tensor.data_, tensor.dim(), tensor.sizes_.begin(), tensor.strides_.begin(), 0,
-              code_of(tensor.dtype_), code_of(tensor.device_.type),
-              std::max(tensor.device_.index, 0), &handle),
+    check(aoti_torch_create_tensor_from_blob(tensor.data_, tensor.dim(), tensor.sizes_.begin(),
+                                             tensor.strides_.begin(), 0, code_of(tensor.dtype_),
+                                             code_of(tensor.device_.type), index_of(tensor.device_),
+                                             &handle),
           "view memory");
     owner_ = owned(handle);
   }
@@ -137,12 +139,10 @@ std::ostream& operator<<(std::ostream& stream, const Shape& shape) {
 
 Tensor::Tensor(AtenTensorHandle handle) : owner_(owned(handle)) {
   int64_t *sizes = nullptr, *strides = nullptr;
-  int32_t dtype = 0, type = 0;
+  int32_t dtype = 0, type = 0, index = 0;
   check(aoti_torch_get_dim(handle, &sizes_.dims), "say a tensor's dimensions");
-  if (sizes_.dims > Shape::kMostDims) {
-    throw std::invalid_argument(
-        text("a tensor has ", sizes_.dims, " dimensions, expected 1 to 4"));
-  }
+  check_value(sizes_.dims <= Shape::kMostDims, "a tensor has ", sizes_.dims,
+              " dimensions, expected 1 to 4");
   strides_.dims = sizes_.dims;
   check(aoti_torch_get_sizes(handle, &sizes), "say a tensor's sizes");
   check(aoti_torch_get_strides(handle, &strides), "say a tensor's strides");
@@ -150,12 +150,12 @@ Tensor::Tensor(AtenTensorHandle handle) : owner_(owned(handle)) {
   std::copy_n(strides, sizes_.dims, strides_.values.begin());
   check(aoti_torch_get_dtype(handle, &dtype), "say a tensor's dtype");
   check(aoti_torch_get_device_type(handle, &type), "say a tensor's device");
-  check(aoti_torch_get_device_index(handle, &device_.index), "say a tensor's device");
+  check(aoti_torch_get_device_index(handle, &index), "say a tensor's device");
   check(aoti_torch_get_data_ptr(handle, &data_), "say where a tensor's data is");
   dtype_ = dtype_of(dtype);
   device_.type = device_type_of(type);
-  if (device_.type != Device::Type::cuda) {
-    device_.index = -1;
+  if (device_.type == Device::Type::cuda) {
+    device_.index = static_cast<int8_t>(index);
   }
 }
 
@@ -184,9 +184,7 @@ Tensor Tensor::narrow(int64_t axis, int64_t start, int64_t size) const {
   return part;
 }
 
-Tensor Tensor::t() const {
-  return as_strided({sizes_[1], sizes_[0]}, {strides_[1], strides_[0]});
-}
+Tensor Tensor::t() const { return as_strided({sizes_[1], sizes_[0]}, {strides_[1], strides_[0]}); }
 
 Tensor Tensor::as_strided(const Shape& sizes, const Shape& strides) const {
   Tensor view = *this;
@@ -219,9 +217,12 @@ AtenTensorHandle Tensor::release() const {
 Tensor empty(const Shape& sizes, ScalarType dtype, Device device) {
   AtenTensorHandle handle = nullptr;
   const Shape strides = sizes.contiguous_strides();
-  check(aoti_torch_empty_strided(sizes.dims, sizes.begin(), strides.begin(), code_of(dtype),
-                                 code_of(device.type), std::max(device.index, 0), &handle),
-        "allocate a tensor");
+  const AOTITorchError code =
+      aoti_torch_empty_strided(sizes.dims, sizes.begin(), strides.begin(), code_of(dtype),
+                               code_of(device.type), index_of(device), &handle);
+  if (code != AOTI_TORCH_SUCCESS) {
+    check_that(false, "no memory for ", sizes, " of ", dtype, " on ", device, ": ", last_error());
+  }
   return Tensor(handle);
 }
 

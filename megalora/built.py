@@ -3,10 +3,16 @@
 import contextlib
 import json
 import mmap
+import re
 from pathlib import Path
 from typing import NamedTuple
 
 LIBRARY = Path(__file__).parent / "_C.so"
+HOW_TO_BUILD = (
+    "install a wheel of megalora, or build it beside this torch by `pip install "
+    "--no-build-isolation --no-deps --force-reinstall` of the source (`-e .` in a checkout), or "
+    "use the plain torch ops with MEGALORA_OPS=reference"
+)
 # csrc/built.cpp has this text.
 _MARK = b"megalora is built {"
 _LONGEST = 1000
@@ -15,12 +21,12 @@ _LONGEST = 1000
 class Built(NamedTuple):
     """What csrc was compiled with.
 
-    torch: its version, as in "2.13.0".
+    oldest_torch: the first one that it loads in, as in "2.11"; every later one does too.
     cuda: the toolkit's version as CUDA writes it, 13000 for 13.0; 0 without CUDA ops.
     architectures: of the CUDA ops, as in "sm_80,sm_90a".
     """
 
-    torch: str
+    oldest_torch: str
     compiler: str
     cuda: int
     architectures: str
@@ -36,25 +42,23 @@ def read_built(library: Path) -> Built | None:
     return None
 
 
-def misfit(library: Path, torch: str) -> str | None:
+def misfit(library: Path, torch: str, cuda: str | None) -> str | None:
     """Return in a sentence why a library is not one for this torch; None where it may be.
 
-    torch: the version that runs. Releases with the same first two numbers load each other's.
+    torch: the version that runs. cuda: that of its CUDA, as in "13.0"; None without. CUDA promises
+    that a library runs with every release of the same first number.
     """
     built = read_built(library)
-    if built is None or _minor(built.torch) == _minor(torch):
+    if built is None:
         return None
-    return f"it was built for torch {built.torch}, and this is torch {torch}"
+    if _numbers(torch) < _numbers(built.oldest_torch):
+        return f"it needs torch {built.oldest_torch} or newer, and this is torch {torch}"
+    if built.cuda and built.cuda // 1000 != int((cuda or "0").partition(".")[0]):
+        here = f"has CUDA {cuda}" if cuda else "is built without CUDA"
+        return f"its CUDA ops are for CUDA {built.cuda // 1000}, and this torch {here}"
+    return None
 
 
-def _minor(version: str) -> list[str]:
-    return version.split(".")[:2]
+def _numbers(version: str) -> list[int]:
+    return [int(number) for number in re.findall(r"\d+", version)[:2]]
 
-
-def how_to_build(torch: str) -> str:
-    """Return what to do where the library cannot be used."""
-    return (
-        f"install a wheel of megalora for torch {'.'.join(_minor(torch))}, or build it beside this "
-        "torch by `pip install --no-build-isolation --no-deps --force-reinstall` of the source "
-        "(`-e .` in a checkout), or use the plain torch ops with MEGALORA_OPS=reference"
-    )

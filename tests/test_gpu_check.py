@@ -211,7 +211,7 @@ def kit_in(folder: Path) -> Path:
     for name in ("datasets-1.0-py3-none-any.whl", "transformer_engine-2.0-py3-none-any.whl"):
         with zipfile.ZipFile(folder / name, "w") as wheel:
             wheel.writestr(f"{name.split('-')[0]}/__init__.py", "")
-    gpu_kit.describe(folder, "2.11.0", "90a")
+    gpu_kit.describe(folder, "90a")
     return folder
 
 

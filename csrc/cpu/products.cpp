@@ -38,9 +38,8 @@ std::vector<Span> expert_rows(const Factor& f) {
   for (int64_t e = 0; e < f.experts; ++e) {
     const int64_t end = f.offsets_are_int64 ? static_cast<const int64_t*>(f.offsets)[e]
                                             : static_cast<const int32_t*>(f.offsets)[e];
-    check_value(end >= begin && end <= f.tokens, "offsets[", e, "] is ", end, ", expected ",
-                      begin, " to ", f.tokens,
-                      ": the inclusive cumulative sum of tokens per expert");
+    check_value(end >= begin && end <= f.tokens, "offsets[", e, "] is ", end, ", expected ", begin,
+                " to ", f.tokens, ": the inclusive cumulative sum of tokens per expert");
     spans.push_back({begin, end});
     begin = end;
   }

@@ -228,9 +228,7 @@ void start(const Factor& dgrad, const Factor& wgrad, float* workspace, Stream st
 
 }  // namespace
 
-bool backward_supports(const Factor& f) {
-  return f.dtype != ScalarType::Float && f.rank <= 32;
-}
+bool backward_supports(const Factor& f) { return f.dtype != ScalarType::Float && f.rank <= 32; }
 
 int64_t backward_workspace(const Factor& f) {
   return with_narrow_rank_tile(f, [&]<int RANK>() {

@@ -4,7 +4,6 @@
 #include <cstdint>
 #include <map>
 #include <mutex>
-#include <stdexcept>
 #include <utility>
 #include <vector>
 
@@ -48,7 +47,8 @@ Tensor spread(const Factor& lora_B, int64_t columns_of_s, Stream stream) {
   if (lora_B.rank == columns_of_s) {
     return {};
   }
-  Tensor blocks = empty({lora_B.experts * lora_B.columns, columns_of_s}, lora_B.dtype, lora_B.device);
+  Tensor blocks =
+      empty({lora_B.experts * lora_B.columns, columns_of_s}, lora_B.dtype, lora_B.device);
   block_diagonal(lora_B, columns_of_s, blocks.data(), stream);
   check_launch();
   return blocks;
@@ -99,13 +99,12 @@ Tensor maps(const ExpertsLinear& l, bool backward) {
   const std::lock_guard<std::mutex> lock(mutex);
   Kept& kept = all[{weights[0], backward}];
   if (kept.weights != weights || kept.o != o || kept.i != i) {
-    if (is_capturing(current_stream())) {
-      throw std::runtime_error(
-          "experts run for the first time while a CUDA graph is captured: run them once before");
-    }
+    check_that(
+        !is_capturing(current_stream()),
+        "experts run for the first time while a CUDA graph is captured: run them once before");
     const Tensor host = empty({bytes_of_maps(experts) / 8 + 16}, ScalarType::Long, Device{});
-    auto* const aligned = reinterpret_cast<uint8_t*>(
-        (reinterpret_cast<uintptr_t>(host.data()) + 127) / 128 * 128);
+    auto* const aligned =
+        reinterpret_cast<uint8_t*>((reinterpret_cast<uintptr_t>(host.data()) + 127) / 128 * 128);
     make_maps(aligned, weights.data(), experts, o, i, backward);
     const int64_t words = bytes_of_maps(experts) / 8;
     kept = {weights, o, i,
@@ -128,8 +127,8 @@ Gradient gradient_of(const Factor& f) {
 bool is_even(int64_t size) { return size % 2 == 0; }
 
 bool supports_weight(const Tensor& weight) {
-  return linear_is_built() && weight.dtype() == ScalarType::BFloat16 && is_hopper(weight.device()) &&
-         is_boxable(weight) && is_multiple_of_eight(weight.size(0)) &&
+  return linear_is_built() && weight.dtype() == ScalarType::BFloat16 &&
+         is_hopper(weight.device()) && is_boxable(weight) && is_multiple_of_eight(weight.size(0)) &&
          is_multiple_of_eight(weight.size(1));
 }
 
@@ -257,8 +256,7 @@ void experts_forward(const ExpertsLinear& l) {
   sizes.maps = weights.data();
   const Tensor x = boxable(l.in);
   const Tensor blocks = spread(l.update, sizes.r, current_stream());
-  run(forward_of(sizes, x, l.project, pointer_to(blocks, l.update), l.out, l.thin),
-      l.in.device());
+  run(forward_of(sizes, x, l.project, pointer_to(blocks, l.update), l.out, l.thin), l.in.device());
 }
 
 void experts_backward(const ExpertsBackward& b) {

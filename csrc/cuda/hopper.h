@@ -3,7 +3,8 @@
 #include "../experts.h"
 #include "../linear.h"
 
-// An adapted linear, or those of experts, by the one launch of linear.cuh: where that can be, and what it needs of torch.
+// An adapted linear, or those of experts, by the one launch of linear.cuh: where that can be, and
+// what it needs of torch.
 namespace megalora::cuda {
 
 bool linear_supports(const Linear& l);

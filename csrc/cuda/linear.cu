@@ -4,9 +4,8 @@
 #include <array>
 #include <iterator>
 #include <mutex>
-#include <stdexcept>
 
-#include "../text.h"
+#include "../errors.h"
 #include "linear_kernel.cuh"
 #include "runtime.h"
 
@@ -27,11 +26,9 @@ Encode encoder() {
     void* function = nullptr;
     cudaDriverEntryPointQueryResult status;
     check(cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &function, 12000,
-                                                    cudaEnableDefault, &status));
-    if (status != cudaDriverEntryPointSuccess) {
-      throw std::runtime_error(
-          "the CUDA driver has no cuTensorMapEncodeTiled: it is older than CUDA 12");
-    }
+                                           cudaEnableDefault, &status));
+    check_that(status == cudaDriverEntryPointSuccess,
+               "the CUDA driver has no cuTensorMapEncodeTiled: it is older than CUDA 12");
     return reinterpret_cast<Encode>(function);
   }();
   return found;
@@ -47,10 +44,8 @@ CUtensorMap boxes(const void* base, int64_t rows, int64_t columns, uint32_t box_
       encoder()(&map, CU_TENSOR_MAP_DATA_TYPE_BFLOAT16, 2, const_cast<void*>(base), sizes, stride,
                 box, steps, CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B,
                 CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
-  if (status != CUDA_SUCCESS) {
-    throw std::runtime_error(text("cuTensorMapEncodeTiled returns ", static_cast<int>(status),
-                                  " for a bfloat16 tensor [", rows, ", ", columns, "] at ", base));
-  }
+  check_that(status == CUDA_SUCCESS, "cuTensorMapEncodeTiled returns ", static_cast<int>(status),
+             " for a bfloat16 tensor [", rows, ", ", columns, "] at ", base);
   return map;
 }
 
@@ -101,7 +96,7 @@ void allow() {
   static std::array<std::once_flag, kMostGpus> allowed;
   std::call_once(allowed.at(current_device()), [] {
     check(cudaFuncSetAttribute(KERNEL, cudaFuncAttributeMaxDynamicSharedMemorySize,
-                                        static_cast<int>(sizeof(Shared))));
+                               static_cast<int>(sizeof(Shared))));
   });
 }
 

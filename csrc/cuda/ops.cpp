@@ -25,19 +25,17 @@ using torch::stable::accelerator::DeviceGuard;
 // and "linear:gemm" the products one after another instead of our one launch. It is looked up at
 // every call, so that one process can measure both.
 void check_product(std::string_view name) {
-  check_value(name == "project" || name == "update" || name == "outer" ||
-                        name == "backward" || name == "linear",
-                    "MEGALORA_CUDA_ROUTE names the product \"", name,
-                    "\": use project, update, outer, backward or linear");
+  check_value(name == "project" || name == "update" || name == "outer" || name == "backward" ||
+                  name == "linear",
+              "MEGALORA_CUDA_ROUTE names the product \"", name,
+              "\": use project, update, outer, backward or linear");
 }
 
 Route route_named(std::string_view name) {
   check_value(name == "auto" || name == "gemm" || name == "kernels",
-                    "MEGALORA_CUDA_ROUTE names the route \"", name,
-                    "\": use auto, gemm or kernels, alone or as in project:kernels,update:gemm");
-  return name == "gemm"      ? Route::gemm
-         : name == "kernels" ? Route::kernels
-                             : Route::automatic;
+              "MEGALORA_CUDA_ROUTE names the route \"", name,
+              "\": use auto, gemm or kernels, alone or as in project:kernels,update:gemm");
+  return name == "gemm" ? Route::gemm : name == "kernels" ? Route::kernels : Route::automatic;
 }
 
 Route route_of(std::string_view product) {
@@ -80,9 +78,9 @@ std::string_view measured_as(int index) {
 // What the variable names, else what was measured to be the fastest on such a device.
 Route chosen(const Factor& f, std::string_view product) {
   const Route named = route_of(product);
-  return named != Route::automatic ? named
-                                   : fastest(kChoices, measured_as(f.device.index), product,
-                                             f.num_segments > 1, f.rank);
+  return named != Route::automatic
+             ? named
+             : fastest(kChoices, measured_as(f.device.index), product, f.num_segments > 1, f.rank);
 }
 
 // cuBLAS where nothing was measured.

@@ -42,8 +42,8 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerProcessor)
   const int rows = clamp_to(tokens.end - tokens.begin, kTileTokens);
 
   const int split = static_cast<int>(blockIdx.z);
-  const int all_steps = static_cast<int>(divide(f.columns, f.period) *
-                                         tiles_of(f.segment[projection], kDepth<T>));
+  const int all_steps =
+      static_cast<int>(divide(f.columns, f.period) * tiles_of(f.segment[projection], kDepth<T>));
   const int steps_per_split = (all_steps + splits - 1) / splits;
   const int first_step = split * steps_per_split;
   const int steps = clamp_to(all_steps - first_step, steps_per_split);

@@ -2,19 +2,16 @@
 
 #include <torch/csrc/stable/c/shim.h>
 
-#include <stdexcept>
-#include <string>
+#include "../errors.h"
 
 // Not in a torch without CUDA.
-extern "C" __attribute__((weak)) AOTITorchError aoti_torch_get_current_cuda_stream(
-    int32_t device_index, void** ret_stream);
+extern "C" __attribute__((weak)) AOTITorchError
+aoti_torch_get_current_cuda_stream(int32_t device_index, void** ret_stream);
 
 namespace megalora::cuda {
 
 void check(cudaError_t code) {
-  if (code != cudaSuccess) {
-    throw std::runtime_error(std::string("megalora: CUDA error: ") + cudaGetErrorString(code));
-  }
+  check_that(code == cudaSuccess, "CUDA error: ", cudaGetErrorString(code));
 }
 
 int current_device() {
@@ -25,9 +22,8 @@ int current_device() {
 
 Stream current_stream() {
   void* stream = nullptr;
-  if (aoti_torch_get_current_cuda_stream(current_device(), &stream) != AOTI_TORCH_SUCCESS) {
-    throw std::runtime_error("megalora: torch could not say its CUDA stream: see stderr");
-  }
+  check_that(aoti_torch_get_current_cuda_stream(current_device(), &stream) == AOTI_TORCH_SUCCESS,
+             "torch could not say its CUDA stream: its error is above, on stderr");
   return static_cast<Stream>(stream);
 }
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import FunctionCtx
 
-from megalora.built import LIBRARY, how_to_build, misfit
+from megalora.built import HOW_TO_BUILD, LIBRARY, misfit
 from megalora.ops.protocol import Ops
 from megalora.printable import printable
 
@@ -33,15 +33,13 @@ def _load_library(library: Path) -> None:
     """Load the compiled library; raise ImportError that says what to do where that fails."""
     if not library.exists():
         reason: str | None = "it is not built"
-    elif (reason := misfit(library, torch.__version__)) is None:
+    elif (reason := misfit(library, torch.__version__, torch.version.cuda)) is None:
         try:
             torch.ops.load_library(library)
         except OSError as error:
             reason = printable(error.__cause__ or error)
     if reason is not None:
-        raise ImportError(
-            f"{library} cannot be loaded: {reason}: {how_to_build(torch.__version__)}"
-        )
+        raise ImportError(f"{library} cannot be loaded: {reason}: {HOW_TO_BUILD}")
 
 
 # === Shapes, for torch.compile and FakeTensor, which leave out what has its default ===

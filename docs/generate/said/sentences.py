@@ -206,7 +206,7 @@ def covers(rule: str, place: str) -> bool:
 
 # === C++ ===
 
-CHECK = re.compile(r"\bTORCH_CHECK(?:_VALUE|_NOT_IMPLEMENTED)?\s*\(")
+CHECK = re.compile(r"(?<!void )\bcheck_(?:value|that)\s*\(")
 
 
 def sentences_of_ops(root: Path = ROOT) -> list[Said]:
