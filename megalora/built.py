@@ -61,4 +61,3 @@ def misfit(library: Path, torch: str, cuda: str | None) -> str | None:
 
 def _numbers(version: str) -> list[int]:
     return [int(number) for number in re.findall(r"\d+", version)[:2]]
-

@@ -7,7 +7,6 @@ import sys
 from pathlib import Path
 
 import pytest
-import torch
 
 import megalora
 from megalora.built import LIBRARY
@@ -57,7 +56,10 @@ def test_a_build_for_the_cpu_says_so() -> None:
 @pytest.mark.parametrize(
     ("torch", "message"),
     [
-        (None, "beside a torch, and none is here: `pip install torch setuptools wheel ninja` first"),
+        (
+            None,
+            "beside a torch, and none is here: `pip install torch setuptools wheel ninja` first",
+        ),
         ('__version__ = "2.9.1+cu128"', "needs torch 2.11 or newer, and 2.9.1+cu128 is installed"),
     ],
 )

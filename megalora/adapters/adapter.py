@@ -5,6 +5,7 @@ It wraps the base's `forward` on the instance and is itself called as a module, 
 parameter gathering, which hooks module calls, sees it.
 """
 
+import dataclasses
 import functools
 from collections.abc import Iterator, Sequence
 from typing import cast
@@ -42,7 +43,6 @@ class LoRAAdapter(torch.nn.Module):
     lora_A: torch.nn.Parameter
     lora_B: torch.nn.Parameter
     opens = False  # where calls of the base may be one op with the adapter: `adapters.opened`
-    _opened: Call | None = None
 
     def __init__(
         self,
@@ -62,6 +62,7 @@ class LoRAAdapter(torch.nn.Module):
         self.ops = ops.backend(config.ops)
         self.kind = kind_named(config.kind)
         self.start: dict[str, Tensor] = {}
+        self._calls: dict[State | None, Call] = {}
         self.a_group = dense_group if spec.shared_a else base.group
         self.b_group = dense_group if spec.shared_b else base.group
         self.expert_group = expert_group
@@ -192,33 +193,43 @@ class LoRAAdapter(torch.nn.Module):
         """Return all about one call with x and this rank's A and B but these."""
         tensor_state = state(self.base)
         seed = self._seed(tensor_state, x.device)
-        return Call(
-            ops=self.ops,
-            route=self.route(tensor_state),
-            scale=self.spec.scale,
-            segments=self.segments(),
-            columns=None if self._adapts_all() else self.own_rows,
-            group=self.base.group,
-            a_group=self.a_group,
-            b_group=self.b_group,
+        a_param, b_param = self._fused(a), self._fused(b)
+        if offsets is None and seed is None:
+            return self._kept_call(tensor_state, a_param, b_param)
+        return dataclasses.replace(
+            self._kept_call(tensor_state, a_param, b_param),
             a_offsets=offsets if self.a_experts else None,
             b_offsets=offsets if self.b_experts else None,
             dropout=self.config.dropout if seed is not None else 0.0,
             seed=seed,
-            a_param=self._fused(a),
-            b_param=self._fused(b),
         )
 
-    def _opened_call(self, a: Tensor, b: Tensor) -> Call:
-        """Return all about a call that opens its base: what the last one had, unless it differs."""
-        a_param, b_param = self._fused(a), self._fused(b)
-        kept = self._opened
+    def _local_call(self, a: Tensor, b: Tensor, seed: Tensor | None = None) -> Call:
+        """Return all about a call within this rank: one that opens its base, or of one expert."""
+        call = self._kept_call(None, self._fused(a), self._fused(b))
+        if seed is None:
+            return call
+        return dataclasses.replace(call, dropout=self.config.dropout, seed=seed)
+
+    def _kept_call(
+        self,
+        tensor_state: State | None,
+        a_param: torch.nn.Parameter | None,
+        b_param: torch.nn.Parameter | None,
+    ) -> Call:
+        """Return what the last call in this state had, unless it differs; None: within the rank."""
+        kept = self._calls.get(tensor_state)
         if kept is None or kept.a_param is not a_param or kept.b_param is not b_param:
-            kept = self._opened = Call(
+            is_local = tensor_state is None
+            kept = self._calls[tensor_state] = Call(
                 ops=self.ops,
-                route=LOCAL_ROUTE,
+                route=LOCAL_ROUTE if is_local else self.route(tensor_state),
                 scale=self.spec.scale,
                 segments=self.segments(),
+                columns=None if is_local or self._adapts_all() else self.own_rows,
+                group=None if is_local else self.base.group,
+                a_group=None if is_local else self.a_group,
+                b_group=None if is_local else self.b_group,
                 a_param=a_param,
                 b_param=b_param,
             )

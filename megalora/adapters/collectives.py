@@ -24,7 +24,7 @@ class Collective(Enum):
     ALL_REDUCE = "all-reduce"
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Pending:
     """A tensor on its way: `finish` gives it once `work` is done."""
 
@@ -49,8 +49,7 @@ def start_collective(tensor: Tensor, collective: Collective, group: ProcessGroup
     tensor: [n, ...] for all-gather (result [t n, ...]) and all-reduce (in place),
     [t n, ...] for reduce-scatter (result [n, ...]).
     """
-    size = group_size(group)
-    if collective is Collective.NONE or size == 1:
+    if collective is Collective.NONE or (size := group_size(group)) == 1:
         return done(tensor)
     tensor = tensor.contiguous()
     tail = tensor.shape[1:]

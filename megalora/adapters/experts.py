@@ -18,8 +18,7 @@ from megalora.adapters.one_gemm import (
     open_weights,
 )
 from megalora.adapters.opened import adapt_opened, adapt_opened_experts
-from megalora.adapters.routes import LOCAL_ROUTE
-from megalora.adapters.sandwich import Call, adapt
+from megalora.adapters.sandwich import adapt
 
 ExpertForward = Callable[..., tuple[Tensor, Tensor | None]]
 
@@ -43,7 +42,7 @@ class GroupedAdapter(LoRAAdapter):
         ends = _on_device(m_splits, x.device).cumsum(0)
         weights = self._weights_to_open(x, a)
         if weights:
-            call = self._opened_call(a, b)
+            call = self._local_call(a, b)
             return adapt_opened_experts(x, weights, a, b, ends, call), None
         call = self._call(x, a, b, ends)
         return adapt(lambda inner: base_forward(inner, m_splits), x, a, b, call)
@@ -125,14 +124,6 @@ class SequentialAdapter(LoRAAdapter):
         linear: Any = self.base.linears[index]
         if self.opens and not self._drops() and (weight := open_weight(linear, x)) is not None:
             added, left = biases(linear)
-            return adapt_opened(x, weight, a, b, self._opened_call(a, b), added), left
+            return adapt_opened(x, weight, a, b, self._local_call(a, b), added), left
         seed = self._seed(state(self.base), x.device)
-        call = Call(
-            ops=self.ops,
-            route=LOCAL_ROUTE,
-            scale=self.spec.scale,
-            segments=self.segments(),
-            dropout=self.config.dropout if seed is not None else 0.0,
-            seed=seed,
-        )
-        return adapt(base_forward, x, a, b, call)
+        return adapt(base_forward, x, a, b, self._local_call(a, b, seed))

@@ -63,7 +63,7 @@ class LinearAdapter(LoRAAdapter):
         self, x: Tensor, weight: Tensor, a: Tensor, b: Tensor
     ) -> tuple[Tensor, Tensor | None]:
         added, left = biases(self.base.module)
-        return adapt_opened(x, weight, a, b, self._opened_call(a, b), added), left
+        return adapt_opened(x, weight, a, b, self._local_call(a, b), added), left
 
 
 class LayerNormLinearAdapter(LinearAdapter):

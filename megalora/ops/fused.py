@@ -1,4 +1,7 @@
-"""Load the compiled ops of `_C.so`, `torch.ops.megalora`, and give them shapes and autograd."""
+"""Load the compiled ops of `_C.so`, `torch.ops.megalora`; give them shapes, and two autocast.
+
+They are what the autograd functions of `adapters` are made of, and have no gradients of their own.
+"""
 
 from collections.abc import Sequence
 from functools import cache
@@ -7,7 +10,6 @@ from typing import NamedTuple, cast
 
 import torch
 from torch import Tensor
-from torch.autograd.function import FunctionCtx
 
 from megalora.built import HOW_TO_BUILD, LIBRARY, misfit
 from megalora.ops.protocol import Ops
@@ -20,9 +22,6 @@ def load() -> Ops:
     _load_library(LIBRARY)
     for name, shape in _SHAPES.items():
         torch.library.register_fake(f"megalora::{name}", shape)
-    torch.library.register_autograd(
-        "megalora::shrink", _shrink_backward, setup_context=_save_shrink
-    )
     for device in ("cpu", "cuda"):
         _AUTOCAST.impl("shrink", _Autocast(device).shrink, f"Autocast{device.upper()}")
         _AUTOCAST.impl("expand_", _Autocast(device).expand_, f"Autocast{device.upper()}")
@@ -144,38 +143,3 @@ class _Autocast(NamedTuple):
 def _narrowed(tensor: Tensor, dtype: torch.dtype) -> Tensor:
     """As torch's own ops do, which leave float64 as it is."""
     return tensor if tensor.dtype == torch.float64 else tensor.to(dtype)
-
-
-# === Autograd of shrink, the one op that layers may differentiate through ===
-
-
-class _Shrunk(FunctionCtx):
-    """What the backward of shrink finds of its forward."""
-
-    saved_tensors: tuple[Tensor, Tensor, Tensor | None, Tensor | None]
-    needs_input_grad: tuple[bool, ...]
-    p: float
-
-
-def _save_shrink(
-    ctx: _Shrunk,
-    inputs: tuple[Tensor, Tensor, Tensor | None, float, Tensor | None],
-    output: Tensor,
-) -> None:
-    x, lora_A, offsets, ctx.p, seed = inputs
-    ctx.save_for_backward(x, lora_A, offsets, seed)  # type: ignore[arg-type]
-
-
-def _shrink_backward(
-    ctx: _Shrunk, ds: Tensor
-) -> tuple[Tensor | None, Tensor | None, None, None, None]:
-    """dgrad: dx = dropout(ds A). wgrad: dA = dsᵀ dropout(x)."""
-    ops = torch.ops.megalora
-    x, lora_A, offsets, seed = ctx.saved_tensors
-    dx = d_a = None
-    if ctx.needs_input_grad[0]:
-        dx = torch.zeros_like(x)
-        ops.shrink_dgrad_(dx, ds, lora_A, offsets, ctx.p, seed)
-    if ctx.needs_input_grad[1]:
-        d_a = ops.shrink_wgrad(ds, x, offsets, ctx.p, seed)
-    return dx, d_a, None, None, None
