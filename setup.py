@@ -153,20 +153,23 @@ def extension(home: Path | None):
     # By torch's stable ABI: nothing of what changes between its versions.
     target = "-DTORCH_TARGET_VERSION=0x{:02x}{:02x}000000000000".format(*OLDEST_TORCH)
     oldest = "-DMEGALORA_OLDEST_TORCH={}.{}".format(*OLDEST_TORCH)
-    libraries = ["torch", "torch_cpu"]
+    # libtorch has no symbol that is asked of it, but brings the part for CUDA where there is one.
+    torch = ["-Wl,--no-as-needed", "-ltorch", "-ltorch_cpu"]
     flags = {"cxx": ["-O3", "-g0", "-std=c++20", "-Wno-psabi", "-fvisibility=hidden"]}
     flags["cxx"] += [target, oldest]
     if home is None:
-        built = CppExtension("megalora._C", sources, extra_compile_args=flags)
-        built.libraries = libraries
+        built = CppExtension(
+            "megalora._C", sources, extra_compile_args=flags, extra_link_args=torch
+        )
+        built.libraries = []
         return built
     wanted = [f"sm_{name}" for name in architectures()]
     notice(f"CPU ops, and CUDA ops for {', '.join(wanted)} with {home}/bin/nvcc")
     sources += sources_in("csrc/cuda")
     flags["cxx"].append(f"-DMEGALORA_ARCHITECTURES={','.join(wanted)}")
     flags["nvcc"] = ["-O3", "-std=c++20", target, *(GENCODE[a] for a in architectures())]
-    built = CUDAExtension("megalora._C", sources, extra_compile_args=flags)
-    built.libraries = [*libraries, "cudart"]
+    built = CUDAExtension("megalora._C", sources, extra_compile_args=flags, extra_link_args=torch)
+    built.libraries = ["cudart"]
     return built
 
 

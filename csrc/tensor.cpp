@@ -96,11 +96,15 @@ class Borrowed {
     if (owner_ != nullptr && !tensor.is_view_) {
       return;
     }
+    const int64_t* const sizes = tensor.sizes_.begin();
+    const int64_t* const strides = tensor.strides_.begin();
     AtenTensorHandle handle = nullptr;
-    check(aoti_torch_create_tensor_from_blob(tensor.data_, tensor.dim(), tensor.sizes_.begin(),
-                                             tensor.strides_.begin(), 0, code_of(tensor.dtype_),
-                                             code_of(tensor.device_.type), index_of(tensor.device_),
-                                             &handle),
+    check(owner_ != nullptr
+              ? aoti_torch__reinterpret_tensor(owner_.get(), tensor.dim(), sizes, strides,
+                                               tensor.offset_, &handle)
+              : aoti_torch_create_tensor_from_blob(
+                    tensor.data_, tensor.dim(), sizes, strides, 0, code_of(tensor.dtype_),
+                    code_of(tensor.device_.type), index_of(tensor.device_), &handle),
           "view memory");
     owner_ = owned(handle);
   }
@@ -180,6 +184,7 @@ Tensor Tensor::narrow(int64_t axis, int64_t start, int64_t size) const {
   Shape sizes = sizes_;
   sizes[axis] = size;
   Tensor part = as_strided(sizes, strides_);
+  part.offset_ += start * strides_[axis];
   part.data_ = static_cast<char*>(data_) + start * strides_[axis] * element_size(dtype_);
   return part;
 }

@@ -92,6 +92,7 @@ class Tensor {
 
   std::shared_ptr<AtenTensorOpaque> owner_;
   void* data_ = nullptr;
+  int64_t offset_ = 0;  // of a view's first element from its owner's
   Shape sizes_, strides_;
   ScalarType dtype_ = ScalarType::Undefined;
   Device device_;

@@ -81,6 +81,9 @@ def test_the_library_asks_torch_for_its_stable_abi_alone() -> None:
     of_torch = {name for _, name in needed if re.search("c10|torch|[^s]at::|_ZN?K?2at", name)}
     assert {name for name in of_torch if not re.match(r"(aoti_)?torch_", name)} == set()
     assert len(of_torch) > 20
+    # Which brings the part for CUDA, where there is one.
+    about = subprocess.run(["readelf", "-d", LIBRARY], capture_output=True, text=True, check=True)
+    assert "[libtorch.so]" in about.stdout
     # What a torch without CUDA, or one before 2.13, has not.
     optional = {name for kind, name in needed if kind == "w"} & of_torch
     assert {name for name in of_torch if "cuda" in name and "device_type" not in name} <= optional

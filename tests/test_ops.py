@@ -123,6 +123,20 @@ def test_in_place_ops_reach_a_tensor_without_a_view_of_rows() -> None:
     torch.testing.assert_close(y, expected)
 
 
+def test_a_linear_and_its_tokens_may_be_parts_of_others() -> None:
+    """The product of the base is torch's, on views that the library makes without torch."""
+    x, weight = torch.randn(5, 4, 20)[1:4, :, 3:11], torch.randn(9, 30)[2:8, 5:13]
+    lora_A, lora_B = torch.randn(3, 20)[1:, 7:15], torch.randn(6, 9)[:, ::4][:, 1:]
+    given = x, weight, lora_A, lora_B
+    y, s = fused.linear(*given, 0.5)
+    torch.testing.assert_close((y, s), reference.linear(*given, 0.5))
+    dy = torch.randn(3, 4, 12)[..., ::2]
+    backward = dy, x, s, weight, lora_A, lora_B, 0.5
+    torch.testing.assert_close(
+        fused.linear_backward(*backward), reference.linear_backward(*backward)
+    )
+
+
 def test_inputs_may_be_strided() -> None:
     x, lora_A = torch.randn(20, 9).T, torch.randn(20, 6)[:, ::2].T
     torch.testing.assert_close(fused.shrink(x, lora_A), x @ lora_A.T)
