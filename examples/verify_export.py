@@ -32,6 +32,7 @@ from megatron.training.arguments import parse_and_validate_args  # noqa: E402
 from megatron.training.initialize import initialize_megatron  # noqa: E402
 
 from megalora import set_enabled  # noqa: E402
+from megalora.checkpoint.durable import write_whole  # noqa: E402
 from megalora.data import add_data_args, datasets_from_args  # noqa: E402
 from megalora.model.families import FAMILIES  # noqa: E402
 from megalora.training import session  # noqa: E402
@@ -118,7 +119,7 @@ def compare(model: list[Any], args: Any) -> int:
         "control": control,
         "compared": float(same.float().mean()),
     }
-    args.result.write_text(json.dumps(numbers, indent=1))
+    write_whole(args.result, json.dumps(numbers, indent=1))
     passed = error < TOLERANCE < control and numbers["compared"] > 0.5
     print(f"verified: {json.dumps(numbers)}" if passed else f"error: {json.dumps(numbers)}")
     return 0 if passed else 1

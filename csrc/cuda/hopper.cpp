@@ -106,9 +106,9 @@ Tensor maps(const ExpertsLinear& l, bool backward) {
     auto* const aligned =
         reinterpret_cast<uint8_t*>((reinterpret_cast<uintptr_t>(host.data()) + 127) / 128 * 128);
     make_maps(aligned, weights.data(), experts, o, i, backward);
-    const int64_t words = bytes_of_maps(experts) / 8;
+    const int64_t count = bytes_of_maps(experts) / 8;
     kept = {weights, o, i,
-            strided(aligned, {words}, {1}, ScalarType::Long, Device{})
+            strided(aligned, {count}, {1}, ScalarType::Long, Device{})
                 .to(ScalarType::Long, l.in.device())};
   }
   return kept.maps;
