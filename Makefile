@@ -83,7 +83,8 @@ gpu-kit: .venv/built
 	$(BIN)/python benchmarks/gpu_kit.py $(GPU_KIT)
 
 wheel: .venv/built
-	rm -f dist/*.whl
+	@# What setuptools keeps here would bring files that are no more.
+	rm -rf dist/*.whl build/lib.* build/bdist.*
 	MEGALORA_LABEL=1 $(BIN)/pip wheel -q --no-deps --no-build-isolation --wheel-dir dist .
 	@ls dist/*.whl
 
