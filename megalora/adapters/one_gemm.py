@@ -10,6 +10,7 @@ from megatron.core.transformer import TransformerConfig
 from torch import Tensor
 
 from megalora.adapters.bases import GROUPED_LINEARS, LAYERNORM_LINEARS, PLAIN_LINEARS
+from megalora.adapters.sandwich import is_autocast
 
 # What a configuration may ask of a linear beside its product.
 _MORE = (
@@ -148,12 +149,7 @@ def _is_frozen(tensor: Tensor | None, dtype: torch.dtype) -> bool:
 
 def _computes_as_given(x: Tensor) -> bool:
     """Say whether a linear computes here in the dtype of x, which is a plain tensor."""
-    return (
-        type(x) in _PLAIN
-        # torch knows of no autocast on meta, where a plan's tensors are.
-        and (x.is_meta or not torch.is_autocast_enabled(x.device.type))
-        and not (te.HAVE_TE and _quantizes())
-    )
+    return type(x) in _PLAIN and not is_autocast(x) and not (te.HAVE_TE and _quantizes())
 
 
 def _quantizes() -> bool:

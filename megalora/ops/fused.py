@@ -1,12 +1,13 @@
-"""Load the compiled ops of `_C.so`, `torch.ops.megalora`; give them shapes, and two autocast.
+"""Load the compiled ops of `_C.so`, `torch.ops.megalora`, and give them shapes.
 
-They are what the autograd functions of `adapters` are made of, and have no gradients of their own.
+They are what the autograd functions of `adapters` are made of, and have no gradients of their own,
+nor a dtype of autocast's.
 """
 
 from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
-from typing import NamedTuple, cast
+from typing import cast
 
 import torch
 from torch import Tensor
@@ -22,9 +23,6 @@ def load() -> Ops:
     _load_library(LIBRARY)
     for name, shape in _SHAPES.items():
         torch.library.register_fake(f"megalora::{name}", shape)
-    for device in ("cpu", "cuda"):
-        _AUTOCAST.impl("shrink", _Autocast(device).shrink, f"Autocast{device.upper()}")
-        _AUTOCAST.impl("expand_", _Autocast(device).expand_, f"Autocast{device.upper()}")
     return cast(Ops, torch.ops.megalora)
 
 
@@ -115,31 +113,3 @@ _SHAPES = {
     # What has no numbers is planned for Hopper.
     "experts_linear_is_fused": lambda weight, experts, ranks: True,
 }
-
-
-# === Autocast ===
-
-_AUTOCAST = torch.library.Library("megalora", "FRAGMENT")
-
-
-class _Autocast(NamedTuple):
-    """Under autocast shrink computes in its dtype, as the base linear does.
-
-    expand_ does in that of the y which the base gave it, and backward in those that forward saved.
-    """
-
-    device: str
-
-    def shrink(self, x: Tensor, lora_A: Tensor, *how: object) -> Tensor:
-        dtype = torch.get_autocast_dtype(self.device)
-        with torch.autocast(self.device, enabled=False):
-            return torch.ops.megalora.shrink(_narrowed(x, dtype), _narrowed(lora_A, dtype), *how)
-
-    def expand_(self, y: Tensor, s: Tensor, lora_B: Tensor, *how: object) -> None:
-        with torch.autocast(self.device, enabled=False):
-            torch.ops.megalora.expand_(y, s.to(y.dtype), lora_B.to(y.dtype), *how)
-
-
-def _narrowed(tensor: Tensor, dtype: torch.dtype) -> Tensor:
-    """As torch's own ops do, which leave float64 as it is."""
-    return tensor if tensor.dtype == torch.float64 else tensor.to(dtype)

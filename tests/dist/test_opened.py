@@ -1,6 +1,7 @@
 """Adapted linears that open their base: what they compute, and which calls leave it closed."""
 
 import contextlib
+import functools
 import sys
 from collections.abc import Callable, Iterator
 from types import SimpleNamespace
@@ -21,6 +22,7 @@ from tests.dist.support.layouts import Layout, model_parallel, over
 from tests.dist.support.models import build_config, build_model
 from tests.dist.support.parity import draw_b, lora_config
 from tests.dist.support.training import NUM_SEQUENCES, Run, train
+from tests.support.op_cases import relative_error
 
 TOKENS, IN, RANK, SCALE = (5, 2), 12, 3, 1.5
 # linear_qkv has three projections, which are interleaved by query group.
@@ -294,6 +296,27 @@ def test_a_call_under_autocast_stays_closed(layout: Layout) -> None:
             y, _ = linear(draw("x", *TOKENS, IN).requires_grad_())
         assert y.dtype == torch.bfloat16
         assert not opens(y)
+
+
+@pytest.mark.parametrize("inside", [True, False], ids=["around the base", "after the base"])
+@single
+def test_a_closed_base_under_autocast_learns_as_torch_does(layout: Layout, inside: bool) -> None:
+    """By torch's linear: Megatron's frozen one has no backward under autocast on a CPU."""
+    with adapted(ColumnParallelLinear, layout) as (linear, adapter):
+        leaves = [draw("x", *TOKENS, IN).requires_grad_(), *adapter.parameters()]
+        call = adapter._call(*leaves)
+        with torch.autocast("cpu", torch.bfloat16):
+            base = functools.partial(torch.nn.functional.linear, weight=linear.weight)
+            expected = torch.nn.functional.linear(leaves[0], merged(linear, adapter))
+            if inside:
+                y, _ = sandwich.adapt(lambda x: (base(x), None), *leaves, call)
+            else:
+                y = sandwich.add_update(leaves[0], base(leaves[0]), *leaves[1:], call)
+        dy = draw("dy", *y.shape).bfloat16()
+        found, right = (torch.autograd.grad(one, leaves, dy) for one in (y, expected))
+        assert [y.dtype, *(one.dtype for one in found)] == [torch.bfloat16, *[torch.float32] * 3]
+        for one, other in zip((y, *found), (expected, *right), strict=True):
+            assert relative_error(one.float(), other.float()) < 2e-2
 
 
 @single
