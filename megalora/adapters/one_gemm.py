@@ -9,8 +9,8 @@ from megatron.core.extensions import transformer_engine as te
 from megatron.core.transformer import TransformerConfig
 from torch import Tensor
 
+from megalora.adapters.autocast import is_autocast
 from megalora.adapters.bases import GROUPED_LINEARS, LAYERNORM_LINEARS, PLAIN_LINEARS
-from megalora.adapters.sandwich import is_autocast
 
 # What a configuration may ask of a linear beside its product.
 _MORE = (

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
+from megalora.adapters.autocast import autocast_dtype, cast, is_autocast
 from megalora.adapters.collectives import (
     Collective,
     Pending,
@@ -167,7 +168,7 @@ def adapt[Rest](
     base_forward: callable of x that returns (y, rest). Returns (y + c s Bᵀ, rest).
     """
     if is_autocast(x):
-        x, lora_A, lora_B = _cast(torch.get_autocast_dtype(x.device.type), x, lora_A, lora_B)
+        x, lora_A, lora_B = cast(autocast_dtype(x), x, lora_A, lora_B)
     in_flight = _InFlight()
     x, anchor = BeforeBase.apply(x, lora_A, lora_B, call, in_flight)  # type: ignore[misc]
     y, rest = base_forward(x)
@@ -177,23 +178,10 @@ def adapt[Rest](
 def add_update(x: Tensor, y: Tensor, lora_A: Tensor, lora_B: Tensor, call: Call) -> Tensor:
     """Add an adapter whose input is known only after its base has run: y + c s Bᵀ."""
     if is_autocast(x):
-        x, lora_A, lora_B = _cast(y.dtype, x, lora_A, lora_B)
+        x, lora_A, lora_B = cast(y.dtype, x, lora_A, lora_B)
     in_flight = _InFlight()
     _, anchor = BeforeBase.apply(x, lora_A, lora_B, call, in_flight)  # type: ignore[misc]
     return AfterBase.apply(y, anchor, call, in_flight)  # type: ignore[return-value]
-
-
-def is_autocast(x: Tensor) -> bool:
-    """Say whether torch's own linears would cast x before they multiply.
-
-    NOTE: torch knows of no autocast on meta, where a plan's tensors are.
-    """
-    return not x.is_meta and torch.is_autocast_enabled(x.device.type)
-
-
-def _cast(dtype: torch.dtype, *tensors: Tensor) -> list[Tensor]:
-    # Not in the ops: backward, which autocast is not for, takes what was cast here.
-    return [tensor.to(dtype) for tensor in tensors]
 
 
 def _start_forward(
