@@ -110,6 +110,9 @@ inline Tensor empty(const Shape& sizes, const Tensor& like) {
 Tensor strided(void* data, const Shape& sizes, const Shape& strides, ScalarType dtype,
                Device device);
 
+// NOTE: cuBLAS may add its splits of the sum in the 16-bit dtype, as in all GEMMs of torch;
+// torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction forbids it. It is left as the
+// user set it, because it is one switch for all threads.
 // out = a · b
 void multiply(const Tensor& out, const Tensor& a, const Tensor& b);
 // out = beta * out + scale * a · b
