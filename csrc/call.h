@@ -27,8 +27,7 @@ inline Tensor rows(const Tensor& tokens) {
   if (is_view || tokens.numel() == 0) {
     return tokens.as_strided({count, features}, {row_stride, 1});
   }
-  const Tensor copy = tokens.to(tokens.dtype(), tokens.device());
-  return copy.as_strided({count, features}, {features, 1});
+  return tokens.contiguous().as_strided({count, features}, {features, 1});
 }
 
 inline Shape with_last(const Tensor& tokens, int64_t features) {

@@ -16,8 +16,8 @@ def is_autocast(x: Tensor) -> bool:
 
 
 def autocast_dtype(x: Tensor) -> torch.dtype:
-    """Return the dtype that they would cast it to."""
-    return torch.get_autocast_dtype(x.device.type)
+    """Return the dtype that they would cast it to: they leave float64 as it is."""
+    return x.dtype if x.dtype == torch.float64 else torch.get_autocast_dtype(x.device.type)
 
 
 def cast(dtype: torch.dtype, *tensors: Tensor) -> list[Tensor]:

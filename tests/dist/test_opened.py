@@ -320,6 +320,17 @@ def test_a_closed_base_under_autocast_learns_as_torch_does(layout: Layout, insid
 
 
 @single
+def test_float64_stays_as_it_is_under_autocast(layout: Layout) -> None:
+    with adapted(ColumnParallelLinear, layout) as (linear, adapter):
+        given = [one.double() for one in (draw("x", *TOKENS, IN), *adapter.parameters())]
+        weight = linear.weight.double()
+        with torch.autocast("cpu", torch.bfloat16):
+            y, _ = sandwich.adapt(lambda x: (x @ weight.T, None), *given, adapter._call(*given))
+        assert y.dtype == torch.float64
+        assert relative_error(y, given[0] @ merged(linear, adapter).double().T) < 1e-6
+
+
+@single
 def test_dropout_in_evaluation_opens(layout: Layout) -> None:
     with model_parallel(layout):
         adapter = adapt(linear := build(ColumnParallelLinear, build_config(layout)), dropout=0.5)
