@@ -21,9 +21,10 @@ from _results import append, machine, print_rows
 from _timing import Ceilings, Variant, assert_agreement, ceilings, floor_row, measure
 from torch import Tensor
 
+from megalora.adapters.call import Call
 from megalora.adapters.opened import adapt_opened_experts
 from megalora.adapters.routes import LOCAL_ROUTE
-from megalora.adapters.sandwich import Call, adapt
+from megalora.adapters.sandwich import adapt
 from megalora.ops import backend
 
 NUM_EXPERTS = 128

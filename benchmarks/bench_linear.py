@@ -28,9 +28,10 @@ from _results import append, machine, print_rows
 from _timing import Variant, assert_agreement, ceilings, floor_row, measure, that_run
 from torch import Tensor
 
+from megalora.adapters.call import Call
 from megalora.adapters.opened import adapt_opened
 from megalora.adapters.routes import LOCAL_ROUTE
-from megalora.adapters.sandwich import Call, adapt, add_update
+from megalora.adapters.sandwich import adapt, add_update
 from megalora.ops import backend
 
 ALPHA = 32.0

@@ -8,11 +8,12 @@ from megatron.core.extensions import transformer_engine as te
 from megatron.core.transformer import TransformerConfig
 from torch import Tensor
 
-from megalora.adapters.bases import describe
+from megalora.adapters.bases import Split, State, describe
+from megalora.adapters.call import Call
 from megalora.adapters.linear import LayerNormLinearAdapter
 from megalora.adapters.opened import adapt_opened
-from megalora.adapters.routes import LOCAL_ROUTE
-from megalora.adapters.sandwich import Call, adapt
+from megalora.adapters.routes import LOCAL_ROUTE, ROUTES
+from megalora.adapters.sandwich import adapt
 from megalora.config import LoRAConfig
 from megalora.ops import reference
 from megalora.ops.fused import load
@@ -98,16 +99,18 @@ def test_grouped_ops_do_not_wait_for_the_gpu() -> None:
         torch.cuda.set_sync_debug_mode("default")
 
 
-@pytest.mark.parametrize("opens", [True, False])
-def test_both_passes_of_an_adapted_linear_replay_from_a_graph(opens: bool) -> None:
+@pytest.mark.parametrize("way", ["opened", "on one rank", "sandwich"])
+def test_both_passes_of_an_adapted_linear_replay_from_a_graph(way: str) -> None:
     given = on("cuda", draw(LARGE[1], torch.bfloat16))
-    call = Call(ops=fused, route=LOCAL_ROUTE, scale=0.7, segments=given.segments)
+    # The sandwich takes a route that merely sends nothing.
+    route = ROUTES[Split.COLUMN, State.PARTIAL] if way == "sandwich" else LOCAL_ROUTE
+    call = Call(ops=fused, route=route, scale=0.7, segments=given.segments)
     weight = torch.randn(given.y.shape[1], given.x.shape[1], device="cuda", dtype=torch.bfloat16)
     leaves = [t.clone().requires_grad_() for t in (given.x, given.lora_A, given.lora_B)]
 
     def both_passes() -> list[Tensor]:
         x, lora_A, lora_B = leaves
-        if opens:
+        if way == "opened":
             y = adapt_opened(x, weight, lora_A, lora_B, call)
         else:
             y, _ = adapt(lambda x: (x @ weight.T, None), x, lora_A, lora_B, call)

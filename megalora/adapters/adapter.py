@@ -19,11 +19,11 @@ from torch.distributed import ProcessGroup
 
 from megalora import ops
 from megalora.adapters.bases import Base, Split, State, state
+from megalora.adapters.call import Call
 from megalora.adapters.collectives import group_size, start_gather
 from megalora.adapters.factors import Factor, Sharding, sizes
 from megalora.adapters.kinds import kind_named
 from megalora.adapters.routes import LOCAL_ROUTE, ROUTES, Route, ShardUse
-from megalora.adapters.sandwich import Call
 from megalora.adapters.start import start_values
 from megalora.config import LoRAConfig
 from megalora.targets import AdapterSpec, Rows
@@ -169,6 +169,8 @@ class LoRAAdapter(torch.nn.Module):
 
     def route(self, tensor_state: State) -> Route:
         """Return how s travels and what is done with the shards, in a state of the wide tensor."""
+        if self._is_on_one_rank():
+            return LOCAL_ROUTE
         route = ROUTES[self.base.split, tensor_state]
         # A factor shared over experts is split over the dense group, over which every rank holds
         # a part of its gradient, so its gradient is summed wherever it is used.
@@ -237,8 +239,11 @@ class LoRAAdapter(torch.nn.Module):
 
     def _is_whole(self) -> bool:
         """Say whether this rank has the whole weight, and both whole factors for all of it."""
+        return self._adapts_all() and self._is_on_one_rank()
+
+    def _is_on_one_rank(self) -> bool:
         groups = (self.base.group, self.a_group, self.b_group)
-        return self._adapts_all() and all(group_size(group) == 1 for group in groups)
+        return all(group_size(group) == 1 for group in groups)
 
     def _adapts_all(self) -> bool:
         return self.spec.rows.size == self.base.out_features

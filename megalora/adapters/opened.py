@@ -1,7 +1,7 @@
 """LoRA inside a base linear that is one GEMM on one rank: one op and one autograd node each way.
 
-What else a base may be asked for, and all that travels between ranks, is the sandwich's
-(`adapters.sandwich`), which leaves the base closed; `adapters.one_gemm` says which calls open it.
+What else a base may be asked for, and all that travels between ranks, leaves the base closed
+(`adapters.sandwich`); `adapters.one_gemm` says which calls open it.
 """
 
 from collections.abc import Sequence
@@ -10,8 +10,9 @@ import torch
 from torch import Tensor
 from torch.autograd.function import FunctionCtx
 
+from megalora.adapters.call import Call, a_grad, b_grad, deliver, main_grad_of
 from megalora.adapters.collectives import done
-from megalora.adapters.sandwich import Call, deliver, main_grad_of
+from megalora.adapters.node import apply
 
 
 class _Context(FunctionCtx):
@@ -73,25 +74,10 @@ def _asked(dy: Tensor, ctx: _Context, needs: Sequence[bool]) -> list[Tensor | No
             dx = torch.matmul(dy, weight)
             call.ops.shrink_dgrad_(dx, ds, lora_A)
         if needs_a:
-            d_a = _a_grad(ds, x, lora_A, call)
+            d_a = a_grad(ds, x, lora_A, call)
     if needs_b:
-        d_b = _b_grad(dy, s, lora_B, call)
+        d_b = b_grad(dy, s, lora_B, 1.0, call)
     return [dx, d_a, d_b]
-
-
-def _a_grad(ds: Tensor, x: Tensor, lora_A: Tensor, call: Call) -> Tensor | None:
-    if call.a_param is None:
-        return call.ops.shrink_wgrad(ds, x)
-    call.ops.shrink_wgrad_(main_grad_of(call.a_param, lora_A.shape), ds, x)
-    return deliver(None, call.a_param, lora_A.shape)
-
-
-def _b_grad(dy: Tensor, s: Tensor, lora_B: Tensor, call: Call) -> Tensor | None:
-    how = (1.0, None, call.segments)  # s has the scale in it
-    if call.b_param is None:
-        return call.ops.expand_wgrad(dy, s, lora_B, *how)
-    call.ops.expand_wgrad_(main_grad_of(call.b_param, lora_B.shape), dy, s, *how)
-    return deliver(None, call.b_param, lora_B.shape)
 
 
 def adapt_opened(
@@ -103,7 +89,7 @@ def adapt_opened(
     bias: Tensor | None = None,
 ) -> Tensor:
     """Return y = x Wᵀ + bias + c x Aᵀ Bᵀ, for a base weight W that has no gradient."""
-    return OpenedLinear.apply(x, lora_A, lora_B, weight, bias, call)  # type: ignore[return-value]
+    return apply(OpenedLinear, x, lora_A, lora_B, weight, bias, call)
 
 
 class _ExpertsContext(FunctionCtx):
@@ -169,4 +155,4 @@ def adapt_opened_experts(
 
     x: [n, i] sorted by expert. offsets: int64 [E], the inclusive sums of the experts' tokens.
     """
-    return OpenedExperts.apply(x, lora_A, lora_B, weights, offsets, call)  # type: ignore[return-value]
+    return apply(OpenedExperts, x, lora_A, lora_B, weights, offsets, call)

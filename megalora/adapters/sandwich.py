@@ -6,18 +6,18 @@ The adapter sandwiches its base. `BeforeBase` computes s = x Aᵀ as far as poss
 must travel. `AfterBase` finishes the travel and adds c s Bᵀ in place. In backward the order is
 reversed: AfterBase computes ds and starts its travel, the base computes its own dX, then BeforeBase
 finishes the travel and adds ds A in place into that dX. So every collective but the two named
-beside the routes hides behind the base's GEMM.
+beside the routes hides behind the base's GEMM. Where nothing travels one node does:
+`adapters.on_one_rank`.
 """
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.distributed import ProcessGroup
 
 from megalora.adapters.autocast import autocast_dtype, cast, is_autocast
+from megalora.adapters.call import Call, deliver, main_grad_of, x_grad
 from megalora.adapters.collectives import (
     Collective,
     Pending,
@@ -28,41 +28,9 @@ from megalora.adapters.collectives import (
     start_gather,
     start_reduce_scatter,
 )
-from megalora.adapters.routes import Route, ShardUse
-from megalora.ops import Ops
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Call:
-    """Everything about one call of an adapter but its tensors.
-
-    group: tensor-parallel group of the token tensors; a_group, b_group: groups over which lora_A
-    and lora_B are sharded. a_offsets, b_offsets: token offsets [E] of a grouped factor, None where
-    the factor is one for all tokens. segments: of the columns of y that lora_B (gathered where the
-    route says so) covers. columns: how many of y's it covers, the first ones; None for all.
-    seed: int64 [1] of the dropout mask, None without dropout.
-    a_param, b_param: the factors' parameters where backward adds their gradients to Megatron's
-    main_grad (gradient accumulation fusion), None where autograd gets them.
-    """
-
-    ops: Ops
-    route: Route
-    scale: float
-    segments: list[int]
-    columns: int | None = None
-    group: ProcessGroup | None = None
-    a_group: ProcessGroup | None = None
-    b_group: ProcessGroup | None = None
-    a_offsets: Tensor | None = None
-    b_offsets: Tensor | None = None
-    dropout: float = 0.0
-    seed: Tensor | None = None
-    a_param: torch.nn.Parameter | None = None
-    b_param: torch.nn.Parameter | None = None
-
-    def covered(self, y: Tensor) -> Tensor:
-        """Return the columns of y, or of its gradient, that lora_B covers: a view."""
-        return y if self.columns is None else y[..., : self.columns]
+from megalora.adapters.node import apply
+from megalora.adapters.on_one_rank import adapt_on_one_rank, add_on_one_rank
+from megalora.adapters.routes import LOCAL_ROUTE, ShardUse
 
 
 class _InFlight:
@@ -111,7 +79,7 @@ class BeforeBase(torch.autograd.Function):
         d_a = _start_a_grad(ds, x, call) if ctx.needs_input_grad[1] else None
         if ctx.needs_input_grad[0]:
             full_a = in_flight.d_a_factor.wait() if in_flight.d_a_factor is not None else lora_A
-            dx = _add_to_x_grad(dx, ds, x, full_a, call)
+            dx = x_grad(dx, ds, x, full_a, call)
         d_a = deliver(d_a, call.a_param, lora_A.shape)
         d_b = deliver(in_flight.d_b, call.b_param, ctx.b_shape)
         in_flight.ds = in_flight.d_a_factor = in_flight.d_b = None
@@ -146,16 +114,6 @@ class AfterBase(torch.autograd.Function):
         return dy, dy.new_empty(0), None, None
 
 
-def _add_to_x_grad(dx: Tensor | None, ds: Tensor, x: Tensor, full_a: Tensor, call: Call) -> Tensor:
-    """Add ds A to dx in place; write it in one pass where there is no dx of the base's yet."""
-    if dx is None and call.a_offsets is None and call.dropout == 0.0:
-        return torch.matmul(ds, full_a)
-    if dx is None:
-        dx = torch.zeros_like(x)
-    call.ops.shrink_dgrad_(dx, ds, full_a, call.a_offsets, call.dropout, call.seed)
-    return dx
-
-
 def adapt[Rest](
     base_forward: Callable[[Tensor], tuple[Tensor, Rest]],
     x: Tensor,
@@ -169,19 +127,23 @@ def adapt[Rest](
     """
     if is_autocast(x):
         x, lora_A, lora_B = cast(autocast_dtype(x), x, lora_A, lora_B)
+    if call.route is LOCAL_ROUTE:
+        return adapt_on_one_rank(base_forward, x, lora_A, lora_B, call)
     in_flight = _InFlight()
-    x, anchor = BeforeBase.apply(x, lora_A, lora_B, call, in_flight)  # type: ignore[misc]
+    x, anchor = apply(BeforeBase, x, lora_A, lora_B, call, in_flight)
     y, rest = base_forward(x)
-    return AfterBase.apply(y, anchor, call, in_flight), rest  # type: ignore[return-value]
+    return apply(AfterBase, y, anchor, call, in_flight), rest
 
 
 def add_update(x: Tensor, y: Tensor, lora_A: Tensor, lora_B: Tensor, call: Call) -> Tensor:
     """Add an adapter whose input is known only after its base has run: y + c s Bᵀ."""
     if is_autocast(x):
         x, lora_A, lora_B = cast(y.dtype, x, lora_A, lora_B)
+    if call.route is LOCAL_ROUTE:
+        return add_on_one_rank(x, y, lora_A, lora_B, call)
     in_flight = _InFlight()
-    _, anchor = BeforeBase.apply(x, lora_A, lora_B, call, in_flight)  # type: ignore[misc]
-    return AfterBase.apply(y, anchor, call, in_flight)  # type: ignore[return-value]
+    _, anchor = apply(BeforeBase, x, lora_A, lora_B, call, in_flight)
+    return apply(AfterBase, y, anchor, call, in_flight)
 
 
 def _start_forward(
@@ -271,24 +233,3 @@ def _start_a_grad(ds: Tensor, x: Tensor, call: Call) -> Pending | None:
     if route.a is ShardUse.SUMMED:
         return start_reduce_scatter(d_a, -1, call.a_group)
     return done(d_a)
-
-
-def main_grad_of(param: torch.nn.Parameter, shape: Sequence[int]) -> Tensor:
-    """Return Megatron's gradient buffer of a parameter in the shape of the factor's rows."""
-    return param.main_grad.view(shape)  # type: ignore[attr-defined]
-
-
-def deliver(
-    gradient: Pending | None, param: torch.nn.Parameter | None, shape: Sequence[int]
-) -> Tensor | None:
-    """Return what autograd gets: the gradient, or a stand-in where main_grad has it already.
-
-    DDP's hook, which starts the reduction, runs only where autograd has something to accumulate,
-    and drops it where grad_added_to_main_grad is set.
-    """
-    if param is None:
-        return gradient and gradient.wait()
-    if gradient is not None:
-        main_grad_of(param, shape).add_(gradient.wait())
-    param.grad_added_to_main_grad = True  # type: ignore[attr-defined]
-    return param.new_empty(shape)

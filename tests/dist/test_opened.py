@@ -13,7 +13,7 @@ from megatron.core import parallel_state, tensor_parallel
 from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinear
 from torch import Tensor
 
-from megalora.adapters import one_gemm, opened, sandwich
+from megalora.adapters import on_one_rank, one_gemm, opened, sandwich
 from megalora.adapters.linear import LinearAdapter
 from megalora.builder import apply_lora, named_adapters
 from megalora.config import LoRAConfig
@@ -83,7 +83,7 @@ def adapted(kind: Any, layout: Layout, **flags: bool) -> Iterator[Any]:
 def opens(y: Tensor) -> bool:
     """Say whether y comes from an opened base; it comes from the sandwich if not."""
     name = type(y.grad_fn).__name__
-    assert name in ("OpenedLinearBackward", "AfterBaseBackward"), name
+    assert name in ("OpenedLinearBackward", "UpdateBackward", "AfterBaseBackward"), name
     return name == "OpenedLinearBackward"
 
 
@@ -234,7 +234,7 @@ def test_evaluation_and_switching_off_go_through_it(layout: Layout) -> None:
 def counted(monkeypatch: pytest.MonkeyPatch) -> dict[str, int]:
     """Count the nodes of both ways."""
     found = {"opened": 0, "closed": 0}
-    for node, way in ((opened.OpenedLinear, "opened"), (sandwich.BeforeBase, "closed")):
+    for node, way in ((opened.OpenedLinear, "opened"), (on_one_rank.Update, "closed")):
 
         def count(*args: Any, right: Any = node.forward, way: str = way) -> Any:
             found[way] += 1
