@@ -4,6 +4,7 @@
 
 #include "call.h"
 #include "experts.h"
+#include "gated.h"
 #include "linear.h"
 #include "schemas.h"
 
@@ -264,6 +265,7 @@ void implement(Library& m) {
   m.impl("experts_linear_backward", TORCH_BOX(&ExpertsOps<Products>::experts_linear_backward));
   m.impl("experts_linear_backward_", TORCH_BOX(&ExpertsOps<Products>::experts_linear_backward_));
   m.impl("experts_linear_is_fused", TORCH_BOX(&ExpertsOps<Products>::experts_linear_is_fused));
+  m.impl("gated_mlp_is_fused", TORCH_BOX(&gated_mlp_is_fused<Products>));
 }
 
 }  // namespace megalora

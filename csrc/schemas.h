@@ -60,6 +60,21 @@ inline void define_ops(Library& m) {
       "Tensor[] weights, Tensor lora_A, Tensor lora_B, float scale, Tensor offsets, "
       "int[] segments=[]) -> Tensor");
   m.def("experts_linear_is_fused(Tensor weight, int experts, int ranks) -> bool");
+  m.def(
+      "gated_mlp(Tensor x, Tensor weight1, Tensor lora_A1, Tensor lora_B1, float scale1, "
+      "Tensor weight2, Tensor lora_A2, Tensor lora_B2, float scale2, int[] segments=[], "
+      "Tensor? weights=None) -> (Tensor, Tensor, Tensor, Tensor)");
+  m.def(
+      "gated_mlp_backward(Tensor dz, Tensor x, Tensor y, Tensor s1, Tensor s2, Tensor weight1, "
+      "Tensor lora_A1, Tensor lora_B1, float scale1, Tensor weight2, Tensor lora_A2, "
+      "Tensor lora_B2, float scale2, int[] segments=[], Tensor? weights=None) "
+      "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)");
+  m.def(
+      "gated_mlp_backward_(Tensor(a!) d_a1, Tensor(b!) d_b1, Tensor(c!) d_a2, Tensor(d!) d_b2, "
+      "Tensor dz, Tensor x, Tensor y, Tensor s1, Tensor s2, Tensor weight1, Tensor lora_A1, "
+      "Tensor lora_B1, float scale1, Tensor weight2, Tensor lora_A2, Tensor lora_B2, "
+      "float scale2, int[] segments=[], Tensor? weights=None) -> (Tensor, Tensor)");
+  m.def("gated_mlp_is_fused(Tensor weight) -> bool");
 }
 
 }  // namespace megalora

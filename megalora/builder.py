@@ -20,6 +20,7 @@ from megalora.adapters import pissa
 from megalora.adapters.adapter import LoRAAdapter, named_adapters
 from megalora.adapters.bases import Base, base_linears, left_out, refusal
 from megalora.adapters.frozen import freeze_router_bias, make_embedding_require_grad
+from megalora.adapters.gated import bind_gated
 from megalora.adapters.padding import leave_out_padding
 from megalora.adapters.rows import IN_PARTS, parts_of
 from megalora.adapters.styles import ADAPTERS
@@ -84,6 +85,7 @@ def apply_lora(
     for chunk, pairs in zip(chunks, made, strict=True):
         chunk.requires_grad_(False)
         _attach(pairs)
+        bind_gated(chunk)
         install_checkpointing(chunk, config, model_facts(chunk), _sizes(chunk, vocab_size))
         freeze_router_bias(chunk)
         make_embedding_require_grad(chunk)

@@ -213,4 +213,93 @@ MEGALORA_INLINE void drop(T* values, int64_t first, int64_t count, uint64_t seed
   }
 }
 
+// What the exponential needs to know of a type of floating-point numbers.
+template <class T>
+struct Exponential;
+template <>
+struct Exponential<float> {
+  using Int = int32_t;
+  static constexpr int kTerms = 7, kMantissa = 23, kBias = 127;
+  static constexpr float kLargest = 87.0f, kHigh = 0.693359375f, kLow = -2.12194440e-4f;
+};
+template <>
+struct Exponential<double> {
+  using Int = int64_t;
+  static constexpr int kTerms = 13, kMantissa = 52, kBias = 1023;
+  static constexpr double kLargest = 708.0, kHigh = 6.93145751953125e-1,
+                          kLow = 1.42860682030941723212e-6;
+};
+
+// e^x = 2^k e^r with |r| <= ln 2 / 2, e^r by the series. ln 2 is kHigh + kLow, where k kHigh is
+// exact (Cody and Waite). Beyond kLargest it stays as it is there.
+template <class T, int L>
+MEGALORA_INLINE Vector<T, L> exponential(Vector<T, L> x) {
+  using Type = Exponential<T>;
+  using V = Vector<T, L>;
+  using I = Vector<typename Type::Int, L>;
+  const V largest = V{} + Type::kLargest;
+  x = x > largest ? largest : x;
+  x = x < -largest ? -largest : x;
+  const T round = T(3) * (typename Type::Int(1) << (Type::kMantissa - 1));
+  const V k = (x * T(1.44269504088896340736) + round) - round;
+  const V r = x - k * Type::kHigh - k * Type::kLow;
+  V sum = V{} + T(1);
+#pragma GCC unroll 13
+  for (int term = Type::kTerms; term > 0; --term) {
+    sum = T(1) + sum * (r * (T(1) / term));
+  }
+  const I bits = (__builtin_convertvector(k, I) + Type::kBias) << Type::kMantissa;
+  V power;
+  std::memcpy(&power, &bits, sizeof(V));
+  return sum * power;
+}
+
+template <class T, int L>
+MEGALORA_INLINE Vector<T, L> sigmoid(const Vector<T, L>& x) {
+  return T(1) / (T(1) + exponential<T, L>(-x));
+}
+
+// The first count elements of a vector, the others zero.
+template <class V, class T>
+MEGALORA_INLINE V load_some(const T* from, int64_t count) {
+  V v = {};
+  std::memcpy(&v, from, count * sizeof(T));
+  return v;
+}
+
+template <class V, class T>
+MEGALORA_INLINE void store_some(T* to, const V& v, int64_t count) {
+  std::memcpy(to, &v, count * sizeof(T));
+}
+
+// a = silu(gate) * up * weight
+template <class T, int L>
+MEGALORA_INLINE void swiglu(const T* gate, const T* up, T weight, int64_t count, T* a) {
+  using V = Vector<T, L>;
+  for (int64_t i = 0; i < count; i += L) {
+    const int64_t some = count - i < L ? count - i : L;
+    const V g = load_some<V>(gate + i, some);
+    store_some(a + i, g * sigmoid<T, L>(g) * load_some<V>(up + i, some) * weight, some);
+  }
+}
+
+// a, and the gradients of gate and up; returns that of weight.
+template <class T, int L>
+MEGALORA_INLINE T swiglu_backward(const T* da, const T* gate, const T* up, T weight, int64_t count,
+                                  T* a, T* d_gate, T* d_up) {
+  using V = Vector<T, L>;
+  V d_weight = {};
+  for (int64_t i = 0; i < count; i += L) {
+    const int64_t some = count - i < L ? count - i : L;
+    const V g = load_some<V>(gate + i, some), u = load_some<V>(up + i, some);
+    const V d = load_some<V>(da + i, some), weighted = d * weight;
+    const V at = sigmoid<T, L>(g), silu = g * at;
+    d_weight += d * silu * u;
+    store_some(a + i, silu * u * weight, some);
+    store_some(d_gate + i, weighted * u * (at + silu * (T(1) - at)), some);
+    store_some(d_up + i, weighted * silu, some);
+  }
+  return horizontal_sum<T, L>(d_weight);
+}
+
 }  // namespace megalora::micro

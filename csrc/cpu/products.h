@@ -6,6 +6,8 @@ namespace megalora {
 class Tensor;
 struct ExpertsBackward;
 struct ExpertsLinear;
+struct Gate;
+struct GateBackward;
 struct Linear;
 struct LinearBackward;
 }  // namespace megalora
@@ -26,6 +28,11 @@ struct Products {
   static void linear(const Linear& linear);
   static void linear_backward(const LinearBackward& backward);
   static bool fuses_experts(const Tensor&, int64_t, int64_t) { return false; }
+  static bool gates(ScalarType dtype) {
+    return dtype == ScalarType::Double || dtype == ScalarType::Float;
+  }
+  static void gate(const Gate& gate);
+  static void gate_backward(const GateBackward& gate);
   static void experts_linear(const ExpertsLinear& linear);
   static void experts_backward(const ExpertsBackward& backward);
 };

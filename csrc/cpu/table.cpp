@@ -5,7 +5,7 @@
 namespace megalora {
 namespace {
 
-// The three loops of one instruction set: BYTES is the width of its vector registers.
+// The loops of one instruction set: BYTES is the width of its vector registers.
 #define MEGALORA_LOOPS(name, BYTES, ATTRIBUTE)                                                  \
   namespace name {                                                                              \
   template <class T>                                                                            \
@@ -24,6 +24,16 @@ namespace {
                       uint32_t threshold) {                                                     \
     micro::drop<T, BYTES / sizeof(uint64_t)>(values, first, count, seed, threshold);            \
   }                                                                                             \
+  template <class T>                                                                            \
+  ATTRIBUTE void swiglu(const T* gate, const T* up, T weight, int64_t count, T* a) {            \
+    micro::swiglu<T, BYTES / sizeof(T)>(gate, up, weight, count, a);                            \
+  }                                                                                             \
+  template <class T>                                                                            \
+  ATTRIBUTE T swiglu_backward(const T* da, const T* gate, const T* up, T weight, int64_t count, \
+                              T* a, T* d_gate, T* d_up) {                                       \
+    return micro::swiglu_backward<T, BYTES / sizeof(T)>(da, gate, up, weight, count, a, d_gate, \
+                                                        d_up);                                  \
+  }                                                                                             \
   }
 
 MEGALORA_LOOPS(portable, 16, )
@@ -37,13 +47,15 @@ Table<T> pick() {
 #if defined(__x86_64__)
   if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512dq") &&
       __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl")) {
-    return {avx512::dot<T>, avx512::axpy<T>, avx512::drop<T>};
+    return {avx512::dot<T>, avx512::axpy<T>, avx512::drop<T>, avx512::swiglu<T>,
+            avx512::swiglu_backward<T>};
   }
   if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) {
-    return {avx2::dot<T>, avx2::axpy<T>, avx2::drop<T>};
+    return {avx2::dot<T>, avx2::axpy<T>, avx2::drop<T>, avx2::swiglu<T>, avx2::swiglu_backward<T>};
   }
 #endif
-  return {portable::dot<T>, portable::axpy<T>, portable::drop<T>};
+  return {portable::dot<T>, portable::axpy<T>, portable::drop<T>, portable::swiglu<T>,
+          portable::swiglu_backward<T>};
 }
 
 }  // namespace

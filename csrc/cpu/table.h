@@ -16,6 +16,11 @@ struct Table {
                int64_t columns, int64_t depth, T* out, int64_t out_row);
   // Zeroes the dropped ones of count values whose row-major index starts at first.
   void (*drop)(T* values, int64_t first, int64_t count, uint64_t seed, uint32_t threshold);
+  // a = silu(gate) * up * weight
+  void (*swiglu)(const T* gate, const T* up, T weight, int64_t count, T* a);
+  // a, and the gradients of gate and up from da; returns that of weight.
+  T (*swiglu_backward)(const T* da, const T* gate, const T* up, T weight, int64_t count, T* a,
+                       T* d_gate, T* d_up);
 };
 
 // The table for the widest instruction set of this machine.

@@ -17,7 +17,7 @@ from megalora.adapters.one_gemm import (
     open_weight,
     open_weights,
 )
-from megalora.adapters.opened import adapt_opened, adapt_opened_experts
+from megalora.adapters.opened import Opened, adapt_opened, adapt_opened_experts
 from megalora.adapters.sandwich import adapt
 
 ExpertForward = Callable[..., tuple[Tensor, Tensor | None]]
@@ -114,16 +114,23 @@ class SequentialAdapter(LoRAAdapter):
         finally:
             self.pairs = ()
 
+    def opened(self, index: int, x: Tensor) -> Opened | None:
+        """Return what a call of an expert's linear opens, None where it leaves the base closed."""
+        if not (self.opens and self.pairs) or self._drops():
+            return None
+        weight = open_weight(cast(Any, self.base.linears[index]), x)
+        a, b = self.pairs[index]
+        return None if weight is None else Opened(weight, a, b, self._local_call(a, b))
+
     def _call_expert(
         self, index: int, base_forward: ExpertForward, x: Tensor
     ) -> tuple[Tensor, Tensor | None]:
         """Call the linear of one expert with its adapter around or inside it."""
         if not self.pairs:
             return base_forward(x)
+        if (opened := self.opened(index, x)) is not None:
+            added, left = biases(cast(Any, self.base.linears[index]))
+            return adapt_opened(x, *opened, added), left
         a, b = self.pairs[index]
-        linear: Any = self.base.linears[index]
-        if self.opens and not self._drops() and (weight := open_weight(linear, x)) is not None:
-            added, left = biases(linear)
-            return adapt_opened(x, weight, a, b, self._local_call(a, b), added), left
         seed = self._seed(state(self.base), x.device)
         return adapt(base_forward, x, a, b, self._local_call(a, b, seed))

@@ -18,7 +18,7 @@ from megalora.adapters.one_gemm import (
     open_behind_norm,
     open_weight,
 )
-from megalora.adapters.opened import adapt_opened
+from megalora.adapters.opened import Opened, adapt_opened
 from megalora.adapters.sandwich import adapt, add_update
 
 LinearForward = Callable[..., tuple[Tensor, Tensor | None]]
@@ -33,12 +33,9 @@ class LinearAdapter(LoRAAdapter):
         """Call the base with its adapter around or inside it; returns what the base returns."""
         if not self.enabled:
             return base_forward(x, *args, **kwargs)
-        a, b = self.pair()
-        if self.opens and not self._drops():
-            given: Any = args[0] if args else kwargs.get("weight")
-            weight = open_weight(self.base.module, x, given)
-            if weight is not None:
-                return self._open(x, weight, a, b)
+        given: Any = args[0] if args else kwargs.get("weight")
+        if (opened := self.opened(x, given)) is not None:
+            return self._open(x, opened)
         gather = kwargs.pop("runtime_gather_output", None)
         if gather is None:
             gather = getattr(self.base.module, "gather_output", False)
@@ -49,6 +46,7 @@ class LinearAdapter(LoRAAdapter):
         def run_base(inner: Tensor) -> tuple[Tensor, Tensor | None]:
             return base_forward(inner, *args, **kwargs)
 
+        a, b = self.pair()
         y, bias = adapt(run_base, x, a, b, self._call(x, a, b))
         if gather:
             y = gather_from_tensor_model_parallel_region(y, group=self.base.group)
@@ -59,11 +57,23 @@ class LinearAdapter(LoRAAdapter):
         self.opens = self._is_whole() and is_one_gemm(self.base.module)
         super().bind()
 
-    def _open(
-        self, x: Tensor, weight: Tensor, a: Tensor, b: Tensor
-    ) -> tuple[Tensor, Tensor | None]:
+    def opened(self, x: Tensor, weight: Tensor | None = None) -> Opened | None:
+        """Return what a call with x opens, None where it leaves the base closed.
+
+        weight: what the call is given in place of the base's own.
+        """
+        if not (self.opens and self.enabled) or self._drops():
+            return None
+        weight = open_weight(self.base.module, x, weight)
+        return None if weight is None else self._opened(weight)
+
+    def _opened(self, weight: Tensor) -> Opened:
+        a, b = self.pair()
+        return Opened(weight, a, b, self._local_call(a, b))
+
+    def _open(self, x: Tensor, opened: Opened) -> tuple[Tensor, Tensor | None]:
         added, left = biases(self.base.module)
-        return adapt_opened(x, weight, a, b, self._local_call(a, b), added), left
+        return adapt_opened(x, *opened, added), left
 
 
 class LayerNormLinearAdapter(LinearAdapter):
@@ -76,7 +86,7 @@ class LayerNormLinearAdapter(LinearAdapter):
         if self.enabled and self.opens and not self._drops():
             weight = open_behind_norm(self.base.module, x)
             if weight is not None:
-                return self._open(self._norm(x), weight, *self.pair())
+                return self._open(self._norm(x), self._opened(weight))
         result: Any = base_forward(x)
         # NOTE: the local layer norm output only. The gathered one loses its gradient inside TE.
         if self.base.module.te_return_bias:

@@ -5,6 +5,7 @@ What else a base may be asked for, and all that travels between ranks, leaves th
 """
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -13,6 +14,15 @@ from torch.autograd.function import FunctionCtx
 from megalora.adapters.call import Call, a_grad, b_grad, deliver, main_grad_of
 from megalora.adapters.collectives import done
 from megalora.adapters.node import apply
+
+
+class Opened(NamedTuple):
+    """A base linear's weight [o, i] and the adapter of one call that opens it."""
+
+    weight: Tensor
+    lora_A: Tensor
+    lora_B: Tensor
+    call: Call
 
 
 class _Context(FunctionCtx):

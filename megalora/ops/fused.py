@@ -85,6 +85,36 @@ def _experts_y_s(
     return x.new_empty(len(x), weights[0].shape[0]), x.new_empty(len(x), padded)
 
 
+def _gated_mlp(
+    x: Tensor,
+    weight1: Tensor,
+    lora_A1: Tensor,
+    _lora_B1: Tensor,
+    _scale1: float,
+    weight2: Tensor,
+    lora_A2: Tensor,
+    *_: object,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    y, s1 = _y_s(x, weight1, lora_A1)
+    return x.new_empty(*x.shape[:-1], weight2.shape[0]), y, s1, _s(x, lora_A2)
+
+
+def _dx_d_weights(
+    _dz: Tensor, x: Tensor, _y: Tensor, _s1: Tensor, _s2: Tensor, *how: object
+) -> tuple[Tensor, Tensor]:
+    # Beside weights, what is given by place: two linears of four each, and segments.
+    has_weights = len(how) > 9 and how[9] is not None
+    return torch.empty_like(x), x.new_empty(x.shape[0] if has_weights else 0)
+
+
+def _gated_mlp_backward(
+    dz: Tensor, x: Tensor, y: Tensor, s1: Tensor, s2: Tensor, *how: object
+) -> tuple[Tensor, ...]:
+    dx, d_weights = _dx_d_weights(dz, x, y, s1, s2, *how)
+    factors = [cast(Tensor, how[place]) for place in (1, 2, 5, 6)]
+    return dx, *(factor.new_empty(factor.shape) for factor in factors), d_weights
+
+
 def _nothing(*_: object) -> None:
     return None
 
@@ -112,4 +142,8 @@ _SHAPES = {
     "experts_linear_backward_": lambda d_a, d_b, dy, x, *how: torch.empty_like(x),
     # What has no numbers is planned for Hopper.
     "experts_linear_is_fused": lambda weight, experts, ranks: True,
+    "gated_mlp": _gated_mlp,
+    "gated_mlp_backward": _gated_mlp_backward,
+    "gated_mlp_backward_": lambda d_a1, d_b1, d_a2, d_b2, *given: _dx_d_weights(*given),
+    "gated_mlp_is_fused": lambda weight: False,
 }

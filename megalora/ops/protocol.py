@@ -1,6 +1,6 @@
 """The LoRA ops that layers call, whoever computes them.
 
-Dense without `offsets` and grouped over experts with them; `linear` and its backward are dense.
+Dense without `offsets` and grouped over experts with them.
 `offsets`: int32 or int64 [E], the inclusive cumulative sum of tokens per expert, on x's device.
 `segments`: the sizes of one period of output columns; block p of every period belongs to
 projection p and reads rank block p of s. `()` means that all columns belong to one projection.
@@ -11,8 +11,10 @@ from typing import Protocol
 
 from torch import Tensor
 
+from megalora.ops.protocol_with_base import OpsWithBase
 
-class Ops(Protocol):
+
+class Ops(OpsWithBase, Protocol):
     """The functions that layers call. `seed`: int64 [1] on the device of x, needed where p > 0.
 
     Layers give all arguments by position: torch takes a microsecond for those given by name.
@@ -134,104 +136,4 @@ class Ops(Protocol):
         seed: Tensor | None = None,
     ) -> None:
         """Add dsᵀ dropout(x) to d_a in place, which is fp32 or of x's dtype."""
-        ...
-
-    def linear(
-        self,
-        x: Tensor,
-        weight: Tensor,
-        lora_A: Tensor,
-        lora_B: Tensor,
-        scale: float,
-        segments: Sequence[int] = (),
-    ) -> tuple[Tensor, Tensor]:
-        """Return y = x Wᵀ + s Bᵀ and s = scale * x Aᵀ, for a base weight W [out, in]."""
-        ...
-
-    def linear_backward(
-        self,
-        dy: Tensor,
-        x: Tensor,
-        s: Tensor,
-        weight: Tensor,
-        lora_A: Tensor,
-        lora_B: Tensor,
-        scale: float,
-        segments: Sequence[int] = (),
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """Return dx = dy W + ds A, dA = dsᵀ x and dB = dyᵀ s, where ds = scale * dy B.
-
-        s is that of `linear`, which has the scale in it.
-        """
-        ...
-
-    def linear_backward_(
-        self,
-        d_a: Tensor,
-        d_b: Tensor,
-        dy: Tensor,
-        x: Tensor,
-        s: Tensor,
-        weight: Tensor,
-        lora_A: Tensor,
-        lora_B: Tensor,
-        scale: float,
-        segments: Sequence[int] = (),
-    ) -> Tensor:
-        """Return dx and add dA and dB to d_a and d_b in place, each fp32 or of dy's dtype."""
-        ...
-
-    def experts_linear(
-        self,
-        x: Tensor,
-        weights: Sequence[Tensor],
-        lora_A: Tensor,
-        lora_B: Tensor,
-        scale: float,
-        offsets: Tensor,
-        segments: Sequence[int] = (),
-    ) -> tuple[Tensor, Tensor]:
-        """Return y and s of `linear` for experts, whose tokens x [n, in] are sorted by expert.
-
-        weights: W [out, in] of each. s has zeros behind its columns up to a multiple of 8.
-        """
-        ...
-
-    def experts_linear_backward(
-        self,
-        dy: Tensor,
-        x: Tensor,
-        s: Tensor,
-        weights: Sequence[Tensor],
-        lora_A: Tensor,
-        lora_B: Tensor,
-        scale: float,
-        offsets: Tensor,
-        segments: Sequence[int] = (),
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """Return dx, dA and dB of `experts_linear`."""
-        ...
-
-    def experts_linear_backward_(
-        self,
-        d_a: Tensor,
-        d_b: Tensor,
-        dy: Tensor,
-        x: Tensor,
-        s: Tensor,
-        weights: Sequence[Tensor],
-        lora_A: Tensor,
-        lora_B: Tensor,
-        scale: float,
-        offsets: Tensor,
-        segments: Sequence[int] = (),
-    ) -> Tensor:
-        """Return dx, and add dA and dB to d_a and d_b, which are fp32 or of x's dtype."""
-        ...
-
-    def experts_linear_is_fused(self, weight: Tensor, experts: int, ranks: int) -> bool:
-        """Say whether one launch computes so many experts with weights like this one.
-
-        ranks: those of all projections. Elsewhere `experts_linear` is right and slow.
-        """
         ...

@@ -6,285 +6,56 @@ fp64 inputs) and rounded once to the dtype of the result; d_a and d_b, which are
 fp32 beside narrower tokens. Rows past the last offset are zero in results, untouched in place.
 """
 
-from collections.abc import Sequence
-
-import torch
-from torch import Tensor
-
-from megalora.ops.blocks import accumulated, flat, gather, outer, product, spans, spread
 from megalora.ops.philox import dropout_mask
+from megalora.ops.products import (
+    dropped,
+    expand_,
+    expand_backward,
+    expand_backward_,
+    expand_dgrad,
+    expand_wgrad,
+    expand_wgrad_,
+    shrink,
+    shrink_dgrad_,
+    shrink_wgrad,
+    shrink_wgrad_,
+)
+from megalora.ops.with_base import (
+    experts_linear,
+    experts_linear_backward,
+    experts_linear_backward_,
+    experts_linear_is_fused,
+    gated_mlp,
+    gated_mlp_backward,
+    gated_mlp_backward_,
+    gated_mlp_is_fused,
+    linear,
+    linear_backward,
+    linear_backward_,
+)
 
-
-def dropped(x: Tensor, p: float, seed: Tensor | None) -> Tensor:
-    """Return x in fp32 or fp64, dropped elements zero and kept ones multiplied by 1 / (1 - p)."""
-    x = accumulated(x)
-    if p == 0.0:
-        return x
-    if seed is None:
-        raise ValueError(f"seed is missing: dropout p={p} needs an int64 tensor [1]")
-    return x * dropout_mask(x.shape, p, seed) / (1.0 - p)
-
-
-def shrink(
-    x: Tensor,
-    lora_A: Tensor,
-    offsets: Tensor | None = None,
-    p: float = 0.0,
-    seed: Tensor | None = None,
-) -> Tensor:
-    """Return s = dropout(x) Aᵀ, [..., P*r]."""
-    rows, weight = flat(dropped(x, p, seed)), accumulated(lora_A)
-    s = rows.new_zeros(rows.shape[0], weight.shape[-2])
-    for expert, span in spans(offsets, rows):
-        s[span] = rows[span] @ weight[expert].mT
-    return s.view(*x.shape[:-1], weight.shape[-2]).to(x.dtype)
-
-
-def expand_(
-    y: Tensor,
-    s: Tensor,
-    lora_B: Tensor,
-    scale: float,
-    offsets: Tensor | None = None,
-    segments: Sequence[int] = (),
-) -> None:
-    """Add scale * s Bᵀ to y in place, each block of columns reading its own rank block of s."""
-    rows, weight = flat(accumulated(s)), spread(accumulated(lora_B), segments)
-    delta = rows.new_zeros(rows.shape[0], weight.shape[-2])
-    for expert, span in spans(offsets, rows):
-        delta[span] = scale * rows[span] @ weight[expert].mT
-    y.copy_(accumulated(y) + delta.view(y.shape))
-
-
-def expand_dgrad(
-    dy: Tensor,
-    lora_B: Tensor,
-    scale: float,
-    offsets: Tensor | None = None,
-    segments: Sequence[int] = (),
-) -> Tensor:
-    """Return ds = scale * dy B, [..., P*r]."""
-    rows, weight = flat(accumulated(dy)), spread(accumulated(lora_B), segments)
-    ds = rows.new_zeros(rows.shape[0], weight.shape[-1])
-    for expert, span in spans(offsets, rows):
-        ds[span] = scale * rows[span] @ weight[expert]
-    return ds.view(*dy.shape[:-1], weight.shape[-1]).to(dy.dtype)
-
-
-def expand_wgrad(
-    dy: Tensor,
-    s: Tensor,
-    lora_B: Tensor,
-    scale: float,
-    offsets: Tensor | None = None,
-    segments: Sequence[int] = (),
-) -> Tensor:
-    """Return dB = scale * dyᵀ s in the shape of lora_B."""
-    return _d_b(dy, s, scale, offsets, segments).to(dy.dtype)
-
-
-def expand_backward(
-    dy: Tensor,
-    s: Tensor,
-    lora_B: Tensor,
-    scale: float,
-    offsets: Tensor | None = None,
-    segments: Sequence[int] = (),
-) -> tuple[Tensor, Tensor]:
-    """Return ds and dB: `expand_dgrad` and `expand_wgrad` in one call."""
-    ds = expand_dgrad(dy, lora_B, scale, offsets, segments)
-    return ds, expand_wgrad(dy, s, lora_B, scale, offsets, segments)
-
-
-def shrink_dgrad_(
-    dx: Tensor,
-    ds: Tensor,
-    lora_A: Tensor,
-    offsets: Tensor | None = None,
-    p: float = 0.0,
-    seed: Tensor | None = None,
-) -> None:
-    """Add dropout(ds A) to dx in place, with the mask of the forward pass."""
-    rows, weight = flat(accumulated(ds)), accumulated(lora_A)
-    delta = rows.new_zeros(rows.shape[0], weight.shape[-1])
-    for expert, span in spans(offsets, rows):
-        delta[span] = rows[span] @ weight[expert]
-    dx.copy_(accumulated(dx) + dropped(delta.view(dx.shape), p, seed))
-
-
-def shrink_wgrad(
-    ds: Tensor,
-    x: Tensor,
-    offsets: Tensor | None = None,
-    p: float = 0.0,
-    seed: Tensor | None = None,
-) -> Tensor:
-    """Return dA = dsᵀ dropout(x), [P*r, in] or [E, P*r, in]."""
-    return _d_a(ds, x, offsets, p, seed).to(x.dtype)
-
-
-def expand_wgrad_(
-    d_b: Tensor,
-    dy: Tensor,
-    s: Tensor,
-    scale: float,
-    offsets: Tensor | None = None,
-    segments: Sequence[int] = (),
-) -> None:
-    """Add scale * dyᵀ s to d_b in place."""
-    d_b.copy_(accumulated(d_b) + _d_b(dy, s, scale, offsets, segments))
-
-
-def expand_backward_(
-    d_b: Tensor,
-    dy: Tensor,
-    s: Tensor,
-    lora_B: Tensor,
-    scale: float,
-    offsets: Tensor | None = None,
-    segments: Sequence[int] = (),
-) -> Tensor:
-    """Return ds and add dB to d_b in place: `expand_dgrad` and `expand_wgrad_` in one call."""
-    expand_wgrad_(d_b, dy, s, scale, offsets, segments)
-    return expand_dgrad(dy, lora_B, scale, offsets, segments)
-
-
-def shrink_wgrad_(
-    d_a: Tensor,
-    ds: Tensor,
-    x: Tensor,
-    offsets: Tensor | None = None,
-    p: float = 0.0,
-    seed: Tensor | None = None,
-) -> None:
-    """Add dsᵀ dropout(x) to d_a in place."""
-    d_a.copy_(accumulated(d_a) + _d_a(ds, x, offsets, p, seed))
-
-
-def linear(
-    x: Tensor,
-    weight: Tensor,
-    lora_A: Tensor,
-    lora_B: Tensor,
-    scale: float,
-    segments: Sequence[int] = (),
-) -> tuple[Tensor, Tensor]:
-    """Return y = x Wᵀ + s Bᵀ, [..., out], and s = scale * x Aᵀ, [..., P*r]."""
-    s = (scale * product(x, accumulated(lora_A).mT)).to(x.dtype)
-    y = product(x, accumulated(weight).mT)
-    expand_(y, s, lora_B, 1.0, segments=segments)
-    return y.to(x.dtype), s
-
-
-def linear_backward(
-    dy: Tensor,
-    x: Tensor,
-    s: Tensor,
-    weight: Tensor,
-    lora_A: Tensor,
-    lora_B: Tensor,
-    scale: float,
-    segments: Sequence[int] = (),
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Return dx = dy W + ds A, [..., in], dA = dsᵀ x and dB = dyᵀ s, where ds = scale * dy B."""
-    d_a, d_b = torch.zeros_like(lora_A), torch.zeros_like(lora_B)
-    dx = linear_backward_(d_a, d_b, dy, x, s, weight, lora_A, lora_B, scale, segments)
-    return dx, d_a, d_b
-
-
-def linear_backward_(
-    d_a: Tensor,
-    d_b: Tensor,
-    dy: Tensor,
-    x: Tensor,
-    s: Tensor,
-    weight: Tensor,
-    lora_A: Tensor,
-    lora_B: Tensor,
-    scale: float,
-    segments: Sequence[int] = (),
-) -> Tensor:
-    """Return dx and add dA and dB to d_a and d_b in place."""
-    ds = expand_dgrad(dy, lora_B, scale, segments=segments)
-    dx = product(dy, accumulated(weight))
-    shrink_dgrad_(dx, ds, lora_A)
-    shrink_wgrad_(d_a, ds, x)
-    expand_wgrad_(d_b, dy, s, 1.0, segments=segments)
-    return dx.to(dy.dtype)
-
-
-def experts_linear(
-    x: Tensor,
-    weights: Sequence[Tensor],
-    lora_A: Tensor,
-    lora_B: Tensor,
-    scale: float,
-    offsets: Tensor,
-    segments: Sequence[int] = (),
-) -> tuple[Tensor, Tensor]:
-    """Return y and s of each expert's `linear`, s with zeros behind it up to a multiple of 8."""
-    ranks = lora_A.shape[-2]
-    y = x.new_zeros(len(x), weights[0].shape[0])
-    s = x.new_zeros(len(x), -(-ranks // 8) * 8)
-    for e, span in spans(offsets, x):
-        assert isinstance(e, int)
-        y[span], s[span, :ranks] = linear(
-            x[span], weights[e], lora_A[e], lora_B[e], scale, segments
-        )
-    return y, s
-
-
-def experts_linear_backward(
-    dy: Tensor,
-    x: Tensor,
-    s: Tensor,
-    weights: Sequence[Tensor],
-    lora_A: Tensor,
-    lora_B: Tensor,
-    scale: float,
-    offsets: Tensor,
-    segments: Sequence[int] = (),
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Return dx, dA and dB of each expert's `linear_backward`."""
-    d_a, d_b = torch.zeros_like(lora_A), torch.zeros_like(lora_B)
-    how = (weights, lora_A, lora_B, scale, offsets, segments)
-    return experts_linear_backward_(d_a, d_b, dy, x, s, *how), d_a, d_b
-
-
-def experts_linear_backward_(
-    d_a: Tensor,
-    d_b: Tensor,
-    dy: Tensor,
-    x: Tensor,
-    s: Tensor,
-    weights: Sequence[Tensor],
-    lora_A: Tensor,
-    lora_B: Tensor,
-    scale: float,
-    offsets: Tensor,
-    segments: Sequence[int] = (),
-) -> Tensor:
-    """Return dx and add dA and dB of each expert to d_a and d_b."""
-    ranks = lora_A.shape[-2]
-    dx = torch.zeros_like(x)
-    for e, span in spans(offsets, x):
-        assert isinstance(e, int)
-        own = (dy[span], x[span], s[span, :ranks], weights[e], lora_A[e], lora_B[e])
-        dx[span] = linear_backward_(d_a[e], d_b[e], *own, scale, segments)
-    return dx
-
-
-def experts_linear_is_fused(weight: Tensor, experts: int, ranks: int) -> bool:
-    """Say that nothing is computed in one launch here."""
-    return False
-
-
-def _d_b(
-    dy: Tensor, s: Tensor, scale: float, offsets: Tensor | None, segments: Sequence[int]
-) -> Tensor:
-    full = scale * outer(flat(accumulated(dy)), flat(accumulated(s)), offsets)
-    return gather(full, segments)
-
-
-def _d_a(ds: Tensor, x: Tensor, offsets: Tensor | None, p: float, seed: Tensor | None) -> Tensor:
-    return outer(flat(accumulated(ds)), flat(dropped(x, p, seed)), offsets)
+__all__ = [
+    "dropout_mask",
+    "dropped",
+    "expand_",
+    "expand_backward",
+    "expand_backward_",
+    "expand_dgrad",
+    "expand_wgrad",
+    "expand_wgrad_",
+    "experts_linear",
+    "experts_linear_backward",
+    "experts_linear_backward_",
+    "experts_linear_is_fused",
+    "gated_mlp",
+    "gated_mlp_backward",
+    "gated_mlp_backward_",
+    "gated_mlp_is_fused",
+    "linear",
+    "linear_backward",
+    "linear_backward_",
+    "shrink",
+    "shrink_dgrad_",
+    "shrink_wgrad",
+    "shrink_wgrad_",
+]

@@ -13,7 +13,7 @@ from megatron.core import parallel_state, tensor_parallel
 from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinear
 from torch import Tensor
 
-from megalora.adapters import on_one_rank, one_gemm, opened, sandwich
+from megalora.adapters import gated, on_one_rank, one_gemm, opened, sandwich
 from megalora.adapters.linear import LinearAdapter
 from megalora.builder import apply_lora, named_adapters
 from megalora.config import LoRAConfig
@@ -232,9 +232,11 @@ def test_evaluation_and_switching_off_go_through_it(layout: Layout) -> None:
 
 
 def counted(monkeypatch: pytest.MonkeyPatch) -> dict[str, int]:
-    """Count the nodes of both ways."""
-    found = {"opened": 0, "closed": 0}
-    for node, way in ((opened.OpenedLinear, "opened"), (on_one_rank.Update, "closed")):
+    """Count the nodes of every way."""
+    nodes = {"opened": opened.OpenedLinear, "gated": gated.OpenedGatedMLP}
+    nodes["closed"] = on_one_rank.Update
+    found = dict.fromkeys(nodes, 0)
+    for way, node in nodes.items():
 
         def count(*args: Any, right: Any = node.forward, way: str = way) -> Any:
             found[way] += 1
@@ -245,24 +247,24 @@ def counted(monkeypatch: pytest.MonkeyPatch) -> dict[str, int]:
 
 
 @pytest.mark.parametrize(
-    ("kind", "linears"),
+    ("kind", "linears", "mlps"),
     [
-        ("dense", 2 * 4 + 1),
-        ("tied embeddings", 2 * 4 + 1),
-        ("latent attention", 5 + 2 + 1),
-        ("experts", 2 + 2 * 4 + 1),  # the router, whose gate is no linear, stays closed
+        ("dense", 2 * 2 + 1, 2),
+        ("tied embeddings", 2 * 2 + 1, 2),
+        ("latent attention", 5 + 1, 1),
+        ("experts", 2 + 1, 4),  # the router, whose gate is no linear, stays closed
     ],
 )
 @single
 def test_every_linear_of_a_model_on_one_rank_opens(
-    layout: Layout, kind: str, linears: int, monkeypatch: pytest.MonkeyPatch
+    layout: Layout, kind: str, linears: int, mlps: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with model_parallel(layout):
         chunks = build_model(layout, **KINDS[kind].model)
         apply_lora(chunks, lora_config(kind))
         found = counted(monkeypatch)
         train(chunks, layout, Run(num_steps=1, micro_batch_size=NUM_SEQUENCES))
-        assert found == {"opened": linears, "closed": int(kind == "experts")}
+        assert found == {"opened": linears, "gated": mlps, "closed": int(kind == "experts")}
 
 
 @over(TP2)

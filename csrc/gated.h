@@ -1,0 +1,165 @@
+#pragma once
+
+#include <tuple>
+
+#include "linear.h"
+#include "schemas.h"
+
+// A gated MLP with the adapters of both its linears in one op each way:
+//   forward  y = x · W1ᵀ + s1 · B1ᵀ = [gate, up]   a = silu(gate) up p   z = a · W2ᵀ + s2 · B2ᵀ
+// p: a weight of each token, for experts, or none. Between the two products with base weights there
+// is one pass over the wide tensors: it adds the low-rank term to y, makes a, and reads s2 off it;
+// backward, it adds the term to da, makes dy, and reads ds1 off it. a is not kept but made again.
+// Products has gates(dtype), gate(Gate&) and gate_backward(GateBackward&).
+namespace megalora {
+
+struct Gate {
+  Factor update;        // y += s1 · B1ᵀ
+  Factor project;       // s2 = scale2 * a · A2ᵀ; a is not there yet
+  const void* weights;  // p: [tokens], or null
+};
+
+struct GateBackward {
+  Factor update;        // da += ds2 · A2
+  Factor project;       // ds1 = scale1 * dy · B1; dy is not there yet
+  const void* y;        // [tokens, 2 columns of a], contiguous
+  const void* weights;  // p: [tokens], or null
+  void* a;              // [tokens, columns], contiguous, made here
+  void* d_weights;      // [tokens], or null
+};
+
+template <class Products>
+struct GatedOps {
+  // z, y, s1 and s2.
+  static std::tuple<Tensor, Tensor, Tensor, Tensor> gated_mlp(
+      const Tensor& x, const Tensor& weight1, const Tensor& lora_A1, const Tensor& lora_B1,
+      double scale1, const Tensor& weight2, const Tensor& lora_A2, const Tensor& lora_B2,
+      double scale2, const Segments& segments, const OptionalTensor& weights) {
+    const LinearForward one = forward_of<Products>(x, weight1, lora_A1, lora_B1, scale1, segments);
+    const Tensor a = empty(with_last(x, weight2.size(-1)), x);
+    const LinearForward two = forward_of<Products>(a, weight2, lora_A2, lora_B2, scale2, {});
+    check(one.linear.out, two.linear.in, segments, weights);
+    if (x.numel() > 0) {
+      Products::project(one.linear.project);
+      multiply(one.linear.out, one.linear.in, one.linear.weight);
+      Products::gate({one.linear.update, two.linear.project, data(weights)});
+      multiply(two.linear.out, two.linear.in, two.linear.weight);
+      Products::update(two.linear.update);
+    }
+    return {two.y, one.y, one.s, two.s};
+  }
+
+  // dx, dA1, dB1, dA2, dB2 and dp, which has no elements where there is no p.
+  static std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> gated_mlp_backward(
+      const Tensor& dz, const Tensor& x, const Tensor& y, const Tensor& s1, const Tensor& s2,
+      const Tensor& weight1, const Tensor& lora_A1, const Tensor& lora_B1, double scale1,
+      const Tensor& weight2, const Tensor& lora_A2, const Tensor& lora_B2, double scale2,
+      const Segments& segments, const OptionalTensor& weights) {
+    const Tensor d_a1 = empty(lora_A1.sizes(), lora_A1), d_b1 = empty(lora_B1.sizes(), lora_B1);
+    const Tensor d_a2 = empty(lora_A2.sizes(), lora_A2), d_b2 = empty(lora_B2.sizes(), lora_B2);
+    const auto [dx, d_weights] =
+        backward(d_a1, d_b1, d_a2, d_b2, false, dz, x, y, s1, s2, weight1, lora_A1, lora_B1, scale1,
+                 weight2, lora_A2, lora_B2, scale2, segments, weights);
+    return {dx, d_a1, d_b1, d_a2, d_b2, d_weights};
+  }
+
+  // dx and dp; the factors' gradients are added to d_a1 and so on.
+  static std::tuple<Tensor, Tensor> gated_mlp_backward_(
+      const Tensor& d_a1, const Tensor& d_b1, const Tensor& d_a2, const Tensor& d_b2,
+      const Tensor& dz, const Tensor& x, const Tensor& y, const Tensor& s1, const Tensor& s2,
+      const Tensor& weight1, const Tensor& lora_A1, const Tensor& lora_B1, double scale1,
+      const Tensor& weight2, const Tensor& lora_A2, const Tensor& lora_B2, double scale2,
+      const Segments& segments, const OptionalTensor& weights) {
+    check_sum(d_a1, "d_a1", lora_A1, "lora_A1", x, "x");
+    check_sum(d_b1, "d_b1", lora_B1, "lora_B1", x, "x");
+    check_sum(d_a2, "d_a2", lora_A2, "lora_A2", x, "x");
+    check_sum(d_b2, "d_b2", lora_B2, "lora_B2", x, "x");
+    std::tuple<Tensor, Tensor> found;
+    in_place_weight(d_a1, [&](const Tensor& a1) {
+      in_place_weight(d_b1, [&](const Tensor& b1) {
+        in_place_weight(d_a2, [&](const Tensor& a2) {
+          in_place_weight(d_b2, [&](const Tensor& b2) {
+            found = backward(a1, b1, a2, b2, true, dz, x, y, s1, s2, weight1, lora_A1, lora_B1,
+                             scale1, weight2, lora_A2, lora_B2, scale2, segments, weights);
+          });
+        });
+      });
+    });
+    return found;
+  }
+
+ private:
+  static std::tuple<Tensor, Tensor> backward(
+      const Tensor& d_a1, const Tensor& d_b1, const Tensor& d_a2, const Tensor& d_b2,
+      bool accumulates, const Tensor& dz, const Tensor& x, const Tensor& y, const Tensor& s1,
+      const Tensor& s2, const Tensor& weight1, const Tensor& lora_A1, const Tensor& lora_B1,
+      double scale1, const Tensor& weight2, const Tensor& lora_A2, const Tensor& lora_B2,
+      double scale2, const Segments& segments, const OptionalTensor& weights) {
+    const Tensor a = empty(with_last(dz, weight2.size(-1)), dz);
+    const Tensor dy = empty(with_last(dz, weight1.size(0)), dz);
+    const LinearGradients two = gradients_of<Products>(d_a2, d_b2, accumulates, dz, a, s2, weight2,
+                                                       lora_A2, lora_B2, scale2, {});
+    const LinearGradients one = gradients_of<Products>(d_a1, d_b1, accumulates, dy, x, s1, weight1,
+                                                       lora_A1, lora_B1, scale1, segments);
+    const Linear& da = two.backward.dgrad;
+    const Linear& dx = one.backward.dgrad;
+    check_rows(y, "y", dz, "dz");
+    check_size(y.size(-1), "the last size of y", dy.size(-1), "weight1's first size");
+    check(dx.in, da.out, segments, weights);
+    const Tensor d_weights = empty({weights ? da.in.size(0) : 0}, dz);
+    if (dz.numel() > 0) {
+      Products::backward(da.project, two.backward.d_b);
+      multiply(da.out, da.in, da.weight);
+      const Tensor contiguous = y.contiguous();
+      Products::gate_backward({da.update, dx.project, contiguous.data(), data(weights), a.data(),
+                               weights ? d_weights.data() : nullptr});
+      Products::outer(two.backward.d_a);
+      Products::outer(one.backward.d_b);
+      multiply(dx.out, dx.in, dx.weight);
+      Products::update(dx.update);
+      Products::outer(one.backward.d_a);
+    } else if (!accumulates) {
+      for (const Tensor& gradient : {d_a1, d_b1, d_a2, d_b2}) {
+        gradient.zero_();
+      }
+    }
+    return {one.dx, d_weights};
+  }
+
+  // y [tokens, 2 columns], a [tokens, columns]
+  static void check(const Tensor& y, const Tensor& a, const Segments& segments,
+                    const OptionalTensor& weights) {
+    const int64_t columns = a.size(1);
+    check_value(Products::gates(a.dtype()), "dtype ", a.dtype(),
+                " is not computed by gated_mlp, expected one of float64, float32");
+    check_size(y.size(1), "weight1's first size", 2 * columns,
+               "gate and up of weight2's last size");
+    check_value(segments.empty() || segments == Segments{columns, columns}, "segments is ",
+                segments, ", expected none or gate and up, ", Segments{columns, columns});
+    if (weights) {
+      check_dtype(*weights, "weights", a, "x");
+      check_value(weights->sizes() == Shape{a.size(0)} && weights->is_contiguous(),
+                  "weights has shape ", weights->sizes(), ", expected one for each of ", a.size(0),
+                  " tokens, contiguous");
+    }
+  }
+
+  static const void* data(const OptionalTensor& weights) {
+    return weights ? weights->data() : nullptr;
+  }
+};
+
+// Whether gated_mlp is there for a weight like this one, and the fastest way.
+template <class Products>
+bool gated_mlp_is_fused(const Tensor& weight) {
+  return Products::gates(weight.dtype());
+}
+
+template <class Products>
+void implement_gated(Library& m) {
+  m.impl("gated_mlp", TORCH_BOX(&GatedOps<Products>::gated_mlp));
+  m.impl("gated_mlp_backward", TORCH_BOX(&GatedOps<Products>::gated_mlp_backward));
+  m.impl("gated_mlp_backward_", TORCH_BOX(&GatedOps<Products>::gated_mlp_backward_));
+}
+
+}  // namespace megalora

@@ -1,0 +1,244 @@
+"""The ops of gated MLPs on the CPU against the reference, and that against autograd."""
+
+import dataclasses
+from dataclasses import dataclass
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.autograd.gradcheck import GradcheckError
+
+from megalora.adapters.call import Call
+from megalora.adapters.gated import OpenedGatedMLP
+from megalora.adapters.node import apply
+from megalora.adapters.routes import LOCAL_ROUTE
+from megalora.ops import Ops, reference
+from megalora.ops.fused import load
+from tests.support.op_cases import TOLERANCE, relative_error
+
+fused = load()
+DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+
+
+@dataclass(frozen=True)
+class Case:
+    """Sizes of one gated MLP: columns of gate, and whether gate and up have an A each."""
+
+    tokens: int
+    features: int
+    columns: int
+    ranks: tuple[int, int]
+    splits: bool = True
+    weighs: bool = True
+
+
+CASES = [
+    Case(7, 12, 9, (3, 2)),
+    Case(33, 20, 600, (4, 16)),  # more rows and columns than a tile has
+    Case(65, 16, 513, (2, 3), splits=False, weighs=False),
+    Case(40, 24, 1024, (1, 1), weighs=False),
+    Case(20, 8, 40, (150, 140)),
+    Case(1, 1, 1, (1, 1)),
+    Case(0, 8, 4, (2, 2)),
+]
+SHAPES = pytest.mark.parametrize("case", CASES, ids=str)
+
+
+@dataclass(frozen=True)
+class Given:
+    """Random tensors of one case, and what the ops take behind them."""
+
+    x: Tensor
+    dz: Tensor
+    factors: list[Tensor]
+    base: tuple[Tensor, Tensor]
+    weights: Tensor | None
+    segments: list[int]
+
+    def how(self) -> tuple[Any, ...]:
+        """Return what all ops take behind the tokens."""
+        (a1, b1, a2, b2), (w1, w2) = self.factors, self.base
+        return (w1, a1, b1, 0.5, w2, a2, b2, 0.3, self.segments, self.weights)
+
+
+def draw(case: Case, dtype: torch.dtype, *, spread: float = 1.0) -> Given:
+    """Return random tensors of a case; spread: how large gates become."""
+    generator = torch.Generator().manual_seed(0)
+
+    def normal(*shape: int) -> Tensor:
+        values = torch.randn(shape, generator=generator, dtype=torch.float64)
+        return (values / shape[-1] ** 0.5).to(dtype)
+
+    (r1, r2), features, columns = case.ranks, case.features, case.columns
+    return Given(
+        x=spread * features**0.5 * normal(case.tokens, features),
+        dz=features**0.5 * normal(case.tokens, features),
+        factors=[
+            normal((1 + case.splits) * r1, features),
+            normal(2 * columns, r1),
+            normal(r2, columns),
+            normal(features, r2),
+        ],
+        base=(normal(2 * columns, features), normal(features, columns)),
+        weights=torch.rand(case.tokens, generator=generator).to(dtype) if case.weighs else None,
+        segments=[columns, columns] if case.splits else [],
+    )
+
+
+def run_all(ops: Ops, given: Given) -> list[Tensor]:
+    """Return the results of both passes, and of the sums that are added to."""
+    made = reference.gated_mlp(given.x, *given.how())
+    found = [*ops.gated_mlp(given.x, *given.how())]
+    both = (given.dz, given.x, *made[1:], *given.how())
+    found += ops.gated_mlp_backward(*both)
+    sums = [factor.clone() for factor in given.factors]
+    return [*found, *ops.gated_mlp_backward_(*sums, *both), *sums]
+
+
+@DTYPES
+@SHAPES
+def test_the_ops_match_the_reference(case: Case, dtype: torch.dtype) -> None:
+    given = draw(case, dtype)
+    for got, expected in zip(run_all(fused, given), run_all(reference, given), strict=True):
+        assert got.shape == expected.shape
+        assert got.dtype == expected.dtype
+        assert relative_error(got, expected) < TOLERANCE[dtype]
+
+
+@DTYPES
+@pytest.mark.parametrize("spread", [30.0, 1e4])
+def test_gates_that_saturate_are_as_torch_has_them(spread: float, dtype: torch.dtype) -> None:
+    given = draw(CASES[1], dtype, spread=spread)
+    for got, expected in zip(run_all(fused, given), run_all(reference, given), strict=True):
+        assert got.isfinite().all()
+        assert relative_error(got, expected) < TOLERANCE[dtype]
+
+
+def test_a_number_that_is_none_is_not_hidden() -> None:
+    given = draw(CASES[0], torch.float32)
+    given.x[2, 3] = float("nan")
+    z = fused.gated_mlp(given.x, *given.how())[0]
+    assert z[2].isnan().all()
+    assert z[torch.arange(len(z)) != 2].isfinite().all()
+
+
+def merged(given: Given, x: Tensor, factors: list[Tensor], weights: Tensor | None) -> Tensor:
+    """Return z in plain torch, by merged weights."""
+    a1, b1, a2, b2 = factors
+    w1, w2 = given.base
+    rows = a1.chunk(2) if given.segments else (a1, a1)
+    updates = [b @ a for b, a in zip(b1.chunk(2), rows, strict=True)]
+    gate, up = (x @ (w1 + 0.5 * torch.cat(updates)).mT).chunk(2, dim=-1)
+    a = F.silu(gate) * up
+    a = a if weights is None else a * weights.unsqueeze(-1)
+    return a @ (w2 + 0.3 * b2 @ a2).mT
+
+
+def by_node(given: Given, x: Tensor, factors: list[Tensor], weights: Tensor | None) -> Tensor:
+    """Return z by the autograd node."""
+    a1, b1, a2, b2 = factors
+    w1, w2 = given.base
+    one = Call(ops=fused, route=LOCAL_ROUTE, scale=0.5, segments=given.segments)
+    two = dataclasses.replace(one, scale=0.3, segments=[])
+    return apply(OpenedGatedMLP, x, a1, b1, a2, b2, weights, w1, w2, one, two)
+
+
+def leaves_of(given: Given) -> list[Tensor]:
+    """Return x, the factors and the weights, all trained."""
+    tensors = [given.x, *given.factors, *([] if given.weights is None else [given.weights])]
+    return [tensor.clone().requires_grad_() for tensor in tensors]
+
+
+def split(leaves: list[Tensor]) -> tuple[Tensor, list[Tensor], Tensor | None]:
+    """Return x, the factors and the weights."""
+    return leaves[0], leaves[1:5], leaves[5] if len(leaves) > 5 else None
+
+
+@SHAPES
+def test_every_gradient_is_that_of_the_merged_weights(case: Case) -> None:
+    given = draw(case, torch.float64)
+    leaves = leaves_of(given)
+    results = [way(given, *split(leaves)) for way in (by_node, merged)]
+    torch.testing.assert_close(*results)
+    gradients = [torch.autograd.grad(z, leaves, given.dz) for z in results]
+    torch.testing.assert_close(*gradients)
+
+
+@pytest.mark.parametrize("case", [CASES[0], Case(5, 4, 3, (2, 1), splits=False)], ids=str)
+def test_the_node_passes_gradcheck(case: Case) -> None:
+    given = draw(case, torch.float64)
+    assert torch.autograd.gradcheck(
+        lambda *leaves: by_node(given, *split([*leaves])), leaves_of(given)
+    )
+
+
+def test_gradcheck_notices_a_lost_low_rank_term(monkeypatch: pytest.MonkeyPatch) -> None:
+    right = fused.gated_mlp_backward
+
+    def without_a2(*arguments: Any) -> Any:
+        before, lora_A2, behind = arguments[:10], arguments[10], arguments[11:]
+        return right(*before, torch.zeros_like(lora_A2), *behind)
+
+    monkeypatch.setattr(fused, "gated_mlp_backward", without_a2)
+    with pytest.raises(GradcheckError):
+        test_the_node_passes_gradcheck(CASES[0])
+
+
+@pytest.mark.parametrize("case", [CASES[0], CASES[2]], ids=str)
+def test_opcheck_accepts_the_ops(case: Case) -> None:
+    given = draw(case, torch.float32)
+    ops = torch.ops.megalora
+    made = reference.gated_mlp(given.x, *given.how())
+    both = (given.dz, given.x, *made[1:], *given.how())
+    sums = [factor.clone() for factor in given.factors]
+    for op, arguments in {
+        ops.gated_mlp: (given.x, *given.how()),
+        ops.gated_mlp_backward: both,
+        ops.gated_mlp_backward_: (*sums, *both),
+    }.items():
+        torch.library.opcheck(op.default, arguments)
+
+
+def test_views_and_three_dimensions_are_the_same() -> None:
+    given = draw(Case(12, 20, 40, (4, 3), weighs=False), torch.float32)
+    expected = run_all(reference, given)
+    wide = torch.empty(12, 50)
+    wide[:, 10:30] = given.x
+    strided = dataclasses.replace(
+        given, x=wide[:, 10:30], factors=[factor.t().contiguous().t() for factor in given.factors]
+    )
+    folded = dataclasses.replace(given, x=given.x.view(4, 3, 20), dz=given.dz.view(4, 3, 20))
+    for other in (strided, folded):
+        for got, right in zip(run_all(fused, other), expected, strict=True):
+            assert relative_error(got.reshape(right.shape), right) < TOLERANCE[torch.float32]
+
+
+GIVEN = draw(Case(4, 6, 5, (2, 2)), torch.float32)
+MISUSES: dict[str, tuple[Any, str]] = {
+    "dtype": (draw(Case(4, 6, 5, (2, 2)), torch.bfloat16), "dtype BFloat16 is not computed by"),
+    "segments": (
+        dataclasses.replace(GIVEN, segments=[4, 6]),
+        r"segments is \[4, 6\], expected none or gate and up, \[5, 5\]",
+    ),
+    "weights": (
+        dataclasses.replace(GIVEN, weights=torch.ones(3)),
+        r"weights has shape \[3\], expected one for each of 4 tokens",
+    ),
+    "weights' dtype": (
+        dataclasses.replace(GIVEN, weights=torch.ones(4).double()),
+        "weights has dtype Double, expected that of x, Float",
+    ),
+    "columns": (
+        dataclasses.replace(GIVEN, base=(torch.zeros(12, 6), GIVEN.base[1])),
+        "lora_B's number of rows is 10, expected 12",
+    ),
+}
+
+
+@pytest.mark.parametrize("misuse", MISUSES)
+def test_a_misuse_is_named(misuse: str) -> None:
+    given, message = MISUSES[misuse]
+    with pytest.raises(ValueError, match=message):
+        fused.gated_mlp(given.x, *given.how())
