@@ -149,12 +149,6 @@ struct GatedOps {
   }
 };
 
-// Whether gated_mlp is there for a weight like this one, and the fastest way.
-template <class Products>
-bool gated_mlp_is_fused(const Tensor& weight) {
-  return Products::gates(weight.dtype());
-}
-
 template <class Products>
 void implement_gated(Library& m) {
   m.impl("gated_mlp", TORCH_BOX(&GatedOps<Products>::gated_mlp));

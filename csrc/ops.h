@@ -265,7 +265,6 @@ void implement(Library& m) {
   m.impl("experts_linear_backward", TORCH_BOX(&ExpertsOps<Products>::experts_linear_backward));
   m.impl("experts_linear_backward_", TORCH_BOX(&ExpertsOps<Products>::experts_linear_backward_));
   m.impl("experts_linear_is_fused", TORCH_BOX(&ExpertsOps<Products>::experts_linear_is_fused));
-  m.impl("gated_mlp_is_fused", TORCH_BOX(&gated_mlp_is_fused<Products>));
 }
 
 }  // namespace megalora

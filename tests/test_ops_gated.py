@@ -89,11 +89,12 @@ def draw(case: Case, dtype: torch.dtype, *, spread: float = 1.0) -> Given:
 
 def run_all(ops: Ops, given: Given) -> list[Tensor]:
     """Return the results of both passes, and of the sums that are added to."""
-    made = reference.gated_mlp(given.x, *given.how())
-    found = [*ops.gated_mlp(given.x, *given.how())]
-    both = (given.dz, given.x, *made[1:], *given.how())
+    how: Any = given.how()
+    made = reference.gated_mlp(given.x, *how)
+    found = [*ops.gated_mlp(given.x, *how)]
+    both: Any = (given.dz, given.x, *made[1:], *how)
     found += ops.gated_mlp_backward(*both)
-    sums = [factor.clone() for factor in given.factors]
+    sums: Any = [factor.clone() for factor in given.factors]
     return [*found, *ops.gated_mlp_backward_(*sums, *both), *sums]
 
 
@@ -175,7 +176,7 @@ def test_the_node_passes_gradcheck(case: Case) -> None:
 
 
 def test_gradcheck_notices_a_lost_low_rank_term(monkeypatch: pytest.MonkeyPatch) -> None:
-    right = fused.gated_mlp_backward
+    right: Any = fused.gated_mlp_backward
 
     def without_a2(*arguments: Any) -> Any:
         before, lora_A2, behind = arguments[:10], arguments[10], arguments[11:]

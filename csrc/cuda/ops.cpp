@@ -189,9 +189,6 @@ struct Products {
     }
   }
 
-  // On Hopper one launch takes both low-rank terms into the base's products already.
-  static bool gates(ScalarType) { return false; }
-
   static bool fuses_experts(const Tensor& weight, int64_t experts, int64_t ranks) {
     return route_of("linear") != Route::gemm && cuda::fuses_experts(weight, experts, ranks);
   }

@@ -24,6 +24,9 @@ from megalora.adapters.one_gemm import biases
 from megalora.adapters.opened import Opened
 from megalora.targets import ADAPTER_SUFFIX
 
+_LINEARS = ("linear_fc1", "linear_fc2")
+# Of what the op computes, on a CPU.
+_DTYPES = (torch.float32, torch.float64)
 # The weight, A, B and call of a linear for x, None where its base stays closed.
 Opening = Callable[[Tensor], Opened | None]
 
@@ -103,9 +106,6 @@ def bind_gated(chunk: torch.nn.Module) -> None:
             _bind(module, [one, two], one.opened, two.opened)
 
 
-_LINEARS = ("linear_fc1", "linear_fc2")
-
-
 def _bind(mlp: torch.nn.Module, adapters: list[LoRAAdapter], one: Opening, two: Opening) -> None:
     opens = all(adapter.opens for adapter in adapters)
     if opens and type(mlp) is MLP and _is_gated(mlp):
@@ -142,7 +142,7 @@ def _forward(
     kwargs: what layers give to every kind of MLP, and this kind ignores.
     """
     x, weights = hidden_states, per_token_scale
-    openings = None if _has_hooks(called) else _open(one, two, x, weights)
+    openings = _open(one, two, x, weights) if x.is_cpu and not _has_hooks(called) else None
     if openings is None:
         return base_forward(x, weights, **kwargs)
     (w1, a1, b1, call1), (w2, a2, b2, call2) = openings
@@ -153,13 +153,12 @@ def _forward(
 def _open(
     one: Opening, two: Opening, x: Tensor, weights: Tensor | None
 ) -> tuple[Opened, Opened] | None:
+    if x.dtype not in _DTYPES or x.numel() == 0:
+        return None
     if weights is not None and (weights.dtype != x.dtype or weights.shape != x.shape[:-1]):
         return None
-    first = one(x)
-    if first is None or x.numel() == 0 or not first.call.ops.gated_mlp_is_fused(first.weight):
-        return None
-    second = two(x)
-    if second is None:
+    first, second = one(x), two(x)
+    if first is None or second is None:
         return None
     # The op has all gradients or none.
     given = (x, first.lora_A, first.lora_B, second.lora_A, second.lora_B)

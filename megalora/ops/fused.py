@@ -145,5 +145,4 @@ _SHAPES = {
     "gated_mlp": _gated_mlp,
     "gated_mlp_backward": _gated_mlp_backward,
     "gated_mlp_backward_": lambda d_a1, d_b1, d_a2, d_b2, *given: _dx_d_weights(*given),
-    "gated_mlp_is_fused": lambda weight: False,
 }

@@ -126,7 +126,7 @@ class OpsWithBase(Protocol):
         """Return z of a gated MLP with the adapters of both its linears, and y, s1 and s2.
 
         y [..., 2 f] = [gate, up] and s1 are `linear` of x, z and s2 `linear` of a = silu(gate) up.
-        weights: [n], with which a of each token is multiplied. Only where `gated_mlp_is_fused`.
+        weights: [n], with which a of each token is multiplied. On a CPU, in fp32 and fp64.
         """
         ...
 
@@ -177,8 +177,4 @@ class OpsWithBase(Protocol):
         weights: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
         """Return dx and d_weights; add dA and dB to the sums, each fp32 or of x's dtype."""
-        ...
-
-    def gated_mlp_is_fused(self, weight: Tensor) -> bool:
-        """Say whether `gated_mlp` is there for weights like this one."""
         ...

@@ -215,10 +215,5 @@ def gated_mlp_backward_(
     return dx, (da * silu * up).sum(-1).flatten()
 
 
-def gated_mlp_is_fused(weight: Tensor) -> bool:
-    """Say that nothing is computed in one pass here."""
-    return False
-
-
 def _weighted(a: Tensor, weights: Tensor | None) -> Tensor:
     return a if weights is None else a * weights.view(*a.shape[:-1], 1)

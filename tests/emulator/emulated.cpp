@@ -38,7 +38,6 @@ struct Emulated {
   static void add_base(const Linear& l) { base_first<Emulated>(l); }
   static void linear(const Linear& l) { compose<Emulated>(l); }
   static void linear_backward(const LinearBackward& b) { compose<Emulated>(b); }
-  static bool gates(ScalarType) { return false; }
   static bool fuses_experts(const Tensor&, int64_t, int64_t) { return false; }
   static void experts_linear(const ExpertsLinear& l) { compose_experts<Emulated>(l); }
   static void experts_backward(const ExpertsBackward& b) { compose_experts<Emulated>(b); }
