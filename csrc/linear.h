@@ -61,8 +61,8 @@ inline bool is_empty(const Linear& l) {
   return l.in.numel() == 0 || l.out.numel() == 0 || l.thin.numel() == 0;
 }
 
-// A linear with its adapter as an op is given it, checked, and its results.
-// axis: that of the weight along which the tokens are read. Returns the period of segments.
+// Checks what an op is given of a linear; returns the period of segments.
+// axis: that of the weight along which the tokens are read.
 template <class Products>
 int64_t check_linear(const Tensor& tokens, const char* name, const Tensor& weight, int64_t axis,
                      const Tensor& lora_A, const Tensor& lora_B, const Segments& segments) {
@@ -85,6 +85,7 @@ int64_t check_linear(const Tensor& tokens, const char* name, const Tensor& weigh
   return check_segments(segments, weight.size(0));
 }
 
+// A linear as an op is given it, its results, and what keeps alive that its factors point to.
 struct LinearForward {
   Tensor y, s;
   Call shrink = Call(), expand = Call();
@@ -103,6 +104,7 @@ LinearForward forward_of(const Tensor& x, const Tensor& weight, const Tensor& lo
   return f;
 }
 
+// Its backward pass, likewise.
 struct LinearGradients {
   Tensor dx;
   Call expand_dgrad = Call(), shrink_dgrad = Call();
