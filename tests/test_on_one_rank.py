@@ -1,7 +1,9 @@
 """An adapter around or behind a closed base where nothing travels: its one node and its hook."""
 
+import dataclasses
 from collections.abc import Callable
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -54,10 +56,16 @@ def call_of(ops: str, ends: list[int]) -> Call:
     )
 
 
-def around(x: Tensor, weight: Tensor, lora_A: Tensor, lora_B: Tensor, call: Call) -> Tensor:
-    """Return norm(x) Wᵀ with the adapter around the product."""
+def beside(x: Tensor, weight: Tensor, lora_A: Tensor, lora_B: Tensor, call: Call) -> Tensor:
+    """Return norm(x) Wᵀ with the adapter around the product, where x is small."""
     normed = torch.nn.functional.rms_norm(x, (6,))
     return adapt(lambda inner: (inner @ weight.mT, None), normed, lora_A, lora_B, call)[0]
+
+
+def around(x: Tensor, weight: Tensor, lora_A: Tensor, lora_B: Tensor, call: Call) -> Tensor:
+    """Return the same as where x is not small."""
+    with mock.patch.object(on_one_rank, "_SMALL", -1):
+        return beside(x, weight, lora_A, lora_B, call)
 
 
 def behind(x: Tensor, weight: Tensor, lora_A: Tensor, lora_B: Tensor, call: Call) -> Tensor:
@@ -66,7 +74,7 @@ def behind(x: Tensor, weight: Tensor, lora_A: Tensor, lora_B: Tensor, call: Call
     return add_update(normed, normed @ weight.mT, lora_A, lora_B, call)
 
 
-WAYS: dict[str, Callable[..., Tensor]] = {"around": around, "behind": behind}
+WAYS: dict[str, Callable[..., Tensor]] = {"beside": beside, "around": around, "behind": behind}
 EXPERTS = pytest.mark.parametrize("ends", [[], [5, 5, 12]], ids=["dense", "experts"])
 
 
@@ -84,6 +92,19 @@ def test_every_gradient_is_right(ops: str, ends: list[int], way: str) -> None:
     torch.testing.assert_close(torch.autograd.grad(got, trained, dy), gradients)
 
 
+@EXPERTS
+def test_every_way_drops_the_same(ends: list[int]) -> None:
+    call = dataclasses.replace(call_of("fused", ends), dropout=0.4, seed=torch.tensor([7]))
+    found = []
+    for way in WAYS.values():
+        trained = leaves(len(ends))
+        y = way(*trained, call)
+        found.append([y, *torch.autograd.grad(y, trained, torch.ones_like(y))])
+    for other in found[1:]:
+        torch.testing.assert_close(other, found[0])
+    assert not torch.allclose(found[0][0], expected(*leaves(len(ends)), ends=ends))
+
+
 @pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize("asked", [(0,), (2,), (3,), (0, 2), (2, 3)], ids=str)
 def test_what_is_asked_for_alone_is_the_same(asked: tuple[int, ...], way: str) -> None:
@@ -98,7 +119,11 @@ def test_what_is_asked_for_alone_is_the_same(asked: tuple[int, ...], way: str) -
     )
 
 
-def test_x_has_the_adapters_gradient_where_the_base_gives_none() -> None:
+@pytest.mark.parametrize("small", [-1, 2**18])
+def test_x_has_the_adapters_gradient_where_the_base_gives_none(
+    small: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(on_one_rank, "_SMALL", small)
     x, weight, lora_A, lora_B = leaves(0)
     call = call_of("fused", [])
     y, _ = adapt(lambda inner: (inner.detach() @ weight.detach().mT, None), x, lora_A, lora_B, call)
@@ -108,7 +133,10 @@ def test_x_has_the_adapters_gradient_where_the_base_gives_none() -> None:
     torch.testing.assert_close(torch.autograd.grad(y, x, dy), torch.autograd.grad(update, x, dy))
 
 
-def test_the_adapter_has_one_node_and_adds_into_the_gradient_of_its_base() -> None:
+def test_the_adapter_has_one_node_and_adds_into_the_gradient_of_its_base(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(on_one_rank, "_SMALL", -1)
     x, weight, lora_A, lora_B = leaves(0)
     given: list[Tensor] = []
 
@@ -131,8 +159,11 @@ def test_the_adapter_has_one_node_and_adds_into_the_gradient_of_its_base() -> No
     assert x.grad.data_ptr() == given[0].data_ptr()
 
 
-def test_nothing_keeps_an_activation_that_autograd_packs_away() -> None:
+def test_nothing_keeps_an_activation_that_autograd_packs_away(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     """As where activations are offloaded: a hook that kept x itself would undo that."""
+    monkeypatch.setattr(on_one_rank, "_SMALL", -1)
     x, weight, lora_A, lora_B = leaves(0)
     hidden = x * 2.0
     kept = StorageWeakRef(hidden.untyped_storage())
