@@ -19,7 +19,7 @@ constexpr int64_t kColumns = 512;  // of gate, and as many of up
 template <class T>
 class Side {
  public:
-  Side(const Factor& factor)
+  explicit Side(const Factor& factor)
       : view_{factor},
         packed_(factor.rank * factor.columns),
         thin_(kRows * view_.thin_columns()),

@@ -272,33 +272,48 @@ MEGALORA_INLINE void store_some(T* to, const V& v, int64_t count) {
   std::memcpy(to, &v, count * sizeof(T));
 }
 
-// a = silu(gate) * up * weight
+// a = silu(gate) * up * weight, of at most L of each.
 template <class T, int L>
-MEGALORA_INLINE void swiglu(const T* gate, const T* up, T weight, int64_t count, T* a) {
+MEGALORA_INLINE void swiglu_some(const T* gate, const T* up, T weight, int64_t count, T* a) {
   using V = Vector<T, L>;
-  for (int64_t i = 0; i < count; i += L) {
-    const int64_t some = count - i < L ? count - i : L;
-    const V g = load_some<V>(gate + i, some);
-    store_some(a + i, g * sigmoid<T, L>(g) * load_some<V>(up + i, some) * weight, some);
-  }
+  const V g = load_some<V>(gate, count);
+  store_some(a, g * sigmoid<T, L>(g) * load_some<V>(up, count) * weight, count);
 }
 
-// a, and the gradients of gate and up; returns that of weight.
+template <class T, int L>
+MEGALORA_INLINE void swiglu(const T* gate, const T* up, T weight, int64_t count, T* a) {
+  int64_t i = 0;
+  for (; i + L <= count; i += L) {
+    swiglu_some<T, L>(gate + i, up + i, weight, L, a + i);
+  }
+  swiglu_some<T, L>(gate + i, up + i, weight, count - i, a + i);
+}
+
+// a, and the gradients of gate and up, of at most L of each; returns the terms of that of weight.
+template <class T, int L>
+MEGALORA_INLINE Vector<T, L> swiglu_backward_some(const T* da, const T* gate, const T* up, T weight,
+                                                  int64_t count, T* a, T* d_gate, T* d_up) {
+  using V = Vector<T, L>;
+  const V g = load_some<V>(gate, count), u = load_some<V>(up, count);
+  const V d = load_some<V>(da, count), weighted = d * weight;
+  const V at = sigmoid<T, L>(g), silu = g * at;
+  store_some(a, silu * u * weight, count);
+  store_some(d_gate, weighted * u * (at + silu * (T(1) - at)), count);
+  store_some(d_up, weighted * silu, count);
+  return d * silu * u;
+}
+
 template <class T, int L>
 MEGALORA_INLINE T swiglu_backward(const T* da, const T* gate, const T* up, T weight, int64_t count,
                                   T* a, T* d_gate, T* d_up) {
-  using V = Vector<T, L>;
-  V d_weight = {};
-  for (int64_t i = 0; i < count; i += L) {
-    const int64_t some = count - i < L ? count - i : L;
-    const V g = load_some<V>(gate + i, some), u = load_some<V>(up + i, some);
-    const V d = load_some<V>(da + i, some), weighted = d * weight;
-    const V at = sigmoid<T, L>(g), silu = g * at;
-    d_weight += d * silu * u;
-    store_some(a + i, silu * u * weight, some);
-    store_some(d_gate + i, weighted * u * (at + silu * (T(1) - at)), some);
-    store_some(d_up + i, weighted * silu, some);
+  Vector<T, L> d_weight = {};
+  int64_t i = 0;
+  for (; i + L <= count; i += L) {
+    d_weight += swiglu_backward_some<T, L>(da + i, gate + i, up + i, weight, L, a + i, d_gate + i,
+                                           d_up + i);
   }
+  d_weight += swiglu_backward_some<T, L>(da + i, gate + i, up + i, weight, count - i, a + i,
+                                         d_gate + i, d_up + i);
   return horizontal_sum<T, L>(d_weight);
 }
 
