@@ -175,7 +175,7 @@ def test_a_global_hook_sees_both_linears(layout: Layout) -> None:
             lambda module, *_: seen.append(module)
         )
         try:
-            mlp(inputs(chunk))
+            mlp(inputs(chunk).requires_grad_())
         finally:
             handle.remove()
         assert mlp.linear_fc1 in seen
