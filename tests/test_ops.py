@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from megalora.ops import reference
 from megalora.ops.fused import load
-from megalora.ops.philox import philox
+from megalora.ops.philox import dropout_mask, philox
 from tests.support.op_cases import (
     CASES,
     TOLERANCE,
@@ -34,10 +34,10 @@ def test_philox_gives_the_published_answer() -> None:
 
 
 def test_dropout_keeps_the_asked_share() -> None:
-    mask = reference.dropout_mask((400, 500), 0.3, SEED)
+    mask = dropout_mask((400, 500), 0.3, SEED)
     sigma = (0.3 * 0.7 / mask.numel()) ** 0.5
     assert abs(mask.double().mean().item() - 0.7) < 4 * sigma
-    assert not torch.equal(mask, reference.dropout_mask((400, 500), 0.3, SEED + 1))
+    assert not torch.equal(mask, dropout_mask((400, 500), 0.3, SEED + 1))
 
 
 def test_the_reference_reads_one_rank_block_for_each_projection() -> None:
@@ -196,7 +196,7 @@ def test_one_a_may_serve_experts_that_each_have_their_b() -> None:
 def test_the_mask_is_the_reference_mask_bit_for_bit() -> None:
     x = torch.ones(37, 19)
     kept = fused.shrink(x, torch.eye(19), p=0.4, seed=SEED) != 0
-    assert torch.equal(kept, reference.dropout_mask(x.shape, 0.4, SEED))
+    assert torch.equal(kept, dropout_mask(x.shape, 0.4, SEED))
 
 
 def test_forward_and_both_gradients_use_the_same_mask() -> None:

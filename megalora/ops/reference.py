@@ -6,7 +6,6 @@ fp64 inputs) and rounded once to the dtype of the result; d_a and d_b, which are
 fp32 beside narrower tokens. Rows past the last offset are zero in results, untouched in place.
 """
 
-from megalora.ops.philox import dropout_mask
 from megalora.ops.products import (
     dropped,
     expand_,
@@ -34,7 +33,6 @@ from megalora.ops.with_base import (
 )
 
 __all__ = [
-    "dropout_mask",
     "dropped",
     "expand_",
     "expand_backward",
