@@ -2,10 +2,10 @@
 
 python benchmarks/choose.py [--results benchmarks/results] [--output csrc/cuda/choices.h]
 
-In a row of bench_linear.py whose variant is "megalora, PRODUCT:ROUTE" the library chooses all but
-that product's route by itself, so that rows of one shape and one run that name the same product
-differ in its route alone. A run decides what it measured by two routes or more, and a later run
-decides anew. Run it after adding results; a new name of a route is one of `Route` in
+In a row of bench_linear.py or bench_mlp.py whose variant is "megalora, PRODUCT:ROUTE" the library
+chooses all but that product's route by itself, so that rows of one shape and one run that name the
+same product differ in its route alone. A run decides what it measured by two routes or more, and a
+later run decides anew. Run it after adding results; a new name of a route is one of `Route` in
 csrc/cuda/route.h.
 """
 
@@ -128,9 +128,9 @@ def _shapes_of(folder: Path) -> dict[tuple, Shape]:
 
 
 def _is_plain(row: Row) -> bool:
-    """Say whether a row times a linear without dropout that all routes can compute."""
-    is_linear = str(row.get("bench", "")).startswith("linear ") and "variant" in row
-    return is_linear and row["form"] == "plain" and row["p"] == 0
+    """Say whether a row times a linear or an MLP without dropout that all routes can compute."""
+    is_case = str(row.get("bench", "")).startswith(("linear ", "mlp ")) and "variant" in row
+    return is_case and row["form"] == "plain" and row["p"] == 0
 
 
 def _named(variant: str, automatic: str) -> list[tuple[str, str]]:

@@ -2,31 +2,19 @@
 
 #include <tuple>
 
+#include "gate.h"
 #include "linear.h"
 #include "schemas.h"
 
 // A gated MLP with the adapters of both its linears in one op each way:
-//   forward  y = x · W1ᵀ + s1 · B1ᵀ = [gate, up]   a = silu(gate) up p   z = a · W2ᵀ + s2 · B2ᵀ
+//   forward  y = x · W1ᵀ   [gate, up] = y + s1 · B1ᵀ   a = silu(gate) up p   z = a · W2ᵀ + s2 · B2ᵀ
 // p: a weight of each token, for experts, or none. Between the two products with base weights there
-// is one pass over the wide tensors: it adds the low-rank term to y, makes a, and reads s2 off it;
-// backward, it adds the term to da, makes dy, and reads ds1 off it. a is not kept but made again.
-// Products has gates(dtype), gate(Gate&) and gate_backward(GateBackward&).
+// is one pass over the wide tensors (gate.h): it adds the low-rank term to what it reads of y,
+// makes a, and reads s2 off it; backward, it adds the terms to y and da likewise, makes dy, and
+// reads ds1 off it. y is kept as the base gives it, a not at all: it is made again.
+// Products has gates(dtype, columns, rank), kGates, which says of what, gate_is_faster(weight2,
+// rank), gate(Gate&) and gate_backward(GateBackward&).
 namespace megalora {
-
-struct Gate {
-  Factor update;        // y += s1 · B1ᵀ
-  Factor project;       // s2 = scale2 * a · A2ᵀ; a is not there yet
-  const void* weights;  // p: [tokens], or null
-};
-
-struct GateBackward {
-  Factor update;        // da += ds2 · A2
-  Factor project;       // ds1 = scale1 * dy · B1; dy is not there yet
-  const void* y;        // [tokens, 2 columns of a], contiguous
-  const void* weights;  // p: [tokens], or null
-  void* a;              // [tokens, columns], contiguous, made here
-  void* d_weights;      // [tokens], or null
-};
 
 template <class Products>
 struct GatedOps {
@@ -38,13 +26,12 @@ struct GatedOps {
     const LinearForward one = forward_of<Products>(x, weight1, lora_A1, lora_B1, scale1, segments);
     const Tensor a = empty(with_last(x, weight2.size(-1)), x);
     const LinearForward two = forward_of<Products>(a, weight2, lora_A2, lora_B2, scale2, {});
-    check(one.linear.out, two.linear.in, segments, weights);
+    check(one.linear.out, two.linear.in, lora_B1, lora_A2, segments, weights);
     if (x.numel() > 0) {
       Products::project(one.linear.project);
       multiply(one.linear.out, one.linear.in, one.linear.weight);
-      Products::gate({one.linear.update, two.linear.project, data(weights)});
-      multiply(two.linear.out, two.linear.in, two.linear.weight);
-      Products::update(two.linear.update);
+      Products::gate({one.linear.update, two.linear.project, data(weights), are_fp32(weights, x)});
+      Products::add_base(two.linear);
     }
     return {two.y, one.y, one.s, two.s};
   }
@@ -88,6 +75,13 @@ struct GatedOps {
     return found;
   }
 
+  // Whether the op is the fastest way for weight2 and such ranks, and not only possible.
+  static bool gated_mlp_is_fused(const Tensor& weight2, int64_t rank1, int64_t rank2) {
+    const int64_t rank = std::max(rank1, rank2);
+    return Products::gates(weight2.dtype(), weight2.size(-1), rank) &&
+           Products::gate_is_faster(weight2, rank);
+  }
+
  private:
   static std::tuple<Tensor, Tensor> backward(
       const Tensor& d_a1, const Tensor& d_b1, const Tensor& d_a2, const Tensor& d_b2,
@@ -105,18 +99,20 @@ struct GatedOps {
     const Linear& dx = one.backward.dgrad;
     check_rows(y, "y", dz, "dz");
     check_size(y.size(-1), "the last size of y", dy.size(-1), "weight1's first size");
-    check(dx.in, da.out, segments, weights);
-    const Tensor d_weights = empty({weights ? da.in.size(0) : 0}, dz);
+    check(dx.in, da.out, lora_B1, lora_A2, segments, weights);
+    const Tensor d_weights = weights ? empty({da.in.size(0)}, *weights) : empty({0}, dz);
     if (dz.numel() > 0) {
+      const Tensor contiguous = y.contiguous();
+      Call gates;
+      gates.expand(rows(contiguous), one.backward.s, lora_B1, segments,
+                   segments.empty() ? y.size(-1) : 2 * segments[0], 1.0);
       Products::backward(da.project, two.backward.d_b);
       multiply(da.out, da.in, da.weight);
-      const Tensor contiguous = y.contiguous();
-      Products::gate_backward({da.update, dx.project, contiguous.data(), data(weights), a.data(),
-                               weights ? d_weights.data() : nullptr});
+      Products::gate_backward({gates.factor, da.update, dx.project, a.data(), data(weights),
+                               weights ? d_weights.data() : nullptr, are_fp32(weights, dz)});
       Products::outer(two.backward.d_a);
       Products::outer(one.backward.d_b);
-      multiply(dx.out, dx.in, dx.weight);
-      Products::update(dx.update);
+      Products::add_base(dx);
       Products::outer(one.backward.d_a);
     } else if (!accumulates) {
       for (const Tensor& gradient : {d_a1, d_b1, d_a2, d_b2}) {
@@ -127,21 +123,26 @@ struct GatedOps {
   }
 
   // y [tokens, 2 columns], a [tokens, columns]
-  static void check(const Tensor& y, const Tensor& a, const Segments& segments,
-                    const OptionalTensor& weights) {
-    const int64_t columns = a.size(1);
-    check_value(Products::gates(a.dtype()), "dtype ", a.dtype(),
-                " is not computed by gated_mlp, expected one of float64, float32");
+  static void check(const Tensor& y, const Tensor& a, const Tensor& lora_B1, const Tensor& lora_A2,
+                    const Segments& segments, const OptionalTensor& weights) {
+    const int64_t columns = a.size(1), rank = std::max(lora_B1.size(1), lora_A2.size(0));
+    check_value(Products::gates(a.dtype(), columns, rank), "dtype ", a.dtype(), ", ", columns,
+                " columns of gate and rank ", rank, " are not computed by gated_mlp, expected ",
+                Products::kGates);
     check_size(y.size(1), "weight1's first size", 2 * columns,
                "gate and up of weight2's last size");
     check_value(segments.empty() || segments == Segments{columns, columns}, "segments is ",
                 segments, ", expected none or gate and up, ", Segments{columns, columns});
     if (weights) {
-      check_dtype(*weights, "weights", a, "x");
+      check_gradient(*weights, "weights", a, "x");
       check_value(weights->sizes() == Shape{a.size(0)} && weights->is_contiguous(),
                   "weights has shape ", weights->sizes(), ", expected one for each of ", a.size(0),
                   " tokens, contiguous");
     }
+  }
+
+  static bool are_fp32(const OptionalTensor& weights, const Tensor& tokens) {
+    return weights && weights->dtype() != tokens.dtype();
   }
 
   static const void* data(const OptionalTensor& weights) {
@@ -153,6 +154,7 @@ template <class Products>
 void implement_gated(Library& m) {
   m.impl("gated_mlp", TORCH_BOX(&GatedOps<Products>::gated_mlp));
   m.impl("gated_mlp_backward", TORCH_BOX(&GatedOps<Products>::gated_mlp_backward));
+  m.impl("gated_mlp_is_fused", TORCH_BOX(&GatedOps<Products>::gated_mlp_is_fused));
   m.impl("gated_mlp_backward_", TORCH_BOX(&GatedOps<Products>::gated_mlp_backward_));
 }
 

@@ -19,6 +19,7 @@ from torch.utils.cpp_extension import include_paths, library_paths
 from megalora.built import read_built
 from megalora.ops import Ops, reference
 from megalora.ops.fused import load
+from tests.support import gated_cases
 from tests.support.op_cases import (
     CASES,
     TOLERANCE,
@@ -147,6 +148,28 @@ def test_columns_before_others_are_read_and_written_alone(emulated: Ops, more: i
     assert wide[..., 128:].eq(1).all()
 
 
+GATED = [
+    gated_cases.Case(70, 24, 72, (3, 5)),  # words of two odd ranks; a tile of eight columns
+    gated_cases.Case(16, 8, 64, (16, 16), splits=False, weighs=False),
+    gated_cases.Case(40, 8, 1032, (4, 2), weights_are_fp32=True),  # groups of several tiles
+    gated_cases.Case(130, 16, 200, (32, 20), weights_are_fp32=True),
+    gated_cases.Case(9, 16, 328, (2, 30), splits=False),
+]
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("case", GATED, ids=str)
+def test_the_pass_of_a_gated_mlp_matches_the_reference(
+    emulated: Ops, case: gated_cases.Case, dtype: torch.dtype
+) -> None:
+    gated_cases.assert_gated_matches_reference(emulated, gated_cases.draw(case, dtype))
+
+
+def test_gates_that_saturate_are_finite(emulated: Ops) -> None:
+    given = gated_cases.draw(GATED[1], torch.bfloat16, spread=1e4)
+    gated_cases.assert_gated_matches_reference(emulated, given)
+
+
 def test_the_kernels_repeat_themselves_bit_for_bit(emulated: Ops) -> None:
     given = draw(CASES[7], torch.bfloat16)
     arguments = (given.y, given.s, given.lora_B, 1.0, given.offsets, given.segments)
@@ -225,8 +248,8 @@ def test_registers_are_those_of_the_written_table(cuobjdump: str) -> None:
 @pytest.mark.parametrize("architecture", ["sm_80", "sm_90a", "sm_100a"])
 def test_the_kernels_use_tensor_cores(cuobjdump: str, architecture: str) -> None:
     elfs = dump(cuobjdump, "-lelf")
-    assert len(re.findall(rf"\.{architecture}\.cubin", elfs)) == 7, (
-        "project, update, outer, backward, add, block_diagonal, linear"
+    assert len(re.findall(rf"\.{architecture}\.cubin", elfs)) == 8, (
+        "project, update, outer, backward, gated, add, block_diagonal, linear"
     )
     if architecture == "sm_90a":  # one listing stands for all: it takes seconds
         listing = dump(cuobjdump, "-sass", "-arch", architecture)

@@ -1,7 +1,6 @@
 """The ops of gated MLPs on the CPU against the reference, and that against autograd."""
 
 import dataclasses
-from dataclasses import dataclass
 from typing import Any
 
 import pytest
@@ -14,25 +13,19 @@ from megalora.adapters.call import Call
 from megalora.adapters.gated import OpenedGatedMLP
 from megalora.adapters.node import apply
 from megalora.adapters.routes import LOCAL_ROUTE
-from megalora.ops import Ops, reference
+from megalora.ops import reference
 from megalora.ops.fused import load
+from tests.support.gated_cases import (
+    Case,
+    Given,
+    assert_gated_matches_reference,
+    draw,
+    run_all,
+)
 from tests.support.op_cases import TOLERANCE, relative_error
 
 fused = load()
 DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
-
-
-@dataclass(frozen=True)
-class Case:
-    """Sizes of one gated MLP: columns of gate, and whether gate and up have an A each."""
-
-    tokens: int
-    features: int
-    columns: int
-    ranks: tuple[int, int]
-    splits: bool = True
-    weighs: bool = True
-
 
 CASES = [
     Case(7, 12, 9, (3, 2)),
@@ -46,66 +39,10 @@ CASES = [
 SHAPES = pytest.mark.parametrize("case", CASES, ids=str)
 
 
-@dataclass(frozen=True)
-class Given:
-    """Random tensors of one case, and what the ops take behind them."""
-
-    x: Tensor
-    dz: Tensor
-    factors: list[Tensor]
-    base: tuple[Tensor, Tensor]
-    weights: Tensor | None
-    segments: list[int]
-
-    def how(self) -> tuple[Any, ...]:
-        """Return what all ops take behind the tokens."""
-        (a1, b1, a2, b2), (w1, w2) = self.factors, self.base
-        return (w1, a1, b1, 0.5, w2, a2, b2, 0.3, self.segments, self.weights)
-
-
-def draw(case: Case, dtype: torch.dtype, *, spread: float = 1.0) -> Given:
-    """Return random tensors of a case; spread: how large gates become."""
-    generator = torch.Generator().manual_seed(0)
-
-    def normal(*shape: int) -> Tensor:
-        values = torch.randn(shape, generator=generator, dtype=torch.float64)
-        return (values / shape[-1] ** 0.5).to(dtype)
-
-    (r1, r2), features, columns = case.ranks, case.features, case.columns
-    return Given(
-        x=spread * features**0.5 * normal(case.tokens, features),
-        dz=features**0.5 * normal(case.tokens, features),
-        factors=[
-            normal((1 + case.splits) * r1, features),
-            normal(2 * columns, r1),
-            normal(r2, columns),
-            normal(features, r2),
-        ],
-        base=(normal(2 * columns, features), normal(features, columns)),
-        weights=torch.rand(case.tokens, generator=generator).to(dtype) if case.weighs else None,
-        segments=[columns, columns] if case.splits else [],
-    )
-
-
-def run_all(ops: Ops, given: Given) -> list[Tensor]:
-    """Return the results of both passes, and of the sums that are added to."""
-    how: Any = given.how()
-    made = reference.gated_mlp(given.x, *how)
-    found = [*ops.gated_mlp(given.x, *how)]
-    both: Any = (given.dz, given.x, *made[1:], *how)
-    found += ops.gated_mlp_backward(*both)
-    sums: Any = [factor.clone() for factor in given.factors]
-    return [*found, *ops.gated_mlp_backward_(*sums, *both), *sums]
-
-
 @DTYPES
 @SHAPES
 def test_the_ops_match_the_reference(case: Case, dtype: torch.dtype) -> None:
-    given = draw(case, dtype)
-    for got, expected in zip(run_all(fused, given), run_all(reference, given), strict=True):
-        assert got.shape == expected.shape
-        assert got.dtype == expected.dtype
-        assert relative_error(got, expected) < TOLERANCE[dtype]
+    assert_gated_matches_reference(fused, draw(case, dtype))
 
 
 @DTYPES
@@ -218,7 +155,10 @@ def test_views_and_three_dimensions_are_the_same() -> None:
 
 GIVEN = draw(Case(4, 6, 5, (2, 2)), torch.float32)
 MISUSES: dict[str, tuple[Any, str]] = {
-    "dtype": (draw(Case(4, 6, 5, (2, 2)), torch.bfloat16), "dtype BFloat16 is not computed by"),
+    "dtype": (
+        draw(Case(4, 6, 5, (2, 2)), torch.bfloat16),
+        "dtype BFloat16, 5 columns of gate and rank 2 are not",
+    ),
     "segments": (
         dataclasses.replace(GIVEN, segments=[4, 6]),
         r"segments is \[4, 6\], expected none or gate and up, \[5, 5\]",

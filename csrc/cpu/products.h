@@ -28,9 +28,11 @@ struct Products {
   static void linear(const Linear& linear);
   static void linear_backward(const LinearBackward& backward);
   static bool fuses_experts(const Tensor&, int64_t, int64_t) { return false; }
-  static bool gates(ScalarType dtype) {
+  static constexpr const char* kGates = "float64 or float32";
+  static bool gates(ScalarType dtype, int64_t, int64_t) {
     return dtype == ScalarType::Double || dtype == ScalarType::Float;
   }
+  static bool gate_is_faster(const Tensor&, int64_t) { return true; }
   static void gate(const Gate& gate);
   static void gate_backward(const GateBackward& gate);
   static void experts_linear(const ExpertsLinear& linear);

@@ -99,6 +99,22 @@ __device__ __forceinline__ void tensor_core(Half, float (&sums)[4], const uint32
 // The sum of value over the lanes of a warp, in each of them.
 __device__ __forceinline__ int warp_sum(int value) { return __reduce_add_sync(0xFFFFFFFFu, value); }
 
+// The sum of value over the lanes of a warp that are alike modulo 4, in each of them.
+__device__ __forceinline__ float sum_of_groups(float value) {
+#pragma unroll
+  for (int lanes = 4; lanes < 32; lanes *= 2) {
+    value += __shfl_xor_sync(0xFFFFFFFFu, value, lanes);
+  }
+  return value;
+}
+
+// Lets what the lanes of a warp wrote to shared memory be read by the others.
+__device__ __forceinline__ void sync_warp() { __syncwarp(); }
+
+// To some units of the last place of fp32, without the calls of a division.
+__device__ __forceinline__ float exponential(float x) { return __expf(x); }
+__device__ __forceinline__ float reciprocal(float x) { return __fdividef(1.0f, x); }
+
 // Reads 16 bytes of global memory at a multiple of 16, in the order of these calls.
 __device__ __forceinline__ void load_vector(void* to, const void* global) {
   uint4 words;

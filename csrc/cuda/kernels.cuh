@@ -1,6 +1,7 @@
 #pragma once
 
 #include "../factor.h"
+#include "../gate.h"
 
 struct CUstream_st;
 
@@ -30,6 +31,14 @@ void backward(const Factor& dgrad, const Factor& wgrad, float* workspace, Stream
 // B as bf16 [experts, columns, pitch]: a block of ranks for each projection, zero where a column is
 // not of that projection and behind the blocks.
 void block_diagonal(const Factor& lora_B, int64_t pitch, void* to, Stream stream);
+
+// The pass between the two base products of a gated MLP: 16-bit elements, ranks up to 32, columns
+// in eights. workspace: fp32 [gate_workspace(g)].
+bool gate_supports(ScalarType dtype, int64_t columns, int64_t rank);
+int64_t gate_workspace(const Gate& g);
+int64_t gate_workspace(const GateBackward& g);
+void gate(const Gate& g, float* workspace, Stream stream);
+void gate_backward(const GateBackward& g, float* workspace, Stream stream);
 
 // What the products leave where several blocks share a result: fp32 parts to add in their order.
 struct ThinParts {

@@ -22,13 +22,14 @@ using torch::stable::accelerator::DeviceGuard;
 // choices.h has who computes a product of a dense factor, where both can. MEGALORA_CUDA_ROUTE
 // overrides it for tuning: "gemm" or "kernels" for all, or a list as in
 // "project:kernels,update:gemm", where "backward:gemm" means two products instead of our one read,
-// and "linear:gemm" the products one after another instead of our one launch. It is looked up at
-// every call, so that one process can measure both.
+// "linear:gemm" the products one after another instead of our one launch, and "gate:kernels" our
+// one pass between the two linears of a gated MLP instead of one linear after the other. It is
+// looked up at every call, so that one process can measure both.
 void check_product(std::string_view name) {
   check_value(name == "project" || name == "update" || name == "outer" || name == "backward" ||
-                  name == "linear",
+                  name == "linear" || name == "gate",
               "MEGALORA_CUDA_ROUTE names the product \"", name,
-              "\": use project, update, outer, backward or linear");
+              "\": use project, update, outer, backward, linear or gate");
 }
 
 Route route_named(std::string_view name) {
@@ -76,11 +77,14 @@ std::string_view measured_as(int index) {
 }
 
 // What the variable names, else what was measured to be the fastest on such a device.
-Route chosen(const Factor& f, std::string_view product) {
+Route chosen(std::string_view product, Device device, bool several, int64_t rank) {
   const Route named = route_of(product);
   return named != Route::automatic
              ? named
-             : fastest(kChoices, measured_as(f.device.index), product, f.num_segments > 1, f.rank);
+             : fastest(kChoices, measured_as(device.index), product, several, rank);
+}
+Route chosen(const Factor& f, std::string_view product) {
+  return chosen(product, f.device, f.num_segments > 1, f.rank);
 }
 
 // cuBLAS where nothing was measured.
@@ -211,6 +215,27 @@ struct Products {
     }
   }
 
+  static constexpr const char* kGates =
+      "bfloat16 or float16, columns of gate in eights and ranks up to 32";
+  static bool gates(ScalarType dtype, int64_t columns, int64_t rank) {
+    return gate_supports(dtype, columns, rank);
+  }
+  static bool gate_is_faster(const Tensor& weight, int64_t rank) {
+    return chosen("gate", weight.device(), true, rank) == Route::kernels;
+  }
+  static void gate(const Gate& g) {
+    const DeviceGuard guard(g.update.device.index);
+    const Tensor workspace = floats(g.update, gate_workspace(g));
+    cuda::gate(g, workspace.data<float>(), current_stream());
+    check_launch();
+  }
+  static void gate_backward(const GateBackward& g) {
+    const DeviceGuard guard(g.update.device.index);
+    const Tensor workspace = floats(g.update, gate_workspace(g));
+    cuda::gate_backward(g, workspace.data<float>(), current_stream());
+    check_launch();
+  }
+
   static void add_base(const Linear& l) {
     const DeviceGuard guard(l.update.device.index);
     if (low_rank_first_is_faster(l.update)) {
@@ -224,4 +249,7 @@ struct Products {
 }  // namespace
 }  // namespace megalora::cuda
 
-STABLE_TORCH_LIBRARY_IMPL(megalora, CUDA, m) { megalora::implement<megalora::cuda::Products>(m); }
+STABLE_TORCH_LIBRARY_IMPL(megalora, CUDA, m) {
+  megalora::implement<megalora::cuda::Products>(m);
+  megalora::implement_gated<megalora::cuda::Products>(m);
+}

@@ -1,24 +1,10 @@
+#include "fragments.cuh"
 #include "kernels.cuh"
-#include "tile.cuh"
 
-// A warp owns 128 bytes of a row at a time, each lane 16 of them. It multiplies W [16 columns,
-// ranks] by thinᵀ [ranks, 8 tokens] on the tensor cores, so that a lane's sums, at rows lane / 4
-// and lane / 4 + 8 and at tokens 2 (lane % 4) and the next, are those of the elements that it owns:
-// row r of product j stands for column 8 (r % 8) + 2 j + r / 8 of the tile. W waits in shared
-// memory in the order of the fragments; wide and thin go straight from global memory to registers.
 namespace megalora::cuda {
 namespace {
 
 constexpr int kBlockTokens = 256;
-
-// Products that a warp makes together: it asks for the elements of all before it uses one.
-constexpr int kUnits = 2;
-constexpr int kUnitTokens = 8;
-constexpr int kWarpTokens = kUnits * kUnitTokens;
-constexpr int kStepTokens = kThreads / 32 * kWarpTokens;
-
-template <class T>
-constexpr int kColumns = 128 / sizeof(T);
 
 // Steps of 16 ranks whose W a block holds: as many as there are, or this many at a time.
 constexpr int kMostSteps = 4;
@@ -29,109 +15,12 @@ constexpr int update_blocks = !WHOLE               ? 3
                               : STEPS < kMostSteps ? 5
                                                    : 4;
 
-// W of a column tile and of 16 * STEPS ranks, zero beyond those that there are. 16-bit elements:
-// vector 128 s + 32 j + lane is the fragment of product j and the ranks from 16 s on. fp32: vector
-// 8 r + g has the columns from 4 g on of rank r.
 template <int STEPS>
 struct UpdateTiles {
-  Words weight[STEPS * kThreads];
+  Fragments<STEPS> weight;
 };
 
-// Where a lane stands: its columns in the tile; its tokens and ranks in a product.
-struct Place {
-  int warp = static_cast<int>(threadIdx.x / 32);
-  int group = static_cast<int>(threadIdx.x % 32 / 4);
-  int member = static_cast<int>(threadIdx.x % 4);
-};
-
-template <class T>
-__device__ __forceinline__ uint32_t word_of(T first, T second) {
-  const T pair[2] = {first, second};
-  uint32_t word;
-  memcpy(&word, pair, sizeof(word));
-  return word;
-}
-
-// Copies W of `columns` columns and of the ranks from first_rank on: each thread a vector of each
-// 16 ranks.
-template <int STEPS, class T>
-__device__ __forceinline__ void load_weight(UpdateTiles<STEPS>& shared, const Factor& f,
-                                            const T* weight, int columns, int first_rank) {
-  const int thread = static_cast<int>(threadIdx.x);
-  const Place at;
-  const int column = sizeof(T) == 2 ? 8 * at.group + 2 * at.warp : thread % 8 * 4;
-  const int rank = sizeof(T) == 2 ? 2 * at.member : thread / 8;
-  const int columns_left = columns - column;
-  const T* from = weight + weight_offset(f, column, first_rank + rank);
-#pragma unroll(STEPS < kMostSteps ? STEPS : 1)
-  for (int step = 0; step < STEPS; ++step) {
-    const int ranks_left = static_cast<int>(f.rank) - first_rank - 16 * step - rank;
-    const auto element = [&](int c, int r) {
-      return c < columns_left && r < ranks_left ? from[weight_offset(f, c, r)] : T(0);
-    };
-    Words loaded;
-#pragma unroll
-    for (int i = 0; i < 4; ++i) {
-      if constexpr (sizeof(T) == 2) {
-        const int r = i / 2 * 8;
-        loaded.word[i] = word_of(element(i % 2, r), element(i % 2, r + 1));
-      } else {
-        const T value = element(i, 0);
-        memcpy(&loaded.word[i], &value, sizeof(value));
-      }
-    }
-    from += 16 * f.rank_stride;
-    shared.weight[step * kThreads + threadIdx.x] = loaded;
-  }
-}
-
-// The lane's parts of thinᵀ [16 ranks, 8 tokens] of each unit, zero beyond `ranks` and `rows`. thin
-// points at the lane's first token and at the first of these ranks, WORDS where at whole words.
-template <bool WORDS, int STEPS, class T>
-__device__ __forceinline__ void load_thin(uint32_t (&fragments)[kUnits][STEPS][2], const T* thin,
-                                          int stride, int rows, int ranks) {
-  const Place at;
-#pragma unroll
-  for (int unit = 0; unit < kUnits; ++unit) {
-    const bool wanted = unit * kUnitTokens + at.group < rows;
-    const T* const from = thin + int64_t{unit * kUnitTokens} * stride + 2 * at.member;
-    const auto element = [&](int rank) {
-      return wanted && 2 * at.member + rank < ranks ? from[rank] : T(0);
-    };
-#pragma unroll
-    for (int i = 0; i < 2 * STEPS; ++i) {
-      uint32_t& word = fragments[unit][i / 2][i % 2];
-      if constexpr (WORDS) {
-        word = wanted && 2 * at.member + 8 * i < ranks
-                   ? *reinterpret_cast<const uint32_t*>(from + 8 * i)
-                   : 0;
-      } else {
-        word = word_of(element(8 * i), element(8 * i + 1));
-      }
-    }
-  }
-}
-
-// sums += thin · Wᵀ over the ranks in shared memory, on the tensor cores.
-template <class T, int STEPS>
-__device__ __forceinline__ void multiply_fragments(float (&sums)[kUnits][4][4],
-                                                   const UpdateTiles<STEPS>& shared,
-                                                   const uint32_t (&thin)[kUnits][STEPS][2]) {
-#pragma unroll
-  for (int step = 0; step < STEPS; ++step) {
-#pragma unroll
-    for (int j = 0; j < 4; ++j) {
-      const Words weight =
-          shared.weight[step * kThreads + j * 32 + static_cast<int>(threadIdx.x) % 32];
-#pragma unroll
-      for (int unit = 0; unit < kUnits; ++unit) {
-        tensor_core(T{}, sums[unit][j], weight.word, thin[unit][step]);
-      }
-    }
-  }
-}
-
-// The same in fp32. thin points at the warp's first token.
+// multiply_fragments in fp32, without tensor cores. thin points at the warp's first token.
 template <int STEPS>
 __device__ __forceinline__ void multiply_floats(float (&sums)[kUnits][4][4],
                                                 const UpdateTiles<STEPS>& shared, const float* thin,
@@ -150,44 +39,6 @@ __device__ __forceinline__ void multiply_floats(float (&sums)[kUnits][4][4],
         for (int k = 0; k < 4; ++k) {
           sums[unit][k][i] += value * weight[k];
         }
-      }
-    }
-  }
-}
-
-// The sum of the lane's column k and its token i of a unit.
-template <class T>
-__device__ __forceinline__ float& sum_at(float (&sums)[4][4], int i, int k) {
-  return sizeof(T) == 2 ? sums[k / 2][k % 2 * 2 + i] : sums[k][i];
-}
-
-// The lane's vector of wide, of which `columns` elements are there: WHOLE where they are all or
-// none, at a multiple of 16 bytes.
-template <bool WHOLE, class T>
-__device__ __forceinline__ void load_wide(Vector<T>& to, const T* wide, int columns) {
-  if constexpr (WHOLE) {
-    if (columns > 0) {
-      load_vector(&to, wide);
-    }
-  } else {
-#pragma unroll
-    for (int k = 0; k < kVector<T>; ++k) {
-      to.element[k] = k < columns ? wide[k] : T(0);
-    }
-  }
-}
-
-template <bool WHOLE, class T>
-__device__ __forceinline__ void store_wide(T* wide, const Vector<T>& from, int columns) {
-  if constexpr (WHOLE) {
-    if (columns > 0) {
-      store_vector(wide, &from);
-    }
-  } else {
-#pragma unroll
-    for (int k = 0; k < kVector<T>; ++k) {
-      if (k < columns) {
-        wide[k] = from.element[k];
       }
     }
   }
@@ -222,6 +73,7 @@ template <class T, int STEPS, bool WHOLE>
 __global__ void __launch_bounds__(kThreads, update_blocks<STEPS, WHOLE>)
     update_kernel(const __grid_constant__ Factor f, int tiles_per_period) {
   UpdateTiles<STEPS>& shared = shared_memory<UpdateTiles<STEPS>>();
+  constexpr int kUnrolled = STEPS < kMostSteps ? STEPS : 1;
   const TokenTile tokens = token_tile(f, static_cast<int>(blockIdx.y), kBlockTokens);
   if (tokens.begin >= tokens.end) {
     return;
@@ -232,7 +84,7 @@ __global__ void __launch_bounds__(kThreads, update_blocks<STEPS, WHOLE>)
   const int ranks = static_cast<int>(f.rank);
   const bool at_once = STEPS < kMostSteps || ranks <= 16 * STEPS;
   if (at_once) {
-    load_weight(shared, f, weight, columns.columns, 0);
+    load_weight<STEPS, kUnrolled>(shared.weight, f, weight, columns.columns, 0);
     __syncthreads();
   }
 
@@ -248,11 +100,7 @@ __global__ void __launch_bounds__(kThreads, update_blocks<STEPS, WHOLE>)
   T* wide = wide_at<T>(f, token + 2 * at.member, column);
   int64_t element = (token + 2 * at.member) * f.columns + column;  // counted without gaps
   const T* thin = thin_at<T>(f, token + (sizeof(T) == 2 ? at.group : 0), columns.projection, 0);
-  const bool thin_in_words = (static_cast<uint32_t>(reinterpret_cast<uintptr_t>(thin)) |
-                              static_cast<uint32_t>(f.thin_stride * sizeof(T)) |
-                              static_cast<uint32_t>(ranks * sizeof(T))) %
-                                 4 ==
-                             0;
+  const bool thin_in_words = in_words(f, thin);
 
 #pragma unroll 1
   for (; steps > 0; --steps) {
@@ -280,11 +128,11 @@ __global__ void __launch_bounds__(kThreads, update_blocks<STEPS, WHOLE>)
       }
       if (!at_once) {
         __syncthreads();
-        load_weight(shared, f, weight, columns.columns, first_rank);
+        load_weight<STEPS, kUnrolled>(shared.weight, f, weight, columns.columns, first_rank);
         __syncthreads();
       }
       if constexpr (sizeof(T) == 2) {
-        multiply_fragments<T>(sums, shared, fragments);
+        multiply_fragments<T, STEPS>(sums, shared.weight, fragments);
       } else {
         multiply_floats(sums, shared, thin + first_rank, thin_stride, rows, left);
       }

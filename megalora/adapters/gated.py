@@ -25,8 +25,6 @@ from megalora.adapters.opened import Opened
 from megalora.targets import ADAPTER_SUFFIX
 
 _LINEARS = ("linear_fc1", "linear_fc2")
-# Of what the op computes, on a CPU.
-_DTYPES = (torch.float32, torch.float64)
 # The weight, A, B and call of a linear for x, None where its base stays closed.
 Opening = Callable[[Tensor], Opened | None]
 
@@ -40,7 +38,7 @@ class _Context(FunctionCtx):
 
 
 class OpenedGatedMLP(torch.autograd.Function):
-    """z = a W2ᵀ + s2 B2ᵀ of a = silu(gate) up p, with [gate, up] = y = x W1ᵀ + s1 B1ᵀ.
+    """z = a W2ᵀ + s2 B2ᵀ of a = silu(gate) up p, with [gate, up] = x W1ᵀ + s1 B1ᵀ.
 
     s1 = c1 x A1ᵀ, s2 = c2 a A2ᵀ. p: a weight of each token, or none. W1 and W2 are frozen.
     dgrad: dx and dp. wgrad: dA1, dB1, dA2 and dB2. No collective.
@@ -111,7 +109,7 @@ def _bind(mlp: torch.nn.Module, adapters: list[LoRAAdapter], one: Opening, two: 
     if opens and type(mlp) is MLP and _is_gated(mlp):
         # Who has hooks must be called: Megatron gathers parameters in them.
         called = [mlp.linear_fc1, mlp.linear_fc2, *adapters]
-        mlp.forward = functools.partial(_forward, mlp.forward, called, one, two)
+        mlp.forward = _GatedForward(mlp.forward, called, one, two)
 
 
 def _is_gated(mlp: MLP) -> bool:
@@ -128,42 +126,69 @@ def _is_gated(mlp: MLP) -> bool:
     )
 
 
-def _forward(
-    base_forward: Callable[..., tuple[Tensor, Tensor | None]],
-    called: list[torch.nn.Module],
-    one: Opening,
-    two: Opening,
-    hidden_states: Tensor,
-    per_token_scale: Tensor | None = None,
-    **kwargs: object,
-) -> tuple[Tensor, Tensor | None]:
-    """Return z and no bias, by one node where this call opens both linears; else call the MLP.
+class _GatedForward:
+    """The forward of a gated MLP: one node where that is faster and a call opens both linears.
 
-    kwargs: what layers give to every kind of MLP, and this kind ignores.
+    Any other call is the MLP's own.
     """
-    x, weights = hidden_states, per_token_scale
-    openings = _open(one, two, x, weights) if x.is_cpu and not _has_hooks(called) else None
-    if openings is None:
-        return base_forward(x, weights, **kwargs)
-    (w1, a1, b1, call1), (w2, a2, b2, call2) = openings
-    z = apply(OpenedGatedMLP, x, a1, b1, a2, b2, weights, w1, w2, call1, call2)
-    return z, None
+
+    def __init__(
+        self,
+        base_forward: Callable[..., tuple[Tensor, Tensor | None]],
+        called: list[torch.nn.Module],
+        one: Opening,
+        two: Opening,
+    ) -> None:
+        self._base_forward = base_forward
+        self._called = called
+        self._openings = one, two
+        # Asked once: whether the op is faster, for tokens of a dtype on a device.
+        self._is_faster: dict[tuple[torch.dtype, torch.device], bool] = {}
+
+    def __call__(
+        self, hidden_states: Tensor, per_token_scale: Tensor | None = None, **kwargs: object
+    ) -> tuple[Tensor, Tensor | None]:
+        """Return z, and no bias by the one node.
+
+        kwargs: what layers give to every kind of MLP, and this kind ignores.
+        """
+        x, weights = hidden_states, per_token_scale
+        openings = self._open(x, weights)
+        if openings is None:
+            return self._base_forward(x, weights, **kwargs)
+        (w1, a1, b1, call1), (w2, a2, b2, call2) = openings
+        z = apply(OpenedGatedMLP, x, a1, b1, a2, b2, weights, w1, w2, call1, call2)
+        return z, None
+
+    def _open(self, x: Tensor, weights: Tensor | None) -> tuple[Opened, Opened] | None:
+        known = (x.dtype, x.device)
+        if not self._is_faster.get(known, True) or x.numel() == 0 or not _fit(weights, x):
+            return None
+        one, two = self._openings
+        if _has_hooks(self._called) or (first := one(x)) is None or (second := two(x)) is None:
+            return None
+        if known not in self._is_faster:
+            ranks = first.lora_B.shape[1], second.lora_A.shape[0]
+            ops = first.call.ops
+            self._is_faster[known] = ops.gated_mlp_is_fused(second.weight, *ranks)
+        if not self._is_faster[known]:
+            return None
+        # The op has all gradients or none.
+        given = (x, first.lora_A, first.lora_B, second.lora_A, second.lora_B)
+        learns = not torch.is_grad_enabled() or all(tensor.requires_grad for tensor in given)
+        return (first, second) if learns else None
 
 
-def _open(
-    one: Opening, two: Opening, x: Tensor, weights: Tensor | None
-) -> tuple[Opened, Opened] | None:
-    if x.dtype not in _DTYPES or x.numel() == 0:
-        return None
-    if weights is not None and (weights.dtype != x.dtype or weights.shape != x.shape[:-1]):
-        return None
-    first, second = one(x), two(x)
-    if first is None or second is None:
-        return None
-    # The op has all gradients or none.
-    given = (x, first.lora_A, first.lora_B, second.lora_A, second.lora_B)
-    learns = not torch.is_grad_enabled() or all(tensor.requires_grad for tensor in given)
-    return (first, second) if learns else None
+def _fit(weights: Tensor | None, x: Tensor) -> bool:
+    """Say whether the op can take these weights of tokens."""
+    if weights is None:
+        return True
+    are_fp32 = weights.dtype == torch.float32 and x.dtype in (torch.bfloat16, torch.float16)
+    return (
+        (weights.dtype == x.dtype or are_fp32)
+        and weights.shape == x.shape[:-1]
+        and weights.is_contiguous()
+    )
 
 
 def _has_hooks(modules: list[torch.nn.Module]) -> bool:

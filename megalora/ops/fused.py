@@ -103,8 +103,8 @@ def _dx_d_weights(
     _dz: Tensor, x: Tensor, _y: Tensor, _s1: Tensor, _s2: Tensor, *how: object
 ) -> tuple[Tensor, Tensor]:
     # Beside weights, what is given by place: two linears of four each, and segments.
-    has_weights = len(how) > 9 and how[9] is not None
-    return torch.empty_like(x), x.new_empty(x.shape[0] if has_weights else 0)
+    weights = cast(Tensor | None, how[9] if len(how) > 9 else None)
+    return torch.empty_like(x), x.new_empty(0) if weights is None else torch.empty_like(weights)
 
 
 def _gated_mlp_backward(
@@ -142,6 +142,7 @@ _SHAPES = {
     "experts_linear_backward_": lambda d_a, d_b, dy, x, *how: torch.empty_like(x),
     # What has no numbers is planned for Hopper.
     "experts_linear_is_fused": lambda weight, experts, ranks: True,
+    "gated_mlp_is_fused": lambda weight2, rank1, rank2: False,
     "gated_mlp": _gated_mlp,
     "gated_mlp_backward": _gated_mlp_backward,
     "gated_mlp_backward_": lambda d_a1, d_b1, d_a2, d_b2, *given: _dx_d_weights(*given),

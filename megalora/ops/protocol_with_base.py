@@ -125,8 +125,16 @@ class OpsWithBase(Protocol):
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Return z of a gated MLP with the adapters of both its linears, and y, s1 and s2.
 
-        y [..., 2 f] = [gate, up] and s1 are `linear` of x, z and s2 `linear` of a = silu(gate) up.
-        weights: [n], with which a of each token is multiplied. On a CPU, in fp32 and fp64.
+        y = x W1ᵀ, [..., 2 f], [gate, up] = y + s1 B1ᵀ, s1 and s2 as of `linear`, z `linear` of
+        a = silu(gate) up. weights: [n], with which a of each token is multiplied. On a CPU in fp32
+        and fp64; on a GPU in bf16 and fp16, for ranks up to 32 and f in eights.
+        """
+        ...
+
+    def gated_mlp_is_fused(self, weight2: Tensor, rank1: int, rank2: int) -> bool:
+        """Say whether `gated_mlp` computes these and is the fastest way to do so.
+
+        weight2: that of the second linear. rank1, rank2: of lora_B1 and lora_A2.
         """
         ...
 

@@ -146,10 +146,14 @@ def gated_mlp(
     segments: Sequence[int] = (),
     weights: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Return z, [..., out], y, [..., 2 f], and s of both `linear`, a = silu(gate) up between."""
-    y, s1 = linear(x, weight1, lora_A1, lora_B1, scale1, segments)
-    gate, up = y.chunk(2, dim=-1)
-    a = _weighted(torch.nn.functional.silu(gate) * up, weights)
+    """Return z, [..., out], y, [..., 2 f], and s of both `linear`, a = silu(gate) up between.
+
+    y is the base's alone: x W1ᵀ, without the low-rank term that gate and up have besides.
+    """
+    _, s1 = linear(x, weight1, lora_A1, lora_B1, scale1, segments)
+    y = product(x, accumulated(weight1).mT).to(x.dtype)
+    gate, up = _gates(y, s1, lora_B1, segments)
+    a = _weighted(torch.nn.functional.silu(gate) * up, weights).to(x.dtype)
     z, s2 = linear(a, weight2, lora_A2, lora_B2, scale2)
     return z, y, s1, s2
 
@@ -202,17 +206,31 @@ def gated_mlp_backward_(
     weights: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Return dx and d_weights, and add the gradients of all factors in place."""
-    gate, up = y.chunk(2, dim=-1)
+    gate, up = _gates(y, s1, lora_B1, segments)
     at = gate.sigmoid()
     silu = gate * at
-    a = _weighted(silu * up, weights)
+    a = _weighted(silu * up, weights).to(x.dtype)
     da = linear_backward_(d_a2, d_b2, dz, a, s2, weight2, lora_A2, lora_B2, scale2)
     weighted = _weighted(da, weights)
-    dy = torch.cat([weighted * up * (at + silu * (1 - at)), weighted * silu], dim=-1)
+    dy = torch.cat([weighted * up * (at + silu * (1 - at)), weighted * silu], dim=-1).to(x.dtype)
     dx = linear_backward_(d_a1, d_b1, dy, x, s1, weight1, lora_A1, lora_B1, scale1, segments)
     if weights is None:
         return dx, dz.new_empty(0)
-    return dx, (da * silu * up).sum(-1).flatten()
+    return dx, (da * silu * up).sum(-1).flatten().to(weights.dtype)
+
+
+def gated_mlp_is_fused(weight2: Tensor, rank1: int, rank2: int) -> bool:
+    """Say that there is no pass of its own here."""
+    return False
+
+
+def _gates(
+    y: Tensor, s1: Tensor, lora_B1: Tensor, segments: Sequence[int]
+) -> tuple[Tensor, Tensor]:
+    both = accumulated(y).clone()
+    expand_(both, s1, lora_B1, 1.0, segments=segments)
+    gate, up = both.chunk(2, dim=-1)
+    return gate, up
 
 
 def _weighted(a: Tensor, weights: Tensor | None) -> Tensor:

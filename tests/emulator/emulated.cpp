@@ -2,6 +2,7 @@
 
 #include "../../csrc/cuda/add.cu"
 #include "../../csrc/cuda/backward.cu"
+#include "../../csrc/cuda/gated.cu"
 #include "../../csrc/cuda/outer.cu"
 #include "../../csrc/cuda/project.cu"
 #include "../../csrc/cuda/update.cu"
@@ -35,6 +36,19 @@ struct Emulated {
     std::vector<float> workspace(cuda::backward_workspace(dgrad), 1e30f);
     cuda::backward(dgrad, wgrad, workspace.data(), nullptr);
   }
+  static constexpr const char* kGates = "what the kernels support";
+  static bool gates(ScalarType dtype, int64_t columns, int64_t rank) {
+    return cuda::gate_supports(dtype, columns, rank);
+  }
+  static bool gate_is_faster(const Tensor&, int64_t) { return true; }
+  static void gate(const Gate& g) {
+    std::vector<float> workspace(cuda::gate_workspace(g), 1e30f);
+    cuda::gate(g, workspace.data(), nullptr);
+  }
+  static void gate_backward(const GateBackward& g) {
+    std::vector<float> workspace(cuda::gate_workspace(g), 1e30f);
+    cuda::gate_backward(g, workspace.data(), nullptr);
+  }
   static void add_base(const Linear& l) { base_first<Emulated>(l); }
   static void linear(const Linear& l) { compose<Emulated>(l); }
   static void linear_backward(const LinearBackward& b) { compose<Emulated>(b); }
@@ -47,4 +61,7 @@ struct Emulated {
 }  // namespace megalora
 
 STABLE_TORCH_LIBRARY(megalora_emulated, m) { megalora::define_ops(m); }
-STABLE_TORCH_LIBRARY_IMPL(megalora_emulated, CPU, m) { megalora::implement<megalora::Emulated>(m); }
+STABLE_TORCH_LIBRARY_IMPL(megalora_emulated, CPU, m) {
+  megalora::implement<megalora::Emulated>(m);
+  megalora::implement_gated<megalora::Emulated>(m);
+}

@@ -9,6 +9,7 @@
 #include <ucontext.h>
 
 #include <algorithm>
+#include <cmath>
 #include <cstdint>
 #include <cstdio>
 #include <cstdlib>
@@ -60,6 +61,7 @@ struct Lane {
   const void* address;
   uint32_t a[4], b[2];
   int value;
+  float real;
 };
 
 struct Block {
@@ -227,6 +229,20 @@ inline int warp_sum(int value) {
   wait_for_warp();
   return sum;
 }
+
+inline float sum_of_groups(float value) {
+  for (int lanes = 4; lanes < kWarp; lanes *= 2) {
+    own_lane().real = value;
+    wait_for_warp();
+    value += lane_of_warp((static_cast<int>(threadIdx.x) % kWarp) ^ lanes).real;
+    wait_for_warp();
+  }
+  return value;
+}
+
+inline void sync_warp() { wait_for_warp(); }
+inline float exponential(float x) { return std::exp(x); }
+inline float reciprocal(float x) { return 1.0f / x; }
 
 inline void run_fiber() {
   block.body();

@@ -1,0 +1,85 @@
+"""Random tensors of gated MLPs, and what the ops make of them."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from megalora.ops import Ops, reference
+from tests.support.op_cases import TOLERANCE, relative_error
+
+
+@dataclass(frozen=True)
+class Case:
+    """Sizes of one gated MLP: columns of gate, and whether gate and up have an A each."""
+
+    tokens: int
+    features: int
+    columns: int
+    ranks: tuple[int, int]
+    splits: bool = True
+    weighs: bool = True
+    weights_are_fp32: bool = False
+
+
+@dataclass(frozen=True)
+class Given:
+    """Random tensors of one case, and what the ops take behind them."""
+
+    x: Tensor
+    dz: Tensor
+    factors: list[Tensor]
+    base: tuple[Tensor, Tensor]
+    weights: Tensor | None
+    segments: list[int]
+
+    def how(self) -> tuple[Any, ...]:
+        """Return what all ops take behind the tokens."""
+        (a1, b1, a2, b2), (w1, w2) = self.factors, self.base
+        return (w1, a1, b1, 0.5, w2, a2, b2, 0.3, self.segments, self.weights)
+
+
+def draw(case: Case, dtype: torch.dtype, *, spread: float = 1.0) -> Given:
+    """Return random tensors of a case; spread: how large gates become."""
+    generator = torch.Generator().manual_seed(0)
+
+    def normal(*shape: int) -> Tensor:
+        values = torch.randn(shape, generator=generator, dtype=torch.float64)
+        return (values / shape[-1] ** 0.5).to(dtype)
+
+    (r1, r2), features, columns = case.ranks, case.features, case.columns
+    weights = torch.rand(case.tokens, generator=generator)
+    weights = weights if case.weights_are_fp32 else weights.to(dtype)
+    return Given(
+        x=spread * features**0.5 * normal(case.tokens, features),
+        dz=features**0.5 * normal(case.tokens, features),
+        factors=[
+            normal((1 + case.splits) * r1, features),
+            normal(2 * columns, r1),
+            normal(r2, columns),
+            normal(features, r2),
+        ],
+        base=(normal(2 * columns, features), normal(features, columns)),
+        weights=weights if case.weighs else None,
+        segments=[columns, columns] if case.splits else [],
+    )
+
+
+def run_all(ops: Ops, given: Given) -> list[Tensor]:
+    """Return the results of both passes, and of the sums that are added to."""
+    how: Any = given.how()
+    made = reference.gated_mlp(given.x, *how)
+    found = [*ops.gated_mlp(given.x, *how)]
+    both: Any = (given.dz, given.x, *made[1:], *how)
+    found += ops.gated_mlp_backward(*both)
+    sums: Any = [factor.clone() for factor in given.factors]
+    return [*found, *ops.gated_mlp_backward_(*sums, *both), *sums]
+
+
+def assert_gated_matches_reference(ops: Ops, given: Given) -> None:
+    """Compare all ops of gated MLPs with the reference."""
+    for got, expected in zip(run_all(ops, given), run_all(reference, given), strict=True):
+        assert got.shape == expected.shape
+        assert got.dtype == expected.dtype
+        assert relative_error(got, expected) < TOLERANCE[given.x.dtype]
