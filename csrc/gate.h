@@ -2,8 +2,9 @@
 
 #include "factor.h"
 
-// The pass over the wide tensors between the two base products of a gated MLP (gated.h). y is what
-// the base alone gives: its low-rank term is added to what is read of it, and written nowhere.
+// The pass over the wide tensors between the two base products of a gated MLP (gated.h). Forward
+// finds in y what the base gives; what it leaves there is found again by the backward pass of the
+// same device.
 namespace megalora {
 
 // a = silu(gate) up p of [gate, up] = y + s1 · B1ᵀ, and s2 = scale2 * a · A2ᵀ.
@@ -16,7 +17,7 @@ struct Gate {
 
 // dy, a and p's gradient by da + ds2 · A2, and ds1 = scale1 * dy · B1.
 struct GateBackward {
-  Factor gates;           // as update of the forward pass
+  Factor gates;           // as update of the forward pass, which has been over y
   Factor update;          // its wide is da [tokens, columns], contiguous, its thin ds2
   Factor project;         // its wide is dy [tokens, 2 columns], contiguous; neither dy nor ds1 is
                           // there yet

@@ -7,11 +7,12 @@
 #include "schemas.h"
 
 // A gated MLP with the adapters of both its linears in one op each way:
-//   forward  y = x · W1ᵀ   [gate, up] = y + s1 · B1ᵀ   a = silu(gate) up p   z = a · W2ᵀ + s2 · B2ᵀ
+//   forward  [gate, up] = x · W1ᵀ + s1 · B1ᵀ   a = silu(gate) up p   z = a · W2ᵀ + s2 · B2ᵀ
 // p: a weight of each token, for experts, or none. Between the two products with base weights there
-// is one pass over the wide tensors (gate.h): it adds the low-rank term to what it reads of y,
-// makes a, and reads s2 off it; backward, it adds the terms to y and da likewise, makes dy, and
-// reads ds1 off it. y is kept as the base gives it, a not at all: it is made again.
+// is one pass over the wide tensors (gate.h): it adds the low-rank term to what the first gives,
+// makes a, and reads s2 off it; backward, it adds the term to da, makes the gradients of gate and
+// up, and reads ds1 off them. a is not kept but made again, from y, which is gate and up or what
+// they are made of.
 // Products has gates(dtype, columns, rank), kGates, which says of what, gate_is_faster(weight2,
 // rank), gate(Gate&) and gate_backward(GateBackward&).
 namespace megalora {

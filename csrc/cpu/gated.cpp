@@ -3,13 +3,13 @@
 #include <torch/csrc/stable/ops.h>
 
 #include <algorithm>
-#include <array>
 
 #include "products.h"
 #include "view.h"
 
-// The pass between the two base products of a gated MLP. Each tile of the wide tensors is read once
-// and written once, while it is in a core's cache.
+// The pass between the two base products of a gated MLP. Each tile of the wide tensors is read and
+// written once, while it is in a core's cache. It leaves gate and up in y, with their low-rank
+// terms: to write them costs less than to add the terms again.
 namespace megalora::cpu {
 namespace {
 
@@ -34,13 +34,11 @@ class Side {
   }
   void write(Span rows) const { view_.write_thin(rows, thin_.get()); }
 
-  // tile [kRows, kColumns] = wide + thin · Wᵀ; all columns are of one projection.
-  void updated(Span rows, Span columns, T* tile) const {
-    for (int64_t row = 0; row < rows.size(); ++row) {
-      std::copy_n(wide(rows.begin + row, columns.begin), columns.size(), tile + row * kColumns);
-    }
+  // wide += thin · Wᵀ; all columns are of one projection.
+  void update(Span rows, Span columns) const {
     view_.loops.axpy(ranks(columns), view_.thin_columns(), 1, weight_.data + columns.begin,
-                     weight_.stride, rows.size(), columns.size(), view_.f.rank, tile, kColumns);
+                     weight_.stride, rows.size(), columns.size(), view_.f.rank,
+                     wide(rows.begin, columns.begin), view_.f.wide_stride);
   }
 
   // thin += wide · W
@@ -70,69 +68,61 @@ void for_columns(int64_t columns, Body body) {
   }
 }
 
-constexpr int64_t kTile = kRows * kColumns;
-
-// body(rows, sides, tiles) for tiles of all rows, on several threads with sides of their own and as
-// many tiles.
-template <class T, class Body, class... Factors>
-void for_tiles(int64_t rows, Body body, const Factors&... factors) {
-  const int64_t tiles = (rows + kRows - 1) / kRows;
+// body(first, second, rows) for tiles of all rows, on several threads with sides of their own.
+template <class T, class Body>
+void for_tiles(const Factor& first, const Factor& second, Body body) {
+  const int64_t tiles = (first.tokens + kRows - 1) / kRows;
   torch::stable::parallel_for(0, tiles, 1, [&](int64_t begin, int64_t end) {
-    const std::array<Side<T>, sizeof...(factors)> sides{Side<T>(factors)...};
-    const Buffer<T> own(sizeof...(factors) * kTile);
+    const Side<T> one(first), two(second);
     for (int64_t tile = begin; tile < end; ++tile) {
-      body(Span{tile * kRows, std::min((tile + 1) * kRows, rows)}, sides, own.get());
+      body(one, two, Span{tile * kRows, std::min((tile + 1) * kRows, first.tokens)});
     }
   });
 }
 
-Span up_of(Span gate, int64_t half) { return {gate.begin + half, gate.end + half}; }
+Span of_up(Span gate, int64_t half) { return {gate.begin + half, gate.end + half}; }
 
 template <class T>
 void pass(const Gate& given) {
   const int64_t half = given.project.columns;
   const T* const weights = static_cast<const T*>(given.weights);
-  const auto body = [&](Span rows, const auto& sides, T* tiles) {
-    const auto& [y, a] = sides;
+  for_tiles<T>(given.update, given.project, [&](const auto& y, const auto& a, Span rows) {
     y.read(rows);
     a.clear(rows);
     for_columns(half, [&](Span gate) {
-      y.updated(rows, gate, tiles);
-      y.updated(rows, up_of(gate, half), tiles + kTile);
-      const T* x = tiles;
-      for (int64_t row = rows.begin; row < rows.end; ++row, x += kColumns) {
-        table<T>().swiglu(x, x + kTile, weights ? weights[row] : T(1), gate.size(),
-                          a.wide(row, gate.begin));
+      const Span up = of_up(gate, half);
+      y.update(rows, gate);
+      y.update(rows, up);
+      for (int64_t row = rows.begin; row < rows.end; ++row) {
+        table<T>().swiglu(y.wide(row, gate.begin), y.wide(row, up.begin),
+                          weights ? weights[row] : T(1), gate.size(), a.wide(row, gate.begin));
       }
       a.project(rows, gate);
     });
     a.write(rows);
-  };
-  for_tiles<T>(given.update.tokens, body, given.update, given.project);
+  });
 }
 
 template <class T>
 void pass(const GateBackward& given) {
   const int64_t half = given.update.columns;
+  const T* const y = static_cast<const T*>(given.gates.wide);
   const T* const weights = static_cast<const T*>(given.weights);
   T* const a = static_cast<T*>(given.a);
   T* const d_weights = static_cast<T*>(given.d_weights);
-  const auto body = [&](Span rows, const auto& sides, T* tiles) {
-    const auto& [y, da, dy] = sides;
-    y.read(rows);
+  for_tiles<T>(given.update, given.project, [&](const auto& da, const auto& dy, Span rows) {
     da.read(rows);
     dy.clear(rows);
     T sums[kRows] = {};
     for_columns(half, [&](Span gate) {
-      const Span up = up_of(gate, half);
-      y.updated(rows, gate, tiles);
-      y.updated(rows, up, tiles + kTile);
-      da.updated(rows, gate, tiles + 2 * kTile);
-      const T* x = tiles;
-      for (int64_t row = rows.begin; row < rows.end; ++row, x += kColumns) {
+      const Span up = of_up(gate, half);
+      da.update(rows, gate);
+      for (int64_t row = rows.begin; row < rows.end; ++row) {
+        const T* const own = y + row * 2 * half;
         sums[row - rows.begin] += table<T>().swiglu_backward(
-            x + 2 * kTile, x, x + kTile, weights ? weights[row] : T(1), gate.size(),
-            a + row * half + gate.begin, dy.wide(row, gate.begin), dy.wide(row, up.begin));
+            da.wide(row, gate.begin), own + gate.begin, own + up.begin,
+            weights ? weights[row] : T(1), gate.size(), a + row * half + gate.begin,
+            dy.wide(row, gate.begin), dy.wide(row, up.begin));
       }
       dy.project(rows, gate);
       dy.project(rows, up);
@@ -141,8 +131,7 @@ void pass(const GateBackward& given) {
     if (d_weights) {
       std::copy_n(sums, rows.size(), d_weights + rows.begin);
     }
-  };
-  for_tiles<T>(given.update.tokens, body, given.gates, given.update, given.project);
+  });
 }
 
 }  // namespace

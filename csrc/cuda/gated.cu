@@ -6,8 +6,9 @@
 // The pass between the two base products of a gated MLP: each tile of the wide tensors is read once
 // and written once, by the lanes that have the low-rank terms of its elements in their registers.
 // From there a, or dy, goes through shared memory, each warp's own rows, into the product that
-// reads the thin tensor off it. Kept factors, no more than fit, let a block pass over all its
-// tokens with them.
+// reads the thin tensor off it. A block keeps the factors of its columns and passes over all its
+// tokens with them. y stays as the base gives it: backward adds the terms of gate and up again,
+// which costs no memory traffic, where to write them would.
 namespace megalora::cuda {
 namespace {
 

@@ -125,9 +125,10 @@ class OpsWithBase(Protocol):
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Return z of a gated MLP with the adapters of both its linears, and y, s1 and s2.
 
-        y = x W1ᵀ, [..., 2 f], [gate, up] = y + s1 B1ᵀ, s1 and s2 as of `linear`, z `linear` of
-        a = silu(gate) up. weights: [n], with which a of each token is multiplied. On a CPU in fp32
-        and fp64; on a GPU in bf16 and fp16, for ranks up to 32 and f in eights.
+        [gate, up] and s1 are `linear` of x, z and s2 `linear` of a = silu(gate) up. y [..., 2 f]:
+        gate and up on a CPU, x W1ᵀ on a GPU, for `gated_mlp_backward` on the same device.
+        weights: [n], with which a of each token is multiplied. On a CPU in fp32 and fp64; on a GPU
+        in bf16 and fp16, for ranks up to 32 and f in eights.
         """
         ...
 

@@ -24,9 +24,7 @@ def linear(
     segments: Sequence[int] = (),
 ) -> tuple[Tensor, Tensor]:
     """Return y = x Wᵀ + s Bᵀ, [..., out], and s = scale * x Aᵀ, [..., P*r]."""
-    s = (scale * product(x, accumulated(lora_A).mT)).to(x.dtype)
-    y = product(x, accumulated(weight).mT)
-    expand_(y, s, lora_B, 1.0, segments=segments)
+    y, s = _linear(x, weight, lora_A, lora_B, scale, segments)
     return y.to(x.dtype), s
 
 
@@ -148,11 +146,10 @@ def gated_mlp(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Return z, [..., out], y, [..., 2 f], and s of both `linear`, a = silu(gate) up between.
 
-    y is the base's alone: x W1ᵀ, without the low-rank term that gate and up have besides.
+    y is [gate, up] here, in the precision of sums.
     """
-    _, s1 = linear(x, weight1, lora_A1, lora_B1, scale1, segments)
-    y = product(x, accumulated(weight1).mT).to(x.dtype)
-    gate, up = _gates(y, s1, lora_B1, segments)
+    y, s1 = _linear(x, weight1, lora_A1, lora_B1, scale1, segments)
+    gate, up = y.chunk(2, dim=-1)
     a = _weighted(torch.nn.functional.silu(gate) * up, weights).to(x.dtype)
     z, s2 = linear(a, weight2, lora_A2, lora_B2, scale2)
     return z, y, s1, s2
@@ -206,7 +203,7 @@ def gated_mlp_backward_(
     weights: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Return dx and d_weights, and add the gradients of all factors in place."""
-    gate, up = _gates(y, s1, lora_B1, segments)
+    gate, up = y.chunk(2, dim=-1)
     at = gate.sigmoid()
     silu = gate * at
     a = _weighted(silu * up, weights).to(x.dtype)
@@ -224,13 +221,19 @@ def gated_mlp_is_fused(weight2: Tensor, rank1: int, rank2: int) -> bool:
     return False
 
 
-def _gates(
-    y: Tensor, s1: Tensor, lora_B1: Tensor, segments: Sequence[int]
+def _linear(
+    x: Tensor,
+    weight: Tensor,
+    lora_A: Tensor,
+    lora_B: Tensor,
+    scale: float,
+    segments: Sequence[int],
 ) -> tuple[Tensor, Tensor]:
-    both = accumulated(y).clone()
-    expand_(both, s1, lora_B1, 1.0, segments=segments)
-    gate, up = both.chunk(2, dim=-1)
-    return gate, up
+    """Return `linear` with y in the precision of its sums."""
+    s = (scale * product(x, accumulated(lora_A).mT)).to(x.dtype)
+    y = product(x, accumulated(weight).mT)
+    expand_(y, s, lora_B, 1.0, segments=segments)
+    return y, s
 
 
 def _weighted(a: Tensor, weights: Tensor | None) -> Tensor:
