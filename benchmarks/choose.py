@@ -129,7 +129,7 @@ def _shapes_of(folder: Path) -> dict[tuple, Shape]:
 
 def _is_plain(row: Row) -> bool:
     """Say whether a row times a linear or an MLP without dropout that all routes can compute."""
-    is_case = str(row.get("bench", "")).startswith(("linear ", "mlp ")) and "variant" in row
+    is_case = str(row.get("bench", "")).startswith(("linear ", "mlp")) and "variant" in row
     return is_case and row["form"] == "plain" and row["p"] == 0
 
 

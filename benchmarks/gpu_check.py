@@ -67,7 +67,7 @@ STAGES = [
     Stage("racecheck", ("benchmarks/run_ops.py",), 150, "correctness", "racecheck"),
     Stage(
         "kernels",
-        (*PYTEST, *(f"tests/test_gpu{part}.py" for part in ("", "_linear", "_experts"))),
+        (*PYTEST, *(f"tests/test_gpu{part}.py" for part in ("", "_linear", "_experts", "_gated"))),
         180,
         "correctness",
     ),
@@ -75,6 +75,7 @@ STAGES = [
     benchmark("linear", "bench_linear", "--cases", "goal", "--profile", limit_s=80),
     benchmark("experts", "bench_experts", "--ranks", "4", "--profile"),
     benchmark("host", "bench_host"),
+    benchmark("mlp", "bench_mlp"),
     benchmark("forms", "bench_linear", "--cases", "forms", limit_s=80),
     # Whole steps. All 48 layers of Qwen3-30B-A3B fit on 140 GB, but for full fine-tuning.
     benchmark("model-dense", "bench_model", "--kind", "dense", limit_s=100),

@@ -63,7 +63,7 @@ def report(rows: list[Row]) -> str:
 
 def table_of(bench: str) -> Callable[[list[Row]], list[str]]:
     """Return what makes the table of a benchmark."""
-    if bench.startswith(("linear", "experts")):
+    if bench.startswith(("linear", "experts", "mlp")):
         return overhead_table
     return model_table if bench == "model" else plain_table
 

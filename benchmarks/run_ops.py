@@ -14,6 +14,7 @@ import torch
 
 from megalora.ops import reference
 from megalora.ops.fused import load
+from tests.support import gated_cases
 from tests.support.op_cases import CASES, TOLERANCE, Case, draw, on, relative_error, run_all
 
 # What Hopper computes in one launch each way, of sizes that it can: dense and of experts.
@@ -35,6 +36,17 @@ def wrong_results(case: Case, dtype: torch.dtype, p: float, device: torch.device
             yield f"{name}, {case}, {dtype}, dropout {p}: relative error {error:.3g}"
 
 
+def wrong_gated_results(case: gated_cases.Case, device: torch.device) -> Iterator[str]:
+    """Yield a line where a result of a gated MLP is not the reference's."""
+    # Each device in what its own pass computes.
+    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+    try:
+        given = gated_cases.on(device.type, gated_cases.draw(case, dtype))
+        gated_cases.assert_gated_matches_reference(load(), given)
+    except AssertionError as error:
+        yield f"{case}: {error}"
+
+
 def main() -> int:
     """Return 1 where a result is wrong."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -48,7 +60,9 @@ def main() -> int:
     os.environ["MEGALORA_CUDA_ROUTE"] = "linear:kernels"  # however few tiles they have
     for case in ONE_LAUNCH_CASES:
         wrong += wrong_results(case, torch.bfloat16, 0.0, device)
-    cases = len(CASES) + len(ONE_LAUNCH_CASES)
+    for case in gated_cases.KERNEL_CASES:
+        wrong += wrong_gated_results(case, device)
+    cases = len(CASES) + len(ONE_LAUNCH_CASES) + len(gated_cases.KERNEL_CASES)
     print("\n".join([*wrong, f"{cases} cases on {device}: {len(wrong)} results are wrong"]))
     return int(bool(wrong))
 

@@ -89,7 +89,22 @@ def test_a_device_without_results_gets_the_default() -> None:
     )
 
 
+def test_no_gpu_takes_the_pass_of_a_gated_mlp_before_one_is_measured_to_be_faster() -> None:
+    devices = [("NVIDIA H200", 90), ("NVIDIA A100", 80), ("NVIDIA B200", 100)]
+    at = [(*device, rank) for device in devices for rank in (1, 16, 32)]
+    names = [lookup(device, capability, "gate", True, rank) for device, capability, rank in at]
+    compiles([f"{name} != Route::kernels" for name in names])
+
+
 # === How results become choices ===
+
+
+def test_an_mlp_decides_whether_its_pass_is_taken(tmp_path: Path) -> None:
+    rows = [row("megalora, gate:gemm", 0.3), row("megalora, gate:kernels", 0.3)]
+    alike = {"bench": "mlp", "segments": "64+64"}
+    numbers = [alike | {"both_overhead": value} for value in (0.3, 0.2)]
+    write_run(tmp_path, "2026-01-01-1", *(r | n for r, n in zip(rows, numbers, strict=True)))
+    assert routes(tmp_path) == {("gate", True, 16): "kernels"}
 
 
 def test_a_new_route_of_a_product_needs_no_edit(tmp_path: Path) -> None:

@@ -148,17 +148,8 @@ def test_columns_before_others_are_read_and_written_alone(emulated: Ops, more: i
     assert wide[..., 128:].eq(1).all()
 
 
-GATED = [
-    gated_cases.Case(70, 24, 72, (3, 5)),  # words of two odd ranks; a tile of eight columns
-    gated_cases.Case(16, 8, 64, (16, 16), splits=False, weighs=False),
-    gated_cases.Case(40, 8, 1032, (4, 2), weights_are_fp32=True),  # groups of several tiles
-    gated_cases.Case(130, 16, 200, (32, 20), weights_are_fp32=True),
-    gated_cases.Case(9, 16, 328, (2, 30), splits=False),
-]
-
-
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
-@pytest.mark.parametrize("case", GATED, ids=str)
+@pytest.mark.parametrize("case", gated_cases.KERNEL_CASES, ids=str)
 def test_the_pass_of_a_gated_mlp_matches_the_reference(
     emulated: Ops, case: gated_cases.Case, dtype: torch.dtype
 ) -> None:
@@ -166,7 +157,7 @@ def test_the_pass_of_a_gated_mlp_matches_the_reference(
 
 
 def test_gates_that_saturate_are_finite(emulated: Ops) -> None:
-    given = gated_cases.draw(GATED[1], torch.bfloat16, spread=1e4)
+    given = gated_cases.draw(gated_cases.KERNEL_CASES[1], torch.bfloat16, spread=1e4)
     gated_cases.assert_gated_matches_reference(emulated, given)
 
 

@@ -108,6 +108,11 @@ __device__ __forceinline__ float sum_of_groups(float value) {
   return value;
 }
 
+// Writes 16 bytes to shared memory, which other lanes may read behind sync_warp.
+__device__ __forceinline__ void store_shared(void* shared, const void* from) {
+  *static_cast<uint4*>(shared) = *static_cast<const uint4*>(from);
+}
+
 // Lets what the lanes of a warp wrote to shared memory be read by the others.
 __device__ __forceinline__ void sync_warp() { __syncwarp(); }
 

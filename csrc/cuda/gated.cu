@@ -125,7 +125,7 @@ template <class T>
 __device__ __forceinline__ void stage_row(Staged<T>& staged, const Vector<T>& from, int row) {
   const Place at;
   T* const to = staged.wide + (at.warp * kWarpTokens + row) * Staged<T>::kPitch;
-  *reinterpret_cast<Vector<T>*>(to + at.group * kVector<T>) = from;
+  store_shared(to + at.group * kVector<T>, &from);
 }
 
 // Element k of the lane's token i of a unit, its low-rank term added.

@@ -74,6 +74,7 @@ struct Block {
   Lane lanes[kThreads];
   std::vector<std::vector<PendingCopy>> groups[kThreads];  // committed copies, oldest first
   std::vector<PendingCopy> open_group[kThreads];
+  std::vector<PendingCopy> stored[kThreads];  // what other lanes of the warp do not see yet
   int current = 0;
   bool progressed = false;
   std::function<void()> body;
@@ -240,7 +241,21 @@ inline float sum_of_groups(float value) {
   return value;
 }
 
-inline void sync_warp() { wait_for_warp(); }
+inline void store_shared(void* shared, const void* from) {
+  check_alignment(shared);
+  PendingCopy copy{shared, 16, {}};
+  std::memcpy(copy.bytes, from, 16);
+  block.stored[threadIdx.x].push_back(copy);
+}
+
+// Whoever reads without it sees what was there before.
+inline void sync_warp() {
+  for (const PendingCopy& copy : block.stored[threadIdx.x]) {
+    std::memcpy(copy.to, copy.bytes, copy.size);
+  }
+  block.stored[threadIdx.x].clear();
+  wait_for_warp();
+}
 inline float exponential(float x) { return std::exp(x); }
 inline float reciprocal(float x) { return 1.0f / x; }
 
@@ -263,8 +278,19 @@ inline void run_fiber() {
   setcontext(&block.beginning[thread]);
 }
 
-// Runs one block to its end; aborts where its threads wait for each other in vain. Shared memory
-// starts as NaNs.
+inline void resume_warp(int warp) {
+  for (int thread = warp * kWarp; thread < (warp + 1) * kWarp; ++thread) {
+    if (!block.finished[thread]) {
+      block.current = thread;
+      threadIdx = dim3(thread, 0, 0);
+      resume(thread);
+    }
+  }
+}
+
+// Runs one block to its end; aborts where its threads wait for each other in vain. A warp goes as
+// far as it can before the next one does, so that a missing barrier shows. Shared memory starts as
+// NaNs.
 inline void run_block(int used_shared_bytes) {
   std::memset(shared_bytes, 0xFF, used_shared_bytes);
   for (int thread = 0; thread < kThreads; ++thread) {
@@ -279,20 +305,21 @@ inline void run_block(int used_shared_bytes) {
     block.begun[thread] = block.finished[thread] = false;
     block.groups[thread].clear();
     block.open_group[thread].clear();
+    block.stored[thread].clear();
   }
   for (int running = kThreads; running > 0;) {
     running = 0;
-    block.progressed = false;
-    for (int thread = 0; thread < kThreads; ++thread) {
-      if (block.finished[thread]) {
-        continue;
-      }
-      block.current = thread;
-      threadIdx = dim3(thread, 0, 0);
-      resume(thread);
-      running += block.finished[thread] ? 0 : 1;
+    bool progressed = false;
+    for (int warp = 0; warp < kThreads / kWarp; ++warp) {
+      do {
+        block.progressed = false;
+        resume_warp(warp);
+        progressed = progressed || block.progressed;
+      } while (block.progressed);
+      running +=
+          std::count(block.finished + warp * kWarp, block.finished + (warp + 1) * kWarp, false);
     }
-    if (running > 0 && !block.progressed) {
+    if (running > 0 && !progressed) {
       std::fprintf(stderr, "emulator: %d threads wait at barriers that the others do not reach\n",
                    running);
       std::abort();

@@ -23,6 +23,16 @@ class Case:
     weights_are_fp32: bool = False
 
 
+# What the kernels of a GPU have to get right, small.
+KERNEL_CASES = [
+    Case(70, 24, 72, (3, 5)),  # words of two odd ranks; a tile of eight columns
+    Case(16, 8, 64, (16, 16), splits=False, weighs=False),
+    Case(40, 8, 1032, (4, 2), weights_are_fp32=True),  # groups of several tiles
+    Case(130, 16, 200, (32, 20), weights_are_fp32=True),
+    Case(9, 16, 328, (2, 30), splits=False),
+]
+
+
 @dataclass(frozen=True)
 class Given:
     """Random tensors of one case, and what the ops take behind them."""
@@ -63,6 +73,18 @@ def draw(case: Case, dtype: torch.dtype, *, spread: float = 1.0) -> Given:
         base=(normal(2 * columns, features), normal(features, columns)),
         weights=weights if case.weighs else None,
         segments=[columns, columns] if case.splits else [],
+    )
+
+
+def on(device: str, given: Given) -> Given:
+    """Return the same on a device."""
+    return Given(
+        x=given.x.to(device),
+        dz=given.dz.to(device),
+        factors=[factor.to(device) for factor in given.factors],
+        base=(given.base[0].to(device), given.base[1].to(device)),
+        weights=None if given.weights is None else given.weights.to(device),
+        segments=given.segments,
     )
 
 
