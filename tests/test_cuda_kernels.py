@@ -156,6 +156,14 @@ def test_the_pass_of_a_gated_mlp_matches_the_reference(
     gated_cases.assert_gated_matches_reference(emulated, gated_cases.draw(case, dtype))
 
 
+@pytest.mark.parametrize("case", gated_cases.KERNEL_CASES, ids=str)
+def test_the_node_of_a_gated_mlp_is_that_of_merged_weights(
+    emulated: Ops, case: gated_cases.Case
+) -> None:
+    given = gated_cases.draw(case, torch.bfloat16)
+    gated_cases.assert_node_is_of_merged_weights(emulated, given)
+
+
 def test_gates_that_saturate_are_finite(emulated: Ops) -> None:
     given = gated_cases.draw(gated_cases.KERNEL_CASES[1], torch.bfloat16, spread=1e4)
     gated_cases.assert_gated_matches_reference(emulated, given)

@@ -1,27 +1,23 @@
 """The pass of a gated MLP on a GPU against the reference; benchmarks/gpu_check.py runs these."""
 
-import dataclasses
-from typing import Any
-
 import pytest
 import torch
 from torch import Tensor
 
-from megalora.adapters.call import Call
-from megalora.adapters.gated import OpenedGatedMLP
-from megalora.adapters.node import apply
-from megalora.adapters.routes import LOCAL_ROUTE
 from megalora.ops.fused import load
 from tests.support.gated_cases import (
     KERNEL_CASES,
     Case,
     Given,
     assert_gated_matches_reference,
+    assert_node_is_of_merged_weights,
+    by_node,
     draw,
+    leaves_of,
     on,
     run_all,
+    split,
 )
-from tests.support.op_cases import TOLERANCE, relative_error
 
 fused = load()
 pytestmark = [
@@ -76,17 +72,13 @@ def test_what_no_kernel_computes_is_refused() -> None:
 
 def both_passes(given: Given, leaves: list[Tensor]) -> list[Tensor]:
     """Return z and every gradient, by the autograd node."""
-    x, a1, b1, a2, b2 = leaves
-    w1, w2 = given.base
-    one = Call(ops=fused, route=LOCAL_ROUTE, scale=0.5, segments=given.segments)
-    two = dataclasses.replace(one, scale=0.3, segments=[])
-    z: Any = apply(OpenedGatedMLP, x, a1, b1, a2, b2, None, w1, w2, one, two)
+    z = by_node(fused, given, *split(leaves))
     return [z, *torch.autograd.grad(z, leaves, given.dz)]
 
 
 def test_both_passes_of_a_gated_mlp_replay_from_a_graph() -> None:
     given = on("cuda", draw(LARGE[0], torch.bfloat16))
-    leaves = [tensor.clone().requires_grad_() for tensor in (given.x, *given.factors)]
+    leaves = leaves_of(given)
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
@@ -102,14 +94,6 @@ def test_both_passes_of_a_gated_mlp_replay_from_a_graph() -> None:
     assert all(torch.equal(one, two) for one, two in zip(replayed, expected, strict=True))
 
 
-def test_the_node_is_that_of_merged_weights() -> None:
-    given = on("cuda", draw(LARGE[0], torch.bfloat16))
-    leaves = [tensor.clone().requires_grad_() for tensor in (given.x, *given.factors)]
-    x, a1, b1, a2, b2 = (leaf.double() for leaf in leaves)
-    w1, w2 = (weight.double() for weight in given.base)
-    updates = [b @ a for b, a in zip(b1.chunk(2), a1.chunk(2), strict=True)]
-    gate, up = (x @ (w1 + 0.5 * torch.cat(updates)).mT).chunk(2, dim=-1)
-    z = (torch.nn.functional.silu(gate) * up) @ (w2 + 0.3 * b2 @ a2).mT
-    expected = [z, *torch.autograd.grad(z, leaves, given.dz.double())]
-    for got, right in zip(both_passes(given, leaves), expected, strict=True):
-        assert relative_error(got, right) < 3 * TOLERANCE[torch.bfloat16]
+@pytest.mark.parametrize("case", LARGE, ids=str)
+def test_the_node_is_that_of_merged_weights(case: Case) -> None:
+    assert_node_is_of_merged_weights(fused, on("cuda", draw(case, torch.bfloat16)))

@@ -5,22 +5,19 @@ from typing import Any
 
 import pytest
 import torch
-import torch.nn.functional as F
-from torch import Tensor
 from torch.autograd.gradcheck import GradcheckError
 
-from megalora.adapters.call import Call
-from megalora.adapters.gated import OpenedGatedMLP
-from megalora.adapters.node import apply
-from megalora.adapters.routes import LOCAL_ROUTE
 from megalora.ops import reference
 from megalora.ops.fused import load
 from tests.support.gated_cases import (
     Case,
-    Given,
     assert_gated_matches_reference,
+    by_node,
     draw,
+    leaves_of,
+    merged,
     run_all,
+    split,
 )
 from tests.support.op_cases import TOLERANCE, relative_error
 
@@ -62,43 +59,11 @@ def test_a_number_that_is_none_is_not_hidden() -> None:
     assert z[torch.arange(len(z)) != 2].isfinite().all()
 
 
-def merged(given: Given, x: Tensor, factors: list[Tensor], weights: Tensor | None) -> Tensor:
-    """Return z in plain torch, by merged weights."""
-    a1, b1, a2, b2 = factors
-    w1, w2 = given.base
-    rows = a1.chunk(2) if given.segments else (a1, a1)
-    updates = [b @ a for b, a in zip(b1.chunk(2), rows, strict=True)]
-    gate, up = (x @ (w1 + 0.5 * torch.cat(updates)).mT).chunk(2, dim=-1)
-    a = F.silu(gate) * up
-    a = a if weights is None else a * weights.unsqueeze(-1)
-    return a @ (w2 + 0.3 * b2 @ a2).mT
-
-
-def by_node(given: Given, x: Tensor, factors: list[Tensor], weights: Tensor | None) -> Tensor:
-    """Return z by the autograd node."""
-    a1, b1, a2, b2 = factors
-    w1, w2 = given.base
-    one = Call(ops=fused, route=LOCAL_ROUTE, scale=0.5, segments=given.segments)
-    two = dataclasses.replace(one, scale=0.3, segments=[])
-    return apply(OpenedGatedMLP, x, a1, b1, a2, b2, weights, w1, w2, one, two)
-
-
-def leaves_of(given: Given) -> list[Tensor]:
-    """Return x, the factors and the weights, all trained."""
-    tensors = [given.x, *given.factors, *([] if given.weights is None else [given.weights])]
-    return [tensor.clone().requires_grad_() for tensor in tensors]
-
-
-def split(leaves: list[Tensor]) -> tuple[Tensor, list[Tensor], Tensor | None]:
-    """Return x, the factors and the weights."""
-    return leaves[0], leaves[1:5], leaves[5] if len(leaves) > 5 else None
-
-
 @SHAPES
 def test_every_gradient_is_that_of_the_merged_weights(case: Case) -> None:
     given = draw(case, torch.float64)
     leaves = leaves_of(given)
-    results = [way(given, *split(leaves)) for way in (by_node, merged)]
+    results = [by_node(fused, given, *split(leaves)), merged(given, *split(leaves))]
     torch.testing.assert_close(*results)
     gradients = [torch.autograd.grad(z, leaves, given.dz) for z in results]
     torch.testing.assert_close(*gradients)
@@ -108,7 +73,7 @@ def test_every_gradient_is_that_of_the_merged_weights(case: Case) -> None:
 def test_the_node_passes_gradcheck(case: Case) -> None:
     given = draw(case, torch.float64)
     assert torch.autograd.gradcheck(
-        lambda *leaves: by_node(given, *split([*leaves])), leaves_of(given)
+        lambda *leaves: by_node(fused, given, *split([*leaves])), leaves_of(given)
     )
 
 

@@ -1,11 +1,17 @@
 """Random tensors of gated MLPs, and what the ops make of them."""
 
+import dataclasses
 from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
+from megalora.adapters.call import Call
+from megalora.adapters.gated import OpenedGatedMLP
+from megalora.adapters.node import apply
+from megalora.adapters.routes import LOCAL_ROUTE
 from megalora.ops import Ops, reference
 from tests.support.op_cases import TOLERANCE, relative_error
 
@@ -105,3 +111,60 @@ def assert_gated_matches_reference(ops: Ops, given: Given) -> None:
         assert got.shape == expected.shape
         assert got.dtype == expected.dtype
         assert relative_error(got, expected) < tolerance
+
+
+def merged(given: Given, x: Tensor, factors: list[Tensor], weights: Tensor | None) -> Tensor:
+    """Return z in plain torch, by merged weights."""
+    a1, b1, a2, b2 = factors
+    w1, w2 = given.base
+    rows = a1.chunk(2) if given.segments else (a1, a1)
+    updates = [b @ a for b, a in zip(b1.chunk(2), rows, strict=True)]
+    gate, up = (x @ (w1 + 0.5 * torch.cat(updates)).mT).chunk(2, dim=-1)
+    a = F.silu(gate) * up
+    a = a if weights is None else a * weights.unsqueeze(-1)
+    return a @ (w2 + 0.3 * b2 @ a2).mT
+
+
+def by_node(
+    ops: Ops, given: Given, x: Tensor, factors: list[Tensor], weights: Tensor | None
+) -> Tensor:
+    """Return z by the autograd node."""
+    a1, b1, a2, b2 = factors
+    w1, w2 = given.base
+    one = Call(ops=ops, route=LOCAL_ROUTE, scale=0.5, segments=given.segments)
+    two = dataclasses.replace(one, scale=0.3, segments=[])
+    return apply(OpenedGatedMLP, x, a1, b1, a2, b2, weights, w1, w2, one, two)
+
+
+def leaves_of(given: Given) -> list[Tensor]:
+    """Return x, the factors and the weights, all trained."""
+    tensors = [given.x, *given.factors, *([] if given.weights is None else [given.weights])]
+    return [tensor.clone().requires_grad_() for tensor in tensors]
+
+
+def split(leaves: list[Tensor]) -> tuple[Tensor, list[Tensor], Tensor | None]:
+    """Return x, the factors and the weights."""
+    return leaves[0], leaves[1:5], leaves[5] if len(leaves) > 5 else None
+
+
+def assert_node_is_of_merged_weights(ops: Ops, given: Given) -> None:
+    """Compare the autograd node in a narrow precision with merged weights in fp64."""
+    leaves = leaves_of(given)
+    z = by_node(ops, given, *split(leaves))
+    found = [z, *torch.autograd.grad(z, leaves, given.dz)]
+    exact = in_float64(given)
+    z = merged(exact, *split(same := leaves_of(exact)))
+    for got, expected in zip(found, [z, *torch.autograd.grad(z, same, exact.dz)], strict=True):
+        assert relative_error(got, expected) < 3 * TOLERANCE[given.x.dtype]
+
+
+def in_float64(given: Given) -> Given:
+    """Return the same values in fp64."""
+    return Given(
+        x=given.x.double(),
+        dz=given.dz.double(),
+        factors=[factor.double() for factor in given.factors],
+        base=(given.base[0].double(), given.base[1].double()),
+        weights=None if given.weights is None else given.weights.double(),
+        segments=given.segments,
+    )
