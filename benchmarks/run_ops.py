@@ -41,7 +41,7 @@ def wrong_gated_results(case: gated_cases.Case, device: torch.device) -> Iterato
     # Each device in what its own pass computes.
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     try:
-        given = gated_cases.on(device.type, gated_cases.draw(case, dtype))
+        given = gated_cases.moved(gated_cases.draw(case, dtype), device.type)
         gated_cases.assert_gated_matches_reference(load(), given)
     except AssertionError as error:
         yield f"{case}: {error}"

@@ -7,7 +7,8 @@
 // same device.
 namespace megalora {
 
-// a = silu(gate) up p of [gate, up] = y + s1 · B1ᵀ, and s2 = scale2 * a · A2ᵀ.
+// a = silu(gate) up p of [gate, up] = y + scale * s1 · B1ᵀ, and s2 = scale2 * a · A2ᵀ. Rows that no
+// expert owns are zero in all results.
 struct Gate {
   Factor update;          // its wide is y [tokens, 2 columns], contiguous, its thin s1
   Factor project;         // its wide is a [tokens, columns], contiguous; a and s2 are not there yet

@@ -17,6 +17,37 @@
 // rank), gate(Gate&) and gate_backward(GateBackward&).
 namespace megalora {
 
+// Checks what the pass is given; y [tokens, 2 columns], a [tokens, columns].
+template <class Products>
+void check_gate(const Tensor& y, const Tensor& a, const Tensor& lora_B1, const Tensor& lora_A2,
+                const Segments& segments, const OptionalTensor& weights) {
+  const int64_t columns = a.size(1), rank = std::max(lora_B1.size(-1), lora_A2.size(-2));
+  check_value(Products::gates(a.dtype(), columns, rank), "dtype ", a.dtype(), ", ", columns,
+              " columns of gate and rank ", rank, " are not computed by gated_mlp, expected ",
+              Products::kGates);
+  check_size(y.size(1), "weight1's first size", 2 * columns, "gate and up of weight2's last size");
+  check_value(segments.empty() || segments == Segments{columns, columns}, "segments is ", segments,
+              ", expected none or gate and up, ", Segments{columns, columns});
+  if (weights) {
+    check_gradient(*weights, "weights", a, "x");
+    check_value(weights->sizes() == Shape{a.size(0)} && weights->is_contiguous(),
+                "weights has shape ", weights->sizes(), ", expected one for each of ", a.size(0),
+                " tokens, contiguous");
+  }
+}
+
+inline bool are_fp32(const OptionalTensor& weights, const Tensor& tokens) {
+  return weights && weights->dtype() != tokens.dtype();
+}
+
+inline const void* data(const OptionalTensor& weights) {
+  return weights ? weights->data() : nullptr;
+}
+
+inline Tensor weights_gradient(const OptionalTensor& weights, const Tensor& like) {
+  return weights ? empty(weights->sizes(), *weights) : empty({0}, like);
+}
+
 template <class Products>
 struct GatedOps {
   // z, y, s1 and s2.
@@ -27,7 +58,7 @@ struct GatedOps {
     const LinearForward one = forward_of<Products>(x, weight1, lora_A1, lora_B1, scale1, segments);
     const Tensor a = empty(with_last(x, weight2.size(-1)), x);
     const LinearForward two = forward_of<Products>(a, weight2, lora_A2, lora_B2, scale2, {});
-    check(one.linear.out, two.linear.in, lora_B1, lora_A2, segments, weights);
+    check_gate<Products>(one.linear.out, two.linear.in, lora_B1, lora_A2, segments, weights);
     if (x.numel() > 0) {
       Products::project(one.linear.project);
       multiply(one.linear.out, one.linear.in, one.linear.weight);
@@ -100,13 +131,12 @@ struct GatedOps {
     const Linear& dx = one.backward.dgrad;
     check_rows(y, "y", dz, "dz");
     check_size(y.size(-1), "the last size of y", dy.size(-1), "weight1's first size");
-    check(dx.in, da.out, lora_B1, lora_A2, segments, weights);
-    const Tensor d_weights = weights ? empty({da.in.size(0)}, *weights) : empty({0}, dz);
+    check_gate<Products>(dx.in, da.out, lora_B1, lora_A2, segments, weights);
+    const Tensor d_weights = weights_gradient(weights, dz);
     if (dz.numel() > 0) {
       const Tensor contiguous = y.contiguous();
       Call gates;
-      gates.expand(rows(contiguous), one.backward.s, lora_B1, segments,
-                   segments.empty() ? y.size(-1) : 2 * segments[0], 1.0);
+      gates.expand(rows(contiguous), one.backward.s, lora_B1, segments, y.size(-1), 1.0);
       Products::backward(da.project, two.backward.d_b);
       multiply(da.out, da.in, da.weight);
       Products::gate_backward({gates.factor, da.update, dx.project, a.data(), data(weights),
@@ -122,32 +152,71 @@ struct GatedOps {
     }
     return {one.dx, d_weights};
   }
+};
 
-  // y [tokens, 2 columns], a [tokens, columns]
-  static void check(const Tensor& y, const Tensor& a, const Tensor& lora_B1, const Tensor& lora_A2,
-                    const Segments& segments, const OptionalTensor& weights) {
-    const int64_t columns = a.size(1), rank = std::max(lora_B1.size(1), lora_A2.size(0));
-    check_value(Products::gates(a.dtype(), columns, rank), "dtype ", a.dtype(), ", ", columns,
-                " columns of gate and rank ", rank, " are not computed by gated_mlp, expected ",
-                Products::kGates);
-    check_size(y.size(1), "weight1's first size", 2 * columns,
-               "gate and up of weight2's last size");
-    check_value(segments.empty() || segments == Segments{columns, columns}, "segments is ",
-                segments, ", expected none or gate and up, ", Segments{columns, columns});
-    if (weights) {
-      check_gradient(*weights, "weights", a, "x");
-      check_value(weights->sizes() == Shape{a.size(0)} && weights->is_contiguous(),
-                  "weights has shape ", weights->sizes(), ", expected one for each of ", a.size(0),
-                  " tokens, contiguous");
+// The pass alone, for linears whose bases stay closed, of experts too: tokens sorted by expert.
+template <class Products>
+struct GateOps {
+  // a and s2. y, contiguous, is what the base gives; what is left in it is for gate_backward_.
+  static std::tuple<Tensor, Tensor> gate_(const Tensor& y, const Tensor& s1, const Tensor& lora_B1,
+                                          double scale, const Tensor& lora_A2,
+                                          const OptionalTensor& offsets, const Segments& segments,
+                                          const OptionalTensor& weights) {
+    check(y, s1, lora_B1, lora_A2, offsets, segments);
+    const Tensor a = empty(with_last(y, lora_A2.size(-1)), y);
+    const Tensor s2 = empty(with_last(y, lora_A2.size(-2)), y);
+    const Tensor all_y = rows(y), all_a = rows(a), thin = rows(s1);
+    check_gate<Products>(all_y, all_a, lora_B1, lora_A2, segments, weights);
+    Call update(offsets), project(offsets);
+    update.expand(all_y, thin, lora_B1, segments, y.size(-1), scale);
+    project.shrink(all_a, rows(s2), lora_A2, 1.0);
+    if (y.numel() > 0) {
+      Products::gate({update.factor, project.factor, data(weights), are_fp32(weights, y)});
     }
+    return {a, s2};
   }
 
-  static bool are_fp32(const OptionalTensor& weights, const Tensor& tokens) {
-    return weights && weights->dtype() != tokens.dtype();
+  // dy, ds1, a and p's gradient, which has no elements where there is no p. What is left in da is
+  // nobody's.
+  static std::tuple<Tensor, Tensor, Tensor, Tensor> gate_backward_(
+      const Tensor& da, const Tensor& ds2, const Tensor& y, const Tensor& s1, const Tensor& lora_B1,
+      double scale, const Tensor& lora_A2, const OptionalTensor& offsets, const Segments& segments,
+      const OptionalTensor& weights) {
+    check(y, s1, lora_B1, lora_A2, offsets, segments);
+    check_rows(da, "da", y, "y");
+    check_size(da.size(-1), "the last size of da", lora_A2.size(-1), "lora_A2's last size");
+    check_thin(ds2, "ds2", y, "y", lora_A2.size(-2), {});
+    const Tensor wide = da.contiguous(), a = empty(da.sizes(), da);
+    const Tensor dy = empty(y.sizes(), y), ds1 = empty(s1.sizes(), s1);
+    const Tensor d_weights = weights_gradient(weights, y);
+    const Tensor all_y = rows(y), all_da = rows(wide), thin = rows(s1), d_thin = rows(ds2);
+    check_gate<Products>(all_y, all_da, lora_B1, lora_A2, segments, weights);
+    Call gates(offsets), update(offsets), project(offsets);
+    gates.expand(all_y, thin, lora_B1, segments, y.size(-1), scale);
+    update.shrink(all_da, d_thin, lora_A2, 1.0);
+    project.expand(rows(dy), rows(ds1), lora_B1, segments, y.size(-1), scale);
+    if (y.numel() > 0) {
+      Products::gate_backward({gates.factor, update.factor, project.factor, a.data(), data(weights),
+                               weights ? d_weights.data() : nullptr, are_fp32(weights, y)});
+    }
+    return {dy, ds1, a, d_weights};
   }
 
-  static const void* data(const OptionalTensor& weights) {
-    return weights ? weights->data() : nullptr;
+ private:
+  static void check(const Tensor& y, const Tensor& s1, const Tensor& lora_B1, const Tensor& lora_A2,
+                    const OptionalTensor& offsets, const Segments& segments) {
+    check_tokens(y, "y", offsets);
+    check_supported<Products>(y);
+    check_value(y.is_contiguous(), "y has strides, expected a contiguous tensor");
+    check_dtype(lora_B1, "lora_B1", y, "y");
+    check_dtype(lora_A2, "lora_A2", y, "y");
+    check_weight(lora_B1, "lora_B1", offsets);
+    check_weight(lora_A2, "lora_A2", offsets);
+    if (offsets) {
+      check_offsets(*offsets, y);
+    }
+    check_size(lora_B1.size(-2), "lora_B1's number of rows", y.size(-1), "the output features");
+    check_thin(s1, "s1", y, "y", lora_B1.size(-1), segments);
   }
 };
 
@@ -155,6 +224,8 @@ template <class Products>
 void implement_gated(Library& m) {
   m.impl("gated_mlp", TORCH_BOX(&GatedOps<Products>::gated_mlp));
   m.impl("gated_mlp_backward", TORCH_BOX(&GatedOps<Products>::gated_mlp_backward));
+  m.impl("gate_", TORCH_BOX(&GateOps<Products>::gate_));
+  m.impl("gate_backward_", TORCH_BOX(&GateOps<Products>::gate_backward_));
   m.impl("gated_mlp_is_fused", TORCH_BOX(&GatedOps<Products>::gated_mlp_is_fused));
   m.impl("gated_mlp_backward_", TORCH_BOX(&GatedOps<Products>::gated_mlp_backward_));
 }

@@ -64,6 +64,13 @@ inline void define_ops(Library& m) {
       "gated_mlp(Tensor x, Tensor weight1, Tensor lora_A1, Tensor lora_B1, float scale1, "
       "Tensor weight2, Tensor lora_A2, Tensor lora_B2, float scale2, int[] segments=[], "
       "Tensor? weights=None) -> (Tensor, Tensor, Tensor, Tensor)");
+  m.def(
+      "gate_(Tensor(a!) y, Tensor s1, Tensor lora_B1, float scale, Tensor lora_A2, "
+      "Tensor? offsets=None, int[] segments=[], Tensor? weights=None) -> (Tensor, Tensor)");
+  m.def(
+      "gate_backward_(Tensor(a!) da, Tensor ds2, Tensor y, Tensor s1, Tensor lora_B1, "
+      "float scale, Tensor lora_A2, Tensor? offsets=None, int[] segments=[], "
+      "Tensor? weights=None) -> (Tensor, Tensor, Tensor, Tensor)");
   m.def("gated_mlp_is_fused(Tensor weight2, int rank1, int rank2) -> bool");
   m.def(
       "gated_mlp_backward(Tensor dz, Tensor x, Tensor y, Tensor s1, Tensor s2, Tensor weight1, "

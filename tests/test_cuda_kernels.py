@@ -156,7 +156,7 @@ def test_the_pass_of_a_gated_mlp_matches_the_reference(
     gated_cases.assert_gated_matches_reference(emulated, gated_cases.draw(case, dtype))
 
 
-@pytest.mark.parametrize("case", gated_cases.KERNEL_CASES, ids=str)
+@pytest.mark.parametrize("case", [c for c in gated_cases.KERNEL_CASES if not c.ends], ids=str)
 def test_the_node_of_a_gated_mlp_is_that_of_merged_weights(
     emulated: Ops, case: gated_cases.Case
 ) -> None:

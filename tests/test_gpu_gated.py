@@ -14,7 +14,7 @@ from tests.support.gated_cases import (
     by_node,
     draw,
     leaves_of,
-    on,
+    moved,
     run_all,
     split,
 )
@@ -37,16 +37,16 @@ SHAPES = pytest.mark.parametrize("case", [*KERNEL_CASES, *LARGE], ids=str)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 @SHAPES
 def test_both_passes_on_a_gpu_match_the_reference(case: Case, dtype: torch.dtype) -> None:
-    assert_gated_matches_reference(fused, on("cuda", draw(case, dtype)))
+    assert_gated_matches_reference(fused, moved(draw(case, dtype), "cuda"))
 
 
 def test_gates_that_saturate_on_a_gpu_are_finite() -> None:
-    assert_gated_matches_reference(fused, on("cuda", draw(LARGE[2], torch.bfloat16, spread=1e4)))
+    assert_gated_matches_reference(fused, moved(draw(LARGE[2], torch.bfloat16, spread=1e4), "cuda"))
 
 
 @SHAPES
 def test_a_gpu_repeats_itself_bit_for_bit(case: Case) -> None:
-    given = on("cuda", draw(case, torch.bfloat16))
+    given = moved(draw(case, torch.bfloat16), "cuda")
     first, second = run_all(fused, given), run_all(fused, given)
     assert all(torch.equal(one, two) for one, two in zip(first, second, strict=True))
 
@@ -65,7 +65,7 @@ def test_the_route_decides_which_way_a_layer_takes(
 
 
 def test_what_no_kernel_computes_is_refused() -> None:
-    given = on("cuda", draw(Case(16, 8, 64, (33, 4)), torch.bfloat16))
+    given = moved(draw(Case(16, 8, 64, (33, 4)), torch.bfloat16), "cuda")
     with pytest.raises(ValueError, match="64 columns of gate and rank 33 are not computed"):
         fused.gated_mlp(given.x, *given.how())
 
@@ -77,7 +77,7 @@ def both_passes(given: Given, leaves: list[Tensor]) -> list[Tensor]:
 
 
 def test_both_passes_of_a_gated_mlp_replay_from_a_graph() -> None:
-    given = on("cuda", draw(LARGE[0], torch.bfloat16))
+    given = moved(draw(LARGE[0], torch.bfloat16), "cuda")
     leaves = leaves_of(given)
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
@@ -96,4 +96,4 @@ def test_both_passes_of_a_gated_mlp_replay_from_a_graph() -> None:
 
 @pytest.mark.parametrize("case", LARGE, ids=str)
 def test_the_node_is_that_of_merged_weights(case: Case) -> None:
-    assert_node_is_of_merged_weights(fused, on("cuda", draw(case, torch.bfloat16)))
+    assert_node_is_of_merged_weights(fused, moved(draw(case, torch.bfloat16), "cuda"))

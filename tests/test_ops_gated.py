@@ -17,6 +17,7 @@ from tests.support.gated_cases import (
     leaves_of,
     merged,
     run_all,
+    run_gate,
     split,
 )
 from tests.support.op_cases import TOLERANCE, relative_error
@@ -33,11 +34,17 @@ CASES = [
     Case(1, 1, 1, (1, 1)),
     Case(0, 8, 4, (2, 2)),
 ]
+GROUPED = [
+    Case(90, 8, 20, (4, 3), ends=(20, 20, 85)),  # an expert without tokens, tokens without one
+    Case(70, 8, 520, (2, 5), splits=False, weighs=False, ends=(1, 70)),
+    Case(6, 8, 5, (1, 1), ends=(0, 0)),
+    Case(0, 8, 5, (1, 1), ends=(0, 0)),
+]
 SHAPES = pytest.mark.parametrize("case", CASES, ids=str)
 
 
 @DTYPES
-@SHAPES
+@pytest.mark.parametrize("case", [*CASES, *GROUPED], ids=str)
 def test_the_ops_match_the_reference(case: Case, dtype: torch.dtype) -> None:
     assert_gated_matches_reference(fused, draw(case, dtype))
 
@@ -104,6 +111,31 @@ def test_opcheck_accepts_the_ops(case: Case) -> None:
         torch.library.opcheck(op.default, arguments)
 
 
+@pytest.mark.parametrize("case", [CASES[0], GROUPED[1]], ids=str)
+def test_opcheck_accepts_the_ops_of_the_pass(case: Case) -> None:
+    given = draw(case, torch.float32)
+    (s1, ds2), how = given.thin, given.gate_how()
+    torch.library.opcheck(torch.ops.megalora.gate_.default, (given.y.clone(), s1, *how))
+    backward = (given.da.clone(), ds2, given.y, s1, *how)
+    torch.library.opcheck(torch.ops.megalora.gate_backward_.default, backward)
+
+
+def test_the_pass_takes_views_and_three_dimensions() -> None:
+    given = draw(Case(12, 20, 40, (4, 3), weighs=False), torch.float32)
+    expected = run_gate(reference, given)
+    s1, ds2 = (torch.cat([thin, thin], -1)[:, : thin.shape[1]] for thin in given.thin)
+    strided = dataclasses.replace(given, thin=(s1, ds2), da=given.da.t().contiguous().t())
+    folded = dataclasses.replace(
+        given,
+        y=given.y.view(4, 3, -1),
+        da=given.da.view(4, 3, -1),
+        thin=(given.thin[0].view(4, 3, -1), given.thin[1].view(4, 3, -1)),
+    )
+    for other in (strided, folded):
+        for got, right in zip(run_gate(fused, other), expected, strict=True):
+            assert relative_error(got.reshape(right.shape), right) < TOLERANCE[torch.float32]
+
+
 def test_views_and_three_dimensions_are_the_same() -> None:
     given = draw(Case(12, 20, 40, (4, 3), weighs=False), torch.float32)
     expected = run_all(reference, given)
@@ -148,3 +180,32 @@ def test_a_misuse_is_named(misuse: str) -> None:
     given, message = MISUSES[misuse]
     with pytest.raises(ValueError, match=message):
         fused.gated_mlp(given.x, *given.how())
+
+
+MISUSED_PASSES: dict[str, tuple[Any, str]] = {
+    "y": (
+        dataclasses.replace(GIVEN, y=torch.ones(10, 4).t()),
+        "y has strides, expected a contiguous tensor",
+    ),
+    "s1": (
+        dataclasses.replace(GIVEN, thin=(torch.ones(4, 3), GIVEN.thin[1])),
+        "the last size of s or ds is 3, expected 4",
+    ),
+    "offsets": (
+        dataclasses.replace(GIVEN, offsets=torch.tensor([3, 5])),
+        r"offsets\[1\] is 5, expected 3 to 4",
+    ),
+}
+
+
+@pytest.mark.parametrize("misuse", MISUSED_PASSES)
+def test_a_misuse_of_the_pass_is_named(misuse: str) -> None:
+    given, message = MISUSED_PASSES[misuse]
+    with pytest.raises(ValueError, match=message):
+        fused.gate_(given.y, given.thin[0], *given.gate_how())
+
+
+def test_a_gradient_of_other_columns_is_named() -> None:
+    how = (GIVEN.y, GIVEN.thin[0], *GIVEN.gate_how())
+    with pytest.raises(ValueError, match="the last size of da is 4, expected 5"):
+        fused.gate_backward_(torch.ones(4, 4), GIVEN.thin[1], *how)

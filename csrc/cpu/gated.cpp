@@ -134,14 +134,87 @@ void pass(const GateBackward& given) {
   });
 }
 
+template <class T>
+T* at(const void* first, int64_t index) {
+  return first ? static_cast<T*>(const_cast<void*>(first)) + index : nullptr;
+}
+
+// What an expert has of all tokens.
+template <class T>
+Factor of_expert(const Factor& f, Span rows, int64_t expert) {
+  const View<T> view{f};
+  Factor own = f;
+  own.wide = view.wide(rows.begin, 0);
+  own.thin = view.thin(rows.begin);
+  own.weight = view.weight(expert, 0, 0);
+  own.tokens = rows.size();
+  own.experts = 1;
+  own.offsets = nullptr;
+  return own;
+}
+
+template <class T>
+Gate of_expert(const Gate& g, Span rows, int64_t expert) {
+  return {of_expert<T>(g.update, rows, expert), of_expert<T>(g.project, rows, expert),
+          at<T>(g.weights, rows.begin), g.weights_are_fp32};
+}
+
+template <class T>
+GateBackward of_expert(const GateBackward& g, Span rows, int64_t expert) {
+  return {of_expert<T>(g.gates, rows, expert),
+          of_expert<T>(g.update, rows, expert),
+          of_expert<T>(g.project, rows, expert),
+          at<T>(g.a, rows.begin * g.update.columns),
+          at<T>(g.weights, rows.begin),
+          at<T>(g.d_weights, rows.begin),
+          g.weights_are_fp32};
+}
+
+// Zeroes the results of rows that no expert owns.
+template <class T>
+void clear(const Factor& f, Span rows) {
+  const View<T> view{f};
+  for (int64_t row = rows.begin; row < rows.end; ++row) {
+    std::fill_n(view.wide(row, 0), f.columns, T(0));
+    std::fill_n(view.thin(row), view.thin_columns(), T(0));
+  }
+}
+
+template <class T>
+void clear(const Gate& g, Span rows) {
+  clear<T>(g.project, rows);
+}
+
+template <class T>
+void clear(const GateBackward& g, Span rows) {
+  clear<T>(g.project, rows);
+  std::fill_n(at<T>(g.a, rows.begin * g.update.columns), rows.size() * g.update.columns, T(0));
+  if (g.d_weights) {
+    std::fill_n(at<T>(g.d_weights, rows.begin), rows.size(), T(0));
+  }
+}
+
+template <class T, class Given>
+void of_all_experts(const Given& given) {
+  const std::vector<Span> experts = expert_rows(given.update);
+  for (size_t expert = 0; expert < experts.size(); ++expert) {
+    if (experts[expert].size() > 0) {
+      pass<T>(of_expert<T>(given, experts[expert], static_cast<int64_t>(expert)));
+    }
+  }
+  clear<T>(given, {experts.back().end, given.update.tokens});
+}
+
 }  // namespace
 
 void Products::gate(const Gate& given) {
-  given.update.dtype == ScalarType::Double ? pass<double>(given) : pass<float>(given);
+  given.update.dtype == ScalarType::Double ? of_all_experts<double>(given)
+                                           : of_all_experts<float>(given);
 }
 
 void Products::gate_backward(const GateBackward& given) {
-  given.update.dtype == ScalarType::Double ? pass<double>(given) : pass<float>(given);
+  given.update.dtype == ScalarType::Double ? of_all_experts<double>(given)
+                                           : of_all_experts<float>(given);
 }
 
 }  // namespace megalora::cpu

@@ -23,22 +23,6 @@ constexpr int64_t kOuterColumns = 256;
 constexpr int64_t kItemRows = 256;
 
 // The rows of each expert; all rows for a dense factor.
-std::vector<Span> expert_rows(const Factor& f) {
-  std::vector<Span> spans;
-  if (f.offsets == nullptr) {
-    return {{0, f.tokens}};
-  }
-  int64_t begin = 0;
-  for (int64_t e = 0; e < f.experts; ++e) {
-    const int64_t end = f.offsets_are_int64 ? static_cast<const int64_t*>(f.offsets)[e]
-                                            : static_cast<const int32_t*>(f.offsets)[e];
-    check_value(end >= begin && end <= f.tokens, "offsets[", e, "] is ", end, ", expected ", begin,
-                " to ", f.tokens, ": the inclusive cumulative sum of tokens per expert");
-    spans.push_back({begin, end});
-    begin = end;
-  }
-  return spans;
-}
 
 // Columns of one projection: a whole block, or a piece of one of at most `limit` columns.
 struct Block {

@@ -3,7 +3,9 @@
 #include <algorithm>
 #include <memory>
 #include <type_traits>
+#include <vector>
 
+#include "../errors.h"
 #include "../factor.h"
 #include "table.h"
 
@@ -30,6 +32,24 @@ class Buffer {
  private:
   std::unique_ptr<Acc[]> data_;
 };
+
+// The rows of each expert; all rows for a dense factor.
+inline std::vector<Span> expert_rows(const Factor& f) {
+  std::vector<Span> spans;
+  if (f.offsets == nullptr) {
+    return {{0, f.tokens}};
+  }
+  int64_t begin = 0;
+  for (int64_t e = 0; e < f.experts; ++e) {
+    const int64_t end = f.offsets_are_int64 ? static_cast<const int64_t*>(f.offsets)[e]
+                                            : static_cast<const int32_t*>(f.offsets)[e];
+    check_value(end >= begin && end <= f.tokens, "offsets[", e, "] is ", end, ", expected ", begin,
+                " to ", f.tokens, ": the inclusive cumulative sum of tokens per expert");
+    spans.push_back({begin, end});
+    begin = end;
+  }
+  return spans;
+}
 
 // One factor seen through its element type T and accumulation type Acc.
 template <class T>

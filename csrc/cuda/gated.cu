@@ -16,6 +16,10 @@ namespace {
 constexpr int kForwardBlocks = 3;
 constexpr int kBackwardBlocks = 2;
 
+// The most steps of a block where experts have unlike numbers of tokens, so that some waves of
+// small blocks even them out.
+constexpr int64_t kMostGroupedSteps = 4;
+
 // Column tiles of gate in one block, and as many of up.
 template <int RANK>
 constexpr int kForwardTiles = RANK <= 16 ? 8 : 4;
@@ -64,8 +68,10 @@ GateDivision gate_division(const Factor& f, int most_tiles, int64_t blocks_per_p
   const int64_t at_once = kBlocksAtOnce / kBlocksPerProcessor * blocks_per_processor;
   const int64_t blocks = std::max<int64_t>(at_once / groups, 1);
   const int64_t tokens = (f.tokens + blocks - 1) / blocks;
+  const int64_t steps = std::max<int64_t>(ceil_divide(tokens, kStepTokens), 1);
+  const int64_t most_steps = f.offsets == nullptr ? steps : kMostGroupedSteps;
   return {static_cast<int>(group_tiles), static_cast<int>((tiles + group_tiles - 1) / group_tiles),
-          std::max<int64_t>(ceil_divide(tokens, kStepTokens), 1) * kStepTokens};
+          std::min(steps, most_steps) * kStepTokens};
 }
 
 // The columns of a block.
@@ -163,7 +169,7 @@ __device__ __forceinline__ void store_part(float* to, int64_t width, float (&sum
   }
 }
 
-// One block: some tokens, a group of column tiles of gate and those of up. It writes
+// One block: some tokens of one expert, a group of column tiles of gate and those of up. It writes
 // a and leaves its part of s2 [group, tokens, rank]. grid: (groups, token slots).
 template <class T, int RANK>
 __global__ void __launch_bounds__(kThreads, kForwardBlocks)
@@ -175,7 +181,7 @@ __global__ void __launch_bounds__(kThreads, kForwardBlocks)
   const Factor& y = g.update;
   const Factor& a = g.project;
   const TokenTile tokens = token_tile(y, static_cast<int>(blockIdx.y), block_tokens);
-  if (tokens.begin >= tokens.end) {
+  if (tokens.begin >= tokens.result_end) {
     return;
   }
   const int group = static_cast<int>(blockIdx.x);
@@ -188,10 +194,12 @@ __global__ void __launch_bounds__(kThreads, kForwardBlocks)
   for (int tile = 0; tile < columns.tiles; ++tile) {
     const int64_t column = columns.begin + tile * kTileColumns;
     const int size = clamp_to(half - column, kTileColumns);
-    load_tile<RANK, kTileColumns>(shared.weight[tile], weight_at<T>(a, 0, column, 0), a.rank_stride,
-                                  ranks, size);
-    load_weight<kSteps, kSteps>(shared.gate[tile], y, weight_at<T>(y, 0, column, 0), size, 0);
-    load_weight<kSteps, kSteps>(shared.up[tile], y, weight_at<T>(y, 0, half + column, 0), size, 0);
+    load_tile<RANK, kTileColumns>(shared.weight[tile], weight_at<T>(a, tokens.expert, column, 0),
+                                  a.rank_stride, ranks, size);
+    load_weight<kSteps, kSteps>(shared.gate[tile], y, weight_at<T>(y, tokens.expert, column, 0),
+                                size, 0);
+    load_weight<kSteps, kSteps>(shared.up[tile], y,
+                                weight_at<T>(y, tokens.expert, half + column, 0), size, 0);
   }
   commit_copies();
   wait_copies<0>();
@@ -200,12 +208,13 @@ __global__ void __launch_bounds__(kThreads, kForwardBlocks)
   const Place at;
   const float scale = static_cast<float>(y.scale);
 #pragma unroll 1
-  for (int64_t token = tokens.begin + at.warp * kWarpTokens; token < tokens.end;
+  for (int64_t token = tokens.begin + at.warp * kWarpTokens; token < tokens.result_end;
        token += kStepTokens) {
-    const int rows = clamp_to(tokens.end - token, kWarpTokens);
+    const int rows = clamp_to(tokens.result_end - token, kWarpTokens);
+    const int owned = clamp_to(tokens.end - token, kWarpTokens);  // zero in the other rows
     Thin<kSteps> gate_thin, up_thin;
-    gate_thin.template load<T>(y, token, 0, rows);
-    up_thin.template load<T>(y, token, projection_of_up, rows);
+    gate_thin.template load<T>(y, token, 0, owned);
+    up_thin.template load<T>(y, token, projection_of_up, owned);
     float sums[RANK / 8][4] = {};
 #pragma unroll 1
     for (int tile = 0; tile < columns.tiles; ++tile) {
@@ -215,8 +224,8 @@ __global__ void __launch_bounds__(kThreads, kForwardBlocks)
 #pragma unroll
       for (int unit = 0; unit < kUnits; ++unit) {
         Own<T> gate, up;
-        gate.load(wide_at<T>(y, token, column), y.wide_stride, unit, rows, own_columns);
-        up.load(wide_at<T>(y, token, half + column), y.wide_stride, unit, rows, own_columns);
+        gate.load(wide_at<T>(y, token, column), y.wide_stride, unit, owned, own_columns);
+        up.load(wide_at<T>(y, token, half + column), y.wide_stride, unit, owned, own_columns);
         float gate_sums[1][4][4] = {}, up_sums[1][4][4] = {};
         multiply_fragments<T, kSteps>(gate_sums, shared.gate[tile], gate_thin.fragments + unit);
         multiply_fragments<T, kSteps>(up_sums, shared.up[tile], up_thin.fragments + unit);
@@ -224,7 +233,7 @@ __global__ void __launch_bounds__(kThreads, kForwardBlocks)
         for (int i = 0; i < 2; ++i) {
           const int row = unit * kUnitTokens + 2 * at.member + i;
           const float p =
-              row < rows ? weight_of<T>(g.weights, g.weights_are_fp32, token + row) : 0.0f;
+              row < owned ? weight_of<T>(g.weights, g.weights_are_fp32, token + row) : 0.0f;
           Vector<T> made;
 #pragma unroll
           for (int k = 0; k < kVector<T>; ++k) {
@@ -245,7 +254,7 @@ __global__ void __launch_bounds__(kThreads, kForwardBlocks)
   }
 }
 
-// One block: some tokens, a group of column tiles of gate and those of up. It writes
+// One block: some tokens of one expert, a group of column tiles of gate and those of up. It writes
 // dy and a, and leaves its parts of ds1 [group, tokens, projections * rank] and of p's gradient
 // [group, tokens]. grid: (groups, token slots).
 template <class T, int RANK>
@@ -260,7 +269,7 @@ __global__ void __launch_bounds__(kThreads, kBackwardBlocks)
   const Factor& da = g.update;
   const Factor& dy = g.project;
   const TokenTile tokens = token_tile(y, static_cast<int>(blockIdx.y), block_tokens);
-  if (tokens.begin >= tokens.end) {
+  if (tokens.begin >= tokens.result_end) {
     return;
   }
   const int group = static_cast<int>(blockIdx.x);
@@ -273,14 +282,15 @@ __global__ void __launch_bounds__(kThreads, kBackwardBlocks)
   for (int tile = 0; tile < columns.tiles; ++tile) {
     const int64_t column = columns.begin + tile * kTileColumns;
     const int size = clamp_to(half - column, kTileColumns);
-    const T* const gate_weight = weight_at<T>(y, 0, column, 0);
-    const T* const up_weight = weight_at<T>(y, 0, half + column, 0);
+    const T* const gate_weight = weight_at<T>(y, tokens.expert, column, 0);
+    const T* const up_weight = weight_at<T>(y, tokens.expert, half + column, 0);
     load_tile<kTileColumns, RANK>(shared.gate_weight[tile], gate_weight, y.column_stride, size,
                                   ranks);
     load_tile<kTileColumns, RANK>(shared.up_weight[tile], up_weight, y.column_stride, size, ranks);
     load_weight<kSteps, kSteps>(shared.gate[tile], y, gate_weight, size, 0);
     load_weight<kSteps, kSteps>(shared.up[tile], y, up_weight, size, 0);
-    load_weight<kSteps, kSteps>(shared.da[tile], da, weight_at<T>(da, 0, column, 0), size, 0);
+    load_weight<kSteps, kSteps>(shared.da[tile], da, weight_at<T>(da, tokens.expert, column, 0),
+                                size, 0);
   }
   commit_copies();
   wait_copies<0>();
@@ -291,12 +301,13 @@ __global__ void __launch_bounds__(kThreads, kBackwardBlocks)
   const float da_scale = static_cast<float>(da.scale);
   const int warp_row = at.warp * kWarpTokens;
 #pragma unroll 1
-  for (int64_t token = tokens.begin + warp_row; token < tokens.end; token += kStepTokens) {
-    const int rows = clamp_to(tokens.end - token, kWarpTokens);
+  for (int64_t token = tokens.begin + warp_row; token < tokens.result_end; token += kStepTokens) {
+    const int rows = clamp_to(tokens.result_end - token, kWarpTokens);
+    const int owned = clamp_to(tokens.end - token, kWarpTokens);  // zero in the other rows
     Thin<kSteps> gate_thin, up_thin, da_thin;
-    gate_thin.template load<T>(y, token, 0, rows);
-    up_thin.template load<T>(y, token, projection_of_up, rows);
-    da_thin.template load<T>(da, token, 0, rows);
+    gate_thin.template load<T>(y, token, 0, owned);
+    up_thin.template load<T>(y, token, projection_of_up, owned);
+    da_thin.template load<T>(da, token, 0, owned);
     float gate_sums[RANK / 8][4] = {}, up_sums[RANK / 8][4] = {};
     float weight_sums[kUnits][2] = {};
 #pragma unroll 1
@@ -307,9 +318,9 @@ __global__ void __launch_bounds__(kThreads, kBackwardBlocks)
 #pragma unroll
       for (int unit = 0; unit < kUnits; ++unit) {
         Own<T> own_gate, own_up, own_da;
-        own_gate.load(wide_at<T>(y, token, column), y.wide_stride, unit, rows, own_columns);
-        own_up.load(wide_at<T>(y, token, half + column), y.wide_stride, unit, rows, own_columns);
-        own_da.load(wide_at<T>(da, token, column), da.wide_stride, unit, rows, own_columns);
+        own_gate.load(wide_at<T>(y, token, column), y.wide_stride, unit, owned, own_columns);
+        own_up.load(wide_at<T>(y, token, half + column), y.wide_stride, unit, owned, own_columns);
+        own_da.load(wide_at<T>(da, token, column), da.wide_stride, unit, owned, own_columns);
         float x_terms[1][4][4] = {}, by_terms[1][4][4] = {}, da_terms[1][4][4] = {};
         multiply_fragments<T, kSteps>(x_terms, shared.gate[tile], gate_thin.fragments + unit);
         multiply_fragments<T, kSteps>(by_terms, shared.up[tile], up_thin.fragments + unit);
@@ -318,7 +329,7 @@ __global__ void __launch_bounds__(kThreads, kBackwardBlocks)
         for (int i = 0; i < 2; ++i) {
           const int row = unit * kUnitTokens + 2 * at.member + i;
           const float p =
-              row < rows ? weight_of<T>(g.weights, g.weights_are_fp32, token + row) : 0.0f;
+              row < owned ? weight_of<T>(g.weights, g.weights_are_fp32, token + row) : 0.0f;
           Vector<T> made, d_gate, d_up;
 #pragma unroll
           for (int k = 0; k < kVector<T>; ++k) {

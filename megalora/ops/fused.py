@@ -115,6 +115,15 @@ def _gated_mlp_backward(
     return dx, *(factor.new_empty(factor.shape) for factor in factors), d_weights
 
 
+def _gate_backward(
+    da: Tensor, _ds2: Tensor, y: Tensor, s1: Tensor, *how: object
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    # Behind B1, the scale, A2, offsets and segments, which are given by place.
+    weights = cast(Tensor | None, how[5] if len(how) > 5 else None)
+    d_weights = da.new_empty(0) if weights is None else torch.empty_like(weights)
+    return torch.empty_like(y), s1.new_empty(s1.shape), da.new_empty(da.shape), d_weights
+
+
 def _nothing(*_: object) -> None:
     return None
 
@@ -142,6 +151,11 @@ _SHAPES = {
     "experts_linear_backward_": lambda d_a, d_b, dy, x, *how: torch.empty_like(x),
     # What has no numbers is planned for Hopper.
     "experts_linear_is_fused": lambda weight, experts, ranks: True,
+    "gate_": lambda y, s1, lora_B1, scale, lora_A2, *how: (
+        y.new_empty(*y.shape[:-1], lora_A2.shape[-1]),
+        _s(y, lora_A2),
+    ),
+    "gate_backward_": _gate_backward,
     "gated_mlp_is_fused": lambda weight2, rank1, rank2: False,
     "gated_mlp": _gated_mlp,
     "gated_mlp_backward": _gated_mlp_backward,

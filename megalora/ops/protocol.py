@@ -137,3 +137,41 @@ class Ops(OpsWithBase, Protocol):
     ) -> None:
         """Add dsᵀ dropout(x) to d_a in place, which is fp32 or of x's dtype."""
         ...
+
+    def gate_(
+        self,
+        y: Tensor,
+        s1: Tensor,
+        lora_B1: Tensor,
+        scale: float,
+        lora_A2: Tensor,
+        offsets: Tensor | None = None,
+        segments: Sequence[int] = (),
+        weights: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        """Return a = silu(gate) up, [..., f], and s2 = a A2ᵀ; [gate, up] = y + scale * s1 B1ᵀ.
+
+        y [..., 2 f], contiguous: what is left in it is for `gate_backward_` on the same device.
+        segments: none, or [f, f]. weights: [n], with which a of each token is multiplied. Computed
+        where `gated_mlp` is.
+        """
+        ...
+
+    def gate_backward_(
+        self,
+        da: Tensor,
+        ds2: Tensor,
+        y: Tensor,
+        s1: Tensor,
+        lora_B1: Tensor,
+        scale: float,
+        lora_A2: Tensor,
+        offsets: Tensor | None = None,
+        segments: Sequence[int] = (),
+        weights: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Return dy, ds1 = scale * dy B1, a once more and d_weights, by da + ds2 A2.
+
+        What is left in da is nobody's. d_weights has no elements where there are no weights.
+        """
+        ...

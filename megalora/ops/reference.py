@@ -6,6 +6,7 @@ fp64 inputs) and rounded once to the dtype of the result; d_a and d_b, which are
 fp32 beside narrower tokens. Rows past the last offset are zero in results, untouched in place.
 """
 
+from megalora.ops.gate import gate_, gate_backward_
 from megalora.ops.products import (
     dropped,
     expand_,
@@ -45,6 +46,8 @@ __all__ = [
     "experts_linear_backward",
     "experts_linear_backward_",
     "experts_linear_is_fused",
+    "gate_",
+    "gate_backward_",
     "gated_mlp",
     "gated_mlp_backward",
     "gated_mlp_backward_",

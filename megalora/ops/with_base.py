@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from megalora.ops.blocks import accumulated, product, spans
+from megalora.ops.gate import activation, activation_backward
 from megalora.ops.products import (
     expand_,
     expand_dgrad,
@@ -150,7 +151,7 @@ def gated_mlp(
     """
     y, s1 = _linear(x, weight1, lora_A1, lora_B1, scale1, segments)
     gate, up = y.chunk(2, dim=-1)
-    a = _weighted(torch.nn.functional.silu(gate) * up, weights).to(x.dtype)
+    a = activation(gate, up, weights).to(x.dtype)
     z, s2 = linear(a, weight2, lora_A2, lora_B2, scale2)
     return z, y, s1, s2
 
@@ -204,16 +205,12 @@ def gated_mlp_backward_(
 ) -> tuple[Tensor, Tensor]:
     """Return dx and d_weights, and add the gradients of all factors in place."""
     gate, up = y.chunk(2, dim=-1)
-    at = gate.sigmoid()
-    silu = gate * at
-    a = _weighted(silu * up, weights).to(x.dtype)
+    a = activation(gate, up, weights).to(x.dtype)
     da = linear_backward_(d_a2, d_b2, dz, a, s2, weight2, lora_A2, lora_B2, scale2)
-    weighted = _weighted(da, weights)
-    dy = torch.cat([weighted * up * (at + silu * (1 - at)), weighted * silu], dim=-1).to(x.dtype)
+    dy, d_weights = activation_backward(accumulated(da), gate, up, weights)
+    dy = dy.to(x.dtype)
     dx = linear_backward_(d_a1, d_b1, dy, x, s1, weight1, lora_A1, lora_B1, scale1, segments)
-    if weights is None:
-        return dx, dz.new_empty(0)
-    return dx, (da * silu * up).sum(-1).flatten().to(weights.dtype)
+    return dx, dz.new_empty(0) if weights is None else d_weights
 
 
 def gated_mlp_is_fused(weight2: Tensor, rank1: int, rank2: int) -> bool:
@@ -234,7 +231,3 @@ def _linear(
     y = product(x, accumulated(weight).mT)
     expand_(y, s, lora_B, 1.0, segments=segments)
     return y, s
-
-
-def _weighted(a: Tensor, weights: Tensor | None) -> Tensor:
-    return a if weights is None else a * weights.view(*a.shape[:-1], 1)

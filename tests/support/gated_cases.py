@@ -27,6 +27,7 @@ class Case:
     splits: bool = True
     weighs: bool = True
     weights_are_fp32: bool = False
+    ends: tuple[int, ...] = ()  # of each expert's tokens, for the pass alone
 
 
 # What the kernels of a GPU have to get right, small.
@@ -36,6 +37,8 @@ KERNEL_CASES = [
     Case(40, 8, 1032, (4, 2), weights_are_fp32=True),  # groups of several tiles
     Case(130, 16, 200, (32, 20), weights_are_fp32=True),
     Case(9, 16, 328, (2, 30), splits=False),
+    Case(90, 8, 136, (4, 3), ends=(20, 20, 85)),  # an expert without tokens, tokens without one
+    Case(300, 8, 72, (2, 20), splits=False, weighs=False, ends=(290, 300)),
 ]
 
 
@@ -49,11 +52,26 @@ class Given:
     base: tuple[Tensor, Tensor]
     weights: Tensor | None
     segments: list[int]
+    y: Tensor
+    da: Tensor
+    thin: tuple[Tensor, Tensor]
+    offsets: Tensor | None
 
     def how(self) -> tuple[Any, ...]:
-        """Return what all ops take behind the tokens."""
+        """Return what the ops with the bases take behind the tokens."""
         (a1, b1, a2, b2), (w1, w2) = self.factors, self.base
         return (w1, a1, b1, 0.5, w2, a2, b2, 0.3, self.segments, self.weights)
+
+    def gate_how(self) -> tuple[Any, ...]:
+        """Return what the ops of the pass alone take behind s1: factors of each expert."""
+        _, b1, a2, _ = self.factors
+        if self.offsets is not None:
+            # Each expert's own: the rows of b1 and of a2 in another order.
+            b1, a2 = (
+                torch.stack([factor.roll(e, 0) for e in range(len(self.offsets))])
+                for factor in (b1, a2)
+            )
+        return (b1, 0.5, a2, self.offsets, self.segments, self.weights)
 
 
 def draw(case: Case, dtype: torch.dtype, *, spread: float = 1.0) -> Given:
@@ -79,19 +97,23 @@ def draw(case: Case, dtype: torch.dtype, *, spread: float = 1.0) -> Given:
         base=(normal(2 * columns, features), normal(features, columns)),
         weights=weights if case.weighs else None,
         segments=[columns, columns] if case.splits else [],
+        y=spread * columns**0.5 * normal(case.tokens, 2 * columns),
+        da=columns**0.5 * normal(case.tokens, columns),
+        thin=(normal(case.tokens, (1 + case.splits) * r1), normal(case.tokens, r2)),
+        offsets=torch.tensor(case.ends) if case.ends else None,
     )
 
 
-def on(device: str, given: Given) -> Given:
-    """Return the same on a device."""
-    return Given(
-        x=given.x.to(device),
-        dz=given.dz.to(device),
-        factors=[factor.to(device) for factor in given.factors],
-        base=(given.base[0].to(device), given.base[1].to(device)),
-        weights=None if given.weights is None else given.weights.to(device),
-        segments=given.segments,
-    )
+def moved(given: Given, *how: Any) -> Given:
+    """Return the same on another device, or in another precision."""
+
+    def move(value: Any) -> Any:
+        if isinstance(value, (list, tuple)):
+            return type(value)(map(move, value))
+        is_moved = isinstance(value, Tensor) and (value.is_floating_point() or "cuda" in how)
+        return value.to(*how) if is_moved else value
+
+    return Given(**{name: move(value) for name, value in vars(given).items()})
 
 
 def run_all(ops: Ops, given: Given) -> list[Tensor]:
@@ -104,10 +126,22 @@ def run_all(ops: Ops, given: Given) -> list[Tensor]:
     return [z, s1, s2, *gradients, *ops.gated_mlp_backward_(*sums, *both), *sums]
 
 
+def run_gate(ops: Ops, given: Given) -> list[Tensor]:
+    """Return the results of both passes between closed bases."""
+    how, (s1, ds2), y = given.gate_how(), given.thin, given.y.clone()
+    forward = ops.gate_(y, s1, *how)
+    return [*forward, *ops.gate_backward_(given.da.clone(), ds2, y, s1, *how)]
+
+
 def assert_gated_matches_reference(ops: Ops, given: Given) -> None:
     """Compare all ops of gated MLPs with the reference, whose y is not rounded as theirs is."""
     tolerance = 2 * TOLERANCE[given.x.dtype]
-    for got, expected in zip(run_all(ops, given), run_all(reference, given), strict=True):
+    results = [run_gate(one, given) for one in (ops, reference)]
+    if given.offsets is None:
+        results = [
+            [*run_all(one, given), *r] for one, r in zip((ops, reference), results, strict=True)
+        ]
+    for got, expected in zip(*results, strict=True):
         assert got.shape == expected.shape
         assert got.dtype == expected.dtype
         assert relative_error(got, expected) < tolerance
@@ -152,19 +186,7 @@ def assert_node_is_of_merged_weights(ops: Ops, given: Given) -> None:
     leaves = leaves_of(given)
     z = by_node(ops, given, *split(leaves))
     found = [z, *torch.autograd.grad(z, leaves, given.dz)]
-    exact = in_float64(given)
+    exact = moved(given, torch.float64)
     z = merged(exact, *split(same := leaves_of(exact)))
     for got, expected in zip(found, [z, *torch.autograd.grad(z, same, exact.dz)], strict=True):
         assert relative_error(got, expected) < 3 * TOLERANCE[given.x.dtype]
-
-
-def in_float64(given: Given) -> Given:
-    """Return the same values in fp64."""
-    return Given(
-        x=given.x.double(),
-        dz=given.dz.double(),
-        factors=[factor.double() for factor in given.factors],
-        base=(given.base[0].double(), given.base[1].double()),
-        weights=None if given.weights is None else given.weights.double(),
-        segments=given.segments,
-    )
