@@ -106,6 +106,7 @@ class LoRAAdapter(torch.nn.Module):
     def bind(self) -> None:
         """Wrap the base's forward on its instance."""
         module = self.base.module
+        self.base_forward = module.forward
         module.forward = functools.partial(self, module.forward)
 
     def extra_repr(self) -> str:

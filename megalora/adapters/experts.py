@@ -9,6 +9,7 @@ from torch import Tensor
 
 from megalora.adapters.adapter import LoRAAdapter
 from megalora.adapters.bases import Split, state
+from megalora.adapters.call import Call
 from megalora.adapters.collectives import GatherFactor
 from megalora.adapters.one_gemm import (
     biases,
@@ -39,7 +40,7 @@ class GroupedAdapter(LoRAAdapter):
         if not self.enabled:
             return base_forward(x, m_splits)
         a, b = self.pair()
-        ends = _on_device(m_splits, x.device).cumsum(0)
+        ends = on_device(m_splits, x.device).cumsum(0)
         weights = self._weights_to_open(x, a)
         if weights:
             call = self._local_call(a, b)
@@ -52,6 +53,20 @@ class GroupedAdapter(LoRAAdapter):
         is_per_expert = self.a_experts > 0 and self.b_experts > 0
         self.opens = self._is_whole() and is_per_expert and is_one_grouped_gemm(self.base.module)
         super().bind()
+
+    def closed(self, x: Tensor, ends: Tensor) -> tuple[Tensor, Tensor, Call] | None:
+        """Return A, B and the call around a base that stays closed, where nothing travels or drops.
+
+        None where the call opens its base, or its base computes something else than x Wᵀ. ends:
+        of each expert's tokens.
+        """
+        if not self.enabled or not self.opens or self._drops():
+            return None
+        a, b = self.pair()
+        opens = bool(self._weights_to_open(x, a))
+        if opens or not self._weights or not open_weights(self._weights, x):
+            return None
+        return a, b, self._call(x, a, b, ends)
 
     def _weights_to_open(self, x: Tensor, a: Tensor) -> list[Tensor]:
         """Return the experts' weights where this call of theirs is one launch with the adapters."""
@@ -67,7 +82,7 @@ class GroupedAdapter(LoRAAdapter):
         return weights if is_fused else []
 
 
-def _on_device(m_splits: Sequence[int] | Tensor, device: torch.device) -> Tensor:
+def on_device(m_splits: Sequence[int] | Tensor, device: torch.device) -> Tensor:
     """Return the experts' numbers of tokens on the device, without a wait of the host.
 
     NOTE: a GPU that reads pageable memory itself may do so after the copy's call has returned, and

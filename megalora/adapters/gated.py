@@ -12,12 +12,13 @@ from megatron.core.transformer.mlp import MLP
 from megatron.core.transformer.moe.experts import SequentialMLP
 from torch import Tensor
 from torch.autograd.function import FunctionCtx
-from torch.nn.modules.module import _has_any_global_hook
 
 from megalora.adapters.adapter import LoRAAdapter
 from megalora.adapters.call import Call, deliver, main_grad_of
 from megalora.adapters.collectives import done
-from megalora.adapters.experts import SequentialAdapter
+from megalora.adapters.experts import GroupedAdapter, SequentialAdapter
+from megalora.adapters.gated_experts import bind_grouped
+from megalora.adapters.gating import Choice, has_hooks, is_swiglu, takes_weights
 from megalora.adapters.linear import LinearAdapter
 from megalora.adapters.node import apply
 from megalora.adapters.one_gemm import biases
@@ -100,6 +101,8 @@ def bind_gated(chunk: torch.nn.Module) -> None:
             for index, mlp in enumerate(module.local_experts):
                 openings = (functools.partial(a.opened, index) for a in (one, two))
                 _bind(mlp, [one, two], *openings)
+        elif isinstance(one, GroupedAdapter) and isinstance(two, GroupedAdapter):
+            bind_grouped(module, one, two)
         elif type(one) is LinearAdapter and type(two) is LinearAdapter:
             _bind(module, [one, two], one.opened, two.opened)
 
@@ -109,19 +112,15 @@ def _bind(mlp: torch.nn.Module, adapters: list[LoRAAdapter], one: Opening, two: 
     if opens and type(mlp) is MLP and _is_gated(mlp):
         # Who has hooks must be called: Megatron gathers parameters in them.
         called = [mlp.linear_fc1, mlp.linear_fc2, *adapters]
-        mlp.forward = _GatedForward(mlp.forward, called, one, two)
+        mlp.forward = _GatedForward(mlp.forward, called, Choice(*adapters), one, two)
 
 
 def _is_gated(mlp: MLP) -> bool:
     """Say whether an MLP is silu(gate) up between two products: what holds for all its calls."""
-    config = mlp.config
     return (
         "forward" not in vars(mlp)
-        and config.gated_linear_unit
         and mlp.activation_func is F.silu
-        and config.activation_func_clamp_value is None
-        and config.glu_linear_offset == 0.0
-        and not config.activation_func_fp8_input_store
+        and is_swiglu(mlp.config)
         and all(biases(getattr(mlp, name)) == (None, None) for name in _LINEARS)
     )
 
@@ -136,14 +135,14 @@ class _GatedForward:
         self,
         base_forward: Callable[..., tuple[Tensor, Tensor | None]],
         called: list[torch.nn.Module],
+        is_faster: Choice,
         one: Opening,
         two: Opening,
     ) -> None:
         self._base_forward = base_forward
         self._called = called
         self._openings = one, two
-        # Asked once: whether the op is faster, for tokens of a dtype on a device.
-        self._is_faster: dict[tuple[torch.dtype, torch.device], bool] = {}
+        self._is_faster = is_faster
 
     def __call__(
         self, hidden_states: Tensor, per_token_scale: Tensor | None = None, **kwargs: object
@@ -161,41 +160,12 @@ class _GatedForward:
         return z, None
 
     def _open(self, x: Tensor, weights: Tensor | None) -> tuple[Opened, Opened] | None:
-        known = (x.dtype, x.device)
-        if not self._is_faster.get(known, True) or x.numel() == 0 or not _fit(weights, x):
+        if not self._is_faster(x) or x.numel() == 0 or not takes_weights(weights, x):
             return None
         one, two = self._openings
-        if _has_hooks(self._called) or (first := one(x)) is None or (second := two(x)) is None:
-            return None
-        if known not in self._is_faster:
-            ranks = first.lora_B.shape[1], second.lora_A.shape[0]
-            ops = first.call.ops
-            self._is_faster[known] = ops.gated_mlp_is_fused(second.weight, *ranks)
-        if not self._is_faster[known]:
+        if has_hooks(self._called) or (first := one(x)) is None or (second := two(x)) is None:
             return None
         # The op has all gradients or none.
         given = (x, first.lora_A, first.lora_B, second.lora_A, second.lora_B)
         learns = not torch.is_grad_enabled() or all(tensor.requires_grad for tensor in given)
         return (first, second) if learns else None
-
-
-def _fit(weights: Tensor | None, x: Tensor) -> bool:
-    """Say whether the op can take these weights of tokens."""
-    if weights is None:
-        return True
-    are_fp32 = weights.dtype == torch.float32 and x.dtype in (torch.bfloat16, torch.float16)
-    return (
-        (weights.dtype == x.dtype or are_fp32)
-        and weights.shape == x.shape[:-1]
-        and weights.is_contiguous()
-    )
-
-
-def _has_hooks(modules: list[torch.nn.Module]) -> bool:
-    return bool(_has_any_global_hook()) or any(
-        module._forward_hooks
-        or module._forward_pre_hooks
-        or module._backward_hooks
-        or module._backward_pre_hooks
-        for module in modules
-    )

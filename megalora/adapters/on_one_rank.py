@@ -18,7 +18,7 @@ from megalora.adapters.node import apply
 _SMALL = 2**18
 
 
-class _XGrad:
+class XGrad:
     """Adds ds A to the gradient that the base gives its input: autograd's hook."""
 
     __slots__ = ("call", "given")
@@ -41,7 +41,7 @@ class _Context(FunctionCtx):
     """What backward finds of its forward."""
 
     call: Call
-    hook: _XGrad | None
+    hook: XGrad | None
     saved_tensors: tuple[Tensor, Tensor, Tensor, Tensor]
     needs_input_grad: tuple[bool, ...]
 
@@ -60,7 +60,7 @@ class Update(torch.autograd.Function):
         lora_A: Tensor,
         lora_B: Tensor,
         call: Call,
-        hook: _XGrad | None,
+        hook: XGrad | None,
     ) -> Tensor:
         """Return y [..., o] for x [..., i]."""
         s = call.ops.shrink(x, lora_A, call.a_offsets, call.dropout, call.seed)
@@ -76,7 +76,7 @@ class Update(torch.autograd.Function):
         call, hook = ctx.call, ctx.hook
         x, lora_A, lora_B, s = ctx.saved_tensors
         _, needs_x, needs_a, needs_b, *_ = ctx.needs_input_grad
-        ds, d_b = _y_gradients(call.covered(dy), s, lora_B, call, needs_b)
+        ds, d_b = y_gradients(call.covered(dy), s, lora_B, call, needs_b)
         d_a = a_grad(ds, x, lora_A, call) if needs_a else None
         dx = None
         if hook is not None:
@@ -86,7 +86,7 @@ class Update(torch.autograd.Function):
         return dy, dx, d_a, d_b, None, None
 
 
-def _y_gradients(
+def y_gradients(
     dy: Tensor, s: Tensor, lora_B: Tensor, call: Call, needs_b: bool
 ) -> tuple[Tensor, Tensor | None]:
     """Return ds, and what autograd gets for B."""
@@ -99,6 +99,25 @@ def _y_gradients(
     return ds, deliver(None, call.b_param, lora_B.shape)
 
 
+def run_base[Rest](
+    base_forward: Callable[[Tensor], tuple[Tensor, Rest]], x: Tensor, call: Call
+) -> tuple[Tensor, Tensor, Rest, XGrad | None]:
+    """Run a base; return x for its adapter, y, the rest, and what will add ds A to the base's dX.
+
+    The last is None where autograd adds them itself.
+    """
+    if x.nbytes <= _SMALL:
+        y, rest = base_forward(x)
+        return x, y, rest, None
+    # A handle of its own, whose gradient is the base's alone.
+    x = x.view_as(x)
+    y, rest = base_forward(x)
+    hook = None
+    if x.requires_grad and y.requires_grad:
+        x.register_hook(hook := XGrad(call))
+    return x, y, rest, hook
+
+
 def adapt_on_one_rank[Rest](
     base_forward: Callable[[Tensor], tuple[Tensor, Rest]],
     x: Tensor,
@@ -107,15 +126,7 @@ def adapt_on_one_rank[Rest](
     call: Call,
 ) -> tuple[Tensor, Rest]:
     """Run a base linear with its adapter around it, as `sandwich.adapt` does."""
-    if x.nbytes <= _SMALL:
-        y, rest = base_forward(x)
-        return add_on_one_rank(x, y, lora_A, lora_B, call), rest
-    # A handle of its own, whose gradient is the base's alone.
-    x = x.view_as(x)
-    y, rest = base_forward(x)
-    hook = None
-    if x.requires_grad and y.requires_grad:
-        x.register_hook(hook := _XGrad(call))
+    x, y, rest, hook = run_base(base_forward, x, call)
     return apply(Update, y, x, lora_A, lora_B, call, hook), rest
 
 

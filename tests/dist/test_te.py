@@ -101,7 +101,7 @@ def test_te_linears_equal_the_merged_weight(layout: Layout, kind: str, backend: 
         linear.weight.data.copy_(_shard_of_weight(w, kind, layout))
         fields = {**CONFIG.to_dict(), "targets": (name,), "ops": backend}
         chunks = apply_lora([Holder(config, **{name: linear})], LoRAConfig(**fields))
-        factors = _factors(chunks)
+        factors = drawn_factors(chunks)
         load_adapters(chunks, factors)
         local_x = _shard_of_x(x, kind, layout).clone().requires_grad_()
         y, _ = linear(local_x)
@@ -129,7 +129,7 @@ def test_an_opened_te_linear_gives_what_a_closed_one_does(
         for name, parameter in linear.named_parameters():
             parameter.data = draw(name, *parameter.shape)
         chunks = apply_lora([Holder(config, **{NAMES[kind]: linear})], CONFIG)
-        load_adapters(chunks, _factors(chunks))
+        load_adapters(chunks, drawn_factors(chunks))
         ((_, adapter),) = named_adapters(chunks)
         opened, closed = _both_passes(linear), _both_passes(linear, adapter)
         assert opened.pop(1) is closed.pop(1) is (linear.bias if skip_bias_add else None)
@@ -156,7 +156,7 @@ def test_a_te_linear_stays_closed_in_fp8(layout: Layout, monkeypatch: pytest.Mon
         assert one_gemm.open_weight(linear, x) is None
 
 
-def _factors(chunks: list[Any]) -> Tensors:
+def drawn_factors(chunks: list[Any]) -> Tensors:
     start = assemble(chunks, torch.Tensor.detach)
     return {key: draw_b(key, f) if key.endswith("B") else f for key, f in start.items()}
 
@@ -258,12 +258,12 @@ def test_te_grouped_experts_equal_the_merged_weights(
         num_local = EXPERTS // layout.ep
         first = parallel_state.get_expert_model_parallel_rank() * num_local
         local = range(first, first + num_local)
-        experts, config = _grouped_mlp(layout, num_local)
+        experts, config = grouped_mlp(layout, num_local)
         config.gradient_accumulation_fusion = where == "main_grad"
-        _copy_expert_weights(experts, w1, w2, local)
+        copy_expert_weights(experts, w1, w2, local)
         lora = LoRAConfig(rank=6, alpha=4.0, targets=("mlp",), expert_mode=mode, ops=backend)
         chunks = apply_lora([Holder(config, experts=experts)], lora)
-        factors = _factors(chunks)
+        factors = drawn_factors(chunks)
         load_adapters(chunks, factors)
         for parameter in chunks[0].parameters():
             parameter.main_grad = torch.zeros_like(parameter)  # type: ignore[attr-defined]
@@ -285,7 +285,7 @@ def test_te_grouped_experts_equal_the_merged_weights(
             assert all(not gradient[empty].any() for gradient in gradients.values())
 
 
-def _grouped_mlp(layout: Layout, num_local: int, **more: Any) -> tuple[Any, Any]:
+def grouped_mlp(layout: Layout, num_local: int, **more: Any) -> tuple[Any, Any]:
     fields = {**MOE, "moe_grouped_gemm": True, "hidden_size": IN, "moe_ffn_hidden_size": FFN}
     config = build_config(layout, **{**fields, "num_attention_heads": 4, "kv_channels": 6, **more})
     experts = TEGroupedMLP(
@@ -297,7 +297,7 @@ def _grouped_mlp(layout: Layout, num_local: int, **more: Any) -> tuple[Any, Any]
     return experts, config
 
 
-def _copy_expert_weights(experts: Any, w1: Tensor, w2: Tensor, local: range) -> None:
+def copy_expert_weights(experts: Any, w1: Tensor, w2: Tensor, local: range) -> None:
     size = parallel_state.get_expert_tensor_parallel_world_size()
     rank = parallel_state.get_expert_tensor_parallel_rank()
     for index, expert in enumerate(local):
@@ -356,12 +356,12 @@ def _per_expert(factor: Tensor) -> Tensor:
 def test_te_grouped_mlp_runs_with_adapters(layout: Layout) -> None:
     """Megatron's own caller: what it hands to the grouped linears."""
     with model_parallel(layout):
-        experts, config = _grouped_mlp(layout, EXPERTS)
+        experts, config = grouped_mlp(layout, EXPERTS)
         w1, w2 = draw("w1", EXPERTS, 2 * FFN, IN), draw("w2", EXPERTS, IN, FFN)
-        _copy_expert_weights(experts, w1, w2, range(EXPERTS))
+        copy_expert_weights(experts, w1, w2, range(EXPERTS))
         lora = LoRAConfig(rank=6, alpha=4.0, targets=("mlp",))
         chunks = apply_lora([Holder(config, experts=experts)], lora)
-        load_adapters(chunks, _factors(chunks))
+        load_adapters(chunks, drawn_factors(chunks))
         x, splits = draw("x", sum(SPLITS), IN), torch.tensor(SPLITS)
         y, _ = experts(x, splits, torch.ones(sum(SPLITS)))
         expected, _ = _run_experts(experts, x, splits)
@@ -371,7 +371,7 @@ def test_te_grouped_mlp_runs_with_adapters(layout: Layout) -> None:
 @over(Layout())
 def test_interleaved_gate_and_up_are_refused(layout: Layout) -> None:
     with model_parallel(layout):
-        experts, config = _grouped_mlp(layout, EXPERTS)
+        experts, config = grouped_mlp(layout, EXPERTS)
         config.moe_mlp_glu_interleave_size = 4
         with pytest.raises(ValueError, match="leave out --moe-mlp-glu-interleave-size"):
             apply_lora([Holder(config, experts=experts)], LoRAConfig(rank=6, targets=("mlp",)))
@@ -407,11 +407,11 @@ def test_te_grouped_experts_add_their_biases_once(layout: Layout, fused: bool) -
         num_local = EXPERTS // layout.ep
         first = parallel_state.get_expert_model_parallel_rank() * num_local
         local = range(first, first + num_local)
-        experts, config = _grouped_mlp(layout, num_local, **BIASED, bias_activation_fusion=fused)
-        _copy_expert_weights(experts, w1, w2, local)
+        experts, config = grouped_mlp(layout, num_local, **BIASED, bias_activation_fusion=fused)
+        copy_expert_weights(experts, w1, w2, local)
         _copy_expert_biases(experts, b1, b2, local)
         chunks = apply_lora([Holder(config, experts=experts)], LoRAConfig(rank=6, alpha=4.0))
-        factors = _factors(chunks)
+        factors = drawn_factors(chunks)
         load_adapters(chunks, factors)
         starts = torch.tensor([0, *SPLITS]).cumsum(0)
         rows = slice(int(starts[first]), int(starts[first + num_local]))
