@@ -180,7 +180,7 @@ def test_nothing_keeps_an_activation_that_autograd_packs_away(
     ("way", "broken", "by"),
     [
         ("behind", on_one_rank, ("x_grad", lambda dx, ds, x, full_a, call: dx)),
-        ("around", on_one_rank._XGrad, ("__call__", lambda self, dx: dx)),
+        ("around", on_one_rank.XGrad, ("__call__", lambda self, dx: dx)),
     ],
 )
 def test_a_lost_part_of_the_gradient_is_noticed(

@@ -207,5 +207,6 @@ def test_a_misuse_of_the_pass_is_named(misuse: str) -> None:
 
 def test_a_gradient_of_other_columns_is_named() -> None:
     how = (GIVEN.y, GIVEN.thin[0], *GIVEN.gate_how())
-    with pytest.raises(ValueError, match="the last size of da is 4, expected 5"):
+    message = "the last size of da is 4, expected 5, lora_A2's last size"
+    with pytest.raises(ValueError, match=message):
         fused.gate_backward_(torch.ones(4, 4), GIVEN.thin[1], *how)
