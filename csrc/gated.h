@@ -25,7 +25,7 @@ void check_gate(const Tensor& y, const Tensor& a, const Tensor& lora_B1, const T
   check_value(Products::gates(a.dtype(), columns, rank), "dtype ", a.dtype(), ", ", columns,
               " columns of gate and rank ", rank, " are not computed by gated_mlp, expected ",
               Products::kGates);
-  check_size(y.size(1), "weight1's first size", 2 * columns, "gate and up of weight2's last size");
+  check_size(y.size(1), "the number of y's columns", 2 * columns, "gate and up of those of a");
   check_value(segments.empty() || segments == Segments{columns, columns}, "segments is ", segments,
               ", expected none or gate and up, ", Segments{columns, columns});
   if (weights) {

@@ -70,6 +70,14 @@ def test_what_no_kernel_computes_is_refused() -> None:
         fused.gated_mlp(given.x, *given.how())
 
 
+def test_a_view_at_an_odd_address_is_refused() -> None:
+    given = moved(draw(KERNEL_CASES[1], torch.bfloat16), "cuda")
+    y = torch.empty(given.y.numel() + 1, device="cuda", dtype=torch.bfloat16)[1:]
+    message = "y is a view that begins at no multiple of 16 bytes: give a copy of it"
+    with pytest.raises(ValueError, match=message):
+        fused.gate_(y.view_as(given.y), given.thin[0], *given.gate_how())
+
+
 def both_passes(given: Given, leaves: list[Tensor]) -> list[Tensor]:
     """Return z and every gradient, by the autograd node."""
     z = by_node(fused, given, *split(leaves))

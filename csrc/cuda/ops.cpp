@@ -118,6 +118,12 @@ bool one_launch_is_faster(const LinearCall& call, const Linear& l) {
          linear_supports(call);
 }
 
+// The pass of a gated MLP reads and writes whole vectors.
+void check_aligned(const Factor& f, const char* name) {
+  check_value(reinterpret_cast<uintptr_t>(f.wide) % 16 == 0, name,
+              " is a view that begins at no multiple of 16 bytes: give a copy of it");
+}
+
 Tensor floats(const Factor& f, int64_t count) {
   return empty({count}, ScalarType::Float, f.device);
 }
@@ -225,12 +231,15 @@ struct Products {
   }
   static void gate(const Gate& g) {
     const DeviceGuard guard(g.update.device.index);
+    check_aligned(g.update, "y");
     const Tensor workspace = floats(g.update, gate_workspace(g));
     cuda::gate(g, workspace.data<float>(), current_stream());
     check_launch();
   }
   static void gate_backward(const GateBackward& g) {
     const DeviceGuard guard(g.update.device.index);
+    check_aligned(g.gates, "y");
+    check_aligned(g.update, "da");
     const Tensor workspace = floats(g.update, gate_workspace(g));
     cuda::gate_backward(g, workspace.data<float>(), current_stream());
     check_launch();

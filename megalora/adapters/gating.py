@@ -35,9 +35,8 @@ class Choice:
         key = (x.dtype, x.device)
         if key not in self._known:
             one, two = self._adapters
-            (_, b1), (a2, _) = one.pair(), two.pair()
-            like = x.new_empty(1, a2.shape[-1])  # the second weight but for its rows
-            ranks = b1.shape[-1], a2.shape[-2]
+            like = x.new_empty(1, two.base.in_features)  # the second weight but for its rows
+            ranks = one.spec.rank, two.spec.rank
             self._known[key] = one.ops.gated_mlp_is_fused(like, *ranks)
         return self._known[key]
 
