@@ -75,7 +75,7 @@ STAGES = [
     benchmark("linear", "bench_linear", "--cases", "goal", "--profile", limit_s=80),
     benchmark("experts", "bench_experts", "--ranks", "4", "--profile"),
     benchmark("host", "bench_host"),
-    # A third of it compiles Megatron's SwiGLU.
+    # It compiles Megatron's SwiGLU first.
     benchmark("mlp", "bench_mlp", limit_s=90),
     benchmark("forms", "bench_linear", "--cases", "forms", limit_s=80),
     # Whole steps. All 48 layers of Qwen3-30B-A3B fit on 140 GB, but for full fine-tuning.
