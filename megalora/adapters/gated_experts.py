@@ -51,6 +51,7 @@ class ClosedGate(torch.autograd.Function):
         hook: XGrad | None,
     ) -> tuple[Tensor, Tensor]:
         """Return a [n, f] and s2 [n, r] for y [n, 2 f] and x [n, i]."""
+        y = y.contiguous()
         s1 = one.ops.shrink(x, a1, one.a_offsets)
         how = (b1, one.scale, a2, one.b_offsets, one.segments, weights)
         a, s2 = one.ops.gate_(y, s1, *how)
