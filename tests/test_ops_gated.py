@@ -50,6 +50,23 @@ def test_the_ops_match_the_reference(case: Case, dtype: torch.dtype) -> None:
 
 
 @DTYPES
+@SHAPES
+def test_y_is_gate_and_up_and_those_of_the_reference_do_for_backward(
+    case: Case, dtype: torch.dtype
+) -> None:
+    given = draw(case, dtype)
+    how: Any = given.how()
+    _, y, s1, s2 = reference.gated_mlp(given.x, *how)
+    found = fused.gated_mlp(given.x, *how)[1]
+    assert (found.shape, found.dtype) == (y.shape, y.dtype)
+    assert relative_error(found, y) < TOLERANCE[dtype]
+    both: Any = (given.dz, given.x, y, s1, s2, *how)
+    gradients = [ops.gated_mlp_backward(*both) for ops in (fused, reference)]
+    for got, expected in zip(*gradients, strict=True):
+        assert relative_error(got, expected) < TOLERANCE[dtype]
+
+
+@DTYPES
 @pytest.mark.parametrize("spread", [30.0, 1e4])
 def test_gates_that_saturate_are_as_torch_has_them(spread: float, dtype: torch.dtype) -> None:
     given = draw(CASES[1], dtype, spread=spread)

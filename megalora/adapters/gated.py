@@ -18,7 +18,7 @@ from megalora.adapters.call import Call, deliver, main_grad_of
 from megalora.adapters.collectives import done
 from megalora.adapters.experts import GroupedAdapter, SequentialAdapter
 from megalora.adapters.gated_experts import bind_grouped
-from megalora.adapters.gating import Choice, has_hooks, is_swiglu, takes_weights
+from megalora.adapters.gating import Choice, all_learn, has_hooks, is_swiglu, takes_weights
 from megalora.adapters.linear import LinearAdapter
 from megalora.adapters.node import apply
 from megalora.adapters.one_gemm import biases
@@ -165,7 +165,5 @@ class _GatedForward:
         one, two = self._openings
         if has_hooks(self._called) or (first := one(x)) is None or (second := two(x)) is None:
             return None
-        # The op has all gradients or none.
-        given = (x, first.lora_A, first.lora_B, second.lora_A, second.lora_B)
-        learns = not torch.is_grad_enabled() or all(tensor.requires_grad for tensor in given)
-        return (first, second) if learns else None
+        factors = (first.lora_A, first.lora_B, second.lora_A, second.lora_B)
+        return (first, second) if all_learn(x, *factors) else None

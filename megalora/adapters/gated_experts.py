@@ -14,7 +14,7 @@ from torch.autograd.function import FunctionCtx
 
 from megalora.adapters.call import Call, a_grad, b_grad, x_grad
 from megalora.adapters.experts import GroupedAdapter, on_device
-from megalora.adapters.gating import Choice, has_hooks, is_swiglu, takes_weights
+from megalora.adapters.gating import Choice, all_learn, has_hooks, is_swiglu, takes_weights
 from megalora.adapters.node import apply
 from megalora.adapters.on_one_rank import XGrad, run_base, y_gradients
 
@@ -153,10 +153,7 @@ class GroupedForward:
         if one is None or two is None:
             return None
         found = _Closed(*one[:2], *two[:2], one[2], two[2])
-        # The node has all gradients or none.
-        given = (x, *found[:4])
-        learns = not torch.is_grad_enabled() or all(tensor.requires_grad for tensor in given)
-        return found if learns else None
+        return found if all_learn(x, *found[:4]) else None
 
     def _by_pass(self, x: Tensor, splits: list[int], weights: Tensor, closed: _Closed) -> Tensor:
         first, second = self._adapters

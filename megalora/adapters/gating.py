@@ -50,6 +50,11 @@ def takes_weights(weights: Tensor | None, x: Tensor) -> bool:
     return alike and weights.shape == x.shape[:-1] and weights.is_contiguous()
 
 
+def all_learn(*tensors: Tensor) -> bool:
+    """Say whether each of these has a gradient, or none is asked for: a node has all or none."""
+    return not torch.is_grad_enabled() or all(tensor.requires_grad for tensor in tensors)
+
+
 def has_hooks(modules: list[torch.nn.Module]) -> bool:
     """Say whether a module must be called: Megatron gathers parameters in hooks, users look."""
     return bool(_has_any_global_hook()) or any(
